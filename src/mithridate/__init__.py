@@ -1,0 +1,1 @@
+"""Attack, inspect and defend models that learn from live data streams."""

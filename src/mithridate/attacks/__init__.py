@@ -1,0 +1,1 @@
+"""Attacks, one file each: what an adversary does to the batches of a stream."""

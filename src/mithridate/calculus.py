@@ -1,0 +1,250 @@
+"""Derivatives of a loss that is a pure function of parameters and pixels.
+
+Every second-order quantity here is forward-over-reverse: a Jacobian-vector product, along a direction in parameter space,
+of a reverse-mode gradient. Nothing keeps a graph of a backward pass, which is what makes crafting cheap.
+
+Source:
+    The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation exchanged);
+    Pang et al., NeurIPS 2021, Algorithm 1, for where each derivative is needed.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp
+
+Parameters = dict[str, Tensor]
+"""Trainable parameters, or anything shaped like them (gradients, directions), by name."""
+
+Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
+"""(parameters, x, y) -> the mean loss of the batch, a scalar."""
+
+Normalise = Literal["none", "global", "tensor"]
+"""How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
+
+
+def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Pieces of a batch with their share of it; the mean loss is the share-weighted sum over pieces."""
+    size = chunk or len(x)
+    for piece_x, piece_y in zip(x.split(size), y.split(size), strict=True):
+        yield len(piece_x) / len(x), piece_x, piece_y
+
+
+def _accumulate(total: Parameters | None, share: float, term: Parameters) -> Parameters:
+    if total is None:
+        return term if share == 1.0 else {name: share * t for name, t in term.items()}
+    for name, t in term.items():
+        total[name].add_(t, alpha=share)
+    return total
+
+
+def gradient(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *, chunk: int | None = None
+) -> Parameters:
+    """Gradient of the mean loss in the parameters.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        chunk: Samples computed at a time (bounds memory); None for all at once. Exact only where the samples do not see
+            each other, that is not with BatchNorm in train mode.
+
+    Returns:
+        One tensor a parameter, detached.
+    """
+    total: Parameters | None = None
+    for share, piece_x, piece_y in _chunks(x, y, chunk):
+        term: Parameters = grad(objective)(parameters, piece_x, piece_y)
+        total = _accumulate(total, share, term)
+    assert total is not None  # noqa: S101  (x is never empty: batches are checked where they enter)
+    return total
+
+
+def hessian_vector_product(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
+) -> Parameters:
+    """Hessian of the mean loss in the parameters, times `v`.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        v: The direction, shaped like the parameters.
+        chunk: As in `gradient`.
+
+    Returns:
+        One tensor a parameter, detached.
+    """
+    total: Parameters | None = None
+    for share, piece_x, piece_y in _chunks(x, y, chunk):
+
+        def along(p: Parameters, piece_x: Tensor = piece_x, piece_y: Tensor = piece_y) -> Parameters:
+            return grad(objective)(p, piece_x, piece_y)
+
+        _, term = jvp(along, (parameters,), (v,))
+        total = _accumulate(total, share, term)
+    assert total is not None  # noqa: S101
+    return total
+
+
+def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the mean loss in the inputs, shaped like `x`."""
+    out: Tensor = grad(objective, argnums=1)(parameters, x, y)
+    return out
+
+
+def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters) -> Tensor:
+    """d/dx <grad_theta L(x), v>, the direction in pixel space that turns the parameter gradient towards `v`.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        v: A fixed direction, shaped like the parameters.
+
+    Returns:
+        A tensor shaped like `x`.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
+    """
+    _, out = jvp(lambda p: grad(objective, argnums=1)(p, x, y), (parameters,), (v,))
+    mixed: Tensor = out
+    return mixed
+
+
+def mixed_partial_of_curvature(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, u: Parameters, v: Parameters
+) -> Tensor:
+    """d/dx <u, Hessian_theta L(x) v>: two forward passes nested over one reverse pass.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        u: First direction, shaped like the parameters.
+        v: Second direction, shaped like the parameters; the result is symmetric in the two.
+
+    Returns:
+        A tensor shaped like `x`.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.
+    """
+
+    def along_v(p: Parameters) -> Tensor:
+        return jvp(lambda q: grad(objective, argnums=1)(q, x, y), (p,), (v,))[1]  # type: ignore[no-any-return]
+
+    _, out = jvp(along_v, (parameters,), (u,))
+    curvature: Tensor = out
+    return curvature
+
+
+def inner(a: Parameters, b: Parameters) -> Tensor:
+    """Plain inner product over all parameters, a scalar."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def add(a: Parameters, b: Parameters, *, scale: float = 1.0) -> Parameters:
+    """`a + scale * b`, tensor by tensor."""
+    return {name: a[name] + scale * b[name] for name in a}
+
+
+def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
+    """The length that divides each tensor of `a`."""
+    lengths = {name: torch.linalg.vector_norm(t) for name, t in a.items()}
+    if normalise == "global":
+        whole = torch.linalg.vector_norm(torch.stack(list(lengths.values())))
+        return dict.fromkeys(a, whole)
+    return lengths
+
+
+def _divide(a: Tensor, by: Tensor) -> Tensor:
+    """Division that leaves zero where the divisor is zero: a tensor without gradient has no direction."""
+    return torch.where(by > 0, a / by.clamp_min(torch.finfo(a.dtype).tiny), torch.zeros_like(a))
+
+
+def unit(a: Parameters, normalise: Normalise) -> Parameters:
+    """`a` at unit length: as a whole (`global`), tensor by tensor (`tensor`), or untouched (`none`)."""
+    if normalise == "none":
+        return a
+    norms = _norms(a, normalise)
+    return {name: _divide(t, norms[name]) for name, t in a.items()}
+
+
+def product(a: Parameters, b: Parameters, normalise: Normalise) -> Tensor:
+    """<a, b> of the two after `unit`: an inner product, a cosine, or a sum of one cosine a tensor."""
+    return inner(unit(a, normalise), unit(b, normalise))
+
+
+def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Parameters:
+    """Derivative in `a` of <unit(a), w>, with `w` fixed and taken as it is.
+
+    Args:
+        a: A gradient.
+        w: The direction it is compared with, shaped alike; `unit(b, normalise)` gives the derivative of `product`.
+        normalise: Which `unit`.
+
+    Returns:
+        `w` itself for `none`; else (w - <â, w> â) / |a|, whole or tensor by tensor, and zero where |a| is zero.
+    """
+    if normalise == "none":
+        return w
+    norms = _norms(a, normalise)
+    hats = unit(a, normalise)
+    if normalise == "global":
+        along = dict.fromkeys(a, inner(hats, w))
+    else:
+        along = {name: (hats[name] * w[name]).sum() for name in a}
+    return {name: _divide(w[name] - along[name] * hats[name], norms[name]) for name in a}
+
+
+def product_gradient(
+    objective: Objective,
+    parameters: Parameters,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    *,
+    normalise: Normalise,
+    gradients: tuple[Parameters, Parameters] | None = None,
+    chunk: int | None = None,
+) -> Parameters:
+    """grad_theta of product(grad_theta L(first), grad_theta L(second)): G_t of Algorithm 1.
+
+    By the chain rule it is two Hessian-vector products, one a batch, along the derivative of the product in that
+    batch's gradient.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        first: Inputs and labels of one batch (S_val).
+        second: Inputs and labels of the other batch (the trigger).
+        normalise: How the two gradients enter their product.
+        gradients: The two parameter gradients, if they are at hand.
+        chunk: As in `gradient`.
+
+    Returns:
+        One tensor a parameter.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1, line "Compute G_t".
+    """
+    if gradients is None:
+        gradients = (
+            gradient(objective, parameters, *first, chunk=chunk),
+            gradient(objective, parameters, *second, chunk=chunk),
+        )
+    g_first, g_second = gradients
+    v_first = alignment_gradient(g_first, unit(g_second, normalise), normalise)
+    v_second = alignment_gradient(g_second, unit(g_first, normalise), normalise)
+    return add(
+        hessian_vector_product(objective, parameters, *first, v_first, chunk=chunk),
+        hessian_vector_product(objective, parameters, *second, v_second, chunk=chunk),
+    )

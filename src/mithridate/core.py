@@ -1,0 +1,401 @@
+"""The page to read first: what flows through the library, and what an attack, a defence and a monitor are.
+
+A stream yields a `Batch`; an `Attack` may change it; a learner updates on it, and on the way asks a `Defence` three
+times; a `Monitor` reads what a service publishes. Attack and defence see the world through a `View` that holds only what
+they declare in `needs`, so the threat model is part of the type.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+
+from mithridate.calculus import Objective, Parameters
+from mithridate.errors import DataError, ThreatModelError
+from mithridate.norms import Ball
+
+PIXEL_TOLERANCE = 1e-4
+"""How far outside [0, 1] a pixel may lie before a batch is refused: float arithmetic is not exact."""
+
+BatchNormMode = Literal["eval", "train"]
+"""`eval`: running statistics; `train`: the statistics of the batch."""
+
+Memory = dict[str, Tensor]
+"""A component's private notes between steps. The loop saves them, so a resumed run remembers."""
+
+
+class Batch(NamedTuple):
+    """What a stream yields.
+
+    Shape:
+        x (n, channels, height, width) float, pixels in [0, 1]; y (n,) int64.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        return Batch(self.x.to(device), self.y.to(device))
+
+
+def check_batch(batch: Batch, *, n_classes: int | None = None, where: str = "batch") -> None:
+    """Refuse a batch that must not reach a model.
+
+    Args:
+        batch: What to check.
+        n_classes: Labels must lie in [0, n_classes); None skips that check.
+        where: Named in the message.
+
+    Raises:
+        DataError: Empty, lengths differ, pixels are not float, not finite or outside [0, 1], labels are not int64 or
+            out of range.
+    """
+    x, y = batch
+    if len(x) == 0 or len(x) != len(y):
+        raise DataError(f"{where}: {len(x)} images and {len(y)} labels; a batch needs as many of each, at least one.")
+    if not x.is_floating_point():
+        raise DataError(f"{where}: pixels are {x.dtype}; convert to float and divide by 255 so that they lie in [0, 1].")
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise DataError(f"{where}: {bad} of {len(x)} images hold NaN or infinite pixels; drop them before they come here.")
+    low, high = float(x.min()), float(x.max())
+    if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
+        raise DataError(
+            f"{where}: pixels span [{low:.4g}, {high:.4g}], outside [0, 1]; scale them. Normalisation (mean, std) "
+            "belongs inside the model, not in the stream."
+        )
+    if y.dtype != torch.int64:
+        raise DataError(f"{where}: labels are {y.dtype}; class numbers must be int64.")
+    if n_classes is not None and (int(y.min()) < 0 or int(y.max()) >= n_classes):
+        raise DataError(
+            f"{where}: labels span [{int(y.min())}, {int(y.max())}], but the model has {n_classes} classes "
+            f"(0 to {n_classes - 1})."
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a learner is at one moment: a value, detached copies, restored bit for bit.
+
+    Args:
+        parameters: Parameters by name.
+        buffers: Buffers by name (BatchNorm statistics among them).
+        optimiser: The optimiser's state dict (momentum and the like).
+        step: Number of updates made.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimiser: Mapping[str, Any]
+    step: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Updates as a matrix (client, parameter). Online learning is the case of one client.
+
+    Args:
+        rows: (clients, parameters), each row the parameter tensors laid end to end.
+        shapes: Name and shape of each tensor, in that order.
+    """
+
+    rows: Tensor
+    shapes: Mapping[str, torch.Size]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Gradient":
+        """One client's tensors as a one-row matrix (a copy)."""
+        flat = torch.cat([t.detach().reshape(-1) for t in tensors.values()])
+        return cls(flat.unsqueeze(0), {name: t.shape for name, t in tensors.items()})
+
+    def named(self, row: int = 0) -> Parameters:
+        """One row back as tensors by name (views of it)."""
+        pieces = self.rows[row].split([shape.numel() for shape in self.shapes.values()])
+        return {name: p.view(shape) for (name, shape), p in zip(self.shapes.items(), pieces, strict=True)}
+
+    def with_rows(self, rows: Tensor) -> "Gradient":
+        """The same layout with other values."""
+        return replace(self, rows=rows)
+
+
+class Need(StrEnum):
+    """What a component may ask to see. An honest comparison names these beside each result."""
+
+    MODEL = "white-box model"
+    VALIDATION = "validation batch"
+    TRIGGER = "the clean trigger batch in advance"
+    ACCURACY = "the accuracy that the service publishes"
+    TRUSTED = "trusted set"
+
+
+@dataclass(frozen=True)
+class WhiteBox:
+    """Read access to a model: its parameters, and its loss as a pure function of parameters and pixels.
+
+    Args:
+        module: The model; never changed through this object.
+        criterion: (logits, labels) -> mean loss.
+    """
+
+    module: nn.Module
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def parameters(self) -> Parameters:
+        """The trainable parameters, detached (they share memory with the model: do not write)."""
+        return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def objective(self, mode: BatchNormMode = "eval") -> Iterator[Objective]:
+        """The loss as a pure function, with BatchNorm in the given mode; flags and statistics come back untouched.
+
+        Args:
+            mode: `eval` uses the running statistics. `train` uses those of the batch and records nothing.
+        """
+        with frozen_statistics(self.module, mode):
+
+            def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
+                return self.criterion(functional_call(self.module, parameters, (x,)), y)
+
+            yield objective
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
+    """Put a model in eval or train mode without letting BatchNorm record; every flag comes back as it was.
+
+    Args:
+        module: The model.
+        mode: `eval` or `train`.
+    """
+    training = {name: m.training for name, m in module.named_modules()}
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    tracking = [m.track_running_stats for m in norms]
+    module.train(mode == "train")
+    if mode == "train":
+        for m in norms:
+            m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for name, m in module.named_modules():
+            m.training = training[name]
+        for m, flag in zip(norms, tracking, strict=True):
+            m.track_running_stats = flag
+
+
+@dataclass(frozen=True)
+class View:
+    """What one component sees at one step: its own notes, and the things that it declared in `needs`.
+
+    Args:
+        step: Updates that the learner has made since the stream began.
+        memory: The component's private notes; writing to it is how a component remembers.
+        things: Everything that can be granted, by need.
+        granted: Which of them this component may look at.
+        owner: The component's name, for messages.
+
+    Raises:
+        ThreatModelError: On looking at something that was not declared.
+    """
+
+    step: int = 0
+    memory: Memory = field(default_factory=dict)
+    things: Mapping[Need, Any] = field(default_factory=dict)
+    granted: frozenset[Need] = frozenset(Need)
+    owner: str = "this component"
+
+    def _get(self, need: Need) -> Any:  # noqa: ANN401  (typed by the properties below)
+        if need not in self.granted:
+            raise ThreatModelError(f"{self.owner} looked at the {need}, but does not declare it: add it to `needs`.")
+        if need not in self.things:
+            raise ThreatModelError(f"{self.owner} needs the {need}, and this learner or stream has none: supply one.")
+        return self.things[need]
+
+    @property
+    def model(self) -> WhiteBox:
+        """The victim's model (`Need.MODEL`)."""
+        box: WhiteBox = self._get(Need.MODEL)
+        return box
+
+    @property
+    def validation(self) -> Batch:
+        """The attacker's own validation images, S_val (`Need.VALIDATION`)."""
+        batch: Batch = self._get(Need.VALIDATION)
+        return batch
+
+    @property
+    def clean_trigger(self) -> Batch:
+        """The batch S_T that will be the trigger, before poisoning (`Need.TRIGGER`)."""
+        batch: Batch = self._get(Need.TRIGGER)
+        return batch
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        """Published accuracy at the start and now, fractions (`Need.ACCURACY`)."""
+        pair: tuple[float, float] = self._get(Need.ACCURACY)
+        return pair
+
+    @property
+    def trusted(self) -> Batch:
+        """Samples that the defender knows to be clean (`Need.TRUSTED`)."""
+        batch: Batch = self._get(Need.TRUSTED)
+        return batch
+
+
+class Attack(ABC):
+    """Poisons the batches of a stream, then one trigger batch.
+
+    An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults); the loop calls `poison`
+    and `trigger`, which check what goes in and hold what comes out to the budget.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the attack sees besides the batch."""
+
+    weight_momentum: float | None = None
+    """Momentum factor that the attack imposes on the victim's optimiser in the accumulative phase; None leaves it."""
+
+    @property
+    @abstractmethod
+    def ball(self) -> Ball:
+        """The perturbation budget of one image."""
+
+    @property
+    @abstractmethod
+    def ratio(self) -> float:
+        """Share of each batch that may be poisoned, in [0, 1]."""
+
+    @abstractmethod
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """Perturbed pixels for one batch of the accumulative phase.
+
+        Args:
+            batch: The clean batch (n, c, h, w), (n,).
+            view: What the attack declared.
+            mask: (n,) bool, the samples that may change.
+            rng: The only source of randomness.
+        """
+
+    def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """Perturbed pixels for the trigger batch; by default the same as for any other batch."""
+        return self.craft(batch, view, mask, rng)
+
+    def ready(self, view: View) -> bool:
+        """Whether the accumulative phase should end now; asked before every batch. By default when the steps run out."""
+        return False
+
+    def fed(self, view: View, rng: Generator) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
+        """Called after the victim has learned from a poisoned batch; `view` shows the updated model."""
+
+    def poison(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+        """One batch of the accumulative phase, poisoned within the budget.
+
+        Args:
+            batch: The clean batch; not changed.
+            view: What the attack declared.
+            rng: The only source of randomness.
+
+        Returns:
+            A batch of the same shape, dtype, device and labels.
+
+        Raises:
+            DataError: The batch must not reach a model (see `check_batch`).
+            AssertionError: The attack broke its own budget; a defect in it.
+        """
+        return self._guarded(self.craft, batch, view, rng)
+
+    def trigger(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+        """The trigger batch, poisoned within the budget; arguments and errors as in `poison`."""
+        return self._guarded(self.craft_trigger, batch, view, rng)
+
+    def _guarded(
+        self,
+        craft: Callable[[Batch, View, Tensor, Generator], Tensor],
+        batch: Batch,
+        view: View,
+        rng: Generator,
+    ) -> Batch:
+        name = type(self).__name__
+        check_batch(batch, where=f"batch given to {name}")
+        mask = self._positions(len(batch.x), view).to(batch.x.device)
+        if self.ball.eps == 0 or not bool(mask.any()):
+            return batch
+        x = craft(batch, view, mask, rng).detach()
+        x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
+        poisoned = Batch(x, batch.y)
+        check_batch(poisoned, where=f"batch made by {name}")
+        if not self.ball.holds(x - batch.x):
+            raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
+        return poisoned
+
+    def _positions(self, n: int, view: View) -> Tensor:
+        """The positions that may change: fixed for the whole run, in the trigger too (protocol of Pang et al., Table 2)."""
+        count = int(self.ratio * n + 0.5)
+        key = f"positions.{n}"
+        if key not in view.memory:
+            view.memory[key] = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[view.memory[key][:count]] = True
+        return mask
+
+
+class Verdict(NamedTuple):
+    """A defence's last word on a step: keep it, or roll it back, and why."""
+
+    admit: bool
+    reason: str = ""
+
+
+ADMITTED = Verdict(admit=True)
+
+
+class Defence:
+    """Stands between a batch and the model. Override what you use; each moment is the identity otherwise.
+
+    A defence sees what a deployed system sees: the batch as received, its own model and notes, a trusted set if it
+    declares one. It never sees which samples are poisoned.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the defence sees besides the batch."""
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        """Before the gradient: drop, weight or correct samples."""
+        return batch
+
+    def bound(self, gradient: Gradient, view: View) -> Gradient:
+        """Between gradient and step: bound or refuse it."""
+        return gradient
+
+    def admit(self, before: Snapshot, view: View) -> Verdict:
+        """After the step: commit it or roll it back to `before`."""
+        return ADMITTED
+
+
+class Reading(NamedTuple):
+    """What a service can watch after a step: fractions and mean losses."""
+
+    step: int
+    accuracy: float
+    loss: float
+    batch_loss: float
+
+
+class Monitor(ABC):
+    """Watches a service's readings and raises an alarm."""
+
+    @abstractmethod
+    def alarm(self, readings: Sequence[Reading]) -> str | None:
+        """The alarm's text, or None.
+
+        Args:
+            readings: All readings so far, the state before the stream first, the newest last.
+        """

@@ -1,0 +1,1 @@
+"""Defences, one file each: what stands between a batch and the model."""

@@ -1,0 +1,51 @@
+"""What can go wrong by the user's hand. Every message says what happened, where, and what to do."""
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(UserError):
+    """A recipe, a setting or the name of a component is wrong."""
+
+
+class DataError(UserError):
+    """A data set is missing, too short, or holds values it must not hold."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is corrupt, foreign, or does not fit the model."""
+
+
+class DeviceError(UserError):
+    """The asked device is not on this machine."""
+
+
+class StoreError(UserError):
+    """A run directory is in the way, unreadable or incomplete."""
+
+
+class ThreatModelError(UserError):
+    """A component looked at something that it does not declare in its `needs`."""
+
+
+def nearest(name: str, known: "Iterable[str]") -> str:
+    """The end of an error message: the closest known name, and all of them.
+
+    Args:
+        name: What the user wrote.
+        known: What would have been right.
+
+    >>> nearest("epz", ["eps", "steps"])
+    "did you mean 'eps'? Known: eps, steps."
+    """
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    guess = f"did you mean '{close[0]}'? " if close else ""
+    return f"{guess}Known: {', '.join(names) or 'none'}."

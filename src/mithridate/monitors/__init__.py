@@ -1,0 +1,1 @@
+"""Monitors, one file each: what a service watches, and when it raises an alarm."""
