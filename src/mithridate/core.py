@@ -325,7 +325,7 @@ class Attack(ABC):
     ) -> Batch:
         name = type(self).__name__
         check_batch(batch, where=f"batch given to {name}")
-        mask = self._positions(len(batch.x), view).to(batch.x.device)
+        mask = self._positions(len(batch.x), view, rng).to(batch.x.device)
         if self.ball.eps == 0 or not bool(mask.any()):
             return batch
         x = craft(batch, view, mask, rng).detach()
@@ -336,12 +336,12 @@ class Attack(ABC):
             raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
         return poisoned
 
-    def _positions(self, n: int, view: View) -> Tensor:
-        """The positions that may change: fixed for the whole run, in the trigger too (protocol of Pang et al., Table 2)."""
+    def _positions(self, n: int, view: View, rng: Generator) -> Tensor:
+        """The positions that may change: drawn once, kept for the whole run, the trigger included (Pang et al., Table 2)."""
         count = int(self.ratio * n + 0.5)
         key = f"positions.{n}"
         if key not in view.memory:
-            view.memory[key] = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+            view.memory[key] = torch.randperm(n, generator=rng)
         mask = torch.zeros(n, dtype=torch.bool)
         mask[view.memory[key][:count]] = True
         return mask

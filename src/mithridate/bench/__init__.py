@@ -1,1 +1,1 @@
-"""bench."""
+"""Recipes, grids of runs, and the store that they are written to."""

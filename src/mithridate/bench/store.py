@@ -1,0 +1,166 @@
+"""The run store: one directory a run, plain formats, every write atomic. Imports no torch, so a report needs none.
+
+Layout of `DIR/<run id>/`:
+
+- `config.toml`: the resolved settings, tables `[data] [model] [burn_in] [attack] [defence] [monitor] [run]`.
+- `trace.parquet`: one row a step, columns `TRACE_SCHEMA`; the first row is the state before the stream.
+- `summary.json`: the outcome, written last: a run without it is unfinished.
+- `environment.json`: versions, device, threads.
+- `images.safetensors`: a few images, float32 (n, channels, height, width) in [0, 1], as `<phase>.clean` and
+  `<phase>.poisoned` for the phases `accumulative` and `trigger`.
+- `state.safetensors`, `state.json`: where a killed run goes on; removed when it has finished.
+"""
+
+import json
+import os
+import tempfile
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.numpy
+import tomli_w
+from numpy.typing import NDArray
+
+from mithridate.errors import StoreError
+
+CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES = (
+    "config.toml",
+    "trace.parquet",
+    "summary.json",
+    "environment.json",
+    "images.safetensors",
+)
+
+TRACE_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),  # updates since the stream began; 0 is the state before it
+        ("phase", pa.string()),  # start, accumulative, trigger
+        ("accuracy", pa.float64()),  # on the test part, after the step, fraction
+        ("loss", pa.float64()),  # mean cross-entropy on the test part, after the step
+        ("batch_loss", pa.float64()),  # mean loss of the batch as the model received it, before the step
+        ("gradient_norm", pa.float64()),  # l2, before the defence bounds it
+        ("bounded_norm", pa.float64()),  # l2, after
+        ("update_norm", pa.float64()),  # l2 distance of the parameters before and after the step
+        ("poison_linf", pa.float64()),  # largest pixel change of the batch
+        ("poison_l2", pa.float64()),  # mean l2 length of the changed samples' perturbations
+        ("poisoned", pa.float64()),  # share of the batch's samples that were changed
+        ("admitted", pa.bool_()),  # False: the defence rolled the step back
+        ("verdict", pa.string()),  # the defence's reason, empty if none
+        ("alarms", pa.string()),  # monitors' alarms joined by "; ", empty if none
+        ("craft_seconds", pa.float64()),  # the attack's time
+        ("update_seconds", pa.float64()),  # the learner's and the defence's time
+        ("seconds", pa.float64()),  # the whole step, evaluation included
+    ]
+)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+
+    Args:
+        path: Where the file shall be; parents are made.
+        write: Fills the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically; NaN is refused, since JSON has none (use None)."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+
+def write_toml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write TOML atomically."""
+    text = tomli_w.dumps(value)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+
+
+def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write trace rows (keys: the columns of `TRACE_SCHEMA`) atomically."""
+    table = pa.Table.from_pylist([dict(row) for row in rows], schema=TRACE_SCHEMA)
+    write_atomically(path, lambda part: pq.write_table(table, part))
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write named arrays as safetensors, atomically."""
+    ready = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    write_atomically(path, lambda part: safetensors.numpy.save_file(ready, part))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as read from the store.
+
+    Args:
+        path: Its directory; the directory's name is the run id.
+        config: The resolved settings, table by table.
+        summary: The outcome; see `learning.online.Outcome`.
+        trace: One dict a step, keys as in `TRACE_SCHEMA`.
+        environment: Versions, device, threads.
+        images: Named arrays; empty if the run stored none.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    trace: Sequence[Mapping[str, Any]]
+    environment: Mapping[str, Any]
+    images: Mapping[str, NDArray[np.float32]]
+
+
+def read_run(path: Path) -> Run:
+    """One finished run.
+
+    Raises:
+        StoreError: A file is missing or unreadable.
+    """
+    try:
+        with (path / CONFIG).open("rb") as handle:
+            config = tomllib.load(handle)
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        environment = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
+        trace = pq.read_table(path / TRACE).to_pylist()
+        images = safetensors.numpy.load_file(path / IMAGES) if (path / IMAGES).exists() else {}
+    except (OSError, ValueError, pa.ArrowException, safetensors.SafetensorError) as error:
+        raise StoreError(
+            f"{path} is not a readable finished run ({type(error).__name__}: {error}); finish it with --resume, or delete it."
+        ) from error
+    return Run(path, config, summary, trace, environment, images)
+
+
+def finished(path: Path) -> bool:
+    """Whether this directory holds a run that has ended."""
+    return (path / SUMMARY).is_file()
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """All finished runs in the given directories (run directories, or directories of them), in the order of their names.
+
+    Raises:
+        StoreError: A directory does not exist, or none holds a finished run.
+    """
+    found: list[Path] = []
+    for directory in directories:
+        if not directory.is_dir():
+            raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
+        found += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
+    if not found:
+        raise StoreError(f"no finished run in {', '.join(map(str, directories))}; `mithridate run RECIPE.toml` makes some.")
+    return [read_run(path) for path in dict.fromkeys(found)]
