@@ -1,8 +1,8 @@
 """The page to read first: what flows through the library, and what an attack, a defence and a monitor are.
 
 A stream yields a `Batch`; an `Attack` may change it; a learner updates on it, and on the way asks a `Defence` three
-times; a `Monitor` reads what a service publishes. Attack and defence see the world through a `View` that holds only what
-they declare in `needs`, so the threat model is part of the type.
+times; a `Monitor` reads what a service publishes. Attack and defence see the world through a `View` that holds only
+what they declare in `needs`, so the threat model is part of the type.
 """
 
 from abc import ABC, abstractmethod
@@ -54,17 +54,26 @@ def check_batch(batch: Batch, *, n_classes: int | None = None, where: str = "bat
         where: Named in the message.
 
     Raises:
-        DataError: Empty, lengths differ, pixels are not float, not finite or outside [0, 1], labels are not int64 or
-            out of range.
+        DataError: Wrong shape, empty, lengths differ, pixels are not float, not finite or outside [0, 1], labels are
+            not int64 or out of range.
     """
     x, y = batch
+    if x.ndim < 2 or y.ndim != 1:
+        raise DataError(
+            f"{where}: images of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}; a batch is "
+            "(n, channels, height, width) and (n,)."
+        )
     if len(x) == 0 or len(x) != len(y):
         raise DataError(f"{where}: {len(x)} images and {len(y)} labels; a batch needs as many of each, at least one.")
     if not x.is_floating_point():
-        raise DataError(f"{where}: pixels are {x.dtype}; convert to float and divide by 255 so that they lie in [0, 1].")
+        raise DataError(
+            f"{where}: pixels are {x.dtype}; convert to float and divide by 255 so that they lie in [0, 1]."
+        )
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-        raise DataError(f"{where}: {bad} of {len(x)} images hold NaN or infinite pixels; drop them before they come here.")
+        raise DataError(
+            f"{where}: {bad} of {len(x)} images hold NaN or infinite pixels; drop them before they come here."
+        )
     low, high = float(x.min()), float(x.max())
     if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
         raise DataError(
@@ -117,7 +126,7 @@ class Gradient:
 
     def named(self, row: int = 0) -> Parameters:
         """One row back as tensors by name (views of it)."""
-        pieces = self.rows[row].split([shape.numel() for shape in self.shapes.values()])
+        pieces = torch.split(self.rows[row], [shape.numel() for shape in self.shapes.values()])
         return {name: p.view(shape) for (name, shape), p in zip(self.shapes.items(), pieces, strict=True)}
 
     def with_rows(self, rows: Tensor) -> "Gradient":
@@ -253,12 +262,15 @@ class View:
 class Attack(ABC):
     """Poisons the batches of a stream, then one trigger batch.
 
-    An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults); the loop calls `poison`
-    and `trigger`, which check what goes in and hold what comes out to the budget.
+    An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults); the loop calls
+    `poison` and `trigger`, which check what goes in and hold what comes out to the budget.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What the attack sees besides the batch."""
+
+    control: ClassVar[bool] = False
+    """Whether it is a control, which is not meant to beat noise."""
 
     weight_momentum: float | None = None
     """Momentum factor that the attack imposes on the victim's optimiser in the accumulative phase; None leaves it."""
@@ -289,7 +301,7 @@ class Attack(ABC):
         return self.craft(batch, view, mask, rng)
 
     def ready(self, view: View) -> bool:
-        """Whether the accumulative phase should end now; asked before every batch. By default when the steps run out."""
+        """Whether the accumulative phase should end now; asked before every batch. By default it never should."""
         return False
 
     def fed(self, view: View, rng: Generator) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
@@ -325,10 +337,14 @@ class Attack(ABC):
     ) -> Batch:
         name = type(self).__name__
         check_batch(batch, where=f"batch given to {name}")
-        mask = self._positions(len(batch.x), view, rng).to(batch.x.device)
+        mask = self.positions(len(batch.x), view, rng).to(batch.x.device)
         if self.ball.eps == 0 or not bool(mask.any()):
             return batch
-        x = craft(batch, view, mask, rng).detach()
+        x = craft(
+            Batch(batch.x.clone(), batch.y.clone()), view, mask.clone(), rng
+        ).detach()  # copies: what counts is ours
+        if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
+            raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
         poisoned = Batch(x, batch.y)
         check_batch(poisoned, where=f"batch made by {name}")
@@ -336,8 +352,8 @@ class Attack(ABC):
             raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
         return poisoned
 
-    def _positions(self, n: int, view: View, rng: Generator) -> Tensor:
-        """The positions that may change: drawn once, kept for the whole run, the trigger included (Pang et al., Table 2)."""
+    def positions(self, n: int, view: View, rng: Generator) -> Tensor:
+        """The positions that may change: drawn once, kept for the whole run and the trigger (Pang et al., Table 2)."""
         count = int(self.ratio * n + 0.5)
         key = f"positions.{n}"
         if key not in view.memory:
@@ -366,6 +382,12 @@ class Defence:
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     """What the defence sees besides the batch."""
+
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which it changes nothing, bit for bit."""
+
+    active: ClassVar[Mapping[str, Any]] = {}
+    """Settings under which it surely acts on a toy stream; equal to `neutral` only for a defence that never acts."""
 
     def screen(self, batch: Batch, view: View) -> Batch:
         """Before the gradient: drop, weight or correct samples."""

@@ -15,7 +15,14 @@ ROUNDING = 1e-5
 def sample_norms(delta: Tensor, norm: Norm) -> Tensor:
     """Length of each sample's perturbation: (n, ...) -> (n,)."""
     flat = delta.flatten(1)
-    return torch.linalg.vector_norm(flat, ord=torch.inf if norm == "linf" else 2, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(flat, ord=torch.inf if norm == "linf" else 2, dim=1)
+    info = torch.finfo(flat.dtype)
+    exact = lengths.isfinite() & (lengths > (info.tiny / info.eps) ** 0.5)  # else the squares over- or underflow
+    if norm == "linf" or bool(exact.all()):
+        return lengths
+    largest = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+    return torch.where(exact, lengths, torch.linalg.vector_norm(flat / unit.unsqueeze(1), dim=1) * unit)
 
 
 def _as_factor(per_sample: Tensor, like: Tensor) -> Tensor:
@@ -81,6 +88,8 @@ def clip_rows(rows: Tensor, bound: float, norm: Norm, *, how: Literal["scale", "
     Source:
         Pang et al., NeurIPS 2021, section 4.2 and Appendix C (Clip_eta); Pascanu et al., ICML 2013, Algorithm 1.
     """
+    if bound == torch.inf:
+        return rows
     if how == "project" and norm == "linf":
         return rows.clamp(-bound, bound)
     lengths = sample_norms(rows, norm)

@@ -9,10 +9,12 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args
+from types import NoneType
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
 
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic_core import PydanticUndefined
 
 from mithridate.errors import ConfigError, nearest
 
@@ -52,8 +54,8 @@ class Entry:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Every field with its default."""
-        return {f.name: f.default for f in dataclasses.fields(self.cls)}
+        """Every field with its default; `dataclasses.MISSING` for one that has none."""
+        return defaults(self.cls)
 
 
 _entries: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
@@ -78,14 +80,20 @@ def register(
         presets: Named sets of field values.
 
     Raises:
-        ConfigError: The name is taken by another class.
+        ConfigError: The name is taken by another class; or a field may be None and defaults to something else, so that
+            a recipe, which leaves None out, could not tell the two apart.
     """
 
     def put(cls: type[T]) -> type[T]:
         old = _entries[kind].get(name)
-        if old is not None and old.cls.__qualname__ != cls.__qualname__:
+        if old is not None and (old.cls.__module__, old.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"{kind} '{name}' is registered already, by {old.cls.__module__}; choose another name.")
-        _entries[kind][name] = Entry(kind, name, cls, presets or {})
+        made = Entry(kind, name, cls, presets or {})
+        hints = get_type_hints(cls)
+        for key, default in made.fields.items():
+            if NoneType in get_args(hints[key]) and default is not None:
+                raise ConfigError(f"{kind} '{name}': {key} may be None, so its default must be None, not {default!r}.")
+        _entries[kind][name] = made
         return cls
 
     return put
@@ -152,12 +160,27 @@ def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
 
 
 def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)
-    place = ".".join(str(part) for part in e["loc"]) or "settings"
-    return f"{place} = {e['input']!r}: {e['msg'][0].lower()}{e['msg'][1:]}" if e["loc"] else str(e["msg"])
+    place = ".".join(str(part) for part in e["loc"])
+    if e["type"] == "missing":
+        return f"{place} has no default; give it a value"
+    message = str(e["msg"]).removeprefix("Value error, ")
+    return f"{place} = {e['input']!r}: {message[0].lower()}{message[1:]}" if place else message
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Every field of a settings class with its default; `dataclasses.MISSING` where there is none."""
+    return {f.name: _default(f) for f in dataclasses.fields(cls)}
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  (a field holds anything)
+    if isinstance(field.default, pydantic.fields.FieldInfo):
+        default = field.default.get_default(call_default_factory=True)
+        return dataclasses.MISSING if default is PydanticUndefined else default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def config_of(component: object) -> dict[str, Any]:
-    """A component as the table that builds it: `name` and every field; a field that is None is left out (TOML has none).
+    """A component as the table that builds it: `name` and every field; one that is None is left out (TOML has none).
 
     Raises:
         ConfigError: The object's class is not registered.

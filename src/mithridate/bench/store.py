@@ -8,14 +8,12 @@ Layout of `DIR/<run id>/`:
 - `environment.json`: versions, device, threads.
 - `images.safetensors`: a few images, float32 (n, channels, height, width) in [0, 1], as `<phase>.clean` and
   `<phase>.poisoned` for the phases `accumulative` and `trigger`.
-- `state.safetensors`, `state.json`: where a killed run goes on; removed when it has finished.
+- `state.safetensors`: where a killed run goes on; removed when it has finished.
 """
 
 import json
-import os
-import tempfile
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from mithridate.errors import StoreError
+from mithridate.files import write_atomically
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES = (
     "config.toml",
@@ -37,6 +36,7 @@ CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES = (
     "environment.json",
     "images.safetensors",
 )
+STATE = "state.safetensors"
 
 TRACE_SCHEMA = pa.schema(
     [
@@ -61,46 +61,40 @@ TRACE_SCHEMA = pa.schema(
 )
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
-
-    Args:
-        path: Where the file shall be; parents are made.
-        write: Fills the path that it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
-        write(part)
-        part.chmod(0o644)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically; NaN is refused, since JSON has none (use None)."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+    _write_text(path, text)
 
 
 def write_toml(path: Path, value: Mapping[str, Any]) -> None:
     """Write TOML atomically."""
     text = tomli_w.dumps(value)
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8") and None)
+    _write_text(path, text)
+
+
+def _write_text(path: Path, text: str) -> None:
+    def write(part: Path) -> None:
+        part.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
 
 
 def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write trace rows (keys: the columns of `TRACE_SCHEMA`) atomically."""
+    """Write trace rows (keys: columns of `TRACE_SCHEMA`; a missing one is None) atomically.
+
+    Raises:
+        ValueError: A row has a key that is no column.
+    """
+    if strange := {key for row in rows for key in row} - set(TRACE_SCHEMA.names):
+        raise ValueError(f"the trace has no column {', '.join(sorted(strange))}")
     table = pa.Table.from_pylist([dict(row) for row in rows], schema=TRACE_SCHEMA)
     write_atomically(path, lambda part: pq.write_table(table, part))
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write named arrays as safetensors, atomically."""
-    ready = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+    ready = {name: np.asarray(a, order="C") for name, a in arrays.items()}
     write_atomically(path, lambda part: safetensors.numpy.save_file(ready, part))
 
 
@@ -137,12 +131,23 @@ def read_run(path: Path) -> Run:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
         environment = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
         trace = pq.read_table(path / TRACE).to_pylist()
+        _check_shape(summary, environment, trace)
         images = safetensors.numpy.load_file(path / IMAGES) if (path / IMAGES).exists() else {}
-    except (OSError, ValueError, pa.ArrowException, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, pa.ArrowException, safetensors.SafetensorError) as error:
         raise StoreError(
-            f"{path} is not a readable finished run ({type(error).__name__}: {error}); finish it with --resume, or delete it."
+            f"{path} is not a readable finished run ({type(error).__name__}: {error}); finish it with --resume, "
+            "or delete it."
         ) from error
     return Run(path, config, summary, trace, environment, images)
+
+
+def _check_shape(summary: object, environment: object, trace: Sequence[Mapping[str, Any]]) -> None:
+    if not (isinstance(summary, dict) and isinstance(environment, dict)):
+        raise TypeError(f"{SUMMARY} and {ENVIRONMENT} must each hold an object")
+    if not trace:
+        raise ValueError(f"{TRACE} has no rows")
+    if missing := set(TRACE_SCHEMA.names) - trace[0].keys():
+        raise ValueError(f"{TRACE} lacks {', '.join(sorted(missing))}")
 
 
 def finished(path: Path) -> bool:
@@ -151,7 +156,7 @@ def finished(path: Path) -> bool:
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """All finished runs in the given directories (run directories, or directories of them), in the order of their names.
+    """All finished runs in the given directories (run directories, or directories of them), ordered by name.
 
     Raises:
         StoreError: A directory does not exist, or none holds a finished run.
@@ -162,5 +167,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
             raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
         found += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
     if not found:
-        raise StoreError(f"no finished run in {', '.join(map(str, directories))}; `mithridate run RECIPE.toml` makes some.")
+        raise StoreError(
+            f"no finished run in {', '.join(map(str, directories))}; `mithridate run RECIPE.toml` makes some."
+        )
     return [read_run(path) for path in dict.fromkeys(found)]

@@ -1,0 +1,33 @@
+"""Random perturbations of the same size: what any attack must beat."""
+
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from mithridate.attacks.budget import Phased
+from mithridate.core import Batch, View
+from mithridate.registry import register, settings
+
+
+@register("attack", "noise")
+@settings
+class Noise(Phased):
+    """Add a random perturbation on the surface of the ball: random signs (linf) or a random direction (l2).
+
+    Args:
+        eps: Radius of the ball, in pixel units of [0, 1].
+        norm: Of the ball: `linf` or `l2`.
+        poison_ratio: Share of each batch that is changed, in [0, 1].
+        phase: True: every batch of the phase; False: the trigger batch alone.
+
+    Source:
+        The control of this library: equal budget, no knowledge.
+    """
+
+    control: ClassVar[bool] = True
+
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """A fresh draw for every batch."""
+        draw = torch.randn(batch.x.shape, generator=rng, dtype=batch.x.dtype).to(batch.x.device)
+        return (batch.x + self.eps * self.ball.direction(draw)).clamp(0, 1)

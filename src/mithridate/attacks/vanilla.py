@@ -1,0 +1,58 @@
+"""The online poisoner without memory: one poisoned trigger batch."""
+
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from mithridate.attacks.alignment import turn_towards
+from mithridate.attacks.budget import Iterated
+from mithridate.calculus import Normalise, gradient, unit
+from mithridate.core import Batch, BatchNormMode, Need, View
+from mithridate.registry import register, settings
+
+
+@register("attack", "vanilla", presets={"paper": {"steps": 100}, "released": {"eps": 0.2, "steps": 2, "normalise": "tensor"}})
+@settings
+class Vanilla(Iterated):
+    """Poison the trigger batch alone: its gradient is turned against that of a validation batch.
+
+    Args:
+        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031).
+        norm: Of the ball: `linf` or `l2`.
+        poison_ratio: Share of the batch that is changed, in [0, 1].
+        optimiser: `pgd`, `fgsm` (one step as long as the radius) or `mim` (PGD with momentum).
+        steps: Number of inner steps, C.
+        step_size: Length of one inner step, in pixel units; unset: 2 * eps / steps.
+        decay: Momentum factor of `mim`.
+        random_start: Begin at a uniform draw from the ball.
+        normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one cosine
+            a parameter tensor (`tensor`).
+        craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
+        chunk: Validation samples computed at a time; bounds memory.
+
+    Source:
+        Pang et al., NeurIPS 2021, section 3.1, Eqs. (5)-(6); Wang and Chaudhuri, arXiv:1808.08994.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION})
+
+    normalise: Normalise = "none"
+    craft_mode: BatchNormMode = "eval"
+    chunk: int = 100
+
+    def ready(self, view: View) -> bool:
+        """At once: there is no accumulative phase."""
+        return True
+
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """Descend <grad L(S_val), grad L(P(S_T))>, Eq. (6)."""
+        parameters = view.model.parameters
+        with view.model.objective(self.craft_mode) as objective:
+            chunk = None if self.craft_mode == "train" else self.chunk
+            wanted = unit(gradient(objective, parameters, *view.validation, chunk=chunk), self.normalise)
+            return self.climb(
+                batch.x,
+                lambda x: -turn_towards(objective, parameters, x, batch.y, wanted, self.normalise),
+                mask,
+                rng,
+            )

@@ -1,0 +1,282 @@
+"""Run a recipe's grid on this machine: burn in once, run every cell, write the store, go on where it was killed."""
+
+import math
+import os
+import platform
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mithridate.bench import store
+from mithridate.bench.recipe import Cell, Recipe
+from mithridate.core import Snapshot
+from mithridate.data.stream import Stream, open_stream
+from mithridate.errors import DeviceError, StoreError
+from mithridate.files import cache_directory
+from mithridate.learning.burn_in import BurnInResult, burn_in
+from mithridate.learning.checkpoint import load_snapshot, save_snapshot
+from mithridate.learning.learner import Learner
+from mithridate.learning.online import Outcome, Progress, adopt_momentum, online_optimiser, run_online
+from mithridate.models import build_model
+from mithridate.registry import config_of
+
+
+class Watcher:
+    """What a caller may follow; every method does nothing here."""
+
+    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+        """An epoch of a burn-in has ended."""
+
+    def cell(self, cell: Cell, number: int, of: int) -> None:
+        """A cell begins."""
+
+    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
+        """A step of the accumulative phase has ended."""
+
+    def finished(self, cell: Cell, summary: Mapping[str, Any], *, skipped: bool) -> None:
+        """A cell has ended, or was found finished."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The result of running a recipe.
+
+    Args:
+        directories: One a cell, in the order of the recipe.
+        ran: Cells that were run now, wholly or from where they had been killed.
+        skipped: Cells that were finished already.
+    """
+
+    directories: Sequence[Path]
+    ran: int
+    skipped: int
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu` or `cuda`.
+
+    Raises:
+        DeviceError: CUDA was asked for and is not there, or the name is another.
+    """
+    if name not in {"auto", "cpu", "cuda"}:
+        raise DeviceError(f"unknown device '{name}'; use auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("CUDA was asked for, and torch sees none on this machine; use --device auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device and threads: what must be equal for two runs to give the same bits."""
+    return {
+        "mithridate": version("mithridate"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    data_root: Path | None = None,
+    cache: Path | None = None,
+    watcher: Watcher | None = None,
+) -> Grid:
+    """Run every cell of a recipe and write each to `out/<run id>/`.
+
+    Args:
+        recipe: What to run.
+        out: Directory of the store; made if missing.
+        device: `auto`, `cpu` or `cuda`.
+        resume: Skip finished cells and continue killed ones. Without it a cell's directory must not exist.
+        data_root: A local mirror of the hub's image sets; see `data.load_images`.
+        cache: Directory for decoded images and burn-ins; the user's cache by default.
+        watcher: Follows progress.
+
+    Raises:
+        UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
+            directory is made, wherever it can be found then.
+    """
+    watcher = watcher or Watcher()
+    cells = list(recipe.cells())
+    chosen = choose_device(device)
+    _check_directories(cells, out, resume=resume)
+    stream = open_stream(recipe.data, data_root=data_root, cache=cache)
+    stream.require(recipe.run.steps)
+    build_model(recipe.model, stream.info, seed=0)
+    with deterministic():
+        skipped = 0
+        burned: dict[int, BurnInResult] = {}
+        for number, cell in enumerate(cells):
+            watcher.cell(cell, number, len(cells))
+            directory = out / cell.run_id
+            if store.finished(directory):
+                skipped += 1
+                watcher.finished(cell, store.read_run(directory).summary, skipped=True)
+                continue
+            if cell.seed not in burned:
+                burned = {cell.seed: _burn_in(cell, stream, chosen, cache_directory(cache), watcher)}
+            summary = _run_cell(cell, directory, stream, burned[cell.seed], chosen, watcher)
+            watcher.finished(cell, summary, skipped=False)
+    return Grid([out / cell.run_id for cell in cells], len(cells) - skipped, skipped)
+
+
+class deterministic:  # noqa: N801  (used as a context manager only)
+    """Ask torch for algorithms that give the same bits twice, and give the setting back afterwards."""
+
+    def __enter__(self) -> None:
+        self.before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+    def __exit__(self, *_: object) -> None:
+        torch.use_deterministic_algorithms(self.before[0])
+        torch.backends.cudnn.benchmark = self.before[1]
+
+
+def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
+    for cell in cells:
+        directory = out / cell.run_id
+        if not directory.exists():
+            continue
+        if not resume:
+            raise StoreError(f"{directory} exists; go on with --resume, choose another --out, or delete it.")
+        path = directory / store.CONFIG
+        if not path.exists():
+            continue
+        try:
+            held = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} is unreadable ({error}); delete {directory}.") from None
+        differing = _differences(held, cell.config())
+        if differing:
+            raise StoreError(
+                f"{directory} was made with other settings ({', '.join(differing[:5])}); resume with the same ones, or "
+                "choose another --out."
+            )
+
+
+def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    flat_held, flat_wanted = _flat(held), _flat(wanted)
+    keys = sorted(flat_held.keys() | flat_wanted.keys())
+    return [k for k in keys if flat_held.get(k) != flat_wanted.get(k) and k != "title"]
+
+
+def _flat(value: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+    return {prefix: value}
+
+
+def _model(cell: Cell, stream: Stream, device: torch.device) -> nn.Module:
+    seed = cell.recipe.burn_in.seed
+    return build_model(cell.recipe.model, stream.info, seed=cell.seed if seed is None else seed).to(device)
+
+
+def _burn_in(cell: Cell, stream: Stream, device: torch.device, cache: Path, watcher: Watcher) -> BurnInResult:
+    return burn_in(
+        _model(cell, stream, device),
+        stream,
+        cell.recipe.burn_in,
+        seed=cell.seed,
+        model_config=config_of(cell.recipe.model),
+        cache=cache,
+        on_epoch=lambda done, epochs: watcher.burn_in(cell.seed, done, epochs),
+    )
+
+
+def _run_cell(
+    cell: Cell, directory: Path, stream: Stream, burned: BurnInResult, device: torch.device, watcher: Watcher
+) -> dict[str, Any]:
+    run = cell.recipe.run
+    learner = _learner(cell, stream, burned.final, device)
+    store.write_toml(directory / store.CONFIG, cell.config())
+    store.write_json(directory / store.ENVIRONMENT, environment(device))
+    state = directory / store.STATE
+    progress = _load_progress(state, learner) if state.exists() else Progress()
+
+    def on_step(progress: Progress) -> None:
+        done = len(progress.rows) - 1
+        if done % run.save_every == 0:
+            _save_progress(state, learner, progress)
+        watcher.step(cell, done, run.steps, progress.rows[-1]["accuracy"])
+
+    outcome = run_online(
+        learner,
+        stream,
+        cell.attack.component,
+        run,
+        monitors=[m.component for m in cell.recipe.monitors],
+        seed=cell.seed,
+        progress=progress,
+        on_step=on_step,
+    )
+    summary = _summary(cell, outcome, burned)
+    store.write_trace(directory / store.TRACE, outcome.trace)
+    if outcome.images:
+        store.write_arrays(directory / store.IMAGES, {n: t.float().numpy() for n, t in outcome.images.items()})
+    store.write_json(directory / store.SUMMARY, summary)
+    state.unlink(missing_ok=True)
+    return summary
+
+
+def _learner(cell: Cell, stream: Stream, burned: Snapshot, device: torch.device) -> Learner:
+    """A learner as the burn-in left the model, with the online phase's own optimiser."""
+    model = _model(cell, stream, device)
+    optimiser = online_optimiser(model.parameters(), cell.recipe.run)
+    learner = Learner(
+        model,
+        optimiser,
+        defence=cell.defence.component,
+        trusted=stream.trusted.all(device) if len(stream.trusted) else None,
+        update_mode=cell.recipe.run.update_mode,
+    )
+    learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))
+    if cell.recipe.run.restore_momentum:
+        adopt_momentum(optimiser, burned)
+    return learner
+
+
+def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult) -> dict[str, Any]:
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.summary().items()}
+    return {
+        **plain,
+        "seed": cell.seed,
+        "attack": cell.attack.label,
+        "defence": cell.defence.label,
+        "dataset": cell.recipe.data.name,
+        "model": config_of(cell.recipe.model)["name"],
+        "burn_in_key": burned.key,
+        "burn_in_seconds": burned.seconds,
+    }
+
+
+def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
+    extra = {f"attack.{k}": v for k, v in progress.memory.items()}
+    extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
+    extra |= {f"image.{k}": v for k, v in progress.images.items()}
+    save_snapshot(path, learner.snapshot(), extra=extra, note={"rows": progress.rows})
+
+
+def _load_progress(path: Path, learner: Learner) -> Progress:
+    snapshot, extra, note = load_snapshot(path)
+    learner.restore(snapshot)
+    parts: dict[str, dict[str, torch.Tensor]] = {"attack": {}, "defence": {}, "image": {}}
+    for name, tensor in extra.items():
+        kind, _, key = name.partition(".")
+        parts[kind][key] = tensor if kind == "image" else tensor.to(learner.device)
+    learner.memory.update(parts["defence"])
+    return Progress(note["rows"], parts["attack"], parts["image"])

@@ -1,0 +1,246 @@
+"""Recipes: TOML tables -> settings objects -> the grid of runs (attack x defence x seed) that they ask for."""
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mithridate import registry
+from mithridate.core import Attack, Defence, Monitor
+from mithridate.data.stream import StreamSettings
+from mithridate.errors import ConfigError, nearest
+from mithridate.learning.burn_in import BurnIn
+from mithridate.learning.online import OnlineRun
+from mithridate.registry import Kind, config_of, fields_of, make
+
+Table = dict[str, Any]
+TABLES = ("data", "model", "burn_in", "attack", "defence", "monitor", "run")
+_GRID: tuple[Kind, ...] = ("attack", "defence", "monitor")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Labelled(Generic[C]):
+    """A component and what tables, figures and run ids call it.
+
+    Args:
+        label: Letters, digits, `.`, `_`, `-`; unique among the recipe's components of that kind.
+        component: The settings object.
+    """
+
+    label: str
+    component: C
+
+    def config(self) -> Table:
+        """The table that builds it, label included where it says more than the name."""
+        table = config_of(self.component)
+        return table if table["name"] == self.label else {**table, "label": self.label}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        attack: What happens to the stream.
+        defence: What stands before the model.
+        seed: Of everything that is drawn.
+        recipe: What the cell has in common with its neighbours.
+    """
+
+    attack: Labelled[Attack]
+    defence: Labelled[Defence]
+    seed: int
+    recipe: "Recipe"
+
+    @property
+    def run_id(self) -> str:
+        """The name of its directory."""
+        return f"{self.attack.label}__{self.defence.label}__seed{self.seed}"
+
+    def config(self) -> Table:
+        """The resolved settings, itself a valid recipe of this one run."""
+        r = self.recipe
+        monitors = [m.config() for m in r.monitors]
+        return {
+            "title": r.title,
+            "data": fields_of(r.data.resolved()),
+            "model": config_of(r.model),
+            "burn_in": fields_of(r.burn_in),
+            "attack": self.attack.config(),
+            "defence": self.defence.config(),
+            "monitor": monitors[0] if len(monitors) == 1 else monitors,
+            "run": {**fields_of(r.run), "seeds": [self.seed]},
+        }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole experiment.
+
+    Args:
+        title: One line.
+        data: Which images, in what portions.
+        model: Settings of the architecture; has `build(info, seed=...)`.
+        burn_in: Training before the stream.
+        attacks: One row of the grid each.
+        defences: One column each.
+        monitors: Watch every run.
+        run: Length and options of the loop.
+        seeds: One run of each pair a seed.
+    """
+
+    title: str
+    data: StreamSettings
+    model: Any
+    burn_in: BurnIn
+    attacks: Sequence[Labelled[Attack]]
+    defences: Sequence[Labelled[Defence]]
+    monitors: Sequence[Labelled[Monitor]]
+    run: OnlineRun
+    seeds: Sequence[int]
+
+    def cells(self) -> Iterator[Cell]:
+        """All runs, those that share a burn-in next to each other."""
+        for seed in self.seeds:
+            for defence in self.defences:
+                for attack in self.attacks:
+                    yield Cell(attack, defence, seed, self)
+
+
+def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Recipe:
+    """A recipe from a TOML file.
+
+    Args:
+        path: The file.
+        changes: `table.key=value` each; see `apply_change`.
+        seeds: Replace the recipe's.
+
+    Raises:
+        ConfigError: The file is missing, no TOML, or asks for what is not there.
+    """
+    try:
+        with path.open("rb") as handle:
+            tables = tomllib.load(handle)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; give the path of a .toml file.") from None
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable TOML: {error}.") from None
+    for change in changes:
+        apply_change(tables, change)
+    if seeds is not None:
+        tables.setdefault("run", {})["seeds"] = list(seeds)
+    return make_recipe(tables)
+
+
+def make_recipe(tables: Mapping[str, Any]) -> Recipe:
+    """A recipe from tables; `[attack]`, `[defence]` and `[monitor]` may be one table or an array of tables.
+
+    Raises:
+        ConfigError: An unknown table, key or component, a value of the wrong type or range, or two equal labels.
+    """
+    for key, value in tables.items():
+        if key not in (*TABLES, "title"):
+            raise ConfigError(f"unknown table [{key}]: {nearest(key, TABLES)}")
+        if key != "title" and not isinstance(value, dict if key not in _GRID else dict | list):
+            raise ConfigError(f"[{key}] must be a table, not {value!r}.")
+    if "attack" not in tables:
+        raise ConfigError("the recipe has no [attack]: say which; `mithridate list attacks` shows them.")
+    run = dict(tables.get("run", {}))
+    recipe = Recipe(
+        title=str(tables.get("title", "")),
+        data=make(StreamSettings, tables.get("data", {}), where="[data]"),
+        model=registry.build("model", tables.get("model", {"name": "small_cnn"})),
+        seeds=_seeds(run.pop("seeds", [0])),
+        burn_in=make(BurnIn, tables.get("burn_in", {}), where="[burn_in]"),
+        attacks=_labelled("attack", tables["attack"]),
+        defences=_labelled("defence", tables.get("defence", {"name": "none"})),
+        monitors=_labelled("monitor", tables.get("monitor", [])),
+        run=make(OnlineRun, run, where="[run]"),
+    )
+    recipe.data.resolved()
+    return recipe
+
+
+def _seeds(value: object) -> list[int]:
+    if not isinstance(value, list) or not value or not all(type(s) is int and s >= 0 for s in value):
+        raise ConfigError(f"[run] seeds = {value!r}: give a list of whole numbers >= 0, such as [0, 1, 2].")
+    if len(set(value)) != len(value):
+        raise ConfigError(f"[run] seeds = {value!r}: a seed twice is the same run twice; leave it out.")
+    return list(value)
+
+
+def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
+    made = []
+    for table in tables if isinstance(tables, list) else [tables]:
+        if not isinstance(table, dict):
+            raise ConfigError(f"[{kind}] must be a table or an array of tables, not {table!r}.")
+        values = dict(table)
+        label = str(values.pop("label", values.get("name", "")))
+        component = registry.build(kind, values)
+        if not _LABEL.fullmatch(label):
+            raise ConfigError(f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_' or '-'.")
+        if label in {m.label for m in made}:
+            raise ConfigError(f"two [[{kind}]] are called '{label}'; give each its own `label`.")
+        made.append(Labelled(label, component))
+    return made
+
+
+def apply_change(tables: Table, change: str) -> None:
+    """Apply one `--set`: `table.key=value`, or `attack.LABEL.key=value` for one of several.
+
+    Without a label, every component of the recipe's table that has the key is changed. Values are TOML; what is not TOML is
+    taken as text.
+
+    Args:
+        tables: The recipe's tables; changed in place.
+        change: Such as `attack.eps=0.1`.
+
+    Raises:
+        ConfigError: No `=`, no such table, label or key.
+    """
+    path, equals, text = change.partition("=")
+    parts = path.strip().split(".")
+    if not equals or len(parts) not in (2, 3) or not all(parts):
+        raise ConfigError(f"--set {change}: write table.key=value, such as attack.eps=0.1.")
+    table, key = parts[0], parts[-1]
+    if table not in TABLES:
+        raise ConfigError(f"--set {change}: unknown table '{table}': {nearest(table, TABLES)}")
+    value = _toml_value(text.strip())
+    if table not in _GRID:
+        if len(parts) == 3:
+            raise ConfigError(f"--set {change}: [{table}] has no parts; write {table}.{key}=....")
+        tables.setdefault(table, {})[key] = value
+        return
+    held = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
+    targets = held if isinstance(held, list) else [held]
+    if len(parts) == 3:
+        labels = {t.get("label", t.get("name", "")): t for t in targets}
+        if parts[1] not in labels:
+            raise ConfigError(f"--set {change}: no {table} '{parts[1]}' in the recipe: {nearest(parts[1], labels)}")
+        labels[parts[1]][key] = value
+        return
+    if len(targets) == 1:
+        targets[0][key] = value
+        return
+    fitting = [t for t in targets if key in _keys(table, t)]
+    if not fitting:
+        known = set().union(*(_keys(table, t) for t in targets))
+        raise ConfigError(f"--set {change}: no {table} of the recipe has '{key}': {nearest(key, known)}")
+    for target in fitting:
+        target[key] = value
+
+
+def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of _GRID, checked by the caller)
+    return {f.name for f in fields(registry.entry(kind, str(table.get("name", ""))).cls)}
+
+
+def _toml_value(text: str) -> Any:  # noqa: ANN401  (whatever TOML can hold)
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,323 @@
+"""The command line: parse, build, call, print."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mithridate.errors import ConfigError, UserError
+
+app = typer.Typer(
+    name="mithridate",
+    help=(
+        "Attack, inspect and defend models that learn from live data streams.\n\n"
+        "Start with `mithridate demo`: in about two minutes it poisons a small model on real digits and writes a report."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+P = ParamSpec("P")
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+
+def _told(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake is one message and exit code 2; an interrupt says how to go on."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(USER_MISTAKE) from None
+        except KeyboardInterrupt:
+            err.print(
+                "\n[yellow]interrupted.[/] Finished runs are kept and the current one stopped after a whole step; the same "
+                "command goes on from there with --resume (demo: without it).",
+                soft_wrap=True,
+            )
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+class Device(StrEnum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Shelf(StrEnum):
+    """What `list` can show."""
+
+    attacks = "attacks"
+    defences = "defences"
+    models = "models"
+    datasets = "datasets"
+    monitors = "monitors"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MITHRIDATE_DATA",
+        help="A local mirror of the image sets, laid out as ROOT/HUB-ID/...parquet, used instead of the network.",
+    ),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."),
+]
+
+
+@app.command()
+@_told
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path("demo-report"),
+    threads: ThreadsOption = 0,
+    cache: CacheOption = None,
+) -> None:
+    """Poison a small model on real handwritten digits, and report what broke.
+
+    Needs no network and no data: the digits come with scikit-learn. Every attack runs with three seeds, without a defence
+    and with gradient clipping. Runs that are already in the directory are kept, so a second call only prints them.
+    """
+    _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True)
+
+
+@app.command()
+@_told
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="TABLE.KEY=VALUE",
+            help="Change a setting, such as attack.eps=0.1 (every attack that has it) or attack.LABEL.eps=0.1; repeatable.",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")] = None,
+    device: DeviceOption = Device.auto,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where runs and report go; `runs/RECIPE` by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip finished runs and continue killed ones.")] = False,
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Run a recipe: every attack against every defence with every seed, then the report.
+
+    Each run gets a directory in the run store with its settings, one row a step and its outcome. The burn-in is trained
+    once and shared by all runs that agree on it.
+    """
+    _run(
+        recipe,
+        out_dir or Path("runs") / recipe.stem,
+        changes=changes or [],
+        seeds=_seeds(seeds),
+        threads=threads,
+        data_root=data_root,
+        cache=cache,
+        device=device,
+        resume=resume,
+    )
+
+
+@app.command()
+@_told
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where the report goes; the first directory by default.")
+    ] = None,
+) -> None:
+    """Write tables, figures and one self-contained HTML page from finished runs."""
+    _report(directories, out_dir or directories[0])
+
+
+@app.command(name="list")
+@_told
+def list_(
+    what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
+) -> None:
+    """Show the components by name: what each is, where it comes from, its settings and their defaults."""
+    from mithridate.registry import entries
+
+    for shelf in [what] if what else list(Shelf):
+        if shelf is Shelf.datasets:
+            _list_datasets()
+            continue
+        table = Table(title=shelf.value, title_justify="left", show_lines=True)
+        for column in ("name", "what it is", "settings and defaults", "source"):
+            table.add_column(column, overflow="fold")
+        for name, entry in entries(shelf.value.removesuffix("s")).items():  # type: ignore[arg-type]
+            fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
+            presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
+            table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(entry.source))
+        out.print(table)
+
+
+def main() -> None:
+    """The entry point of the `mithridate` command."""
+    app()
+
+
+def _run(
+    recipe_path: Path,
+    out_dir: Path,
+    *,
+    changes: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    threads: int,
+    data_root: Path | None = None,
+    cache: Path | None,
+    device: Device,
+    resume: bool,
+) -> None:
+    import torch
+
+    from mithridate.bench.engine import run_recipe
+    from mithridate.bench.recipe import read_recipe
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    recipe = read_recipe(recipe_path, changes=changes, seeds=seeds)
+    if recipe.title:
+        out.print(f"[bold]{escape(recipe.title)}[/]")
+    with _Bars() as bars:
+        grid = run_recipe(
+            recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
+        )
+    if grid.skipped:
+        out.print(f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again.")
+    _report(list(grid.directories), out_dir)
+
+
+def _report(directories: Sequence[Path], out_dir: Path) -> None:
+    from mithridate.bench.store import read_runs
+    from mithridate.report import build_report, summary_table
+    from mithridate.report.tables import cells
+
+    paths = build_report(directories, out_dir)
+    out.print(summary_table(cells(read_runs(directories))))
+    out.print(f"report: {paths.html}", soft_wrap=True)
+
+
+def _shipped(name: str) -> Path:
+    """A recipe that comes with the library: inside an installed package, or beside the sources."""
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parents[1] / "recipes"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"the recipe {name} is missing from this installation; install mithridate again.")
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: give whole numbers with commas, such as 0,1,2.") from None
+
+
+def _shown(value: object) -> str:
+    from dataclasses import MISSING
+
+    return "required" if value is MISSING else "unset" if value is None else str(value)
+
+
+def _list_datasets() -> None:
+    from mithridate.data.catalogue import DATASETS
+    from mithridate.data.stream import StreamSettings
+    from mithridate.registry import defaults
+
+    table = Table(title="datasets", title_justify="left", show_lines=True)
+    for column in ("name", "what it is", "images", "hub id", "source"):
+        table.add_column(column, overflow="fold")
+    for info in DATASETS.values():
+        rows = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
+        shape = "x".join(map(str, info.shape))
+        table.add_row(info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source)
+    out.print(table)
+    fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
+    out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")
+
+
+class _Bars:
+    """Progress bars for a grid; a line for every finished run, which also serves where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=out,
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+        self.runs: TaskID | None = None
+        self.now: TaskID | None = None
+
+    def __enter__(self) -> "_Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def cell(self, cell: Any, number: int, of: int) -> None:  # noqa: ANN401  (bench.Cell; torch is not imported here)
+        """A new run begins."""
+        if self.runs is None:
+            self.runs = self.progress.add_task("runs", total=of, note="")
+        self.progress.update(self.runs, completed=number, note=cell.run_id)
+
+    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+        """An epoch has ended."""
+        self._show(f"burn-in, seed {seed}", done, epochs, "epochs")
+
+    def step(self, cell: Any, done: int, steps: int, accuracy: float) -> None:  # noqa: ANN401
+        """A step has ended."""
+        self._show("stream", done, steps, f"accuracy {accuracy:.1%}")
+
+    def finished(self, cell: Any, summary: Mapping[str, Any], *, skipped: bool) -> None:  # noqa: ANN401
+        """A run has ended."""
+        drop = summary["drop"]
+        fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+.1f} points"
+        kept = "  (kept)" if skipped else ""
+        self.progress.console.print(
+            f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "
+            f"{summary['steps']} batches, {fell}, {summary['seconds']:.1f} s{kept}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if self.now is not None:
+            self.progress.remove_task(self.now)
+            self.now = None
+
+    def _show(self, what: str, done: int, of: int, note: str) -> None:
+        if self.now is None:
+            self.now = self.progress.add_task(what, total=of, note=note)
+        self.progress.update(self.now, description=what, completed=done, total=of, note=note)

@@ -1,0 +1,198 @@
+"""Named image sets as arrays of bytes, decoded once and checked on the way."""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import platformdirs
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+from PIL import Image
+
+from mithridate.data.catalogue import DatasetInfo, dataset_info
+from mithridate.data.sources import Rows, hub_rows, mirror_files, mirror_rows
+from mithridate.errors import ConfigError, DataError, nearest
+from mithridate.files import write_atomically
+
+DATA_ROOT = "MITHRIDATE_DATA"
+"""Environment variable: a folder that mirrors hub repositories; without it, data come from the hub."""
+
+CACHE = "MITHRIDATE_CACHE"
+"""Environment variable: where decoded images are kept; without it, the user's cache directory."""
+
+CACHE_FORMAT = 1
+"""Raised when decoding changes, so that older cache files are not used."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """One split of an image set.
+
+    Args:
+        name: The image set.
+        split: Which split.
+        x: Pixels, uint8, read-only.
+        y: Class numbers, int64, read-only.
+        info: What is known of the image set.
+        fingerprint: 16 hex digits of a SHA-256 over name, split and content.
+
+    Shape:
+        x (n, channels, height, width); y (n,).
+    """
+
+    name: str
+    split: str
+    x: NDArray[np.uint8]
+    y: NDArray[np.int64]
+    info: DatasetInfo
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+def load_images(name: str, split: str, *, data_root: Path | None = None, cache: Path | None = None) -> ImageSet:
+    """One split of a named image set.
+
+    The first call decodes the images and keeps them in the cache; later calls read them from there, and decode again if
+    the source files have changed or the cache file is damaged.
+
+    Args:
+        name: One of `DATASETS`.
+        split: One of its splits.
+        data_root: Folder that mirrors hub repositories; by default the environment's `MITHRIDATE_DATA`, and without
+            that the hub. A split that a given folder lacks is an error: the hub is then not asked.
+        cache: Folder for decoded images; by default the environment's `MITHRIDATE_CACHE`, else the user's cache.
+
+    Raises:
+        ConfigError: Unknown data set or split.
+        DataError: The split is not to be had, an image or label is not as expected, or the cache cannot be written.
+    """
+    info = dataset_info(name)
+    if split not in info.splits:
+        raise ConfigError(f"{name} has no split '{split}': {nearest(split, info.splits)}")
+    if not info.hub_id:
+        return _image_set(info, split, *_embedded_digits())
+    root = data_root or _folder_from(DATA_ROOT)
+    files = mirror_files(info, split, root) if root is not None else []
+    path = (cache or _folder_from(CACHE) or Path(platformdirs.user_cache_dir("mithridate"))) / "images"
+    path /= f"{name}-{split}-{_source_key(info, split, files)}.safetensors"
+    known = _read_cached(path, info, split)
+    if known is not None:
+        return known
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_suffix(".lock")):
+            known = _read_cached(path, info, split)
+            if known is None:
+                rows = mirror_rows(info, files) if root is not None else hub_rows(info, split)
+                known = _image_set(info, split, *_decode(rows, info, split))
+                _write_cached(path, known)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(
+            f"{name}: the decoded images cannot be kept in {path.parent} ({error}); set {CACHE} to a folder that can "
+            "be written to and has room."
+        ) from error
+    return known
+
+
+def _folder_from(variable: str) -> Path | None:
+    value = os.environ.get(variable)
+    return Path(value).expanduser() if value else None
+
+
+def _embedded_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The digits of scikit-learn; their 17 levels of grey, 0 to 16, are spread over 0 to 255."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    return np.rint(loaded.images[:, None] * (255 / 16)).astype(np.uint8), loaded.target.astype(np.int64)
+
+
+def _image_set(info: DatasetInfo, split: str, x: NDArray[np.uint8], y: NDArray[np.int64]) -> ImageSet:
+    digest = hashlib.sha256(json.dumps([info.name, split, x.shape]).encode())
+    digest.update(np.ascontiguousarray(x).data)
+    digest.update(np.ascontiguousarray(y, dtype="<i8").data)
+    x.flags.writeable = False
+    y.flags.writeable = False
+    return ImageSet(info.name, split, x, y, info, digest.hexdigest()[:16])
+
+
+def _source_key(info: DatasetInfo, split: str, files: Iterable[Path]) -> str:
+    """16 hex digits that change whenever the source files do."""
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    source: object = states or [info.hub_id, info.hub_config]
+    text = json.dumps([CACHE_FORMAT, info.name, split, info.image_column, info.label_column, source])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _write_cached(path: Path, images: ImageSet) -> None:
+    arrays: dict[str, NDArray[Any]] = {"x": images.x, "y": images.y}
+    notes = {"name": images.name, "split": images.split, "fingerprint": images.fingerprint}
+    write_atomically(path, lambda part: safetensors.numpy.save_file(arrays, part, metadata=notes))
+
+
+def _read_cached(path: Path, info: DatasetInfo, split: str) -> ImageSet | None:
+    """What the cache file holds, or None if there is none or its content is not what was written."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            notes = file.metadata() or {}
+            x, y = np.array(file.get_tensor("x")), np.array(file.get_tensor("y"))
+    except (OSError, safetensors.SafetensorError):
+        return None
+    found = _image_set(info, split, x, y)
+    return found if found.fingerprint == notes.get("fingerprint") else None
+
+
+def _decode(rows: Iterable[Rows], info: DatasetInfo, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    x, y = [], []
+    for piece in rows:
+        for offset, (image, label) in enumerate(zip(piece.images, piece.labels, strict=True)):
+            where = f"{info.name}: row {piece.first + offset} of {piece.place}"
+            x.append(_pixels(image, info, where))
+            y.append(_label(label, info, where))
+    if not y:
+        raise DataError(f"{info.name}: the split '{split}' has no rows; fetch it again.")
+    pixels = np.stack(x)
+    channels_first = pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
+    return np.ascontiguousarray(channels_first), np.array(y, dtype=np.int64)
+
+
+def _pixels(encoded: object, info: DatasetInfo, where: str) -> NDArray[np.uint8]:
+    """One image: (height, width), or (height, width, 3) in colour."""
+    data = encoded.get("bytes") if isinstance(encoded, dict) else encoded
+    if not isinstance(data, bytes):
+        raise DataError(f"{where} holds no encoded image (column '{info.image_column}'); fetch the data again.")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, (width, height) = image.mode, image.size
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where} is not a readable image ({error}); fetch the data again.") from error
+    channels, *size = info.shape
+    expected = "L" if channels == 1 else "RGB"
+    if mode != expected or [height, width] != size:
+        raise DataError(
+            f"{where} is an image of mode {mode}, {height}x{width} pixels; {info.name} has mode {expected}, "
+            f"{size[0]}x{size[1]} pixels. Convert it, or fetch the data again."
+        )
+    return pixels
+
+
+def _label(label: object, info: DatasetInfo, where: str) -> int:
+    if not isinstance(label, int) or not 0 <= label < len(info.classes):
+        raise DataError(
+            f"{where} has the label {label!r} (column '{info.label_column}'); {info.name} has the class numbers 0 to "
+            f"{len(info.classes) - 1}."
+        )
+    return label

@@ -1,0 +1,168 @@
+"""Where the encoded rows of an image set come from: a folder that mirrors hub repositories, or the hub itself."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mithridate.data.catalogue import DatasetInfo
+from mithridate.errors import DataError
+
+ROWS_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some consecutive rows as they are stored: encoded images and labels.
+
+    Args:
+        place: The file or repository that they are from, for messages.
+        first: Number of the first of them in that place, from 0.
+        images: One entry a row.
+        labels: One entry a row.
+    """
+
+    place: str
+    first: int
+    images: Sequence[Any]
+    labels: Sequence[Any]
+
+
+def mirror_files(info: DatasetInfo, split: str, root: Path) -> list[Path]:
+    """The Parquet files of one split, in order, in a folder that mirrors hub repositories.
+
+    Args:
+        info: The image set.
+        split: Which split.
+        root: Folder laid out as `<root>/<hub id>/<config>/<split>*.parquet`; the files may also lie in
+            `<root>/<hub id>/`, in its `data/`, or in a folder named like the split in any of the three.
+
+    Raises:
+        DataError: The folder, the data set or the split is not there, or some of its shards are missing.
+    """
+    if not root.is_dir():
+        raise DataError(
+            f"the data root {root} is not a folder; set MITHRIDATE_DATA (or the data root) to one that exists."
+        )
+    repository = root / info.hub_id
+    folders = [repository / info.hub_config, repository / "data", repository]
+    in_name = re.compile(rf"{re.escape(split)}([-_.].*)?\.parquet")
+    for folder in folders:
+        for found in (
+            [path for path in folder.glob("*.parquet") if in_name.fullmatch(path.name)],
+            list((folder / split).glob("*.parquet")),
+        ):
+            if found:
+                files = sorted(found)
+                _require_all_shards(files)
+                return files
+    held = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
+    raise DataError(
+        f"{info.name}: no split '{split}' under the data root {root}. "
+        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
+        f"there is {', '.join(held) if held else 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
+        "load it from the hub."
+    )
+
+
+def _require_all_shards(files: list[Path]) -> None:
+    for path in files:
+        numbered = re.search(r"-(\d{5})-of-(\d{5})\.parquet$", path.name)
+        if numbered is None:
+            continue
+        start, total = path.name[: numbered.start()], numbered.group(2)
+        wanted = {f"{start}-{i:05}-of-{total}.parquet" for i in range(int(total))}
+        missing = sorted(wanted - {other.name for other in files})
+        if missing:
+            raise DataError(f"{path.parent} is incomplete: {', '.join(missing)} is missing; fetch it again.")
+
+
+def mirror_rows(info: DatasetInfo, files: Sequence[Path]) -> Iterator[Rows]:
+    """The rows of Parquet files, in order.
+
+    Args:
+        info: The image set.
+        files: As `mirror_files` returns them.
+
+    Raises:
+        DataError: A file is unreadable, or lacks a column.
+    """
+    wanted = [info.image_column, info.label_column]
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                held = file.schema_arrow.names
+                _require_columns(info, held, str(path))
+                first = 0
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
+                    yield Rows(
+                        str(path), first, batch.column(wanted[0]).to_pylist(), batch.column(wanted[1]).to_pylist()
+                    )
+                    first += len(batch)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} is not a readable Parquet file ({error}); fetch it again.") from error
+
+
+def hub_rows(info: DatasetInfo, split: str) -> Iterator[Rows]:
+    """The rows of one split from the Hugging Face hub, or from that library's own cache.
+
+    Args:
+        info: The image set.
+        split: Which split.
+
+    Raises:
+        DataError: The hub is out of reach, or its repository does not look as expected.
+    """
+    place = f"{info.hub_id} ({info.hub_config}, {split}) on the hub"
+    with _quiet_hub():
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(info.hub_id, info.hub_config, split=split)
+        except Exception as error:
+            raise DataError(
+                f"{info.name}: could not load {place} ({type(error).__name__}: {error}). Without a network, set "
+                f"MITHRIDATE_DATA to a folder laid out as <folder>/{info.hub_id}/{info.hub_config}/{split}*.parquet, "
+                "or use the data set 'digits', which needs neither."
+            ) from error
+        wanted = [info.image_column, info.label_column]
+        _require_columns(info, rows.column_names, place)
+        rows = rows.select_columns(wanted).cast_column(info.image_column, datasets.Image(decode=False))
+        first = 0
+        for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            yield Rows(place, first, table.column(wanted[0]).to_pylist(), table.column(wanted[1]).to_pylist())
+            first += len(table)
+
+
+def _require_columns(info: DatasetInfo, held: Sequence[str], place: str) -> None:
+    for column in (info.image_column, info.label_column):
+        if column not in held:
+            raise DataError(f"{place} has no column '{column}', but {', '.join(held)}; is this {info.name}?")
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep progress bars and retry notices off; the settings come back as they were."""
+    import datasets.utils
+    import huggingface_hub.utils
+
+    loggers = [logging.getLogger("datasets"), logging.getLogger("huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    shown = [m for m in (datasets.utils, huggingface_hub.utils) if not m.are_progress_bars_disabled()]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    for module in shown:
+        module.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

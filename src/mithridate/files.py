@@ -1,0 +1,36 @@
+"""Files that are either whole or not there: a killed process leaves no half-written one behind."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+
+CACHE = "MITHRIDATE_CACHE"
+"""Environment variable: where decoded images and burn-ins are kept; without it, the user's cache directory."""
+
+
+def cache_directory(given: Path | None = None) -> Path:
+    """Where decoded images and burn-ins are kept: `given`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
+    named = os.environ.get(CACHE)
+    return given or (Path(named) if named else Path(platformdirs.user_cache_dir("mithridate")))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one move.
+
+    Args:
+        path: Where the file shall be; parents are made.
+        write: Fills the path that it is given.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,233 @@
+"""A model, its optimiser and its defence: one update at a time."""
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mithridate.core import (
+    ADMITTED,
+    Batch,
+    BatchNormMode,
+    Defence,
+    Gradient,
+    Memory,
+    Need,
+    Snapshot,
+    Verdict,
+    View,
+    WhiteBox,
+    check_batch,
+)
+from mithridate.errors import CheckpointError, DataError
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one call of `Learner.update` did.
+
+    Args:
+        batch_loss: Mean loss of the batch that the defence let through, before the step; NaN if none was left.
+        gradient_norm: l2 length of its gradient.
+        bounded_norm: The same after the defence bounded it.
+        update_norm: l2 distance of the parameters before and after.
+        learned: Samples that the gradient was computed on.
+        verdict: Whether the step was kept, and why not.
+        seconds: Wall-clock time, the defence's included.
+    """
+
+    batch_loss: float
+    gradient_norm: float
+    bounded_norm: float
+    update_norm: float
+    learned: int
+    verdict: Verdict
+    seconds: float
+
+
+class Score(NamedTuple):
+    """Accuracy as a fraction and mean loss."""
+
+    accuracy: float
+    loss: float
+
+
+class Learner:
+    """A model that learns online: any `nn.Module` that gives logits, any torch optimiser.
+
+    Args:
+        model: The module; trained in place.
+        optimiser: A torch optimiser over its parameters.
+        criterion: (logits, labels) -> mean loss.
+        defence: What stands between batches and the model.
+        trusted: Samples that the owner knows to be clean, for defences that declare them.
+        update_mode: BatchNorm in an update: `train` uses and records the batch's statistics; `eval` leaves them alone.
+
+    Raises:
+        DataError: (from `update`) the batch must not reach a model, or its labels do not fit the logits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: Optimizer,
+        *,
+        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        defence: Defence | None = None,
+        trusted: Batch | None = None,
+        update_mode: BatchNormMode = "train",
+    ) -> None:
+        self.model = model
+        self.optimiser = optimiser
+        self.criterion = criterion
+        self.defence = defence or Defence()
+        self.trusted = trusted
+        self.update_mode = update_mode
+        self.step = 0
+        self.memory: Memory = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters lie."""
+        return next(self.model.parameters()).device
+
+    @property
+    def white_box(self) -> WhiteBox:
+        """Read access for attacks and defences."""
+        return WhiteBox(self.model, self.criterion)
+
+    def view(self) -> View:
+        """What the defence sees now."""
+        things: dict[Need, Any] = {Need.MODEL: self.white_box}
+        if self.trusted is not None:
+            things[Need.TRUSTED] = self.trusted
+        return View(self.step, self.memory, things, self.defence.needs, type(self.defence).__name__)
+
+    def update(self, batch: Batch) -> Update:
+        """Screen, differentiate, bound, step, admit: one batch.
+
+        Args:
+            batch: As received from the stream.
+
+        Returns:
+            Norms, the loss and the verdict. A NaN loss is not an error: it is reported.
+        """
+        began = time.perf_counter()
+        check_batch(batch, where="batch given to Learner.update")
+        batch = self.defence.screen(batch.to(self.device), self.view())
+        if len(batch.x) == 0:
+            verdict = Verdict(admit=False, reason="the defence left no sample of the batch")
+            return Update(torch.nan, 0.0, 0.0, 0.0, 0, verdict, time.perf_counter() - began)
+
+        gates = type(self.defence).admit is not Defence.admit
+        before = self.snapshot() if gates else None
+        old = [p.detach().clone() for p in self.model.parameters()]
+        loss = self._backward(batch)
+        gradient_norm, bounded_norm = self._bound()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+
+        verdict = ADMITTED
+        if before is not None:
+            verdict = self.defence.admit(before, self.view())
+            if not verdict.admit:
+                self.restore(before)
+        update_norm = _length(p.detach() - o for p, o in zip(self.model.parameters(), old, strict=True))
+        seconds = time.perf_counter() - began
+        return Update(loss, gradient_norm, bounded_norm, update_norm, len(batch.x), verdict, seconds)
+
+    def _backward(self, batch: Batch) -> float:
+        self.model.train(self.update_mode == "train")
+        self.optimiser.zero_grad(set_to_none=True)
+        logits = self.model(batch.x)
+        top = int(batch.y.max())
+        if logits.ndim != 2 or top >= logits.shape[1] or int(batch.y.min()) < 0:
+            raise DataError(
+                f"the model gives logits of shape {tuple(logits.shape)}, but the batch has labels "
+                f"{int(batch.y.min())} to {top}; build the model with as many outputs as there are classes."
+            )
+        loss = self.criterion(logits, batch.y)
+        loss.backward()
+        return float(loss.detach())
+
+    def _bound(self) -> tuple[float, float]:
+        """Let the defence bound the gradient; lengths before and after."""
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        gradient = Gradient.of(grads)
+        length = float(torch.linalg.vector_norm(gradient.rows))
+        bounded = self.defence.bound(gradient, self.view())
+        if bounded is gradient:
+            return length, length
+        for name, g in bounded.named().items():
+            grads[name].copy_(g)
+        return length, float(torch.linalg.vector_norm(bounded.rows))
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Score:
+        """Accuracy and mean loss over batches, in eval mode; the model's flags come back as they were."""
+        flags = {name: m.training for name, m in self.model.named_modules()}
+        self.model.eval()
+        hits, loss, count = 0, 0.0, 0
+        for batch in batches:
+            x, y = batch.to(self.device)
+            logits = self.model(x)
+            hits += int((logits.argmax(1) == y).sum())
+            loss += float(self.criterion(logits, y)) * len(y)
+            count += len(y)
+        for name, m in self.model.named_modules():
+            m.training = flags[name]
+        return Score(hits / count, loss / count)
+
+    def snapshot(self) -> Snapshot:
+        """All that the learner is now, as detached copies."""
+        return Snapshot(
+            parameters={name: p.detach().clone() for name, p in self.model.named_parameters()},
+            buffers={name: b.detach().clone() for name, b in self.model.named_buffers()},
+            optimiser=copy.deepcopy(self.optimiser.state_dict()),
+            step=self.step,
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state and step.
+
+        Raises:
+            CheckpointError: Names or shapes are not those of this model.
+        """
+        _write(dict(self.model.named_parameters()), snapshot.parameters, "parameters")
+        _write(dict(self.model.named_buffers()), snapshot.buffers, "buffers")
+        self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
+        self.step = snapshot.step
+
+    @torch.no_grad()
+    def restore_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Take only the buffers (BatchNorm statistics and the like) from elsewhere."""
+        _write(dict(self.model.named_buffers()), buffers, "buffers")
+
+
+def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    if into.keys() != values.keys():
+        missing, extra = sorted(into.keys() - values.keys()), sorted(values.keys() - into.keys())
+        raise CheckpointError(
+            f"the {what} are of another model: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}; "
+            "build the model with the settings that the checkpoint was made with."
+        )
+    for name, target in into.items():
+        if target.shape != values[name].shape:
+            raise CheckpointError(
+                f"{what[:-1]} '{name}' has shape {tuple(values[name].shape)}, the model wants {tuple(target.shape)}; "
+                "build the model with the width and classes that the checkpoint was made with."
+            )
+    for name, target in into.items():
+        target.copy_(values[name])
+
+
+def _length(pieces: Iterable[Tensor]) -> float:
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in pieces])))

@@ -1,0 +1,350 @@
+"""The online loop: a stream, an attack, a learner with its defence, monitors; one trace row a step."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from mithridate.core import Attack, Batch, BatchNormMode, Memory, Monitor, Need, Reading, Snapshot, View
+from mithridate.data.stream import Stream
+from mithridate.errors import ConfigError
+from mithridate.learning.learner import Learner, Score, Update
+from mithridate.norms import sample_norms
+from mithridate.registry import settings
+from mithridate.seeding import generator
+
+Row = dict[str, Any]
+"""One row of the trace; `bench.store.TRACE_SCHEMA` says what the columns mean."""
+
+EVALUATION_BATCH = 500
+
+
+@settings
+class OnlineRun:
+    """How the victim learns from the stream, and how long.
+
+    Args:
+        steps: Batches of the accumulative phase at most; the trigger batch comes on top.
+        lr: Learning rate of the victim's SGD.
+        momentum: Its momentum factor.
+        weight_decay: Its L2 penalty.
+        restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
+        update_mode: BatchNorm in the victim's updates: `train` uses and records the batch's statistics; `eval` does not.
+        on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
+            `halt`: the service stops learning before the trigger.
+        images: Pictures stored of the first accumulative batch and of the trigger, clean and poisoned.
+        save_every: Steps between resume points.
+
+    Source:
+        Pang et al., NeurIPS 2021, section 4: SGD, lr 0.1, momentum 0.9. The released code starts a fresh optimiser
+        without weight decay.
+    """
+
+    steps: Annotated[int, Field(ge=0)] = 20
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    restore_momentum: bool = False
+    update_mode: BatchNormMode = "train"
+    on_alarm: Literal["record", "trigger", "halt"] = "record"
+    images: Annotated[int, Field(ge=0)] = 8
+    save_every: Annotated[int, Field(ge=1)] = 1
+
+
+@dataclass
+class Progress:
+    """Where a run is: enough, with the learner's snapshot, to go on as if nothing had happened.
+
+    Args:
+        rows: Trace rows so far, the state before the stream first.
+        memory: The attack's notes.
+        images: Pictures taken so far.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    memory: Memory = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to.
+
+    Args:
+        accuracy_start: Test accuracy before the stream, a fraction.
+        accuracy_before_trigger: After the accumulative phase.
+        accuracy_after_trigger: After the one step on the trigger batch; None if the service was halted before it.
+        drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
+        accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics).
+        steps: Accumulative batches that the victim learned from.
+        stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
+        status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
+        alarms: Steps at which a monitor raised an alarm, the trigger step included.
+        first_alarm_step: The first of them; None if there was none.
+        rolled_back: Steps that the defence did not keep.
+        seconds: Time of all steps, evaluation included.
+        trace: One row a step.
+        images: Stored pictures.
+    """
+
+    accuracy_start: float
+    accuracy_before_trigger: float
+    accuracy_after_trigger: float | None
+    drop: float | None
+    accuracy_after_buffers: float | None
+    steps: int
+    stopped_by: str
+    status: str
+    alarms: int
+    first_alarm_step: int | None
+    rolled_back: int
+    seconds: float
+    trace: Sequence[Row]
+    images: Mapping[str, Tensor]
+
+    def summary(self) -> dict[str, Any]:
+        """The plain numbers, without trace and images."""
+        return {k: v for k, v in self.__dict__.items() if k not in {"trace", "images"}}
+
+
+def online_optimiser(learner_parameters: Iterator[torch.nn.Parameter], run: OnlineRun) -> SGD:
+    """The victim's optimiser in the stream: a fresh SGD."""
+    return SGD(learner_parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
+
+
+def adopt_momentum(optimiser: Optimizer, burned_in: Snapshot) -> None:
+    """Give a fresh optimiser the state that the burn-in ended with; its own settings stay."""
+    state = optimiser.state_dict()
+    optimiser.load_state_dict({"state": burned_in.optimiser["state"], "param_groups": state["param_groups"]})
+
+
+class _Loop:
+    """The pieces of one run, bound together; `run_online` is its only user."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        stream: Stream,
+        attack: Attack,
+        run: OnlineRun,
+        monitors: Sequence[Monitor],
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self.learner, self.stream, self.attack, self.run = learner, stream, attack, run
+        self.monitors, self.seed, self.progress = monitors, seed, progress
+        self.test = list(stream.test.batches(EVALUATION_BATCH, device=learner.device))
+        self.things: dict[Need, Any] = {
+            Need.MODEL: learner.white_box,
+            Need.TRIGGER: stream.trigger_batch(run.steps, seed, learner.device),
+        }
+        if len(stream.validation):
+            self.things[Need.VALIDATION] = stream.validation.all(learner.device)
+
+    def view(self) -> View:
+        """What the attack sees now."""
+        rows = self.progress.rows
+        now = {**self.things, Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
+        return View(self.learner.step, self.progress.memory, now, self.attack.needs, type(self.attack).__name__)
+
+    def start(self) -> None:
+        """The row of the state before the stream."""
+        began = time.perf_counter()
+        score = self.learner.evaluate(self.test)
+        nothing = {
+            name: None
+            for name in ("batch_loss", "gradient_norm", "bounded_norm", "update_norm", "poison_linf", "poison_l2")
+        }
+        self.progress.rows.append(
+            {
+                "step": 0,
+                "phase": "start",
+                "accuracy": score.accuracy,
+                "loss": score.loss,
+                **nothing,
+                "poisoned": 0.0,
+                "admitted": True,
+                "verdict": "",
+                "alarms": "",
+                "craft_seconds": 0.0,
+                "update_seconds": 0.0,
+                "seconds": time.perf_counter() - began,
+            }
+        )
+
+    def step(self, phase: str) -> None:
+        """Craft one batch, let the victim learn from it, measure."""
+        began = time.perf_counter()
+        index = len(self.progress.rows) - 1
+        rng = generator("attack", self.seed, index)
+        if phase == "trigger":
+            clean = self.things[Need.TRIGGER]
+            sent = self.attack.trigger(clean, self.view(), rng=rng)
+            momentum = None
+        else:
+            clean = self.stream.victim_batch(index, self.seed, self.learner.device)
+            sent = self.attack.poison(clean, self.view(), rng=rng)
+            momentum = self.attack.weight_momentum
+        crafted = time.perf_counter()
+        with _momentum(self.learner.optimiser, momentum):
+            update = self.learner.update(sent)
+        updated = time.perf_counter()
+        if phase != "trigger":
+            self.attack.fed(self.view(), generator("attack, fed", self.seed, index))
+        adapted = time.perf_counter()
+        score = self.learner.evaluate(self.test)
+        self._picture(phase, clean, sent)
+        row = _row(index + 1, phase, clean, sent, update, score)
+        row["craft_seconds"] = crafted - began + adapted - updated
+        row["update_seconds"] = updated - crafted
+        self.progress.rows.append(row)
+        row["alarms"] = "; ".join(self._alarms())
+        row["seconds"] = time.perf_counter() - began
+
+    def _alarms(self) -> list[str]:
+        readings = [
+            Reading(r["step"], r["accuracy"], r["loss"], math.nan if r["batch_loss"] is None else r["batch_loss"])
+            for r in self.progress.rows
+        ]
+        return [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
+
+    def _picture(self, phase: str, clean: Batch, sent: Batch) -> None:
+        if f"{phase}.clean" not in self.progress.images and self.run.images:
+            self.progress.images[f"{phase}.clean"] = clean.x[: self.run.images].cpu().clone()
+            self.progress.images[f"{phase}.poisoned"] = sent.x[: self.run.images].cpu().clone()
+
+    def phase_over(self) -> str | None:
+        """What ends the accumulative phase now, if anything does."""
+        rows = self.progress.rows
+        if len(rows) - 1 >= self.run.steps:
+            return "steps"
+        if self.attack.ready(self.view()):
+            return "attack"
+        if self.run.on_alarm != "record" and rows[-1]["alarms"]:
+            return "monitor"
+        return None
+
+    def accuracy_with_buffers_alone(self, before: Snapshot) -> float:
+        """Test accuracy with the parameters from before the last step and the buffers from after it."""
+        after = self.learner.snapshot()
+        self.learner.restore(before)
+        self.learner.restore_buffers(after.buffers)
+        score = self.learner.evaluate(self.test)
+        self.learner.restore(after)
+        return score.accuracy
+
+
+def run_online(
+    learner: Learner,
+    stream: Stream,
+    attack: Attack,
+    run: OnlineRun | None = None,
+    *,
+    monitors: Sequence[Monitor] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Let a learner learn from a stream under attack: an accumulative phase, then one trigger batch.
+
+    Args:
+        learner: After its burn-in, with its defence; changed in place.
+        stream: Where batches come from.
+        attack: What happens to them.
+        run: Length and options of the loop (its optimiser fields are for `online_optimiser`).
+        monitors: Watch the readings.
+        seed: Order of the stream and all the attack's draws. Same seed, same machine: same bits.
+        progress: Where an interrupted run had come to; the learner must be at the same point.
+        on_step: Called after every step of the phase, for progress bars and resume points.
+
+    Raises:
+        DataError: The stream is too short for the steps.
+        ThreatModelError: The attack looks at what it does not declare.
+    """
+    run = run or OnlineRun()
+    stream.require(run.steps)
+    progress = progress or Progress()
+    loop = _Loop(learner, stream, attack, run, monitors, seed, progress)
+    if not progress.rows:
+        loop.start()
+    while (stopped_by := loop.phase_over()) is None:
+        loop.step("accumulative")
+        if on_step:
+            on_step(progress)
+    halted = stopped_by == "monitor" and run.on_alarm == "halt"
+    after_buffers = None
+    if not halted:
+        before = learner.snapshot()
+        loop.step("trigger")
+        after_buffers = loop.accuracy_with_buffers_alone(before)
+    return _outcome(progress, stopped_by, halted, after_buffers)
+
+
+def _outcome(progress: Progress, stopped_by: str, halted: bool, after_buffers: float | None) -> Outcome:
+    rows = progress.rows
+    before = rows[-1]["accuracy"] if halted else rows[-2]["accuracy"]
+    after = None if halted else rows[-1]["accuracy"]
+    losses = [r[key] for r in rows for key in ("loss", "batch_loss") if r[key] is not None]
+    alarmed = [r["step"] for r in rows if r["alarms"]]
+    diverged = not all(math.isfinite(loss) for loss in losses)
+    return Outcome(
+        accuracy_start=rows[0]["accuracy"],
+        accuracy_before_trigger=before,
+        accuracy_after_trigger=after,
+        drop=None if after is None else before - after,
+        accuracy_after_buffers=after_buffers,
+        steps=sum(r["phase"] == "accumulative" for r in rows),
+        stopped_by=stopped_by,
+        status="halted" if halted else "diverged" if diverged else "finished",
+        alarms=len(alarmed),
+        first_alarm_step=alarmed[0] if alarmed else None,
+        rolled_back=sum(not r["admitted"] for r in rows),
+        seconds=sum(r["seconds"] for r in rows),
+        trace=rows,
+        images=progress.images,
+    )
+
+
+def _row(step: int, phase: str, clean: Batch, sent: Batch, update: Update, score: Score) -> Row:
+    delta = sent.x - clean.x
+    changed = delta.flatten(1).ne(0).any(1)
+    return {
+        "step": step,
+        "phase": phase,
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        "batch_loss": update.batch_loss,
+        "gradient_norm": update.gradient_norm,
+        "bounded_norm": update.bounded_norm,
+        "update_norm": update.update_norm,
+        "poison_linf": float(delta.abs().max()),
+        "poison_l2": float(sample_norms(delta[changed], "l2").mean()) if bool(changed.any()) else 0.0,
+        "poisoned": float(changed.float().mean()),
+        "admitted": update.verdict.admit,
+        "verdict": update.verdict.reason,
+    }
+
+
+@contextmanager
+def _momentum(optimiser: Optimizer, factor: float | None) -> Iterator[None]:
+    """Another momentum factor for the steps inside; None changes nothing."""
+    if factor is None:
+        yield
+        return
+    if any("momentum" not in group for group in optimiser.param_groups):
+        raise ConfigError(f"weight_momentum needs an optimiser with momentum, not {type(optimiser).__name__}; unset it.")
+    own = [group["momentum"] for group in optimiser.param_groups]
+    for group in optimiser.param_groups:
+        group["momentum"] = factor
+    try:
+        yield
+    finally:
+        for group, value in zip(optimiser.param_groups, own, strict=True):
+            group["momentum"] = value

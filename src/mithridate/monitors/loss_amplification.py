@@ -1,0 +1,45 @@
+"""An alarm when the training loss of a batch is far above what the stream had so far."""
+
+import math
+from collections.abc import Sequence
+from statistics import median
+from typing import Annotated
+
+from pydantic import Field
+
+from mithridate.core import Monitor, Reading
+from mithridate.registry import register, settings
+
+
+@register("monitor", "loss_amplification")
+@settings
+class LossAmplification(Monitor):
+    """Alarm when the loss of a batch exceeds a multiple of the first batch's loss, or is not finite.
+
+    Args:
+        factor: The multiple, > 1.
+        slack: Added to the bound, in nats; keeps a model with almost no loss from alarming at trifles.
+        window: Compare with the median of the last `window` batches instead of the first batch's loss; unset: the first.
+
+    Source:
+        Zhu et al., ICML 2023, section 4.2: batches are counted until the training loss is amplified to a monitored
+        threshold. The paper states no value; these defaults are ours.
+    """
+
+    factor: Annotated[float, Field(gt=1)] = 3.0
+    slack: Annotated[float, Field(ge=0)] = 0.5
+    window: Annotated[int, Field(ge=1)] | None = None
+
+    def alarm(self, readings: Sequence[Reading]) -> str | None:
+        """The newest batch loss against those before it."""
+        losses = [r.batch_loss for r in readings if r.step > 0]
+        if not losses:
+            return None
+        now, before = losses[-1], losses[:-1]
+        if not math.isfinite(now):
+            return "training loss is not finite"
+        if not before:
+            return None
+        usual = median(before[-self.window :]) if self.window else before[0]
+        bound = self.factor * usual + self.slack
+        return f"training loss {now:.3g} above {bound:.3g}" if now > bound else None

@@ -1,0 +1,401 @@
+"""The report doubts itself: rules that say what in the results is not trustworthy, each with its numbers.
+
+A rule is a pure function from rows that are compared with each other (same data set and model) to the doubts it found.
+Rules about what attacks did skip the controls, `clean` and `noise`: nobody claims a drop for those.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from mithridate.bench.store import Run
+from mithridate.report.tables import (
+    Row,
+    flattened,
+    groups,
+    seed,
+    seeds,
+    settings,
+    shared,
+    spread,
+    varying,
+)
+from mithridate.report.wording import counted, listed, plain, points
+
+MIN_SEEDS = 3
+"""Fewer different seeds than this say little about the spread."""
+
+QUIET_POINTS = 0.05
+"""A phase that loses more accuracy than this (a fraction) before the trigger is not quiet. The phases of Pang et al.,
+Table 1, cost 2 to 5 points."""
+
+NEGLIGIBLE = 0.01
+"""Changes of accuracy below one point are not argued about."""
+
+BUFFER_SHARE = 0.5
+"""From this share of the drop on, BatchNorm statistics explain it."""
+
+START_POINTS = 0.01
+"""Cells whose start accuracies differ by more than this (a fraction) did not start equal."""
+
+BUDGET_KEYS = ("eps", "norm", "poison_ratio")
+"""The settings of an attack that say how much it may change."""
+
+ENVIRONMENT_KEYS = (
+    "mithridate",
+    "commit",
+    "python",
+    "torch",
+    "numpy",
+    "cuda",
+    "device",
+    "device_name",
+    "gpu",
+    "threads",
+    "platform",
+    "machine",
+)
+"""What of `environment.json` can move a result."""
+
+ALL_CELLS = "all cells"
+
+
+class Severity(StrEnum):
+    """How much a doubt takes away."""
+
+    SERIOUS = "serious"
+    CAUTION = "caution"
+    NOTE = "note"
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One reason not to trust a number.
+
+    Args:
+        severity: How much it takes away.
+        cell: Attack and defence concerned, or `ALL_CELLS`.
+        text: What was found, with numbers.
+    """
+
+    severity: Severity
+    cell: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one rule found.
+
+    Args:
+        title: The rule in a few words.
+        meaning: What it looks for: its docstring's first line.
+        doubts: Empty if there was nothing.
+    """
+
+    title: str
+    meaning: str
+    doubts: tuple[Doubt, ...]
+
+
+def few_seeds(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for cells with fewer than 3 different seeds; with one seed there is no spread at all."""
+    cells: dict[tuple[int, str], list[str]] = {}
+    for row in rows:
+        n = len({seed(run) for run in row.runs})
+        if n < MIN_SEEDS:
+            cells.setdefault((n, seeds(row.runs)), []).append(row.cell)
+    return [
+        Doubt(
+            Severity.SERIOUS if n == 1 else Severity.CAUTION,
+            ALL_CELLS if len(few) == len(rows) > 1 else ", ".join(few),
+            f"{counted(str(n), 'seed')} ({which}); at least {MIN_SEEDS} are needed to see a spread.",
+        )
+        for (n, which), few in cells.items()
+    ]
+
+
+def duplicate_seeds(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for a seed that occurs twice in one cell: such runs are not independent, yet count in n."""
+    found = []
+    for row in rows:
+        twice = [str(s) for s, times in Counter(map(seed, row.runs)).items() if s is not None and times > 1]
+        if twice:
+            text = f"{len(row.runs)} runs, but seed {listed(twice)} more than once; n and ± are too favourable."
+            found.append(Doubt(Severity.SERIOUS, row.cell, text))
+    return found
+
+
+def early_loss(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for attacks that cost more than 5 points before the trigger, or at least as much as the trigger itself."""
+    found = []
+    for row in _claiming(rows):
+        before = row.difference("accuracy_start", "accuracy_before_trigger").mean
+        drop = row.statistic("drop").mean
+        if before is None or before < NEGLIGIBLE:
+            continue
+        lost = f"{points(before)} points were"
+        if drop is not None and before >= drop:
+            text = f"{lost} lost before the trigger and {points(drop)} in its step: not one batch's work."
+            found.append(Doubt(Severity.SERIOUS, row.cell, text))
+        elif before > QUIET_POINTS:
+            text = f"{lost} lost before the trigger; a phase is called quiet up to {points(QUIET_POINTS)}."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def alarms_before_trigger(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for monitors that raised an alarm before the trigger of an attack: the phase was not quiet."""
+    return [
+        Doubt(
+            Severity.CAUTION,
+            row.cell,
+            f"a monitor raised an alarm before the trigger in {_of(early, row)}.",
+        )
+        for row in _claiming(rows)
+        if (early := alarmed_early(row))
+    ]
+
+
+def false_alarms(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for monitors that raise alarms although nothing is attacked: their alarms elsewhere mean less."""
+    found = []
+    for row in rows:
+        alarmed = [run for run in row.runs if run.summary.get("alarms")]
+        if not row.attacking and alarmed:
+            text = f"alarms without an attack in {_of(alarmed, row)}."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def no_better_than_noise(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for attacks whose mean drop is not above the mean plus one std of random noise under the same defence."""
+    found = []
+    for row in _claiming(rows):
+        noise = noise_of(row, rows)
+        drop = row.statistic("drop")
+        if noise is None or drop.mean is None:
+            continue
+        bar = noise_bar(noise)
+        if bar is not None and drop.mean <= bar:
+            text = f"drop {spread(drop)} points, noise {spread(noise.statistic('drop'))} points: no better than noise."
+            found.append(Doubt(Severity.SERIOUS, row.cell, text))
+    return found
+
+
+def no_noise_baseline(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for defences under which no random noise was run: nothing says that the attack is more than that."""
+    found = []
+    for defence in dict.fromkeys(row.defence for row in _claiming(rows)):
+        attacks = [row for row in _claiming(rows) if row.defence == defence]
+        if noise_of(attacks[0], rows) is None:
+            names = listed([row.attack for row in attacks])
+            text = f"no noise baseline for {names}; add the attack noise with the same eps."
+            found.append(Doubt(Severity.CAUTION, f"defence {defence}", text))
+    return found
+
+
+def includes_zero(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for attacks whose drop, mean ± std over seeds, includes zero."""
+    found = []
+    for row in _claiming(rows):
+        drop = row.statistic("drop")
+        if drop.mean is not None and drop.std is not None and drop.mean - drop.std <= 0 <= drop.mean + drop.std:
+            text = f"drop {spread(drop)} points (n = {drop.n}) includes zero: no effect that these seeds can show."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def buffers_explain(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for drops of which BatchNorm statistics alone explain half: buffers replaced, parameters as before."""
+    found = []
+    for row in _claiming(rows):
+        lost = row.difference("accuracy_before_trigger", "accuracy_after_buffers").mean
+        drop = row.statistic("drop").mean
+        if lost is not None and drop is not None and drop > NEGLIGIBLE and lost >= BUFFER_SHARE * drop:
+            text = (
+                f"replacing only the buffers (BatchNorm statistics) costs {points(lost)} of the {points(drop)} points; "
+                "the poisoned update of the parameters is not what broke the model."
+            )
+            found.append(Doubt(Severity.SERIOUS, row.cell, text))
+    return found
+
+
+def diverged(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for runs whose loss became NaN: a collapse of training, which counts in the means."""
+    return [
+        Doubt(
+            Severity.SERIOUS,
+            row.cell,
+            f"{_of(runs, row)} diverged; the accuracies as measured count in the means.",
+        )
+        for row in rows
+        if (runs := row.with_status("diverged"))
+    ]
+
+
+def halted(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for runs that a monitor stopped before the trigger: they have no drop, and the others are a selection."""
+    return [
+        Doubt(
+            Severity.CAUTION,
+            row.cell,
+            f"{_of(runs, row)} halted before the trigger; the drop is "
+            + (f"that of the other {row.statistic('drop').n}." if row.statistic("drop").n else "unknown."),
+        )
+        for row in rows
+        if (runs := row.with_status("halted"))
+    ]
+
+
+def starts_differ(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for cells that are compared although their mean start accuracies differ by more than one point."""
+    starts = {row.cell: start for row in rows if (start := row.statistic("accuracy_start").mean) is not None}
+    if not starts:
+        return []
+    low, high = min(starts, key=starts.__getitem__), max(starts, key=starts.__getitem__)
+    if starts[high] - starts[low] <= START_POINTS:
+        return []
+    text = (
+        f"start accuracies span {points(starts[low])} % ({low}) to {points(starts[high])} % ({high}): "
+        "drops of unlike models are compared."
+    )
+    return [Doubt(Severity.CAUTION, ALL_CELLS, text)]
+
+
+def budgets_differ(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for attacks with different budgets (eps, norm, poison ratio) side by side."""
+    found = []
+    for key in BUDGET_KEYS:
+        cells: dict[str, list[str]] = {}
+        for row in _attacking(rows):
+            for value in budget(row).get(key, ()):
+                cells.setdefault(value, []).append(row.attack)
+        if len(cells) > 1:
+            each = "; ".join(f"{value}: {', '.join(dict.fromkeys(attacks))}" for value, attacks in cells.items())
+            found.append(Doubt(Severity.CAUTION, ALL_CELLS, f"{key} differs ({each}); a larger budget breaks more."))
+    return found
+
+
+def power_over_optimiser(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for attacks that set the victim's momentum: power over the optimiser, which data alone does not give."""
+    found = []
+    for row in _attacking(rows):
+        momenta = {flattened(run.config).get("attack.weight_momentum") for run in row.runs} - {None}
+        if momenta:
+            values = listed(sorted(map(str, momenta)))
+            text = f"the attack sets the victim's momentum to {values} in the accumulative phase."
+            found.append(Doubt(Severity.NOTE, row.cell, text))
+    return found
+
+
+def settings_mixed(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for cells whose runs differ in more than the seed: their mean is of unlike things."""
+    found = []
+    for row in rows:
+        tables = [settings(run) for run in row.runs]
+        mixed = varying(tables, shared(tables))
+        if mixed:
+            text = "; ".join(f"{key} = {values}" for key, values in mixed.items())
+            found.append(Doubt(Severity.SERIOUS, row.cell, f"its runs differ in more than the seed: {text}."))
+    return found
+
+
+def versions_mixed(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for different versions or devices behind results that are compared."""
+    runs = [run for row in rows for run in row.runs]
+    tables = [{key: plain(run.environment[key]) for key in ENVIRONMENT_KEYS if key in run.environment} for run in runs]
+    mixed = varying(tables, shared(tables))
+    if not mixed:
+        return []
+    text = "; ".join(f"{key}: {values}" for key, values in mixed.items())
+    return [Doubt(Severity.CAUTION, ALL_CELLS, f"the runs were made with unlike software or hardware: {text}.")]
+
+
+RULES: dict[str, Callable[[Sequence[Row]], list[Doubt]]] = {
+    "No better than noise": no_better_than_noise,
+    "Lost before the trigger": early_loss,
+    "Explained by BatchNorm statistics": buffers_explain,
+    "Diverged": diverged,
+    "Halted before the trigger": halted,
+    "One cell, several settings": settings_mixed,
+    "Same seed twice": duplicate_seeds,
+    "Too few seeds": few_seeds,
+    "Includes zero": includes_zero,
+    "Not quiet": alarms_before_trigger,
+    "False alarms": false_alarms,
+    "No noise baseline": no_noise_baseline,
+    "Unequal starts": starts_differ,
+    "Unequal budgets": budgets_differ,
+    "Unequal machines": versions_mixed,
+    "Power over the optimiser": power_over_optimiser,
+}
+"""Every rule by its title."""
+
+
+def examine(rows: Sequence[Row]) -> list[Examined]:
+    """Ask every rule about every group of rows that are compared.
+
+    Args:
+        rows: All rows of the report.
+
+    Returns:
+        One answer a rule, those with the gravest doubts first, those without doubts last.
+    """
+    compared = groups(rows)
+    answers = []
+    for title, rule in RULES.items():
+        doubts = []
+        for members in compared.values():
+            where = f"{members[0].subject}: " if len(compared) > 1 else ""
+            doubts += [replace(doubt, cell=where + doubt.cell) for doubt in rule(members)]
+        answers.append(Examined(title, (rule.__doc__ or "").partition("\n")[0], tuple(doubts)))
+    ranks = list(Severity)
+    return sorted(answers, key=lambda a: min((ranks.index(d.severity) for d in a.doubts), default=len(ranks)))
+
+
+def budget(row: Row) -> dict[str, tuple[str, ...]]:
+    """The budget settings of a cell that its runs record, with all values that occur."""
+    tables = [flattened(run.config) for run in row.runs]
+    every = {
+        key: tuple(dict.fromkeys(v for t in tables if (v := t.get(f"attack.{key}")) is not None)) for key in BUDGET_KEYS
+    }
+    return {key: values for key, values in every.items() if values}
+
+
+def noise_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The noise to compare an attack with: same defence; of equal budget if there is such, else the most harmful."""
+    noises = [other for other in rows if other.is_noise and other.defence == row.defence and other.statistic("drop").n]
+    return max(noises, key=lambda n: (budget(n) == budget(row), n.statistic("drop").mean), default=None)
+
+
+def noise_bar(noise: Row) -> float | None:
+    """What a drop must exceed: the noise's mean plus its std (0 for a single run)."""
+    drop = noise.statistic("drop")
+    return None if drop.mean is None else drop.mean + (drop.std or 0)
+
+
+def alarmed_early(row: Row) -> list[Run]:
+    """The runs in which a monitor raised an alarm before the trigger."""
+    early = []
+    for run in row.runs:
+        first, steps = run.summary.get("first_alarm_step"), run.summary.get("steps")
+        if isinstance(first, int) and isinstance(steps, int) and first <= steps:
+            early.append(run)
+    return early
+
+
+def _of(some: Sequence[Run], row: Row) -> str:
+    return (
+        f"{len(some)} of {counted(str(len(row.runs)), 'run')} ({'seed' if len(some) == 1 else 'seeds'} {seeds(some)})"
+    )
+
+
+def _attacking(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.attacking]
+
+
+def _claiming(rows: Iterable[Row]) -> list[Row]:
+    """Attacks but for the noise, of which nobody claims a drop."""
+    return [row for row in rows if row.attacking and not row.is_noise]

@@ -1,0 +1,188 @@
+"""What the data says in words: a headline only as strong as the results behind it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
+from mithridate.report.tables import Row, flattened, groups, seed, seeds, shared, spread
+from mithridate.report.wording import counted, decimal, listed, number, points, span
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one group of rows shows.
+
+    Args:
+        subject: Model and data set.
+        setting: What was attacked, one or two sentences.
+        headline: The result in one sentence.
+        details: Further sentences: the baselines, the defences.
+    """
+
+    subject: str
+    setting: str
+    headline: str
+    details: tuple[str, ...]
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """One finding a group of comparable rows."""
+    return [Finding(members[0].subject, setting(members), *headline(members)) for members in groups(rows).values()]
+
+
+def setting(rows: Sequence[Row]) -> str:
+    """What was attacked, from the settings and from what the runs measured.
+
+    Args:
+        rows: Rows of one data set and model.
+    """
+    runs = [run for row in rows for run in row.runs]
+    settings = shared([flattened(run.config) for run in runs])
+    epochs = settings.get("burn_in.epochs")
+    burn_in = f" after a burn-in of {counted(epochs, 'epoch')}" if epochs else ""
+    attacks = list(dict.fromkeys(row.attack for row in rows if row.attacking))
+    defences = list(dict.fromkeys(row.defence for row in rows))
+    by_seed = {seed(run): run for run in runs}
+    all_seeds = f"{'seed' if len(by_seed) == 1 else 'seeds'} {seeds(by_seed.values())}"
+    changes = [c for run in runs for step in run.trace if (c := number(step.get("poison_linf"))) is not None]
+    largest = (
+        f" No pixel was moved by more than {decimal(max(changes), 3)} of its range [0, 1]." if any(changes) else ""
+    )
+    against = f"was attacked by {listed(attacks)}" if attacks else "was not attacked"
+    return (
+        f"A {rows[0].model} that keeps learning from a stream of {rows[0].dataset}{burn_in} {against}, "
+        f"under the {'defence' if len(defences) == 1 else 'defences'} {listed(defences)}: "
+        f"{counted(str(len(runs)), 'run')}, {all_seeds}.{largest}"
+    )
+
+
+def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
+    """The strongest claim that the rows support, and what belongs beside it.
+
+    An attack is said to have cost something only if its mean drop is above zero by more than one std over seeds and
+    above the mean plus one std of noise under the same defence; the phase is called quiet only if it lost no more than
+    `QUIET_POINTS` and no monitor raised an alarm in it.
+
+    Args:
+        rows: Rows of one data set and model.
+    """
+    undefended = [row for row in rows if row.defence_name == "none"] or [
+        r for r in rows if r.defence == rows[0].defence
+    ]
+    attacks = [row for row in undefended if row.attacking and not row.is_noise]
+    tried = [row for row in attacks if row.statistic("drop").n]
+    if not tried:
+        return (_without_attack(undefended) if not attacks else "No attack reached its trigger."), ()
+    supported = [row for row in tried if _supported(row, rows)]
+    best = max(supported or tried, key=lambda row: row.statistic("drop").mean or 0)
+    if not supported:
+        return (
+            f"No attack is shown to work: the largest drop in a trigger step is {_cost(best)}, by {best.attack}, "
+            "and neither chance nor noise is excluded.",
+            _defended(best, rows),
+        )
+    under = "" if best.defence_name == "none" else f" under {best.defence}"
+    what = "One batch" if best.poisons_trigger else "One unpoisoned batch"
+    alone = _alone(best, undefended)
+    if not best.poisons_before_trigger:
+        return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, undefended) + _defended(
+            best, rows
+        )
+    sentence = f"{what} cost {_cost(best)}{under} {_phase(best)}"
+    if alone is not None:
+        same = "the same kind of batch" if _same_kind(best, alone) else "a batch"
+        sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
+    return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, undefended), *_defended(best, rows))
+
+
+def _cost(row: Row) -> str:
+    return f"{points(row.statistic('drop').mean or 0)} points ({_n(row)})"
+
+
+def _effect(row: Row) -> str:
+    drop = row.statistic("drop").mean or 0
+    return f"gained {points(-drop)} points ({_n(row)})" if drop < 0 else f"cost {_cost(row)}"
+
+
+def _n(row: Row) -> str:
+    n = row.statistic("drop").n
+    return f"n = {n}" if n == len(row.runs) else f"n = {n} of {len(row.runs)}"
+
+
+def _supported(row: Row, rows: Sequence[Row]) -> bool:
+    drop = row.statistic("drop")
+    noise = noise_of(row, rows)
+    bar = None if noise is None else noise_bar(noise)
+    return drop.mean is not None and drop.mean - (drop.std or 0) > 0 and (bar is None or drop.mean > bar)
+
+
+def _phase(row: Row) -> str:
+    length = counted(span(row.statistic("steps").values), "batch")
+    lost = row.difference("accuracy_start", "accuracy_before_trigger").mean or 0
+    alarmed = alarmed_early(row)
+    if lost <= QUIET_POINTS and not alarmed:
+        return f"after a quiet phase of {length}"
+    noted = [f"had already cost {points(lost)} points"] if lost > QUIET_POINTS else []
+    noted += [f"raised alarms in {len(alarmed)} of {counted(str(len(row.runs)), 'run')}"] if alarmed else []
+    return f"after a phase of {length} that {listed(noted)}"
+
+
+def _alone(best: Row, rows: Sequence[Row]) -> Row | None:
+    """The row of a trigger without a poisoned phase: equal budget first, then the same attack or `vanilla`."""
+    if not best.poisons_trigger:
+        return next((row for row in rows if not row.attacking and row.statistic("drop").n), None)
+    alone = [
+        row
+        for row in rows
+        if row.attacking and not row.is_noise and row.poisons_trigger and not row.poisons_before_trigger
+    ]
+    return max(
+        (row for row in alone if row.statistic("drop").n),
+        key=lambda row: (
+            _same_kind(best, row),
+            row.attack_name in {best.attack_name, "vanilla"},
+            row.statistic("drop").mean,
+        ),
+        default=None,
+    )
+
+
+def _same_kind(best: Row, alone: Row) -> bool:
+    return not alone.attacking or budget(best) == budget(alone)
+
+
+def _beside(best: Row, undefended: Sequence[Row]) -> tuple[str, ...]:
+    """The controls: noise, and no attack at all."""
+    noise = noise_of(best, undefended)
+    clean = next((row for row in undefended if not row.attacking and row.statistic("drop").n), None)
+    return (
+        *([f"Random noise{_called(noise)} {_effect(noise)}."] if noise is not None else []),
+        *([f"Without an attack{_called(clean)} the trigger step {_effect(clean)}."] if clean is not None else []),
+    )
+
+
+def _called(row: Row) -> str:
+    return "" if row.attack == row.attack_name else f" ({row.attack})"
+
+
+def _defended(best: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+    """The same attack under the other defences."""
+    sentences = []
+    for row in rows:
+        if row.attack != best.attack or row.defence == best.defence:
+            continue
+        stopped = len(row.with_status("halted"))
+        drop = row.statistic("drop")
+        cost = f"it cost {spread(drop)} points ({_n(row)})" if drop.n else "it did not reach its trigger"
+        total = counted(str(len(row.runs)), "run")
+        halted = f"; a monitor stopped {stopped} of {total} before the trigger" if stopped else ""
+        sentences.append(f"Under {row.defence} {cost}{halted}.")
+    return tuple(sentences)
+
+
+def _without_attack(rows: Sequence[Row]) -> str:
+    measured = [row for row in rows if row.statistic("drop").n]
+    if not measured:
+        return "Nothing was attacked, and no run reached its trigger step."
+    effects = listed([f"{_effect(row)} ({row.attack})" for row in measured])
+    return f"There is no attack in these runs to judge; the trigger step {effects}."

@@ -1,0 +1,28 @@
+"""The table that the command line prints."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from mithridate.report.tables import COLUMNS, Row, displayed, groups
+
+
+def summary_table(rows: Sequence[Row]) -> Table:
+    """All rows as a table for the terminal; names are shown as they are, never as markup.
+
+    Args:
+        rows: As made by `tables.rows`.
+    """
+    several = len(groups(rows)) > 1
+    table = Table(box=None, pad_edge=False)
+    for name in (*(("data set", "model") if several else ()), *COLUMNS[:2]):
+        table.add_column(name, overflow="fold")
+    for column in COLUMNS[2:]:
+        table.add_column(column, justify="right")
+    for previous, row in zip([None, *rows], rows, strict=False):
+        if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
+            table.add_section()
+        cells = (*(row.group if several else ()), *displayed(row))
+        table.add_row(*map(Text, cells))
+    return table

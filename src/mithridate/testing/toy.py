@@ -1,0 +1,94 @@
+"""A stream that is made, not loaded, and a model that learns it in a second."""
+
+import numpy as np
+import torch
+from torch.optim import SGD
+
+from mithridate.core import Defence
+from mithridate.data.catalogue import DatasetInfo, PartSizes
+from mithridate.data.stream import Part, Stream, StreamSettings
+from mithridate.learning.burn_in import BurnIn, burn_in
+from mithridate.learning.learner import Learner
+from mithridate.models import build_model
+from mithridate.seeding import derived_seed
+
+CLASSES = 4
+SIZES = PartSizes(burn_in=240, victim=100, validation=60, trusted=40, batch_size=20)
+TEST = 200
+
+TOY = DatasetInfo(
+    name="toy",
+    hub_id="",
+    hub_config="",
+    image_column="",
+    label_column="",
+    summary="A bright bar in one of four places, in noise.",
+    source="Made by this module.",
+    shape=(1, 8, 8),
+    classes=tuple("abcd"),
+    mean=(0.4,),
+    std=(0.3,),
+    splits={"all": 640},
+    flip=False,
+    crop_padding=1,
+    sizes=SIZES,
+)
+"""What the toy images are."""
+
+
+def toy_stream(seed: int = 0) -> Stream:
+    """8x8 grey images of four classes (where a bar stands), with enough noise that some are hard.
+
+    Args:
+        seed: Of all images.
+    """
+    rng = np.random.default_rng(derived_seed("toy", seed))
+
+    def part(name: str, n: int) -> Part:
+        y = rng.integers(0, CLASSES, n)
+        x = rng.normal(0.35, 0.22, (n, 1, 8, 8))
+        for i, label in enumerate(y):
+            x[i, 0, :, 2 * label : 2 * label + 2] += 0.35
+        return Part(name, (255 * x.clip(0, 1)).astype(np.uint8), y.astype(np.int64))
+
+    # The settings name a real set, since they are checked; only the sizes are used here.
+    settings = StreamSettings(
+        name="digits",
+        burn_in=SIZES.burn_in,
+        victim=SIZES.victim,
+        validation=SIZES.validation,
+        trusted=SIZES.trusted,
+        test=TEST,
+        batch_size=SIZES.batch_size,
+        augment=False,
+        seed=seed,
+    )
+    return Stream(
+        settings=settings,
+        info=TOY,
+        burn_in=part("burn_in", 240),
+        victim=part("victim", SIZES.victim),
+        validation=part("validation", SIZES.validation),
+        trusted=part("trusted", SIZES.trusted),
+        test=part("test", TEST),
+        fingerprint=f"toy-{seed}",
+    )
+
+
+def toy_learner(
+    stream: Stream, *, seed: int = 0, defence: Defence | None = None, dtype: torch.dtype = torch.float32, lr: float = 0.05
+) -> Learner:
+    """A small convolutional net after a short burn-in on a toy stream, with a fresh SGD.
+
+    Args:
+        stream: From `toy_stream`.
+        seed: Of the model and its burn-in.
+        defence: What stands before it.
+        dtype: Of the parameters.
+        lr: Learning rate of the online phase.
+    """
+    model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed)
+    burn_in(model, stream, BurnIn(epochs=4, batch_size=20, lr=0.05), seed=seed)
+    model.to(dtype)
+    optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
+    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all())

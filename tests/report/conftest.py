@@ -1,0 +1,215 @@
+"""Synthetic runs, in memory and in a store, shaped like those that the library writes."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mithridate.bench import store
+from mithridate.bench.store import Run
+from mithridate.report.tables import Row, rows
+
+MakeRun = Callable[..., Run]
+MakeRow = Callable[..., Row]
+
+ENVIRONMENT = {"mithridate": "0.1.0", "python": "3.11.9", "torch": "2.12.0", "device": "cpu", "threads": 2}
+
+
+def images(eps: float, seed: int, channels: int) -> dict[str, NDArray[np.float32]]:
+    """Blurred strokes, and the same within eps of them."""
+    rng = np.random.default_rng(seed)
+    side = 8 if channels == 1 else 32
+    y, x = np.mgrid[0:side, 0:side] / (side - 1) - 0.5
+    made: dict[str, NDArray[np.float32]] = {}
+    for phase in ("accumulative", "trigger"):
+        angles, radii = rng.uniform(0, np.pi, (4, channels, 1, 1)), rng.uniform(0.15, 0.4, (4, 1, 1, 1))
+        ring = np.abs(np.hypot(x * (1 + np.abs(np.cos(angles))), y) - radii)
+        clean = np.clip(np.exp(-((ring / 0.09) ** 2)), 0, 1).astype(np.float32)
+        made[f"{phase}.clean"] = clean
+        noise = eps * rng.choice([-1.0, 1.0], clean.shape)
+        made[f"{phase}.poisoned"] = np.clip(clean + noise, 0, 1).astype(np.float32)
+    return made
+
+
+def in_memory(
+    *,
+    attack: str = "accumulative",
+    defence: str = "none",
+    seed: int = 0,
+    accuracies: tuple[float, ...] = (0.98, 0.97, 0.96, 0.96),
+    after: float | None = 0.76,
+    after_buffers: float | None = None,
+    status: str = "finished",
+    label: str | None = None,
+    defence_label: str | None = None,
+    dataset: str = "digits",
+    model: str = "small_cnn",
+    eps: float = 0.2,
+    alarms: Mapping[int, str] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    summary: Mapping[str, Any] | None = None,
+    channels: int | None = None,
+    poisoned_trigger: bool = True,
+    folder: Path = Path("store"),
+) -> Run:
+    """One run; `accuracies` are those at the start and after each batch of the phase."""
+    alarms = alarms or {}
+    steps, before = len(accuracies) - 1, accuracies[-1]
+    poisons = 0.0 if attack == "clean" else 1.0
+    measured = [(a, "accumulative" if step else "start") for step, a in enumerate(accuracies)]
+    measured += [] if after is None else [(after, "trigger")]
+    trace = []
+    for step, (accuracy, phase) in enumerate(measured):
+        row: dict[str, Any] = dict.fromkeys(store.TRACE_SCHEMA.names)
+        row |= {"step": step, "phase": phase, "accuracy": accuracy, "loss": 3 * (1 - accuracy), "verdict": ""}
+        row |= {"alarms": alarms.get(step, ""), "admitted": True, "seconds": 0.5}
+        if phase != "start":
+            changed = poisons if phase == "accumulative" or poisoned_trigger else 0.0
+            row |= {
+                "batch_loss": 0.2 + 0.1 * min(step, 8) + 0.02 * seed,
+                "poisoned": changed,
+                "poison_linf": eps * changed,
+            }
+            norm = 2.0 ** min(step, 8)
+            row |= {"gradient_norm": norm, "bounded_norm": min(norm, 4), "update_norm": 0.1 * norm**0.5}
+        trace.append(row)
+    if status == "diverged":
+        trace[-1] |= {"loss": float("nan"), "batch_loss": float("inf")}
+    name = f"{label or attack}__{defence_label or defence}__seed{seed}"
+    return Run(
+        path=folder / name.replace("/", "_"),
+        config={
+            "data": {"name": dataset, "batch_size": 100},
+            "model": {"name": model, "width": 16},
+            "burn_in": {"epochs": 12, "lr": 0.1},
+            "attack": {"name": attack, "eps": eps} | ({"label": label} if label else {}),
+            "defence": {"name": defence} | ({"label": defence_label} if defence_label else {}),
+            "monitor": {"name": "accuracy_floor", "floor": 0.8},
+            "run": {"seeds": [seed], "steps": 5},
+            "title": "A trial",
+        }
+        | dict(config or {}),
+        summary={
+            "accuracy_start": accuracies[0],
+            "accuracy_before_trigger": before,
+            "accuracy_after_trigger": after,
+            "drop": None if after is None else before - after,
+            "accuracy_after_buffers": before if after_buffers is None else after_buffers,
+            "steps": steps,
+            "seconds": 12.25 + seed,
+            "seed": seed,
+            "status": status,
+            "stopped_by": "monitor" if status == "halted" else "steps",
+            "alarms": len(alarms),
+            "first_alarm_step": min(alarms, default=None),
+            "attack": label or attack,
+            "defence": defence_label or defence,
+            "dataset": dataset,
+            "model": model,
+            "something_new": {"unknown": [1, 2]},
+        }
+        | dict(summary or {}),
+        trace=trace,
+        environment=dict(ENVIRONMENT if environment is None else environment),
+        images={} if channels is None else images(eps, seed, channels),
+    )
+
+
+def save(run: Run) -> Run:
+    """Write a run with the store's own functions."""
+    store.write_toml(run.path / store.CONFIG, run.config)
+    store.write_trace(run.path / store.TRACE, run.trace)
+    store.write_json(run.path / store.ENVIRONMENT, run.environment)
+    if run.images:
+        store.write_arrays(run.path / store.IMAGES, run.images)
+    store.write_json(run.path / store.SUMMARY, run.summary)
+    return run
+
+
+def demonstration(folder: Path) -> list[Run]:
+    """Five attacks, two defences, three seeds; one run diverged, one halted, one alarmed."""
+    runs = []
+    for defence, kept in (("none", 0.0), ("clip", 0.75)):
+        for seed, wobble in enumerate((0.0, 0.006, -0.004)):
+            start = 0.975 + wobble
+            common: dict[str, Any] = {"defence": defence, "seed": seed, "folder": folder}
+            steady = tuple(start + 0.001 * step for step in range(6))
+            noisy = tuple(start - 0.001 * step for step in range(6))
+            quiet = tuple(start - (0.004 + abs(wobble)) * step for step in range(4 + seed % 2))
+            runs.append(in_memory(attack="clean", accuracies=steady, after=start + 0.006, **common))
+            runs.append(in_memory(attack="noise", accuracies=noisy, after=start - 0.009 - wobble, channels=1, **common))
+            runs.append(
+                in_memory(
+                    attack="vanilla",
+                    accuracies=(start,),
+                    after=start - (1 - kept) * (0.012 + wobble),
+                    channels=1,
+                    **common,
+                )
+            )
+            lost = (1 - kept) * (0.19 + 4 * wobble)
+            halted = defence == "clip" and seed == 1
+            runs.append(
+                in_memory(
+                    accuracies=quiet,
+                    after=None if halted else quiet[-1] - lost,
+                    after_buffers=quiet[-1] - 0.02,
+                    status="halted" if halted else "finished",
+                    alarms={len(quiet) - 1: "accuracy below the floor"}
+                    if halted
+                    else {len(quiet): "loss grew 5 times"},
+                    channels=1,
+                    **common,
+                )
+            )
+            loud = (start, start - 0.05, start - 0.12 + wobble, start - 0.2)
+            broken = defence == "none" and seed == 2
+            runs.append(
+                in_memory(
+                    attack="pgd",
+                    label="pgd, loud",
+                    accuracies=loud,
+                    after=0.1 if broken else start - 0.26,
+                    status="diverged" if broken else "finished",
+                    channels=1,
+                    **common,
+                )
+            )
+    return [save(run) for run in runs]
+
+
+@pytest.fixture(scope="session")
+def make_run() -> MakeRun:
+    return in_memory
+
+
+@pytest.fixture(scope="session")
+def save_run() -> Callable[[Run], Run]:
+    return save
+
+
+@pytest.fixture(scope="session")
+def make_row() -> MakeRow:
+    """One cell with a seed for each of `drops`, from 0.96 before the trigger unless `accuracies` say otherwise."""
+
+    def make(*drops: float, **how: Any) -> Row:
+        before = how.get("accuracies", (0.96,))[-1]
+        runs = [
+            in_memory(**{"accuracies": (0.98, 0.97, 0.96, 0.96), "seed": seed, "after": before - drop} | how)
+            for seed, drop in enumerate(drops)
+        ]
+        (row,) = rows(runs)
+        return row
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("store")
+    demonstration(folder)
+    return folder
