@@ -1,1 +1,72 @@
-"""Attack, inspect and defend models that learn from live data streams."""
+"""Attack, inspect and defend models that learn from live data streams.
+
+Everything that a user needs is a name in this module; the parts are loaded when they are first used, so that reading a
+report needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mithridate.attacks.accumulative import Accumulative as Accumulative
+    from mithridate.attacks.vanilla import Vanilla as Vanilla
+    from mithridate.bench.engine import run_recipe as run_recipe
+    from mithridate.bench.recipe import read_recipe as read_recipe
+    from mithridate.bench.store import read_runs as read_runs
+    from mithridate.core import Attack as Attack
+    from mithridate.core import Batch as Batch
+    from mithridate.core import Defence as Defence
+    from mithridate.core import Monitor as Monitor
+    from mithridate.core import Need as Need
+    from mithridate.core import Snapshot as Snapshot
+    from mithridate.core import View as View
+    from mithridate.data.stream import StreamSettings as StreamSettings
+    from mithridate.data.stream import open_stream as open_stream
+    from mithridate.defences.clip import Clip as Clip
+    from mithridate.errors import UserError as UserError
+    from mithridate.learning.burn_in import BurnIn as BurnIn
+    from mithridate.learning.burn_in import burn_in as burn_in
+    from mithridate.learning.learner import Learner as Learner
+    from mithridate.learning.online import OnlineRun as OnlineRun
+    from mithridate.learning.online import Outcome as Outcome
+    from mithridate.learning.online import online_optimiser as online_optimiser
+    from mithridate.learning.online import run_online as run_online
+    from mithridate.models import build_model as build_model
+    from mithridate.registry import build as build
+    from mithridate.registry import register as register
+    from mithridate.registry import settings as settings
+    from mithridate.report import build_report as build_report
+
+_HOME = {
+    "attacks.accumulative": ["Accumulative"],
+    "attacks.vanilla": ["Vanilla"],
+    "bench.engine": ["run_recipe"],
+    "bench.recipe": ["read_recipe"],
+    "bench.store": ["read_runs"],
+    "core": ["Attack", "Batch", "Defence", "Monitor", "Need", "Snapshot", "View"],
+    "data.stream": ["StreamSettings", "open_stream"],
+    "defences.clip": ["Clip"],
+    "errors": ["UserError"],
+    "learning.burn_in": ["BurnIn", "burn_in"],
+    "learning.learner": ["Learner"],
+    "learning.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
+    "models": ["build_model"],
+    "registry": ["build", "register", "settings"],
+    "report": ["build_report"],
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_WHERE)  # noqa: PLE0605  (a list of names, computed)
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first used."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'mithridate' has no attribute '{name}'")
+    value: object = getattr(import_module(f"mithridate.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

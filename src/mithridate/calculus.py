@@ -1,7 +1,8 @@
 """Derivatives of a loss that is a pure function of parameters and pixels.
 
-Every second-order quantity here is forward-over-reverse: a Jacobian-vector product, along a direction in parameter
-space, of a reverse-mode gradient. Nothing keeps a graph of a backward pass, which is what makes crafting cheap.
+Every second-order quantity here is forward-over-reverse: the derivative, along a direction in parameter space, of a
+reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so no
+graph of a backward pass is kept; `torch.func.grad` would keep one.
 
 Source:
     The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation
@@ -11,7 +12,8 @@ Source:
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TypeVar
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +31,6 @@ Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
 Normalise = Literal["none", "global", "tensor"]
 """How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
 
-Value = TypeVar("Value", Tensor, Parameters)
-
 
 @functools.cache
 def _load_forward_mode() -> None:
@@ -41,11 +41,27 @@ def _load_forward_mode() -> None:
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
-def _derivative_along(f: Callable[[Parameters], Value], at: Parameters, v: Parameters) -> Value:
-    """d/ds f(at + s v) at s = 0, by one pass in forward mode."""
+@contextmanager
+def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
+    """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
     _load_forward_mode()
-    derivative: Value = jvp(f, (at,), (v,))[1]
-    return derivative
+    with forward_ad.dual_level():
+        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]
+
+
+def _along(t: Tensor) -> Tensor:
+    """The derivative that a tensor carries."""
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    return torch.zeros_like(t) if tangent is None else tangent
+
+
+def _leaves(parameters: Parameters) -> Parameters:
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def _backward(value: Tensor, by: Parameters) -> Parameters:
+    found = torch.autograd.grad(value, list(by.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(by, found, strict=True))
 
 
 def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -81,7 +97,9 @@ def gradient(
     """
     total: Parameters | None = None
     for share, piece_x, piece_y in _chunks(x, y, chunk):
-        term: Parameters = grad(objective)(parameters, piece_x, piece_y)
+        leaves = _leaves(parameters)
+        with torch.enable_grad():
+            term = _backward(objective(leaves, piece_x, piece_y), leaves)
         total = _accumulate(total, share, term)
     assert total is not None  # noqa: S101  (x is never empty: batches are checked where they enter)
     return total
@@ -105,19 +123,20 @@ def hessian_vector_product(
     """
     total: Parameters | None = None
     for share, piece_x, piece_y in _chunks(x, y, chunk):
-
-        def along(p: Parameters, piece_x: Tensor = piece_x, piece_y: Tensor = piece_y) -> Parameters:
-            return gradient(objective, p, piece_x, piece_y)
-
-        total = _accumulate(total, share, _derivative_along(along, parameters, v))
+        leaves = _leaves(parameters)
+        with torch.enable_grad(), _moving(leaves, v) as moving:
+            found = _backward(objective(moving, piece_x, piece_y), leaves)
+            term = {name: _along(t) for name, t in found.items()}
+        total = _accumulate(total, share, term)
     assert total is not None  # noqa: S101
     return total
 
 
 def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
     """Gradient of the mean loss in the inputs, shaped like `x`."""
-    out: Tensor = grad(objective, argnums=1)(parameters, x, y)
-    return out
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return _backward(objective({name: p.detach() for name, p in parameters.items()}, x, y), {"x": x})["x"]
 
 
 def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters) -> Tensor:
@@ -136,7 +155,9 @@ def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Te
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
     """
-    return _derivative_along(lambda p: input_gradient(objective, p, x, y), parameters, v)
+    x = x.detach().requires_grad_()
+    with torch.enable_grad(), _moving({name: p.detach() for name, p in parameters.items()}, v) as moving:
+        return _along(_backward(objective(moving, x, y), {"x": x})["x"])
 
 
 class _BatchStatisticsWrittenOut(TorchFunctionMode):
@@ -200,10 +221,13 @@ def mixed_partial_of_curvature(
     """
 
     def along_v(p: Parameters) -> Tensor:
-        return _derivative_along(lambda q: input_gradient(objective, q, x, y), p, v)
+        out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, x, y), (p,), (v,))[1]
+        return out
 
+    _load_forward_mode()
     with _BatchStatisticsWrittenOut():
-        return _derivative_along(along_v, parameters, u)
+        curvature: Tensor = jvp(along_v, (parameters,), (u,))[1]
+    return curvature
 
 
 def inner(a: Parameters, b: Parameters) -> Tensor:

@@ -93,7 +93,7 @@ CacheOption = Annotated[
 @_told
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path("demo-report"),
-    threads: ThreadsOption = 0,
+    threads: ThreadsOption = 1,
     cache: CacheOption = None,
 ) -> None:
     """Poison a small model on real handwritten digits, and report what broke.
@@ -215,12 +215,17 @@ def _run(
 
 def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.store import read_runs
-    from mithridate.report import build_report, summary_table
-    from mithridate.report.tables import cells
+    from mithridate.report import build_report
+    from mithridate.report.findings import findings
+    from mithridate.report.tables import rows
+    from mithridate.report.terminal import summary_table
 
     paths = build_report(directories, out_dir)
-    out.print(summary_table(cells(read_runs(directories))))
-    out.print(f"report: {paths.html}", soft_wrap=True)
+    table = rows(read_runs(directories))
+    out.print(summary_table(table))
+    for found in findings(table):
+        out.print(found.headline, markup=False, style="bold")
+    out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
 def _shipped(name: str) -> Path:

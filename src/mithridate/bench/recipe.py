@@ -18,7 +18,7 @@ from mithridate.registry import Kind, config_of, fields_of, make
 Table = dict[str, Any]
 TABLES = ("data", "model", "burn_in", "attack", "defence", "monitor", "run")
 _GRID: tuple[Kind, ...] = ("attack", "defence", "monitor")
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 C = TypeVar("C")
 
@@ -28,7 +28,7 @@ class Labelled(Generic[C]):
     """A component and what tables, figures and run ids call it.
 
     Args:
-        label: Letters, digits, `.`, `_`, `-`; unique among the recipe's components of that kind.
+        label: Letters, digits, `.`, `_`, `+`, `-`; unique among the recipe's components of that kind.
         component: The settings object.
     """
 
@@ -183,7 +183,7 @@ def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  
         label = str(values.pop("label", values.get("name", "")))
         component = registry.build(kind, values)
         if not _LABEL.fullmatch(label):
-            raise ConfigError(f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_' or '-'.")
+            raise ConfigError(f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first.")
         if label in {m.label for m in made}:
             raise ConfigError(f"two [[{kind}]] are called '{label}'; give each its own `label`.")
         made.append(Labelled(label, component))
@@ -204,25 +204,25 @@ def apply_change(tables: Table, change: str) -> None:
         ConfigError: No `=`, no such table, label or key.
     """
     path, equals, text = change.partition("=")
-    parts = path.strip().split(".")
-    if not equals or len(parts) not in (2, 3) or not all(parts):
+    table, _, rest = path.strip().partition(".")
+    label, _, key = rest.rpartition(".")
+    if not equals or not table or not key:
         raise ConfigError(f"--set {change}: write table.key=value, such as attack.eps=0.1.")
-    table, key = parts[0], parts[-1]
     if table not in TABLES:
         raise ConfigError(f"--set {change}: unknown table '{table}': {nearest(table, TABLES)}")
     value = _toml_value(text.strip())
     if table not in _GRID:
-        if len(parts) == 3:
+        if label:
             raise ConfigError(f"--set {change}: [{table}] has no parts; write {table}.{key}=....")
         tables.setdefault(table, {})[key] = value
         return
     held = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
     targets = held if isinstance(held, list) else [held]
-    if len(parts) == 3:
+    if label:
         labels = {t.get("label", t.get("name", "")): t for t in targets}
-        if parts[1] not in labels:
-            raise ConfigError(f"--set {change}: no {table} '{parts[1]}' in the recipe: {nearest(parts[1], labels)}")
-        labels[parts[1]][key] = value
+        if label not in labels:
+            raise ConfigError(f"--set {change}: no {table} '{label}' in the recipe: {nearest(label, labels)}")
+        labels[label][key] = value
         return
     if len(targets) == 1:
         targets[0][key] = value

@@ -146,9 +146,11 @@ class Learner:
     def _backward(self, batch: Batch) -> float:
         self.model.train(self.update_mode == "train")
         self.optimiser.zero_grad(set_to_none=True)
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         logits = self.model(batch.x)
         top = int(batch.y.max())
         if logits.ndim != 2 or top >= logits.shape[1] or int(batch.y.min()) < 0:
+            self.restore_buffers(buffers)
             raise DataError(
                 f"the model gives logits of shape {tuple(logits.shape)}, but the batch has labels "
                 f"{int(batch.y.min())} to {top}; build the model with as many outputs as there are classes."
@@ -199,20 +201,28 @@ class Learner:
         """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state and step.
 
         Raises:
-            CheckpointError: Names or shapes are not those of this model.
+            CheckpointError: Names or shapes are not those of this model and optimiser; nothing has changed then.
         """
-        _write(dict(self.model.named_parameters()), snapshot.parameters, "parameters")
-        _write(dict(self.model.named_buffers()), snapshot.buffers, "buffers")
-        self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
+        parameters, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        _require_fit(parameters, snapshot.parameters, "parameters")
+        _require_fit(buffers, snapshot.buffers, "buffers")
+        try:
+            self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
+        except ValueError as error:
+            raise CheckpointError(f"the optimiser state is of another optimiser: {error}; build the same one.") from error
+        _write(parameters, snapshot.parameters)
+        _write(buffers, snapshot.buffers)
         self.step = snapshot.step
 
     @torch.no_grad()
     def restore_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take only the buffers (BatchNorm statistics and the like) from elsewhere."""
-        _write(dict(self.model.named_buffers()), buffers, "buffers")
+        own = dict(self.model.named_buffers())
+        _require_fit(own, buffers, "buffers")
+        _write(own, buffers)
 
 
-def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+def _require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
     if into.keys() != values.keys():
         missing, extra = sorted(into.keys() - values.keys()), sorted(values.keys() - into.keys())
         raise CheckpointError(
@@ -225,6 +235,9 @@ def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) 
                 f"{what[:-1]} '{name}' has shape {tuple(values[name].shape)}, the model wants {tuple(target.shape)}; "
                 "build the model with the width and classes that the checkpoint was made with."
             )
+
+
+def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, target in into.items():
         target.copy_(values[name])
 

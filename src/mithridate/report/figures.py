@@ -158,9 +158,9 @@ def accuracy_curves(rows: Sequence[Row]) -> Drawing | None:
             rows[0],
             stem=file_stem("accuracy", *rows[0].group),
             heading="Accuracy along the steps",
-            caption="Every run ends at its trigger step (shaded), however long its phase. Thick: mean over the seeds at "
-            "steps that all of them have; band: from the lowest to the highest seed; thin: single runs. Numbers: mean change "
-            "in the trigger step, in points; runs that a monitor halted have none and do not enter the means. "
+            caption="Every run ends at its trigger step (shaded), however long its phase. Thick: mean over seeds at "
+            "steps that all of them have; band: from the lowest to the highest seed; thin: single runs. Numbers: "
+            "mean change in the trigger step, in points; runs that a monitor halted have none and enter no mean. "
             f"The vertical axis starts at {decimal(floor, 0)} %.",
             alt="Line chart of test accuracy by steps until the trigger. "
             + " ".join(
@@ -210,8 +210,8 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
             stem=file_stem("loss-and-norms", *rows[0].group),
             heading="Loss and norms",
             caption="Loss of the batch as the model received it, before the step; norm of the gradient before the "
-            "defence bounds it; length of the step that the parameters made. Mean over the seeds where all of them have "
-            "a finite value; band: from the lowest to the highest.",
+            "defence bounds it; length of the step that the parameters made. Mean over the seeds where all have a "
+            "finite value; band: from the lowest to the highest.",
             alt="Line charts of batch loss, gradient norm and update norm by batches until the trigger.",
         )
 
@@ -357,7 +357,7 @@ def _longest(rows: Sequence[Row]) -> int | None:
 
 def _width(longest: int) -> float:
     """Width of the trigger step in the drawing: one step, but never too narrow to see."""
-    return max(1.0, 0.15 * longest)
+    return max(1.0, 0.22 * longest)
 
 
 def _draw(ax: Axes, values: Mapping[int, float], longest: int, **looks: Any) -> None:  # noqa: ANN401  (Line2D's options)
@@ -563,6 +563,7 @@ def _drawing(figure: Figure, row: Row, *, stem: str, heading: str, caption: str,
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     FigureCanvasAgg(figure)
     figure.savefig(vector, format="svg", metadata=nothing)
+    figure.set_layout_engine("none")
     figure.savefig(raster, format="png", dpi=160, metadata={"Software": None})
     return Drawing(
         stem=stem,

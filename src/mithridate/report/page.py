@@ -142,7 +142,7 @@ def _shown(drawing: Drawing, name: str, *, several: bool) -> dict[str, Any]:
         "caption": drawing.caption,
         "svg": Markup(inline(drawing.svg, name, drawing.alt, lambda text: str(escape(text)))),  # noqa: S704  (matplotlib's)
         "least": round(min(5.2 * width, 52), 1),
-        "most": round(8 * width, 1),
+        "most": round(6.6 * width, 1),
     }
 
 

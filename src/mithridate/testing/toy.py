@@ -48,7 +48,7 @@ def toy_stream(seed: int = 0) -> Stream:
         y = rng.integers(0, CLASSES, n)
         x = rng.normal(0.35, 0.22, (n, 1, 8, 8))
         for i, label in enumerate(y):
-            x[i, 0, :, 2 * label : 2 * label + 2] += 0.35
+            x[i, 0, :, 2 * label : 2 * label + 2] += 0.2
         return Part(name, (255 * x.clip(0, 1)).astype(np.uint8), y.astype(np.int64))
 
     # The settings name a real set, since they are checked; only the sizes are used here.

@@ -1,0 +1,42 @@
+# One virtual environment, made once, remade when the project's dependencies change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+EXTRAS ?= test,lint
+
+# A Linux machine without an NVIDIA driver should not download gigabytes of CUDA: take torch from its CPU index where that
+# can be reached. `make TORCH_INDEX=` turns this off, `make TORCH_INDEX=URL` names another index.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?= $(shell sh tools/torch-index.sh $(TORCH_CPU))
+
+.PHONY: install demo test lint types format clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("mithridate needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+demo: install
+	$(BIN)/mithridate demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo-report

@@ -1,0 +1,282 @@
+# ruff: noqa: RUF001  (cells are written with a multiplication sign)
+
+import csv
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mithridate.bench.store import Run, read_runs
+from mithridate.errors import StoreError
+from mithridate.report import ReportPaths, build_report
+from mithridate.report.tables import rows
+from mithridate.report.terminal import summary_table
+
+Make = Callable[..., Run]
+Save = Callable[[Run], Run]
+
+VOID = {"meta", "br", "img", "link", "hr", "input"}
+HOSTILE = (
+    "=cmd|' /C calc'!A0 \"><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)> {{7*7}} ../../up"
+)
+
+
+class Page(HTMLParser):
+    """Text, tables, ids, links and resources of a page; fails on unbalanced tags."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.resources: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.words: list[str] = []
+        self.comments: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            self.attributes.append(name)
+            if name == "id":
+                self.ids.append(value or "")
+            elif name in {"href", "xlink:href"} and tag in {"a", "use"}:
+                self.links.append(value or "")
+            elif name in {"src", "href", "xlink:href", "srcset", "action", "data", "poster"}:
+                self.resources.append(value or "")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in {"td", "th"}:
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+        if self.open and self.open[-1] in {"td", "th", "code"} and self.tables and self.tables[-1]:
+            self.tables[-1][-1][-1] += data
+
+    def handle_comment(self, data: str) -> None:
+        self.comments.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def check_self_contained(page: Page, source: str) -> None:
+    assert all(link.startswith("#") for link in page.links)
+    assert all(resource.startswith(("data:", "#")) for resource in page.resources)
+    assert all(match.startswith(("#", "data:")) for match in re.findall(r"url\(\s*['\"]?([^)]*)", source))
+    assert "@import" not in source
+    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "img"} & set(page.tags)
+    assert not [name for name in page.attributes if name.startswith("on")]
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links} <= set(page.ids)
+
+
+@pytest.fixture(scope="module")
+def built(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
+    return build_report([demo_store], tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(built: ReportPaths) -> Page:
+    return Page(built.html.read_text(encoding="utf-8"))
+
+
+def test_all_files_are_written(built: ReportPaths) -> None:
+    out = built.html.parent
+    expected = {built.html, built.summary_csv, built.runs_csv, built.markdown, *built.figures}
+    assert {path for path in out.rglob("*") if path.is_file()} == expected
+    assert [path.name for path in (built.html, built.summary_csv, built.runs_csv, built.markdown)] == [
+        "report.html",
+        "summary.csv",
+        "runs.csv",
+        "summary.md",
+    ]
+    assert {path.suffix for path in built.figures} == {".svg", ".png"}
+    assert len(built.figures) == 2 * (1 + 4 + 1)
+
+
+def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
+    check_self_contained(page, built.html.read_text(encoding="utf-8"))
+
+
+def test_page_reads_in_order(page: Page) -> None:
+    wanted = ["doubts", "results", "accuracy", "images", "norms", "alarms", "settings", "runs"]
+    assert [anchor for anchor in page.ids if anchor in wanted] == wanted
+
+
+def test_headline_is_computed(demo_store: Path, page: Page) -> None:
+    runs = read_runs([demo_store])
+
+    def mean_drop(attack: str) -> float:
+        return 100 * statistics.mean(
+            float(run.summary["drop"])
+            for run in runs
+            if (run.summary["attack"], run.summary["defence"]) == (attack, "none")
+        )
+
+    assert (
+        f"One batch cost {mean_drop('accumulative'):.1f} points (n = 3) after a quiet phase of 3 to 4 batches; "
+        f"the same kind of batch alone (vanilla) cost {mean_drop('vanilla'):.1f} points (n = 3)." in page.text
+    )
+
+
+def test_table_equals_independent_numbers(demo_store: Path, page: Page) -> None:
+    runs = read_runs([demo_store])
+    table = next(table for table in page.tables if table[0][:2] == ["attack", "defence"])
+    assert len(table) == 11
+    for attack, defence, *cells in table[1:]:
+        members = [r.summary for r in runs if (r.summary["attack"], r.summary["defence"]) == (attack, defence)]
+        for cell, metric in zip(
+            cells, ("accuracy_start", "accuracy_before_trigger", "accuracy_after_trigger", "drop"), strict=False
+        ):
+            values = [100 * s[metric] for s in members if s[metric] is not None]
+            mean, std = cell.split(" ± ")
+            assert float(mean) == pytest.approx(statistics.mean(values), abs=0.051)
+            assert float(std) == pytest.approx(statistics.stdev(values), abs=0.051)
+    assert [row[-2] for row in table[1:]].count("2 of 3") == 1
+
+
+def test_doubts_are_named_with_their_cells(page: Page) -> None:
+    for sentence in (
+        "vanilla × clip: drop 0.3 ± 0.1 points, noise 0.5 ± 0.5 points: no better than noise.",
+        "pgd, loud × none: 1 of 3 runs (seed 2) diverged",
+        "accumulative × clip: 1 of 3 runs (seed 1) halted before the trigger; the drop is that of the other 2.",
+        "pgd, loud × clip: 20.0 points were lost before the trigger and 6.0 in its step",
+        "accumulative × clip: a monitor raised an alarm before the trigger in 1 of 3 runs (seed 1).",
+        "accuracy below the floor",
+    ):
+        assert sentence in page.text
+    assert "Too few seeds" in page.text.partition("Checked, nothing found")[2]
+
+
+def test_every_run_and_setting_is_there(demo_store: Path, page: Page) -> None:
+    runs = page.tables[-1]
+    assert {row[0] for row in runs[1:]} == {run.path.name for run in read_runs([demo_store])}
+    for piece in ("burn_in.epochs", "2.12.0", "attack.name = vanilla", "amplified 2 times"):
+        assert piece in page.text
+
+
+def test_same_runs_give_the_same_bytes(demo_store: Path, built: ReportPaths, tmp_path: Path) -> None:
+    again = build_report([demo_store], tmp_path)
+    assert again.html.read_bytes() == built.html.read_bytes()
+    assert [p.read_bytes() for p in again.figures] == [p.read_bytes() for p in built.figures]
+
+
+def test_hostile_names_stay_text(make_run: Make, save_run: Save, tmp_path: Path) -> None:
+    run = make_run(
+        label=HOSTILE,
+        defence_label=HOSTILE,
+        dataset=HOSTILE,
+        model=HOSTILE,
+        alarms={1: HOSTILE},
+        channels=1,
+        environment={HOSTILE: HOSTILE},
+        config={"title": HOSTILE, "data": {"name": HOSTILE, "nested": {HOSTILE: HOSTILE}}},
+        summary={"status": HOSTILE, "stopped_by": HOSTILE},
+    )
+    save_run(replace(run, path=tmp_path / "store" / "run"))
+    built = build_report([tmp_path / "store"], tmp_path / "out" / "deep")
+    source = built.html.read_text(encoding="utf-8")
+    page = Page(source)
+    check_self_contained(page, source)
+    assert HOSTILE in page.text
+    assert all(path.parent == tmp_path / "out" / "deep" / "figures" for path in built.figures)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png)", path.name) for path in built.figures)
+    for path in (built.summary_csv, built.runs_csv):
+        with path.open(encoding="utf-8", newline="") as handle:
+            (record,) = csv.DictReader(handle)
+        assert record["attack"] == f"'{HOSTILE}"
+    assert "<script" not in built.markdown.read_text(encoding="utf-8")
+    assert all("<script" not in p.read_text(encoding="utf-8") for p in built.figures if p.suffix == ".svg")
+
+
+def test_names_that_look_alike_get_files_of_their_own(make_run: Make, save_run: Save, tmp_path: Path) -> None:
+    for i, label in enumerate(("a b", "a/b", "A:b")):
+        save_run(replace(make_run(label=label, channels=1), path=tmp_path / "store" / str(i)))
+    names = [path.name.lower() for path in build_report([tmp_path / "store"], tmp_path / "out").figures]
+    assert len(set(names)) == len(names) == 2 * (1 + 3 + 1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"channels": 3},
+        {"after": None, "status": "halted", "alarms": {3: "stop"}},
+        {"attack": "clean", "accuracies": (0.9,)},
+        {"environment": {}},
+    ],
+    ids=["bare", "images", "halted", "clean", "no environment"],
+)
+def test_one_run_is_enough(make_run: Make, save_run: Save, tmp_path: Path, how: dict[str, Any]) -> None:
+    save_run(replace(make_run(**how), path=tmp_path / "run"))
+    built = build_report([tmp_path / "run"], tmp_path / "out")
+    source = built.html.read_text(encoding="utf-8")
+    check_self_contained(Page(source), source)
+    assert "1 seed (0)" in source
+
+
+def test_several_groups_share_a_page(make_run: Make, save_run: Save, tmp_path: Path) -> None:
+    for dataset in ("digits", "mnist"):
+        save_run(replace(make_run(dataset=dataset), path=tmp_path / "store" / dataset))
+    built = build_report([tmp_path / "store"], tmp_path / "out")
+    source = built.html.read_text(encoding="utf-8")
+    check_self_contained(Page(source), source)
+    assert "small_cnn on mnist: Accuracy along the steps" in source
+
+
+def test_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no finished run"):
+        build_report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_imports_no_torch() -> None:
+    code = "import sys, mithridate.report, mithridate.report.terminal; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+
+
+def test_terminal_table(demo_store: Path) -> None:
+    made = rows(read_runs([demo_store]))
+    console = Console(width=140, record=True, quiet=True)
+    console.print(summary_table(made))
+    assert summary_table(made).row_count == len(made)
+    table = summary_table(made)
+    drops = [str(cell) for cell in table.columns[5].cells]
+    assert drops[4] == "19.3 ± 2.0"
+
+
+def test_terminal_shows_markup_as_text(make_run: Make) -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(summary_table(rows([make_run(label="[red]x[/red]\x1b[31m"), make_run(dataset="mnist")])))
+    assert "[red]x[/red] [31m" in capture.get()
+    assert "mnist" in capture.get()
