@@ -3,18 +3,20 @@
 Measured on a CPU, in one run, on the same model and the same images:
 
 - seconds of one PGD step of the accumulative attack, that is of one gradient in the pixels: `normalised` (parameter
-  gradient at x, `alignment_gradient` with one unit vector a tensor, `mixed_partial`) and `plain` (`mixed_partial` alone),
-  each against the obvious way: `torch.autograd.grad` with `create_graph=True`, the product, a second `grad` in x;
+  gradient at x, `alignment_gradient` with one unit vector a tensor, `mixed_partial`) and `plain` (`mixed_partial`
+  alone), each against the obvious way: `torch.autograd.grad` with `create_graph=True`, the product, a second `grad`
+  in x;
 - seconds of the set-up G_t (`product_gradient`, the two gradients included), the validation batch in chunks, against
   double backward in the same chunks;
-- the share of pixels whose sign, which is all that a PGD step takes, is the same in both;
-- peak memory of a crafting step, of its double-backward twin and of a training step (forward, backward, SGD with momentum)
-  on the same batch. Each in a process of its own: after a warm-up on one image, the kernel's high-water mark of resident
-  memory is reset, the step is made, and the rise of the mark above what was resident before is the step's memory. (Linux
-  only. `ru_maxrss` would not do: a child inherits its parent's.)
+- the share of pixels (set-up: parameters) whose sign is the same in both; a PGD step takes nothing but the sign;
+- peak memory of a crafting step, of its double-backward twin and of a training step (forward, backward, SGD with
+  momentum) on the same batch. Each in a process of its own: after a warm-up on one image, the kernel's high-water mark
+  of resident memory is reset, the step is made, and the rise of the mark above what was resident before is the step's
+  memory. (Linux only. `ru_maxrss` would not do: a child inherits its parent's.)
 
-The two ways are timed in turn, the order swapped at every repetition; the table shows medians and the median, smallest and
-largest ratio of the pairs. The model is first trained for a few steps, so that gradients are those of a model in use.
+The two ways are timed in turn, the order swapped at every repetition; the table shows medians and the median, smallest
+and largest ratio of the pairs. The model is first trained for a few steps, so that gradients are those of a model in
+use. Other work on the machine spoils wall-clock times: with it, `--threads 1` misleads least.
 
     MITHRIDATE_DATA=... python benchmarks/crafting.py --threads 2 --json crafting.json
 """

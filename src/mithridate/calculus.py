@@ -1,8 +1,8 @@
 """Derivatives of a loss that is a pure function of parameters and pixels.
 
 Every second-order quantity here is forward-over-reverse: the derivative, along a direction in parameter space, of a
-reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so no
-graph of a backward pass is kept; `torch.func.grad` would keep one.
+reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so
+no graph of a backward pass is kept; `torch.func.grad` would keep one.
 
 Source:
     The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation
@@ -11,7 +11,7 @@ Source:
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -41,11 +41,97 @@ def _load_forward_mode() -> None:
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
 
 
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    by_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    x = x if weight is None else x * weight.view(by_channel)
+    return x if bias is None else x + bias.view(by_channel)
+
+
+def _standardised(x: Tensor, over: list[int], eps: float) -> Tensor:
+    centred = x - x.mean(over, keepdim=True)
+    return centred * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
+
+
+def _group_norm(
+    x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    return _affine(_standardised(x.reshape(len(x), num_groups, -1), [2], eps).view(x.shape), weight, bias)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _affine(_standardised(x, [d for d in range(x.ndim) if d != 1], eps), weight, bias)
+
+
+def _layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    x = _standardised(x, list(range(-len(normalized_shape), 0)), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _affine(_standardised(x, list(range(2, x.ndim)), eps), weight, bias)
+
+
+_FOR_SECOND: dict[Any, Callable[..., Tensor]] = {
+    F.group_norm: _group_norm,
+    F.silu: lambda x, inplace=False: x * torch.sigmoid(x),
+    F.mish: lambda x, inplace=False: x * torch.tanh(F.softplus(x)),
+}
+"""Layers whose fused backward pass torch cannot take in forward mode, in elementary operations."""
+
+_FOR_THIRD: dict[Any, Callable[..., Tensor]] = {
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.instance_norm: _instance_norm,
+}
+"""Layers whose third derivative torch gets wrong by some per cent and without a word (2.13; autograd and torch.func
+alike): those that standardise by statistics of the data in one fused operation. A test holds ours to differences."""
+
+
+class _Instead(TorchFunctionMode):
+    """Calls other functions in place of some of torch's."""
+
+    def __init__(self, functions: Mapping[Any, Callable[..., Tensor]]) -> None:
+        super().__init__()
+        self.functions = functions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        return self.functions.get(func, func)(*args, **(kwargs or {}))
+
+
 @contextmanager
 def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
     """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
     _load_forward_mode()
-    with forward_ad.dual_level():
+    with _Instead(_FOR_SECOND), forward_ad.dual_level():
         yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]
 
 
@@ -53,6 +139,10 @@ def _along(t: Tensor) -> Tensor:
     """The derivative that a tensor carries."""
     tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
     return torch.zeros_like(t) if tangent is None else tangent
+
+
+def _detached(parameters: Parameters) -> Parameters:
+    return {name: p.detach() for name, p in parameters.items()}
 
 
 def _leaves(parameters: Parameters) -> Parameters:
@@ -136,7 +226,7 @@ def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: T
     """Gradient of the mean loss in the inputs, shaped like `x`."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        return _backward(objective({name: p.detach() for name, p in parameters.items()}, x, y), {"x": x})["x"]
+        return _backward(objective(_detached(parameters), x, y), {"x": x})["x"]
 
 
 def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters) -> Tensor:
@@ -156,45 +246,8 @@ def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Te
         Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
     """
     x = x.detach().requires_grad_()
-    with torch.enable_grad(), _moving({name: p.detach() for name, p in parameters.items()}, v) as moving:
+    with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
         return _along(_backward(objective(moving, x, y), {"x": x})["x"])
-
-
-class _BatchStatisticsWrittenOut(TorchFunctionMode):
-    """BatchNorm in train mode as elementary operations.
-
-    Torch's own third derivative of a fused normalisation by statistics of the data is wrong by some per cent and raises
-    nothing (2.13, autograd and torch.func alike). BatchNorm in eval mode and GroupNorm are right; a test holds all
-    three to finite differences.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        if func in {F.layer_norm, F.instance_norm}:
-            raise NotImplementedError(
-                f"torch's third derivative of {func.__name__} is wrong; use BatchNorm or GroupNorm"
-            )
-        return (_batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
-
-
-def _batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    """F.batch_norm, and with statistics of the batch step by step and without recording them."""
-    if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    over = [d for d in range(x.ndim) if d != 1]
-    centred = x - x.mean(over, keepdim=True)
-    x = centred * (centred.square().mean(over, keepdim=True) + eps).rsqrt()
-    by_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
-    x = x if weight is None else x * weight.view(by_channel)
-    return x if bias is None else x + bias.view(by_channel)
 
 
 def mixed_partial_of_curvature(
@@ -213,9 +266,6 @@ def mixed_partial_of_curvature(
     Returns:
         A tensor shaped like `x`.
 
-    Raises:
-        NotImplementedError: The model holds a LayerNorm or InstanceNorm, whose third derivative torch gets wrong.
-
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.
     """
@@ -224,9 +274,10 @@ def mixed_partial_of_curvature(
         out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, x, y), (p,), (v,))[1]
         return out
 
+    x = x.detach()
     _load_forward_mode()
-    with _BatchStatisticsWrittenOut():
-        curvature: Tensor = jvp(along_v, (parameters,), (u,))[1]
+    with _Instead(_FOR_THIRD):
+        curvature: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
     return curvature
 
 
@@ -250,7 +301,7 @@ def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
 
 
 def _divide(a: Tensor, by: Tensor) -> Tensor:
-    """Division that leaves zero where the divisor is zero, in derivatives too: a tensor without gradient has no direction."""
+    """Division that leaves zero, in derivatives too, where the divisor is: a tensor of zeros has no direction."""
     return torch.where(by > 0, a / torch.where(by > 0, by, 1.0), 0.0)
 
 

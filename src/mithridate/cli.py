@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -14,13 +14,17 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mithridate.bench.watcher import Watcher
 from mithridate.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mithridate.bench.recipe import Cell
 
 app = typer.Typer(
     name="mithridate",
     help=(
         "Attack, inspect and defend models that learn from live data streams.\n\n"
-        "Start with `mithridate demo`: in about two minutes it poisons a small model on real digits and writes a report."
+        "Start with `mithridate demo`: it poisons a small model on real digits and writes a report."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -47,8 +51,8 @@ def _told(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             err.print(
-                "\n[yellow]interrupted.[/] Finished runs are kept and the current one stopped after a whole step; the same "
-                "command goes on from there with --resume (demo: without it).",
+                "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
+                "same command goes on from there with --resume (demo: without it).",
                 soft_wrap=True,
             )
             raise typer.Exit(INTERRUPTED) from None
@@ -75,7 +79,9 @@ class Shelf(StrEnum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
-ThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")
+]
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
@@ -85,21 +91,25 @@ DataRootOption = Annotated[
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option(envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."),
+    typer.Option(
+        envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."
+    ),
 ]
 
 
 @app.command()
 @_told
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path("demo-report"),
+    out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
+        "demo-report"
+    ),
     threads: ThreadsOption = 1,
     cache: CacheOption = None,
 ) -> None:
     """Poison a small model on real handwritten digits, and report what broke.
 
-    Needs no network and no data: the digits come with scikit-learn. Every attack runs with three seeds, without a defence
-    and with gradient clipping. Runs that are already in the directory are kept, so a second call only prints them.
+    Needs no network and no data: the digits come with scikit-learn. Every attack runs with three seeds, without a
+    defence and with gradient clipping. Runs that are in the directory already are kept: a second call only prints them.
     """
     _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True)
 
@@ -113,7 +123,7 @@ def run(
         typer.Option(
             "--set",
             metavar="TABLE.KEY=VALUE",
-            help="Change a setting, such as attack.eps=0.1 (every attack that has it) or attack.LABEL.eps=0.1; repeatable.",
+            help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")] = None,
@@ -209,7 +219,9 @@ def _run(
             recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
         )
     if grid.skipped:
-        out.print(f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again.")
+        out.print(
+            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again."
+        )
     _report(list(grid.directories), out_dir)
 
 
@@ -263,13 +275,15 @@ def _list_datasets() -> None:
     for info in DATASETS.values():
         rows = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
         shape = "x".join(map(str, info.shape))
-        table.add_row(info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source)
+        table.add_row(
+            info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source
+        )
     out.print(table)
     fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
     out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")
 
 
-class _Bars:
+class _Bars(Watcher):
     """Progress bars for a grid; a line for every finished run, which also serves where there is no terminal."""
 
     def __init__(self) -> None:
@@ -293,7 +307,7 @@ class _Bars:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def cell(self, cell: Any, number: int, of: int) -> None:  # noqa: ANN401  (bench.Cell; torch is not imported here)
+    def cell(self, cell: "Cell", number: int, of: int) -> None:
         """A new run begins."""
         if self.runs is None:
             self.runs = self.progress.add_task("runs", total=of, note="")
@@ -303,11 +317,11 @@ class _Bars:
         """An epoch has ended."""
         self._show(f"burn-in, seed {seed}", done, epochs, "epochs")
 
-    def step(self, cell: Any, done: int, steps: int, accuracy: float) -> None:  # noqa: ANN401
+    def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
         """A step has ended."""
         self._show("stream", done, steps, f"accuracy {accuracy:.1%}")
 
-    def finished(self, cell: Any, summary: Mapping[str, Any], *, skipped: bool) -> None:  # noqa: ANN401
+    def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A run has ended."""
         drop = summary["drop"]
         fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+.1f} points"

@@ -150,7 +150,9 @@ def test_kept_epochs_are_those_of_shorter_trainings(stream: Stream, unkilled: Bu
         shorter = train(stream, None, replace(HOW, epochs=epoch, checkpoints=()))
         assert differing(load_snapshot(path)[0], shorter.final) == []
     folder = unkilled.epochs[3].parent
-    assert {p.name for p in folder.iterdir() if p.suffix == ".safetensors"} == {p.name for p in unkilled.epochs.values()}
+    assert {p.name for p in folder.iterdir() if p.suffix == ".safetensors"} == {
+        p.name for p in unkilled.epochs.values()
+    }
 
 
 def test_zero_epochs_leave_the_model_as_initialised(stream: Stream, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_runs_that_name_a_seed_share_one_burn_in(stream: Stream, tmp_path: Path)
     assert differing(first.final, second.final) == []
 
 
-def test_augmentation_is_drawn_anew_each_epoch_and_repeats_by_seed(stream: Stream) -> None:
+def test_an_augmented_burn_in_repeats(stream: Stream) -> None:
     shifted = replace(stream, settings=replace(stream.settings, augment=True))
     a, b = train(shifted, None), train(shifted, None)
     assert differing(a.final, b.final) == []

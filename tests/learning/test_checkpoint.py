@@ -143,7 +143,14 @@ PAPERS = {"epoch": 3, "args": argparse.Namespace(lr=0.1, net="resnet"), "acc": 8
 
 @pytest.mark.parametrize(
     "content",
-    [WEIGHTS, PAPERS, {"model": WEIGHTS}, {"state_dict": prefixed("module.")}, prefixed("net."), {"net": prefixed("1.")}],
+    [
+        WEIGHTS,
+        PAPERS,
+        {"model": WEIGHTS},
+        {"state_dict": prefixed("module.")},
+        prefixed("net."),
+        {"net": prefixed("1.")},
+    ],
     ids=["bare", "papers", "model", "state_dict", "wrapped", "sequential"],
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -236,10 +243,10 @@ def test_damaged_pt_files_are_refused_or_harmless(tmp_path: Path, zipped: bool) 
     rng = random.Random(0)  # noqa: S311
     damaged = [whole[:end] for end in range(0, len(whole), 29)]
     for _ in range(100):
-        data = bytearray(whole)
+        changed = bytearray(whole)
         for _ in range(rng.choice([1, 3, 10])):
-            data[rng.randrange(len(data))] = rng.randrange(256)
-        damaged.append(bytes(data))
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+        damaged.append(bytes(changed))
     refused = 0
     for data in damaged:
         (tmp_path / "a.pt").write_bytes(data)

@@ -55,26 +55,28 @@ class Accumulative(Iterated):
         step_size: Length of one inner step, in pixel units; unset: 2 * eps / steps.
         decay: Momentum factor of `mim`.
         random_start: Begin each batch at a uniform draw from the ball.
-        trigger_mode: `clean`: the trigger batch as it is; `fixed`: poisoned once, against the burn-in model; `reoptimised`:
-            poisoned further at every step ("optimizing P").
+        trigger_mode: `clean`: the trigger batch as it is; `fixed`: poisoned once, against the burn-in model;
+            `reoptimised`: poisoned further at every step ("optimizing P").
         trigger_update: How `reoptimised` works: `joint` ascends H_t in the trigger's pixels inside the same inner loop,
             with third derivatives (Algorithm 1 as printed); `after_step` descends <g_val, g_tri> from the last trigger
             once the victim has taken its step (the released code).
         lam: Weight of G_t, >= 0.
         clean_weight: Weight of g(S_t), >= 0; 0 leaves only the second-order term.
-        normalise: Gradients in products as they are (`none`), at unit length (`global`), or tensor by tensor (`tensor`).
+        normalise: Gradients in products as they are (`none`), at unit length (`global`), or each
+            tensor of them (`tensor`).
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew at every step, with replacement ("re-sampling S_val").
-        weight_momentum: Momentum factor that the victim's SGD is given in the accumulative phase (the paper: 1.1); unset:
-            left alone. It is power over the optimiser, not over data.
+        weight_momentum: Momentum factor that the victim's SGD is given in the accumulative phase (the paper: 1.1);
+            unset: left alone. It is power over the optimiser, not over data.
         accuracy_floor: End the phase once published accuracy is below this fraction; unset: no such floor.
-        max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset: no such
-            limit. The paper's floor of 80 % under a start of 83.4 % is a max_drop of 0.034.
+        max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
+            no such limit. The paper's floor of 80 % under a start of 83.4 % is a max_drop of 0.034.
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         chunk: Samples computed at a time for S_val (bounds memory; ignored with `craft_mode = "train"`).
 
     Source:
-        Pang et al., NeurIPS 2021, section 3.2, Eqs. (7)-(9), Algorithm 1; section 4.1 and Tables 1, 2, 7 for the options.
+        Pang et al., NeurIPS 2021, section 3.2, Eqs. (7)-(9), Algorithm 1; the options from section 4.1 and Tables
+        1, 2 and 7.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
@@ -121,7 +123,7 @@ class Accumulative(Iterated):
                 )
 
             def towards(g: Parameters) -> Parameters:
-                """w = g(S_t) + lam G_t."""
+                """The direction w = g(S_t) + lam G_t."""
                 return blend(kept, unit(g, self.normalise), (self.clean_weight, self.lam))
 
             if self.trigger_mode != "reoptimised" or self.trigger_update == "after_step":

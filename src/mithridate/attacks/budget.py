@@ -86,7 +86,7 @@ class Iterated(Budgeted, ABC):
         *,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Ascend with these settings (see `mithridate.ascent.climb`); a given `start` leaves no room for a random one."""
+        """Ascend with these settings (see `mithridate.ascent.climb`); a given `start` replaces a random one."""
         return climb(
             x,
             gradient_at,

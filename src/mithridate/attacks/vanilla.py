@@ -11,7 +11,9 @@ from mithridate.core import Batch, BatchNormMode, Need, View
 from mithridate.registry import register, settings
 
 
-@register("attack", "vanilla", presets={"paper": {"steps": 100}, "released": {"eps": 0.2, "steps": 2, "normalise": "tensor"}})
+@register(
+    "attack", "vanilla", presets={"paper": {"steps": 100}, "released": {"eps": 0.2, "steps": 2, "normalise": "tensor"}}
+)
 @settings
 class Vanilla(Iterated):
     """Poison the trigger batch alone: its gradient is turned against that of a validation batch.
@@ -25,8 +27,8 @@ class Vanilla(Iterated):
         step_size: Length of one inner step, in pixel units; unset: 2 * eps / steps.
         decay: Momentum factor of `mim`.
         random_start: Begin at a uniform draw from the ball.
-        normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one cosine
-            a parameter tensor (`tensor`).
+        normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one
+            cosine a parameter tensor (`tensor`).
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         chunk: Validation samples computed at a time; bounds memory.
 

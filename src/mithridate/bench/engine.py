@@ -15,6 +15,7 @@ from torch import nn
 
 from mithridate.bench import store
 from mithridate.bench.recipe import Cell, Recipe
+from mithridate.bench.watcher import Watcher
 from mithridate.core import Snapshot
 from mithridate.data.stream import Stream, open_stream
 from mithridate.errors import DeviceError, StoreError
@@ -25,22 +26,6 @@ from mithridate.learning.learner import Learner
 from mithridate.learning.online import Outcome, Progress, adopt_momentum, online_optimiser, run_online
 from mithridate.models import build_model
 from mithridate.registry import config_of
-
-
-class Watcher:
-    """What a caller may follow; every method does nothing here."""
-
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
-        """An epoch of a burn-in has ended."""
-
-    def cell(self, cell: Cell, number: int, of: int) -> None:
-        """A cell begins."""
-
-    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
-        """A step of the accumulative phase has ended."""
-
-    def finished(self, cell: Cell, summary: Mapping[str, Any], *, skipped: bool) -> None:
-        """A cell has ended, or was found finished."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +119,7 @@ def run_recipe(
     return Grid([out / cell.run_id for cell in cells], len(cells) - skipped, skipped)
 
 
-class deterministic:  # noqa: N801  (used as a context manager only)
+class deterministic:
     """Ask torch for algorithms that give the same bits twice, and give the setting back afterwards."""
 
     def __enter__(self) -> None:
@@ -177,7 +162,9 @@ def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
     if isinstance(value, Mapping):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()}
+        return {
+            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
+        }
     return {prefix: value}
 
 

@@ -175,7 +175,7 @@ def _seeds(value: object) -> list[int]:
 
 
 def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
-    made = []
+    made: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         if not isinstance(table, dict):
             raise ConfigError(f"[{kind}] must be a table or an array of tables, not {table!r}.")
@@ -183,7 +183,9 @@ def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  
         label = str(values.pop("label", values.get("name", "")))
         component = registry.build(kind, values)
         if not _LABEL.fullmatch(label):
-            raise ConfigError(f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first.")
+            raise ConfigError(
+                f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first."
+            )
         if label in {m.label for m in made}:
             raise ConfigError(f"two [[{kind}]] are called '{label}'; give each its own `label`.")
         made.append(Labelled(label, component))
@@ -193,8 +195,8 @@ def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  
 def apply_change(tables: Table, change: str) -> None:
     """Apply one `--set`: `table.key=value`, or `attack.LABEL.key=value` for one of several.
 
-    Without a label, every component of the recipe's table that has the key is changed. Values are TOML; what is not TOML is
-    taken as text.
+    Without a label, every component of the recipe's table that has the key is changed. Values are TOML; what is not
+    TOML is taken as text.
 
     Args:
         tables: The recipe's tables; changed in place.

@@ -25,6 +25,9 @@ from mithridate.seeding import generator
 METHOD = 1
 """Counts up when this file changes what a burn-in computes, so that old checkpoints are not reused."""
 
+LATEST = "latest.safetensors"
+"""Where a killed burn-in goes on."""
+
 
 @settings
 class BurnIn:
@@ -80,13 +83,17 @@ class BurnInResult:
 
 
 def burn_in_key(stream: Stream, model: Mapping[str, Any], how: BurnIn, *, seed: int, device: torch.device) -> str:
-    """A hash of everything that determines a burn-in: data, augmentation, model, settings, seed, torch, device type."""
+    """A hash of everything that determines a burn-in: data, augmentation, model, settings, seed, torch, device type.
+
+    Left out is how long it lasts and which epochs are kept: burn-ins that differ in nothing else share their epochs.
+    """
+    shared = {"epochs", "checkpoints", "checkpoint", "seed"}
     plan = {
         "method": METHOD,
         "data": stream.fingerprint,
         "augment": stream.settings.augment,
         "model": dict(model),
-        "burn_in": fields_of(how),
+        "burn_in": {key: value for key, value in fields_of(how).items() if key not in shared},
         "seed": seed,
         "torch": torch.__version__,
         "device": device.type,
@@ -148,32 +155,44 @@ def _train_or_resume(
     on_epoch: Callable[[int, int], None] | None,
 ) -> BurnInResult:
     """Train the epochs that the folder does not hold yet."""
-    wanted = {epoch: folder / f"epoch-{epoch:04d}.safetensors" for epoch in {*how.checkpoints, how.epochs}}
-    latest = folder / "latest.safetensors"
-    complete = all(path.exists() for path in wanted.values())
+    wanted = {*how.checkpoints, how.epochs}
+    missing = sorted(epoch for epoch in wanted if not _kept(folder, epoch).exists())
     done, spent = 0, 0.0
-    if complete or latest.exists():
-        snapshot, _, note = load_snapshot(wanted[how.epochs] if complete else latest)
+    start = _kept(folder, how.epochs) if not missing else _last_before(missing[0], folder)
+    if start is not None:
+        snapshot, _, note = load_snapshot(start)
         learner.restore(snapshot)
         done, spent = int(note["epoch"]), float(note["seconds"])
 
-    def keep(epoch: int) -> None:
-        if epoch in wanted:
-            save_snapshot(wanted[epoch], learner.snapshot(), note={"epoch": epoch, "seconds": spent})
+    def keep(path: Path, epoch: int) -> None:
+        save_snapshot(path, learner.snapshot(), note={"epoch": epoch, "seconds": spent})
 
-    if done == 0 and not complete:
-        keep(0)
+    if 0 in missing:
+        keep(_kept(folder, 0), 0)
+    latest = folder / LATEST
     for epoch in range(done + 1, how.epochs + 1):
         began = time.perf_counter()
         _train_epoch(learner, stream, how, seed, epoch)
         spent += time.perf_counter() - began
-        keep(epoch)
-        if epoch < how.epochs:
-            save_snapshot(latest, learner.snapshot(), note={"epoch": epoch, "seconds": spent})
+        keep(_kept(folder, epoch) if epoch in wanted else latest, epoch)
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
-    return BurnInResult(learner.snapshot(), folder.name, dict(sorted(wanted.items())), spent, reused=complete)
+    epochs = {epoch: _kept(folder, epoch) for epoch in sorted(wanted)}
+    return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing)
+
+
+def _kept(folder: Path, epoch: int) -> Path:
+    return folder / f"epoch-{epoch:04d}.safetensors"
+
+
+def _last_before(epoch: int, folder: Path) -> Path | None:
+    """The newest snapshot in the folder that was taken before an epoch's end."""
+    taken = {int(path.stem.removeprefix("epoch-")): path for path in folder.glob("epoch-*.safetensors")}
+    if (folder / LATEST).exists():
+        taken[int(load_snapshot(folder / LATEST)[2]["epoch"])] = folder / LATEST
+    before = [e for e in taken if e < epoch]
+    return taken[max(before)] if before else None
 
 
 def _sgd(model: nn.Module, how: BurnIn) -> SGD:

@@ -21,7 +21,9 @@ from mithridate.files import write_atomically
 FORMAT = "mithridate-snapshot-1"
 
 
-def save_snapshot(path: Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None) -> None:
+def save_snapshot(
+    path: Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None
+) -> None:
     """Write a snapshot as one safetensors file, atomically.
 
     Args:
@@ -63,7 +65,9 @@ def load_snapshot(path: Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
             header = json.loads((handle.metadata() or {})["mithridate"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
         if header["format"] != FORMAT:
-            raise CheckpointError(f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew.")
+            raise CheckpointError(
+                f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew."
+            )
         state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in header["optimiser_plain"].items()}
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "extra": {}}
         for name, tensor in tensors.items():
@@ -77,8 +81,8 @@ def load_snapshot(path: Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
         snapshot = Snapshot(parts["parameter"], parts["buffer"], optimiser, int(header["step"]))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is missing, cut off or not a checkpoint of this library ({type(error).__name__}: {error}); delete it and "
-            "train again, or give another file."
+            f"{path} is missing, cut off or not a checkpoint of this library ({type(error).__name__}: {error}); delete "
+            "it and train again, or give another file."
         ) from error
     return snapshot, parts["extra"], header["note"]
 
@@ -109,8 +113,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if missing or extra or wrong:
         raise CheckpointError(
             f"{path} does not fit the model: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
-            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; set [model] to the architecture, width and classes "
-            "of the checkpoint."
+            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; set [model] to the architecture, width and "
+            "classes of the checkpoint."
         )
     model.load_state_dict(found)
 
@@ -128,10 +132,13 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # The papers' released checkpoints carry an argparse.Namespace, which is inert data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises whatever torch's reader stumbles over: struct.error, IndexError ...
+    except (
+        Exception
+    ) as error:  # a damaged file raises whatever torch's reader stumbles over: struct.error, IndexError ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"{path} is not a checkpoint that can be read safely ({reason}); it must exist, be whole, and hold tensors only."
+            f"{path} is not a checkpoint that can be read safely ({reason}); it must exist, be whole, and hold tensors "
+            "only."
         ) from error
     for key in ("net", "model", "state_dict"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):

@@ -156,7 +156,7 @@ class Learner:
                 f"{int(batch.y.min())} to {top}; build the model with as many outputs as there are classes."
             )
         loss = self.criterion(logits, batch.y)
-        loss.backward()
+        torch.autograd.backward(loss)
         return float(loss.detach())
 
     def _bound(self) -> tuple[float, float]:
@@ -209,7 +209,9 @@ class Learner:
         try:
             self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
         except ValueError as error:
-            raise CheckpointError(f"the optimiser state is of another optimiser: {error}; build the same one.") from error
+            raise CheckpointError(
+                f"the optimiser state is of another optimiser: {error}; build the same one."
+            ) from error
         _write(parameters, snapshot.parameters)
         _write(buffers, snapshot.buffers)
         self.step = snapshot.step

@@ -36,7 +36,7 @@ class OnlineRun:
         momentum: Its momentum factor.
         weight_decay: Its L2 penalty.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
-        update_mode: BatchNorm in the victim's updates: `train` uses and records the batch's statistics; `eval` does not.
+        update_mode: BatchNorm in the victim's updates: `train` uses and records the batch's statistics, `eval` none.
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
         images: Pictures stored of the first accumulative batch and of the trigger, clean and poisoned.
@@ -158,17 +158,14 @@ class _Loop:
         """The row of the state before the stream."""
         began = time.perf_counter()
         score = self.learner.evaluate(self.test)
-        nothing = {
-            name: None
-            for name in ("batch_loss", "gradient_norm", "bounded_norm", "update_norm", "poison_linf", "poison_l2")
-        }
+        measured = ("batch_loss", "gradient_norm", "bounded_norm", "update_norm", "poison_linf", "poison_l2")
         self.progress.rows.append(
             {
                 "step": 0,
                 "phase": "start",
                 "accuracy": score.accuracy,
                 "loss": score.loss,
-                **nothing,
+                **dict.fromkeys(measured),
                 "poisoned": 0.0,
                 "admitted": True,
                 "verdict": "",
@@ -223,13 +220,14 @@ class _Loop:
     def phase_over(self) -> str | None:
         """What ends the accumulative phase now, if anything does."""
         rows = self.progress.rows
+        alarmed = bool(rows[-1]["alarms"])
+        if alarmed and self.run.on_alarm == "halt":  # first: the service does not ask the attacker
+            return "monitor"
         if len(rows) - 1 >= self.run.steps:
             return "steps"
         if self.attack.ready(self.view()):
             return "attack"
-        if self.run.on_alarm != "record" and rows[-1]["alarms"]:
-            return "monitor"
-        return None
+        return "monitor" if alarmed and self.run.on_alarm == "trigger" else None
 
     def accuracy_with_buffers_alone(self, before: Snapshot) -> float:
         """Test accuracy with the parameters from before the last step and the buffers from after it."""
@@ -320,7 +318,7 @@ def _row(step: int, phase: str, clean: Batch, sent: Batch, update: Update, score
         "phase": phase,
         "accuracy": score.accuracy,
         "loss": score.loss,
-        "batch_loss": update.batch_loss,
+        "batch_loss": update.batch_loss if update.learned else None,
         "gradient_norm": update.gradient_norm,
         "bounded_norm": update.bounded_norm,
         "update_norm": update.update_norm,
@@ -339,7 +337,9 @@ def _momentum(optimiser: Optimizer, factor: float | None) -> Iterator[None]:
         yield
         return
     if any("momentum" not in group for group in optimiser.param_groups):
-        raise ConfigError(f"weight_momentum needs an optimiser with momentum, not {type(optimiser).__name__}; unset it.")
+        raise ConfigError(
+            f"weight_momentum needs an optimiser with momentum, not {type(optimiser).__name__}; unset it."
+        )
     own = [group["momentum"] for group in optimiser.param_groups]
     for group in optimiser.param_groups:
         group["momentum"] = factor

@@ -19,7 +19,7 @@ class LossAmplification(Monitor):
     Args:
         factor: The multiple, > 1.
         slack: Added to the bound, in nats; keeps a model with almost no loss from alarming at trifles.
-        window: Compare with the median of the last `window` batches instead of the first batch's loss; unset: the first.
+        window: Compare with the median of the last `window` batches instead; unset: with the first batch.
 
     Source:
         Zhu et al., ICML 2023, section 4.2: batches are counted until the training loss is amplified to a monitored

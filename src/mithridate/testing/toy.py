@@ -76,7 +76,12 @@ def toy_stream(seed: int = 0) -> Stream:
 
 
 def toy_learner(
-    stream: Stream, *, seed: int = 0, defence: Defence | None = None, dtype: torch.dtype = torch.float32, lr: float = 0.05
+    stream: Stream,
+    *,
+    seed: int = 0,
+    defence: Defence | None = None,
+    dtype: torch.dtype = torch.float32,
+    lr: float = 0.05,
 ) -> Learner:
     """A small convolutional net after a short burn-in on a toy stream, with a fresh SGD.
 
