@@ -60,7 +60,7 @@ def climb(
         current = torch.where(moves, (x + ball.sample(x, rng)).clamp(0, 1), x)
     velocity = torch.zeros_like(x)
     for _ in range(steps):
-        g = gradient_at(current)
+        g = torch.nan_to_num(gradient_at(current))  # a diverged model has no direction; the climb stays where it is
         if optimiser == "mim":
             mass = g.abs().flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
             g = velocity = decay * velocity + g / mass.clamp_min(torch.finfo(g.dtype).tiny)

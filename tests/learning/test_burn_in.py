@@ -169,7 +169,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "momentum": {"how": replace(HOW, momentum=0.8)},
     "weight decay": {"how": replace(HOW, weight_decay=0.0)},
     "batch size": {"how": replace(HOW, batch_size=60)},
-    "epochs": {"how": replace(HOW, epochs=2)},
     "seed": {"seed": 1},
     "width": {"config": {**CONFIG, "width": 2}},
     "norm": {"config": {**CONFIG, "norm": "none"}},
@@ -190,6 +189,31 @@ def test_whatever_changes_the_result_changes_the_key(
     assert result.key != unkilled.key
     assert done != []
     assert differing(result.final, unkilled.final) != []
+
+
+def test_burn_ins_of_other_lengths_share_their_epochs(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
+    done: list[int] = []
+    short = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
+    assert done == [1, 2]
+    longer = train(stream, tmp_path, replace(HOW, checkpoints=(1,)), epochs=done)
+    assert done == [1, 2, 1, 2, 3]  # epoch 1 was not kept
+    whole = train(stream, tmp_path, epochs=done)
+    assert short.key == longer.key == whole.key == unkilled.key
+    assert differing(longer.final, unkilled.final) == []
+    assert differing(whole.final, unkilled.final) == []
+    for epoch in (0, 2, 3):
+        assert differing(load_snapshot(whole.epochs[epoch])[0], load_snapshot(unkilled.epochs[epoch])[0]) == []
+    again = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=(1,)), epochs=done)
+    assert again.reused
+    assert differing(again.final, short.final) == []
+    assert again.seconds < whole.seconds
+
+
+def test_a_longer_burn_in_goes_on_where_a_shorter_one_ended(stream: Stream, tmp_path: Path) -> None:
+    done: list[int] = []
+    train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
+    train(stream, tmp_path, replace(HOW, epochs=3, checkpoints=(2,)), epochs=done)
+    assert done == [1, 2, 3]
 
 
 def test_runs_that_name_a_seed_share_one_burn_in(stream: Stream, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The online poisoner without memory: one poisoned trigger batch."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.attacks.alignment import turn_towards
@@ -40,7 +41,7 @@ class Vanilla(Iterated):
 
     normalise: Normalise = "none"
     craft_mode: BatchNormMode = "eval"
-    chunk: int = 100
+    chunk: Annotated[int, Field(ge=1)] = 100
 
     def ready(self, view: View) -> bool:
         """At once: there is no accumulative phase."""

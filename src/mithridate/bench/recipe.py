@@ -130,6 +130,7 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
         raise ConfigError(f"there is no recipe {path}; give the path of a .toml file.") from None
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable TOML: {error}.") from None
+    _check_tables(tables)
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:
@@ -143,11 +144,7 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
     Raises:
         ConfigError: An unknown table, key or component, a value of the wrong type or range, or two equal labels.
     """
-    for key, value in tables.items():
-        if key not in (*TABLES, "title"):
-            raise ConfigError(f"unknown table [{key}]: {nearest(key, TABLES)}")
-        if key != "title" and not isinstance(value, dict if key not in _GRID else dict | list):
-            raise ConfigError(f"[{key}] must be a table, not {value!r}.")
+    _check_tables(tables)
     if "attack" not in tables:
         raise ConfigError("the recipe has no [attack]: say which; `mithridate list attacks` shows them.")
     run = dict(tables.get("run", {}))
@@ -166,6 +163,18 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
     return recipe
 
 
+def _check_tables(tables: Mapping[str, Any]) -> None:
+    """Known names, and tables where tables belong."""
+    for key, value in tables.items():
+        if key not in (*TABLES, "title"):
+            raise ConfigError(f"unknown table [{key}]: {nearest(key, TABLES)}")
+        if key != "title" and not isinstance(value, dict if key not in _GRID else dict | list):
+            raise ConfigError(f"[{key}] must be a table, not {value!r}.")
+        for item in value if key in _GRID and isinstance(value, list) else []:
+            if not isinstance(item, dict):
+                raise ConfigError(f"[{key}] must be a table or an array of tables, not {item!r}.")
+
+
 def _seeds(value: object) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(s) is int and s >= 0 for s in value):
         raise ConfigError(f"[run] seeds = {value!r}: give a list of whole numbers >= 0, such as [0, 1, 2].")
@@ -177,8 +186,6 @@ def _seeds(value: object) -> list[int]:
 def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
     made: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
-        if not isinstance(table, dict):
-            raise ConfigError(f"[{kind}] must be a table or an array of tables, not {table!r}.")
         values = dict(table)
         label = str(values.pop("label", values.get("name", "")))
         component = registry.build(kind, values)

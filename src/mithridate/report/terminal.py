@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from mithridate.report.tables import COLUMNS, Row, displayed, groups
+from mithridate.report.tables import Row, displayed, groups
+
+HEADINGS = ("attack", "defence", "start %", "before %", "after %", "drop, points", "batches")
+"""The columns that fit on 80 characters: the first ones of `tables.COLUMNS`, and n."""
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
@@ -16,13 +19,14 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """
     several = len(groups(rows)) > 1
     table = Table(box=None, pad_edge=False)
-    for name in (*(("data set", "model") if several else ()), *COLUMNS[:2]):
+    for name in (*(("data set", "model") if several else ()), *HEADINGS[:2]):
         table.add_column(name, overflow="fold")
-    for column in COLUMNS[2:]:
-        table.add_column(column, justify="right")
+    for column in (*HEADINGS[2:], "n"):
+        table.add_column(column, justify="right", no_wrap=True)
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
             table.add_section()
-        cells = (*(row.group if several else ()), *displayed(row))
+        shown = [cell.replace(" ± ", "±") for cell in displayed(row)]
+        cells = (*(row.group if several else ()), *shown[: len(HEADINGS)], shown[len(HEADINGS) + 1])
         table.add_row(*map(Text, cells))
     return table

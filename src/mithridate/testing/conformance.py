@@ -29,6 +29,7 @@ Check = Callable[[type], None]
 TIMES = ("seconds", "craft_seconds", "update_seconds")
 BUDGET = 0.15
 """Radius used on the toy stream, in pixel units."""
+INNER_STEPS = 3
 SEEDS = (0, 1, 2, 3)
 
 
@@ -141,10 +142,16 @@ def _as_dtype(things: Mapping[Need, Any], dtype: torch.dtype) -> dict[Need, Any]
     return {need: Batch(v.x.to(dtype), v.y) if isinstance(v, Batch) else v for need, v in things.items()}
 
 
+def _small(cls: type) -> dict[str, Any]:
+    """Settings for the toy stream: its budget, and few inner steps where there are any."""
+    has_steps = "steps" in {f.name for f in dataclasses.fields(cls)}
+    return {"eps": BUDGET} | ({"steps": INNER_STEPS} if has_steps else {})
+
+
 def _variants(cls: Any) -> list[Attack]:  # noqa: ANN401  (a registered attack class)
     """The class at the toy budget, in both balls, and once for every value of its named choices."""
     kind, name = _kind_and_name(cls)
-    base = {"name": name, "eps": BUDGET}
+    base = {"name": name, **_small(cls)}
     made = [
         build(kind, {**base, "norm": norm, "eps": BUDGET if norm == "linf" else 4 * BUDGET}) for norm in ("linf", "l2")
     ]
@@ -320,7 +327,7 @@ def check_beats_noise(cls: type) -> None:
     if _is_control(cls):
         return
     kind, name = _kind_and_name(cls)
-    attack: Attack = build(kind, {"name": name, "eps": BUDGET})
+    attack: Attack = build(kind, {"name": name, **_small(cls)})
     phase = not attack.ready(View(0, {}, {Need.ACCURACY: (1.0, 1.0)}))
     noise = Noise(eps=BUDGET, phase=phase)
     ours, chance = _losses_after(attack, "linf"), _losses_after(noise, "linf")

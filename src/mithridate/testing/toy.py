@@ -1,5 +1,7 @@
 """A stream that is made, not loaded, and a model that learns it in a second."""
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch.optim import SGD
@@ -75,6 +77,15 @@ def toy_stream(seed: int = 0) -> Stream:
     )
 
 
+@lru_cache(maxsize=32)
+def _burned_in(stream_seed: int, seed: int) -> dict[str, torch.Tensor]:
+    """The state of the toy model after its burn-in."""
+    stream = toy_stream(stream_seed)
+    model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed)
+    burn_in(model, stream, BurnIn(epochs=4, batch_size=20, lr=0.05), seed=seed)
+    return model.state_dict()
+
+
 def toy_learner(
     stream: Stream,
     *,
@@ -93,7 +104,7 @@ def toy_learner(
         lr: Learning rate of the online phase.
     """
     model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed)
-    burn_in(model, stream, BurnIn(epochs=4, batch_size=20, lr=0.05), seed=seed)
+    model.load_state_dict(_burned_in(stream.settings.seed, seed))
     model.to(dtype)
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
     return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all())

@@ -1,0 +1,493 @@
+"""Algorithm 1 of Pang et al.: against an independent implementation by double backward, and against its own claims."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from mithridate.attacks.accumulative import TRIGGER, Accumulative
+from mithridate.attacks.vanilla import Vanilla
+from mithridate.calculus import Normalise
+from mithridate.core import Batch, BatchNormMode, Need, View, WhiteBox
+from mithridate.learning.learner import Learner
+from mithridate.norms import Norm
+from mithridate.registry import build
+from mithridate.testing import toy_learner, toy_stream
+
+EPS = 0.1
+NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first(batch: Batch, n: int) -> Batch:
+    return Batch(batch.x[:n].double(), batch.y[:n])
+
+
+STREAM = toy_stream(0)
+BATCH = first(STREAM.victim_batch(0, 0), 4)
+CLEAN_TRIGGER = first(STREAM.trigger_batch(3, 0), 3)
+VALIDATION = first(STREAM.validation.all(), 12)
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    return toy_learner(STREAM, dtype=torch.float64)
+
+
+def view_of(learner: Learner, **things: Any) -> View:
+    named = {need.name.lower(): need for need in Need}
+    shown: dict[Need, Any] = {
+        Need.MODEL: learner.white_box,
+        Need.VALIDATION: VALIDATION,
+        Need.TRIGGER: CLEAN_TRIGGER,
+        Need.ACCURACY: (0.9, 0.9),
+    }
+    return View(0, {}, shown | {named[k]: v for k, v in things.items()}, Accumulative.needs)
+
+
+def attack_of(**values: Any) -> Accumulative:
+    return Accumulative(**{"eps": EPS, "steps": 2, **values})
+
+
+# The oracle: Algorithm 1 as printed, with graphs of graphs.
+
+Gradients = Sequence[Tensor]
+
+
+def naive_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Gradients:
+    return torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()), create_graph=True)
+
+
+def naive_unit(g: Gradients, normalise: Normalise) -> Gradients:
+    if normalise == "none":
+        return g
+    if normalise == "tensor":
+        return [t / t.norm() if float(t.detach().norm()) > 0 else t for t in g]
+    whole = torch.cat([t.flatten() for t in g]).norm()
+    return [t / whole for t in g]
+
+
+def dot(a: Gradients, b: Gradients) -> Tensor:
+    return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
+
+
+def naive_product(model: nn.Module, trigger: Batch, normalise: Normalise) -> Tensor:
+    """<g_val, g_tri>, normalised or not."""
+    g_validation = naive_unit(naive_gradient(model, *VALIDATION), normalise)
+    return dot(g_validation, naive_unit(naive_gradient(model, *trigger), normalise))
+
+
+def naive_alignment(
+    model: nn.Module, x: Tensor, trigger: Batch, *, normalise: Normalise, lam: float, clean_weight: float
+) -> Tensor:
+    """H_t as a function of the accumulative batch's pixels and the trigger's."""
+    product = naive_product(model, trigger, normalise)
+    pull = naive_unit(torch.autograd.grad(product, list(model.parameters()), create_graph=True), normalise)
+    kept = [t.detach() for t in naive_unit(naive_gradient(model, *BATCH), normalise)]
+    w = [clean_weight * k + lam * p for k, p in zip(kept, pull, strict=True)]
+    return dot(naive_unit(naive_gradient(model, x, BATCH.y), normalise), w)
+
+
+def naive_slopes(model: nn.Module, x: Tensor, trigger_x: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+    """dH_t/dx and dH_t/dx_T: second and third order."""
+    model.eval()
+    leaf, trigger_leaf = x.clone().requires_grad_(), trigger_x.clone().requires_grad_()
+    h = naive_alignment(model, leaf, Batch(trigger_leaf, CLEAN_TRIGGER.y), **how)
+    of_batch, of_trigger = torch.autograd.grad(h, (leaf, trigger_leaf), materialize_grads=True)
+    return of_batch, of_trigger
+
+
+def naive_trigger_slope(model: nn.Module, trigger_x: Tensor, normalise: Normalise) -> Tensor:
+    model.eval()
+    leaf = trigger_x.clone().requires_grad_()
+    slope: Tensor = torch.autograd.grad(naive_product(model, Batch(leaf, CLEAN_TRIGGER.y), normalise), leaf)[0]
+    return slope
+
+
+def step(x: Tensor, slope: Tensor, centre: Tensor, norm: Norm, length: float) -> Tensor:
+    """One ascent step, projected."""
+    if norm == "linf":
+        moved = x + length * slope.sign()
+        return torch.minimum(torch.maximum(moved, centre - EPS), centre + EPS).clamp(0, 1)
+    lengths = slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    delta: Tensor = x + length * slope / lengths - centre
+    radius = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    shrink: Tensor = (EPS / radius).clamp(max=1)
+    moved = centre + delta * shrink
+    return moved.clamp(0, 1)
+
+
+def naive_craft(model: nn.Module, attack: Accumulative) -> tuple[Tensor, Tensor]:
+    """The poisoned batch and the trigger after the first round."""
+    length = 2 * EPS / attack.steps
+    trigger_x = CLEAN_TRIGGER.x
+    for _ in range(attack.steps):
+        slope = naive_trigger_slope(model, trigger_x, attack.normalise)
+        trigger_x = step(trigger_x, -slope, CLEAN_TRIGGER.x, attack.norm, length)
+    x = BATCH.x
+    for _ in range(attack.steps):
+        of_batch, of_trigger = naive_slopes(
+            model, x, trigger_x, normalise=attack.normalise, lam=attack.lam, clean_weight=attack.clean_weight
+        )
+        x = step(x, of_batch, BATCH.x, attack.norm, length)
+        if attack.trigger_mode == "reoptimised":
+            trigger_x = step(trigger_x, of_trigger, CLEAN_TRIGGER.x, attack.norm, length)
+    return x, trigger_x
+
+
+def followed(attack: Accumulative, view: View, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+    """The gradient that the attack follows in the pixels of the batch (and of the trigger, if stacked below it)."""
+    functions: list[Callable[[Tensor], Tensor]] = []
+    original = Accumulative.climb
+
+    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
+        functions.append(gradient_at)
+        return original(self, x, gradient_at, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accumulative, "climb", spy)
+        attack.poison(BATCH, view, rng=rng())
+    return functions[-1]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm()) <= 1e-9 * float(b.norm())
+
+
+POINT = (BATCH.x + 0.05 * torch.randn(BATCH.x.shape, generator=rng(3), dtype=torch.float64)).clamp(0, 1)
+TRIGGER_POINT = (
+    CLEAN_TRIGGER.x + 0.05 * torch.randn(CLEAN_TRIGGER.x.shape, generator=rng(4), dtype=torch.float64)
+).clamp(0, 1)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize(("lam", "clean_weight"), [(0.3, 1.0), (1.0, 0.0), (0.0, 1.0)])
+def test_joint_mode_climbs_h_in_both_batches(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, normalise: Normalise, lam: float, clean_weight: float
+) -> None:
+    attack = attack_of(steps=1, normalise=normalise, lam=lam, clean_weight=clean_weight)
+    view = view_of(learner)
+    slope = followed(attack, view, monkeypatch)
+    with view.model.objective("eval"):  # as inside craft
+        found = slope(torch.cat([POINT, TRIGGER_POINT]))
+    of_batch, of_trigger = naive_slopes(
+        learner.model, POINT, TRIGGER_POINT, normalise=normalise, lam=lam, clean_weight=clean_weight
+    )
+    assert close(found[: len(POINT)], of_batch)
+    assert close(found[len(POINT) :], of_trigger)
+    assert (float(of_trigger.norm()) > 0) is (lam > 0)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize(("mode", "lam", "clean_weight"), [("clean", 0.3, 1.0), ("fixed", 1.0, 0.5)])
+def test_the_other_modes_climb_h_in_the_batch(
+    learner: Learner,
+    monkeypatch: pytest.MonkeyPatch,
+    normalise: Normalise,
+    mode: str,
+    lam: float,
+    clean_weight: float,
+) -> None:
+    attack = attack_of(steps=1, normalise=normalise, lam=lam, clean_weight=clean_weight, trigger_mode=mode)
+    view = view_of(learner)
+    slope = followed(attack, view, monkeypatch)
+    with view.model.objective("eval"):
+        found = slope(POINT)
+    trigger_x = CLEAN_TRIGGER.x if mode == "clean" else view.memory[TRIGGER]
+    of_batch, _ = naive_slopes(learner.model, POINT, trigger_x, normalise=normalise, lam=lam, clean_weight=clean_weight)
+    assert close(found, of_batch)
+
+
+def test_batch_statistics_while_crafting(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In train mode BatchNorm couples the samples: still H_t, now with that model."""
+    attack = attack_of(steps=1, trigger_mode="clean", craft_mode="train", normalise="global")
+    view = view_of(learner)
+    slope = followed(attack, view, monkeypatch)
+    with view.model.objective("train"):
+        found = slope(POINT)
+        leaf = POINT.clone().requires_grad_()
+        h = naive_alignment(learner.model, leaf, CLEAN_TRIGGER, normalise="global", lam=1.0, clean_weight=1.0)
+        expected = torch.autograd.grad(h, leaf)[0]
+    assert close(found, expected)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("mode", ["reoptimised", "fixed"])
+def test_a_round_is_algorithm_1(learner: Learner, normalise: Normalise, mode: str) -> None:
+    """In l2 the direction is smooth in the gradient, so all pixels agree; signs do where the gradient is not nought."""
+    attack = attack_of(norm="l2", normalise=normalise, trigger_mode=mode)
+    view = view_of(learner)
+    sent = attack.poison(BATCH, view, rng=rng())
+    x, trigger_x = naive_craft(learner.model, attack)
+    assert float((sent.x - x).abs().max()) < 1e-8
+    assert float((view.memory[TRIGGER] - trigger_x).abs().max()) < 1e-8
+    assert torch.equal(attack.trigger(CLEAN_TRIGGER, view, rng=rng()).x, view.memory[TRIGGER])
+
+    signed = replace(attack, norm="linf")
+    view = view_of(learner)
+    sent = signed.poison(BATCH, view, rng=rng())
+    x, trigger_x = naive_craft(learner.model, signed)
+    assert float(((sent.x - x).abs() > 1e-8).double().mean()) < 0.01
+    assert float(((view.memory[TRIGGER] - trigger_x).abs() > 1e-8).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_batch_gains_alignment(learner: Learner, mode: BatchNormMode) -> None:
+    attack = attack_of(trigger_update="after_step", craft_mode=mode, steps=8)
+    view = view_of(learner)
+    sent = attack.poison(BATCH, view, rng=rng())
+    noise = (BATCH.x + EPS * torch.randn(BATCH.x.shape, generator=rng(1), dtype=torch.float64).sign()).clamp(0, 1)
+    trigger = Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)
+    with view.model.objective(mode):
+        clean, poisoned, noisy = (
+            float(naive_alignment(learner.model, x, trigger, normalise="none", lam=1, clean_weight=1).detach())
+            for x in (BATCH.x, sent.x, noise)
+        )
+    assert poisoned > clean + abs(noisy - clean)
+
+
+# The weights.
+
+
+def test_without_lam_the_trigger_and_the_validation_batch_do_not_matter(learner: Learner) -> None:
+    attack = attack_of(lam=0.0, trigger_mode="clean")
+    usual = attack.poison(BATCH, view_of(learner), rng=rng()).x
+    other = Batch(VALIDATION.x.flip(0)[:9], VALIDATION.y[:9])
+    assert torch.equal(attack.poison(BATCH, view_of(learner, validation=other), rng=rng()).x, usual)
+    assert torch.equal(attack.poison(BATCH, view_of(learner, trigger=other), rng=rng()).x, usual)
+    full = attack_of(trigger_mode="clean")
+    assert not torch.equal(full.poison(BATCH, view_of(learner), rng=rng()).x, usual)
+    assert not torch.equal(
+        full.poison(BATCH, view_of(learner, trigger=other), rng=rng()).x,
+        full.poison(BATCH, view_of(learner), rng=rng()).x,
+    )
+
+
+def test_the_balance_of_the_two_terms_is_all_that_counts_for_signs(learner: Learner) -> None:
+    made = [
+        attack_of(trigger_mode="clean", normalise="global", lam=lam, clean_weight=clean_weight)
+        .poison(BATCH, view_of(learner), rng=rng())
+        .x
+        for lam, clean_weight in ((1.0, 0.0), (4.0, 0.0), (2.0, 0.5), (8.0, 2.0))
+    ]
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[2], made[3])
+    assert not torch.equal(made[0], made[2])
+
+
+# The trigger.
+
+
+def test_the_clean_trigger_stays_as_it_is(learner: Learner) -> None:
+    attack, view = attack_of(trigger_mode="clean"), view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    attack.fed(view, rng())
+    assert torch.equal(attack.trigger(CLEAN_TRIGGER, view, rng=rng()).x, CLEAN_TRIGGER.x)
+    assert TRIGGER not in view.memory
+
+
+@pytest.fixture(scope="module")
+def moved(learner: Learner) -> Learner:
+    """The same victim a few clean steps later."""
+    model = copy.deepcopy(learner.model)
+    other = Learner(model, SGD(model.parameters(), lr=0.05))
+    for i in range(2):
+        other.update(first(STREAM.victim_batch(i, 5), 20))
+    return other
+
+
+@pytest.mark.parametrize(("norm", "optimiser"), [("linf", "pgd"), ("l2", "fgsm"), ("l2", "mim")])
+def test_the_fixed_trigger_is_vanillas_at_the_burn_in_model(
+    learner: Learner, moved: Learner, norm: Norm, optimiser: str
+) -> None:
+    shared: dict[str, Any] = {"eps": EPS, "norm": norm, "optimiser": optimiser, "steps": 2, "normalise": "global"}
+    attack = attack_of(**shared, trigger_mode="fixed")
+    view = view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    later = replace(view, things={**view.things, Need.MODEL: moved.white_box})
+    attack.fed(later, rng())
+    attack.poison(BATCH, later, rng=rng())
+    found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
+    assert torch.equal(found, Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x)
+    assert not torch.equal(found, Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(moved), rng=rng()).x)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_reoptimising_after_a_step_lowers_the_product_at_the_new_model(
+    learner: Learner, moved: Learner, normalise: Normalise
+) -> None:
+    attack = attack_of(
+        trigger_mode="reoptimised", trigger_update="after_step", normalise=normalise, steps=8, step_size=EPS / 8
+    )
+    view = view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    fixed = view.memory[TRIGGER].clone()
+    later = replace(view, things={**view.things, Need.MODEL: moved.white_box})
+    attack.fed(later, rng())
+    found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
+    assert not torch.equal(found, fixed)
+    moved.model.eval()
+    before, after = (
+        float(naive_product(moved.model, Batch(x, CLEAN_TRIGGER.y), normalise).detach()) for x in (fixed, found)
+    )
+    assert after < before
+
+
+def test_joint_mode_moves_the_trigger_inside_the_round_and_not_after_it(learner: Learner) -> None:
+    attack, view = attack_of(), view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    vanilla = Vanilla(eps=EPS, steps=2).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x
+    kept = view.memory[TRIGGER].clone()
+    assert not torch.equal(kept, vanilla)
+    attack.fed(view, rng())
+    assert torch.equal(view.memory[TRIGGER], kept)
+    assert torch.equal(attack.trigger(CLEAN_TRIGGER, view, rng=rng()).x, kept)
+
+
+@pytest.mark.parametrize("update", ["joint", "after_step"])
+def test_without_a_phase_the_trigger_is_vanillas(learner: Learner, update: str) -> None:
+    attack = attack_of(trigger_update=update)
+    assert torch.equal(
+        attack.trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x,
+        Vanilla(eps=EPS, steps=2).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x,
+    )
+
+
+# S_val.
+
+
+def test_a_part_of_the_validation_images_can_be_used(learner: Learner) -> None:
+    made = attack_of(validation_size=5).poison(BATCH, view_of(learner), rng=rng()).x
+    five = Batch(VALIDATION.x[:5], VALIDATION.y[:5])
+    assert torch.equal(made, attack_of().poison(BATCH, view_of(learner, validation=five), rng=rng()).x)
+    assert not torch.equal(made, attack_of().poison(BATCH, view_of(learner), rng=rng()).x)
+    everything = attack_of(validation_size=999).poison(BATCH, view_of(learner), rng=rng()).x
+    assert torch.equal(everything, attack_of().poison(BATCH, view_of(learner), rng=rng()).x)
+
+
+def test_resampling_draws_anew_by_the_generator(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack = attack_of(resample_validation=True, validation_size=10, steps=1)
+    drawn: list[Tensor] = []
+    original = Accumulative._validation
+
+    def spy(self: Accumulative, view: View, rng: torch.Generator) -> Batch:
+        batch = original(self, view, rng)
+        drawn.append(batch.x)
+        return batch
+
+    monkeypatch.setattr(Accumulative, "_validation", spy)
+    view = view_of(learner)
+    made = [attack.poison(BATCH, view_of(learner), rng=rng(seed)).x for seed in (0, 0, 1)]
+    generator = rng(0)
+    for _ in range(2):
+        attack.poison(BATCH, view, rng=generator)
+    assert [len(x) for x in drawn] == [10] * 5
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(made[0], made[2])
+    assert not torch.equal(drawn[3], drawn[4])  # at every step, not once
+    pool = {tuple(x.flatten().tolist()) for x in VALIDATION.x}
+    assert all(tuple(x.flatten().tolist()) in pool for x in drawn[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 5])
+@pytest.mark.parametrize("update", ["joint", "after_step"])
+def test_chunks_bound_memory_and_change_nothing(learner: Learner, chunk: int, update: str) -> None:
+    made = []
+    for size in (chunk, 100):
+        attack, view = attack_of(norm="l2", chunk=size, trigger_update=update), view_of(learner)
+        sent = attack.poison(BATCH, view, rng=rng()).x
+        attack.fed(view, rng())
+        made.append(torch.cat([sent, view.memory[TRIGGER]]))
+    assert float((made[0] - made[1]).abs().max()) < 1e-9
+
+
+# Settings.
+
+
+@pytest.mark.parametrize("update", ["joint", "after_step"])
+def test_a_random_start_is_of_the_batch_and_by_the_generator(learner: Learner, update: str) -> None:
+    attack = attack_of(random_start=True, steps=1, step_size=0.01, trigger_update=update)
+    a, b, c = (attack.poison(BATCH, view_of(learner), rng=rng(seed)).x for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert float((a - c).abs().max()) > 0.03  # further apart than two steps reach
+    still = replace(attack, random_start=False)
+    assert torch.equal(*(still.poison(BATCH, view_of(learner), rng=rng(seed)).x for seed in (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "mode", "update"),
+    [
+        ("pgd", "clean", "joint"),
+        ("fgsm", "fixed", "joint"),
+        ("pgd", "reoptimised", "joint"),
+        ("mim", "reoptimised", "joint"),
+        ("pgd", "reoptimised", "after_step"),
+        ("mim", "reoptimised", "after_step"),
+    ],
+)
+def test_the_same_positions_are_poisoned_in_every_batch_and_the_trigger(
+    learner: Learner, optimiser: str, mode: str, update: str
+) -> None:
+    attack = attack_of(poison_ratio=0.5, optimiser=optimiser, steps=2, trigger_mode=mode, trigger_update=update)
+    trigger = Batch(CLEAN_TRIGGER.x[[0, 1, 2, 0]], CLEAN_TRIGGER.y[[0, 1, 2, 0]])
+    view = view_of(learner, trigger=trigger)
+    changed = []
+    for seed in range(2):
+        changed.append(attack.poison(BATCH, view, rng=rng(seed)).x != BATCH.x)
+        attack.fed(view, rng(seed))
+    if mode != "clean":
+        changed.append(attack.trigger(trigger, view, rng=rng(9)).x != trigger.x)
+    masks = [c.flatten(1).any(1) for c in changed]
+    assert [int(m.sum()) for m in masks] == [2] * len(masks)
+    assert all(torch.equal(m, masks[0]) for m in masks)
+
+
+@pytest.mark.parametrize(
+    ("values", "accuracy", "over"),
+    [
+        ({}, (0.9, 0.0), False),
+        ({"accuracy_floor": 0.8}, (0.9, 0.79), True),
+        ({"accuracy_floor": 0.8}, (0.9, 0.8), False),
+        ({"max_drop": 0.05}, (0.9, 0.84), True),
+        ({"max_drop": 0.05}, (0.9, 0.86), False),
+        ({"max_drop": 0.05, "accuracy_floor": 0.88}, (0.9, 0.87), True),
+        ({"max_drop": 0.05, "accuracy_floor": 0.1}, (0.9, 0.84), True),
+        ({"max_drop": 0.0}, (0.9, 0.95), False),
+    ],
+)
+def test_the_phase_ends_outside_the_range_of_accuracy(
+    learner: Learner, values: dict[str, Any], accuracy: tuple[float, float], over: bool
+) -> None:
+    assert attack_of(**values).ready(view_of(learner, accuracy=accuracy)) is over
+
+
+def test_the_presets_are_what_the_text_and_the_released_code_say() -> None:
+    paper = build("attack", {"name": "accumulative", "preset": "paper"})
+    assert (paper.steps, paper.step_size, paper.accuracy_floor, paper.lam) == (100, None, 0.8, 1.0)
+    assert (paper.norm, paper.optimiser, paper.random_start) == ("linf", "pgd", False)
+    assert (paper.normalise, paper.craft_mode) == ("none", "eval")
+    assert (paper.trigger_mode, paper.trigger_update) == ("reoptimised", "joint")
+    released = build("attack", {"name": "accumulative", "preset": "released"})
+    assert (released.eps, released.steps, released.step_size, released.random_start) == (0.2, 2, None, False)
+    assert (released.normalise, released.craft_mode) == ("tensor", "eval")
+    assert (released.trigger_mode, released.trigger_update) == ("fixed", "after_step")
+    assert released.accuracy_floor == pytest.approx(1 - 0.18)
+    assert build("attack", {"name": "accumulative", "preset": "paper", "steps": 7}).steps == 7
+
+
+def test_it_is_the_model_at_hand_that_is_attacked(learner: Learner, moved: Learner) -> None:
+    attack = attack_of(trigger_mode="clean")
+    boxes: list[WhiteBox] = [learner.white_box, moved.white_box]
+    made = [attack.poison(BATCH, view_of(learner, model=box), rng=rng()).x for box in boxes]
+    assert not torch.equal(*made)

@@ -1,0 +1,112 @@
+"""Monitors: each rule alarms when it should and is quiet when it should be."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from mithridate.core import Monitor, Reading
+from mithridate.errors import ConfigError
+from mithridate.monitors.accuracy_floor import AccuracyFloor
+from mithridate.monitors.loss_amplification import LossAmplification
+from mithridate.registry import build
+
+
+def of_accuracy(*accuracies: float) -> list[Reading]:
+    return [Reading(i, a, 0.1, math.nan if i == 0 else 0.1) for i, a in enumerate(accuracies)]
+
+
+def of_loss(*losses: float) -> list[Reading]:
+    """The state before the stream has no batch."""
+    return [Reading(i, 0.9, 0.1, loss) for i, loss in enumerate((math.nan, *losses))]
+
+
+def alarms(monitor: Monitor, readings: Sequence[Reading]) -> list[bool]:
+    """At which readings it rings."""
+    return [monitor.alarm(readings[: i + 1]) is not None for i in range(len(readings))]
+
+
+@pytest.mark.parametrize(
+    ("monitor", "expected"),
+    [
+        (AccuracyFloor(), [False] * 5),
+        (AccuracyFloor(floor=0.8), [False, False, True, True, False]),
+        (AccuracyFloor(max_drop=0.05), [False, False, True, True, False]),
+        (AccuracyFloor(max_drop=0.15), [False, False, False, True, False]),
+        (AccuracyFloor(floor=0.75, max_drop=0.5), [False, False, False, True, False]),
+        (AccuracyFloor(floor=0.1, max_drop=0.15), [False, False, False, True, False]),
+        (AccuracyFloor(floor=0.9), [True] * 4 + [False]),
+    ],
+    ids=repr,
+)
+def test_accuracy_against_the_floor_and_the_start(monitor: Monitor, expected: list[bool]) -> None:
+    assert alarms(monitor, of_accuracy(0.875, 0.9 - 0.05, 0.78, 0.7, 0.95)) == expected
+
+
+def test_just_at_the_limit_there_is_no_alarm() -> None:
+    assert alarms(AccuracyFloor(floor=0.5), of_accuracy(0.75, 0.5)) == [False, False]
+    assert alarms(AccuracyFloor(max_drop=0.25), of_accuracy(0.75, 0.5)) == [False, False]
+    assert alarms(AccuracyFloor(max_drop=0.0), of_accuracy(0.75, 0.75, 0.74, 0.8)) == [False, False, True, False]
+
+
+def test_what_the_accuracy_alarm_says() -> None:
+    readings = of_accuracy(0.9, 0.65)
+    assert AccuracyFloor(floor=0.8).alarm(readings) == "accuracy 65.0% below the floor of 80.0%"
+    assert AccuracyFloor(max_drop=0.1).alarm(readings) == "accuracy 65.0%, 25.0 points below the start"
+
+
+def test_loss_against_the_first_batch() -> None:
+    monitor = LossAmplification(factor=2, slack=0)
+    assert alarms(monitor, of_loss(0.5, 0.9, 1.0, 1.1, 0.4, 5.0)) == [False, False, False, False, True, False, True]
+
+
+def test_slack_forgives_trifles() -> None:
+    losses = of_loss(0.001, 0.1, 0.6)
+    assert alarms(LossAmplification(factor=2, slack=0.5), losses) == [False, False, False, True]
+    assert alarms(LossAmplification(factor=2, slack=0.0), losses) == [False, False, True, True]
+
+
+def test_loss_against_the_median_of_a_window() -> None:
+    losses = of_loss(0.1, 1.0, 1.0, 1.9, 2.1, 1.0, 4.1, 3.0)
+    # Against the first: 0.1. Against the medians of the last three: 0.1, 0.55, 1.0, 1.0, 1.9, 1.9, 2.1.
+    assert alarms(LossAmplification(factor=2, slack=0, window=3), losses) == [
+        False,
+        False,
+        True,  # 1.0 > 2 * 0.1
+        False,  # 1.0 <= 2 * 0.55
+        False,  # 1.9 <= 2 * 1.0
+        True,  # 2.1 > 2 * 1.0
+        False,
+        True,  # 4.1 > 2 * 1.9
+        False,
+    ]
+    assert alarms(LossAmplification(factor=2, slack=0), losses) == [False, False] + [True] * 7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_alarms_even_at_the_first_batch(value: float) -> None:
+    monitor = LossAmplification()
+    assert alarms(monitor, of_loss(value)) == [False, True]
+    assert alarms(monitor, of_loss(0.5, value)) == [False, False, True]
+    assert monitor.alarm(of_loss(value)) == "training loss is not finite"
+
+
+def test_the_state_before_the_stream_is_no_batch() -> None:
+    assert LossAmplification().alarm(of_loss()) is None
+    assert LossAmplification(factor=2, slack=0).alarm([Reading(0, 0.9, 0.1, 99.0), Reading(1, 0.9, 0.1, 0.5)]) is None
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"name": "accuracy_floor", "floor": 1.5}, "floor = 1.5"),
+        ({"name": "accuracy_floor", "max_drop": -0.1}, "max_drop = -0.1"),
+        ({"name": "loss_amplification", "factor": 1.0}, "factor = 1.0"),
+        ({"name": "loss_amplification", "slack": -1}, "slack = -1"),
+        ({"name": "loss_amplification", "window": 0}, "window = 0"),
+    ],
+)
+def test_settings_out_of_range_are_named(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("monitor", table)
