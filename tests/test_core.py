@@ -154,6 +154,7 @@ PROPERTIES: dict[Need, Callable[[View], Any]] = {
     Need.TRIGGER: lambda view: view.clean_trigger,
     Need.ACCURACY: lambda view: view.accuracy,
     Need.TRUSTED: lambda view: view.trusted,
+    Need.HISTORY: lambda view: view.history,
 }
 
 

@@ -229,7 +229,9 @@ def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: T
         return _backward(objective(_detached(parameters), x, y), {"x": x})["x"]
 
 
-def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters) -> Tensor:
+def mixed_partial(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
+) -> Tensor:
     """d/dx <grad_theta L(x), v>, the direction in pixel space that turns the parameter gradient towards `v`.
 
     Args:
@@ -238,6 +240,7 @@ def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Te
         x: Inputs (n, ...).
         y: Labels (n,).
         v: A fixed direction, shaped like the parameters.
+        chunk: As in `gradient`.
 
     Returns:
         A tensor shaped like `x`.
@@ -245,13 +248,24 @@ def mixed_partial(objective: Objective, parameters: Parameters, x: Tensor, y: Te
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
     """
-    x = x.detach().requires_grad_()
-    with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
-        return _along(_backward(objective(moving, x, y), {"x": x})["x"])
+    found = []
+    for share, piece_x, piece_y in _chunks(x, y, chunk):
+        leaf = piece_x.detach().requires_grad_()
+        with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
+            term = _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
+        found.append(term if share == 1.0 else share * term)
+    return torch.cat(found)
 
 
 def mixed_partial_of_curvature(
-    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, u: Parameters, v: Parameters
+    objective: Objective,
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    u: Parameters,
+    v: Parameters,
+    *,
+    chunk: int | None = None,
 ) -> Tensor:
     """d/dx <u, Hessian_theta L(x) v>: two forward passes nested over one reverse pass.
 
@@ -262,6 +276,7 @@ def mixed_partial_of_curvature(
         y: Labels (n,).
         u: First direction, shaped like the parameters.
         v: Second direction, shaped like the parameters; the result is symmetric in the two.
+        chunk: As in `gradient`.
 
     Returns:
         A tensor shaped like `x`.
@@ -270,15 +285,17 @@ def mixed_partial_of_curvature(
         Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.
     """
 
-    def along_v(p: Parameters) -> Tensor:
-        out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, x, y), (p,), (v,))[1]
+    def curvature_of(piece_x: Tensor, piece_y: Tensor) -> Tensor:
+        def along_v(p: Parameters) -> Tensor:
+            out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, piece_x, piece_y), (p,), (v,))[1]
+            return out
+
+        out: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
         return out
 
-    x = x.detach()
     _load_forward_mode()
     with _Instead(_FOR_THIRD):
-        curvature: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
-    return curvature
+        return torch.cat([share * curvature_of(px.detach(), py) for share, px, py in _chunks(x, y, chunk)])
 
 
 def inner(a: Parameters, b: Parameters) -> Tensor:

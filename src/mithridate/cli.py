@@ -180,7 +180,7 @@ def list_(
             continue
         table = Table(title=shelf.value, title_justify="left", show_lines=True)
         for column in ("name", "what it is", "settings and defaults", "source"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, overflow="fold", no_wrap=column == "name")
         for name, entry in entries(shelf.value.removesuffix("s")).items():  # type: ignore[arg-type]
             fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
             presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
@@ -271,7 +271,7 @@ def _list_datasets() -> None:
 
     table = Table(title="datasets", title_justify="left", show_lines=True)
     for column in ("name", "what it is", "images", "hub id", "source"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in {"name", "hub id"})
     for info in DATASETS.values():
         rows = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
         shape = "x".join(map(str, info.shape))

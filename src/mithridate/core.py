@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
 
 from mithridate.calculus import Objective, Parameters
-from mithridate.errors import DataError, ThreatModelError
+from mithridate.errors import CheckpointError, DataError, ThreatModelError
 from mithridate.norms import Ball
 
 PIXEL_TOLERANCE = 1e-4
@@ -25,6 +25,9 @@ PIXEL_TOLERANCE = 1e-4
 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> mean loss."""
 
 Memory = dict[str, Tensor]
 """A component's private notes between steps. The loop saves them, so a resumed run remembers."""
@@ -142,6 +145,7 @@ class Need(StrEnum):
     TRIGGER = "the clean trigger batch in advance"
     ACCURACY = "the accuracy that the service publishes"
     TRUSTED = "trusted set"
+    HISTORY = "history of the model's own past"
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class WhiteBox:
     """
 
     module: nn.Module
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    criterion: Criterion
 
     @property
     def parameters(self) -> Parameters:
@@ -253,10 +257,58 @@ class View:
         return pair
 
     @property
+    def history(self) -> "Past":
+        """The model's own past (`Need.HISTORY`)."""
+        past: Past = self._get(Need.HISTORY)
+        return past
+
+    @property
     def trusted(self) -> Batch:
         """Samples that the defender knows to be clean (`Need.TRUSTED`)."""
         batch: Batch = self._get(Need.TRUSTED)
         return batch
+
+
+class Past(Protocol):
+    """A model's own past, as a defence or an attack may look at it."""
+
+    def back(self, k: int) -> "Weights | None":
+        """The model as it was `k` updates ago, or the nearest kept state older than that; None if there is none."""
+
+    def checkpoint(self, epoch: int | None = None) -> "Weights | None":
+        """The model at the end of a burn-in epoch; unset: the earliest kept one. None if there is none."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters and buffers of one past model.
+
+    Args:
+        parameters: By name.
+        buffers: By name.
+        label: When it was, for messages.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    label: str = ""
+
+    def logits(self, module: nn.Module, x: Tensor) -> Tensor:
+        """What that model says of `x`, in eval mode, through a module of the same architecture.
+
+        Raises:
+            CheckpointError: It is of another architecture or class count.
+        """
+        now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        held = {**self.parameters, **self.buffers}
+        if now.keys() != held.keys() or any(now[name].shape != held[name].shape for name in now):
+            raise CheckpointError(
+                f"the old model ({self.label or 'unnamed'}) is of another architecture or class count than the current "
+                "one; look back at a state of the same model."
+            )
+        with frozen_statistics(module, "eval"):
+            logits: Tensor = functional_call(module, held, (x,))
+        return logits
 
 
 class Attack(ABC):
@@ -364,10 +416,17 @@ class Attack(ABC):
 
 
 class Verdict(NamedTuple):
-    """A defence's last word on a step: keep it, or roll it back, and why."""
+    """A defence's last word on a step.
+
+    Args:
+        admit: Keep it; False rolls back parameters, buffers and optimiser state.
+        reason: Why, for the trace.
+        parameters: Put these in place of the stepped ones (a shorter step, say); None keeps what the step gave.
+    """
 
     admit: bool
     reason: str = ""
+    parameters: Mapping[str, Tensor] | None = None
 
 
 ADMITTED = Verdict(admit=True)
@@ -393,13 +452,21 @@ class Defence:
         """Before the gradient: drop, weight or correct samples."""
         return batch
 
+    def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
+        """The loss that is differentiated, the model being in update mode: weight samples, add a term."""
+        return criterion(model(batch.x), batch.y)
+
     def bound(self, gradient: Gradient, view: View) -> Gradient:
         """Between gradient and step: bound or refuse it."""
         return gradient
 
     def admit(self, before: Snapshot, view: View) -> Verdict:
-        """After the step: commit it or roll it back to `before`."""
+        """After the step: commit it, shorten it, or roll it back to `before`."""
         return ADMITTED
+
+    def serve(self, view: View) -> Weights | None:
+        """The model that answers queries, where it is another than the one that learns; None if it is that one."""
+        return None
 
 
 class Reading(NamedTuple):

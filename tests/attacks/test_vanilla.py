@@ -125,7 +125,8 @@ def test_chunks_bound_memory_and_change_nothing(stream: Stream, learner: Learner
     for chunk in (7, 1000):
         attack = Vanilla(eps=EPS, steps=2, norm="l2", chunk=chunk)
         made.append(attack.trigger(clean, view_of(learner, stream, attack), rng=rng()).x)
-    assert float((made[0] - made[1]).abs().max()) < 1e-9
+    # Rounding is magnified where a sample's slope is nearly zero, since it is then scaled to unit length.
+    assert float((made[0] - made[1]).abs().max()) < 1e-4 * EPS
 
 
 def test_with_batch_statistics_chunks_are_not_used(stream: Stream, learner: Learner) -> None:

@@ -13,7 +13,7 @@ from mithridate.bench.recipe import Recipe, apply_change, make_recipe, read_reci
 from mithridate.defences.clip import Clip
 from mithridate.errors import ConfigError, DataError
 from mithridate.monitors.accuracy_floor import AccuracyFloor
-from mithridate.registry import entries
+from mithridate.registry import Kind, entries
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 
@@ -339,8 +339,8 @@ def test_the_settings_are_resolved() -> None:
 
 
 @pytest.mark.parametrize("kind", ["attack", "defence", "monitor"])
-def test_every_component_can_be_asked_for_by_name(kind: str) -> None:
+def test_every_component_can_be_asked_for_by_name(kind: Kind) -> None:
     for name in entries(kind):
-        tables = {"attack": {"name": "clean"}, kind: {"name": name}}
+        tables: dict[str, Any] = {"attack": {"name": "clean"}, kind: {"name": name}}
         (cell,) = make_recipe(tables).cells()
         assert configs(recipe_of(tomli_w.dumps(cell.config()))) == [cell.config()]

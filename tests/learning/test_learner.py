@@ -243,7 +243,7 @@ def test_a_refused_step_leaves_no_trace_but_the_defences_notes(optimiser: str, m
     learner.defence = Rejecting()
     done = learner.update(BATCHES[3])
     assert differing(learner.snapshot(), before) == []
-    assert done.verdict == (False, "never")
+    assert done.verdict == Verdict(admit=False, reason="never")
     assert done.update_norm == 0
     assert done.gradient_norm > 0
     learner.update(BATCHES[4])

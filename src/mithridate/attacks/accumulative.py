@@ -72,7 +72,7 @@ class Accumulative(Iterated):
         max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
             no such limit. The paper's floor of 80 % under a start of 83.4 % is a max_drop of 0.034.
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
-        chunk: Samples computed at a time for S_val (bounds memory; ignored with `craft_mode = "train"`).
+        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
 
     Source:
         Pang et al., NeurIPS 2021, section 3.2, Eqs. (7)-(9), Algorithm 1; the options from section 4.1 and Tables
@@ -92,7 +92,7 @@ class Accumulative(Iterated):
     accuracy_floor: Share | None = None
     max_drop: Share | None = None
     craft_mode: BatchNormMode = "eval"
-    chunk: Annotated[int, Field(ge=1)] = 100
+    chunk: Annotated[int, Field(ge=1)] = 50
 
     def ready(self, view: View) -> bool:
         """Once published accuracy has left the range that keeps the phase secret."""
@@ -107,11 +107,11 @@ class Accumulative(Iterated):
             validation = self._validation(view, rng)
             g_validation = gradient(objective, parameters, *validation, chunk=self._chunk)
             trigger = self._current_trigger(objective, parameters, g_validation, view, rng)
-            kept = unit(gradient(objective, parameters, *batch), self.normalise)
+            kept = unit(gradient(objective, parameters, *batch, chunk=self._chunk), self.normalise)
 
             def pull(trigger: Batch) -> Parameters:
                 """G_t."""
-                g_trigger = gradient(objective, parameters, *trigger)
+                g_trigger = gradient(objective, parameters, *trigger, chunk=self._chunk)
                 return product_gradient(
                     objective,
                     parameters,
@@ -130,7 +130,9 @@ class Accumulative(Iterated):
                 w = towards(pull(trigger))
                 return self.climb(
                     batch.x,
-                    lambda x: turn_towards(objective, parameters, x, batch.y, w, self.normalise),
+                    lambda x: turn_towards(
+                        objective, parameters, x, batch.y, w, normalise=self.normalise, chunk=self._chunk
+                    ),
                     mask,
                     rng,
                 )
@@ -141,8 +143,16 @@ class Accumulative(Iterated):
                 """Gradient of H_t in the pixels of the accumulative batch and of the trigger, stacked."""
                 now = Batch(x[n:], trigger.y)
                 g = pull(now)
-                of_batch = turn_towards(objective, parameters, x[:n], batch.y, towards(g), self.normalise)
-                poisoned = unit(gradient(objective, parameters, x[:n], batch.y), self.normalise)
+                of_batch = turn_towards(
+                    objective,
+                    parameters,
+                    x[:n],
+                    batch.y,
+                    towards(g),
+                    normalise=self.normalise,
+                    chunk=self._chunk,
+                )
+                poisoned = unit(gradient(objective, parameters, x[:n], batch.y, chunk=self._chunk), self.normalise)
                 of_trigger = trigger_ascent(
                     objective,
                     parameters,
@@ -220,7 +230,9 @@ class Accumulative(Iterated):
         wanted = unit(g_validation, self.normalise)
         return self.climb(
             clean.x,
-            lambda x: -turn_towards(objective, parameters, x, clean.y, wanted, self.normalise),
+            lambda x: (
+                -turn_towards(objective, parameters, x, clean.y, wanted, normalise=self.normalise, chunk=self._chunk)
+            ),
             self.positions(len(clean.x), view, rng).to(clean.x.device),
             rng,
             start=start,

@@ -20,7 +20,14 @@ from mithridate.calculus import (
 
 
 def turn_towards(
-    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, w: Parameters, normalise: Normalise
+    objective: Objective,
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    w: Parameters,
+    *,
+    normalise: Normalise,
+    chunk: int | None = None,
 ) -> Tensor:
     """d/dx <unit(grad_theta L(x)), w>: follow it upwards and the batch's gradient turns towards `w`.
 
@@ -31,14 +38,15 @@ def turn_towards(
         y: Labels (n,).
         w: The wanted direction, shaped like the parameters.
         normalise: Which `unit`; plain products need no gradient at `x` and cost one pass less.
+        chunk: As in `calculus.gradient`.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "Compute H_t" and its gradient in the pixels.
     """
     if normalise == "none":
-        return mixed_partial(objective, parameters, x, y, w)
-    v = alignment_gradient(gradient(objective, parameters, x, y), w, normalise)
-    return mixed_partial(objective, parameters, x, y, v)
+        return mixed_partial(objective, parameters, x, y, w, chunk=chunk)
+    v = alignment_gradient(gradient(objective, parameters, x, y, chunk=chunk), w, normalise)
+    return mixed_partial(objective, parameters, x, y, v, chunk=chunk)
 
 
 def trigger_ascent(
@@ -66,7 +74,7 @@ def trigger_ascent(
         u: A fixed direction, shaped like the parameters.
         normalise: How the two gradients enter their product.
         g_validation: grad_theta L(S_val).
-        chunk: As in `calculus.gradient`, for S_val.
+        chunk: As in `calculus.gradient`.
 
     Returns:
         A tensor shaped like the trigger's pixels.
@@ -74,8 +82,8 @@ def trigger_ascent(
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "update P(S_T)", read literally: H_t is not stopped at G_t.
     """
-    b = gradient(objective, parameters, *trigger)
-    h = hessian_vector_product(objective, parameters, *trigger, u)
+    b = gradient(objective, parameters, *trigger, chunk=chunk)
+    h = hessian_vector_product(objective, parameters, *trigger, u, chunk=chunk)
     a_along_u = hessian_vector_product(objective, parameters, *validation, u, chunk=chunk)
 
     def q(b: Parameters) -> Tensor:
@@ -85,8 +93,8 @@ def trigger_ascent(
 
     dq_db: Parameters = grad(q)(b)
     dp_db = alignment_gradient(b, unit(g_validation, normalise), normalise)
-    return mixed_partial(objective, parameters, *trigger, dq_db) + mixed_partial_of_curvature(
-        objective, parameters, *trigger, u, dp_db
+    return mixed_partial(objective, parameters, *trigger, dq_db, chunk=chunk) + mixed_partial_of_curvature(
+        objective, parameters, *trigger, u, dp_db, chunk=chunk
     )
 
 

@@ -31,7 +31,7 @@ class Vanilla(Iterated):
         normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one
             cosine a parameter tensor (`tensor`).
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
-        chunk: Validation samples computed at a time; bounds memory.
+        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
 
     Source:
         Pang et al., NeurIPS 2021, section 3.1, Eqs. (5)-(6); Wang and Chaudhuri, arXiv:1808.08994.
@@ -55,7 +55,9 @@ class Vanilla(Iterated):
             wanted = unit(gradient(objective, parameters, *view.validation, chunk=chunk), self.normalise)
             return self.climb(
                 batch.x,
-                lambda x: -turn_towards(objective, parameters, x, batch.y, wanted, self.normalise),
+                lambda x: (
+                    -turn_towards(objective, parameters, x, batch.y, wanted, normalise=self.normalise, chunk=chunk)
+                ),
                 mask,
                 rng,
             )

@@ -16,9 +16,9 @@ from torch import nn
 from mithridate.bench import store
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Snapshot
+from mithridate.core import Need, Snapshot
 from mithridate.data.stream import Stream, open_stream
-from mithridate.errors import DeviceError, StoreError
+from mithridate.errors import DataError, DeviceError, StoreError
 from mithridate.files import cache_directory
 from mithridate.learning.burn_in import BurnInResult, burn_in
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
@@ -101,6 +101,7 @@ def run_recipe(
     _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     stream.require(recipe.run.steps)
+    _check_needs(cells, stream)
     build_model(recipe.model, stream.info, seed=0)
     with deterministic():
         skipped = 0
@@ -123,16 +124,23 @@ class deterministic:
     """Ask torch for algorithms that give the same bits twice, and give the setting back afterwards."""
 
     def __enter__(self) -> None:
-        self.before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        self.before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        self.benchmark = torch.backends.cudnn.benchmark
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
 
     def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self.before[0])
-        torch.backends.cudnn.benchmark = self.before[1]
+        torch.use_deterministic_algorithms(self.before[0], warn_only=self.before[1])
+        torch.backends.cudnn.benchmark = self.benchmark
 
 
 def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise StoreError(f"{nearest} is not a directory; choose another --out.")
     for cell in cells:
         directory = out / cell.run_id
         if not directory.exists():
@@ -152,6 +160,20 @@ def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> Non
                 f"{directory} was made with other settings ({', '.join(differing[:5])}); resume with the same ones, or "
                 "choose another --out."
             )
+
+
+def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
+    """Refuse components that need a part of the stream which the recipe leaves empty."""
+    empty = {
+        need for need, part in ((Need.VALIDATION, stream.validation), (Need.TRUSTED, stream.trusted)) if not len(part)
+    }
+    for cell in cells:
+        for label, needs in (
+            (cell.attack.label, cell.attack.component.needs),
+            (cell.defence.label, cell.defence.component.needs),
+        ):
+            for need in needs & empty:
+                raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -255,7 +277,8 @@ def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
     extra = {f"attack.{k}": v for k, v in progress.memory.items()}
     extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
     extra |= {f"image.{k}": v for k, v in progress.images.items()}
-    save_snapshot(path, learner.snapshot(), extra=extra, note={"rows": progress.rows})
+    on_cpu = [name for name, t in extra.items() if t.device.type == "cpu"]
+    save_snapshot(path, learner.snapshot(), extra=extra, note={"rows": progress.rows, "on_cpu": on_cpu})
 
 
 def _load_progress(path: Path, learner: Learner) -> Progress:
@@ -264,6 +287,6 @@ def _load_progress(path: Path, learner: Learner) -> Progress:
     parts: dict[str, dict[str, torch.Tensor]] = {"attack": {}, "defence": {}, "image": {}}
     for name, tensor in extra.items():
         kind, _, key = name.partition(".")
-        parts[kind][key] = tensor if kind == "image" else tensor.to(learner.device)
+        parts[kind][key] = tensor if name in note["on_cpu"] else tensor.to(learner.device)
     learner.memory.update(parts["defence"])
     return Progress(note["rows"], parts["attack"], parts["image"])

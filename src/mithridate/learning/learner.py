@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from mithridate.core import (
     ADMITTED,
     Batch,
     BatchNormMode,
+    Criterion,
     Defence,
     Gradient,
     Memory,
@@ -26,6 +27,7 @@ from mithridate.core import (
     check_batch,
 )
 from mithridate.errors import CheckpointError, DataError
+from mithridate.learning.history import History
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Learner:
         criterion: (logits, labels) -> mean loss.
         defence: What stands between batches and the model.
         trusted: Samples that the owner knows to be clean, for defences that declare them.
+        history: Keeps past states of the model, for defences that look back; the learner records into it.
         update_mode: BatchNorm in an update: `train` uses and records the batch's statistics; `eval` leaves them alone.
 
     Raises:
@@ -78,9 +81,10 @@ class Learner:
         model: nn.Module,
         optimiser: Optimizer,
         *,
-        criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        criterion: Criterion = F.cross_entropy,
         defence: Defence | None = None,
         trusted: Batch | None = None,
+        history: History | None = None,
         update_mode: BatchNormMode = "train",
     ) -> None:
         self.model = model
@@ -88,6 +92,7 @@ class Learner:
         self.criterion = criterion
         self.defence = defence or Defence()
         self.trusted = trusted
+        self.history = history
         self.update_mode = update_mode
         self.step = 0
         self.memory: Memory = {}
@@ -107,6 +112,8 @@ class Learner:
         things: dict[Need, Any] = {Need.MODEL: self.white_box}
         if self.trusted is not None:
             things[Need.TRUSTED] = self.trusted
+        if self.history is not None:
+            things[Need.HISTORY] = self.history
         return View(self.step, self.memory, things, self.defence.needs, type(self.defence).__name__)
 
     def update(self, batch: Batch) -> Update:
@@ -128,6 +135,8 @@ class Learner:
         gates = type(self.defence).admit is not Defence.admit
         before = self.snapshot() if gates else None
         old = [p.detach().clone() for p in self.model.parameters()]
+        if self.history is not None:
+            self.history.record(self.step, self.model)
         loss = self._backward(batch)
         gradient_norm, bounded_norm = self._bound()
         self.optimiser.step()
@@ -139,6 +148,8 @@ class Learner:
             verdict = self.defence.admit(before, self.view())
             if not verdict.admit:
                 self.restore(before)
+            elif verdict.parameters is not None:
+                self.restore_parameters(verdict.parameters)
         update_norm = _length(p.detach() - o for p, o in zip(self.model.parameters(), old, strict=True))
         seconds = time.perf_counter() - began
         return Update(loss, gradient_norm, bounded_norm, update_norm, len(batch.x), verdict, seconds)
@@ -147,17 +158,22 @@ class Learner:
         self.model.train(self.update_mode == "train")
         self.optimiser.zero_grad(set_to_none=True)
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        logits = self.model(batch.x)
-        top = int(batch.y.max())
-        if logits.ndim != 2 or top >= logits.shape[1] or int(batch.y.min()) < 0:
+        try:
+            loss = self.defence.loss(self.model, batch, self._checked_criterion, self.view())
+        except DataError:
             self.restore_buffers(buffers)
-            raise DataError(
-                f"the model gives logits of shape {tuple(logits.shape)}, but the batch has labels "
-                f"{int(batch.y.min())} to {top}; build the model with as many outputs as there are classes."
-            )
-        loss = self.criterion(logits, batch.y)
+            raise
         torch.autograd.backward(loss)
         return float(loss.detach())
+
+    def _checked_criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        low, high = int(labels.min()), int(labels.max())
+        if logits.ndim != 2 or high >= logits.shape[1] or low < 0:
+            raise DataError(
+                f"the model gives logits of shape {tuple(logits.shape)}, but the batch has labels {low} to {high}; "
+                "build the model with as many outputs as there are classes."
+            )
+        return self.criterion(logits, labels)
 
     def _bound(self) -> tuple[float, float]:
         """Let the defence bound the gradient; lengths before and after."""
@@ -173,13 +189,14 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> Score:
-        """Accuracy and mean loss over batches, in eval mode; the model's flags come back as they were."""
+        """Accuracy and mean loss of the model that is served, in eval mode; train flags come back as they were."""
         flags = {name: m.training for name, m in self.model.named_modules()}
         self.model.eval()
         hits, loss, count = 0, 0.0, 0
+        served = self.defence.serve(self.view())
         for batch in batches:
             x, y = batch.to(self.device)
-            logits = self.model(x)
+            logits = self.model(x) if served is None else served.logits(self.model, x)
             hits += int((logits.argmax(1) == y).sum())
             loss += float(self.criterion(logits, y)) * len(y)
             count += len(y)
@@ -222,6 +239,13 @@ class Learner:
         own = dict(self.model.named_buffers())
         _require_fit(own, buffers, "buffers")
         _write(own, buffers)
+
+    @torch.no_grad()
+    def restore_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take only the parameters from elsewhere."""
+        own = dict(self.model.named_parameters())
+        _require_fit(own, parameters, "parameters")
+        _write(own, parameters)
 
 
 def _require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:

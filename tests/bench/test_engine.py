@@ -1,0 +1,493 @@
+"""The engine: what a grid leaves on disk, what a killed one goes on with, and what is refused beforehand."""
+
+import itertools
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mithridate.bench.engine import choose_device, deterministic, run_recipe
+from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe
+from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
+from mithridate.bench.watcher import Watcher
+from mithridate.data.stream import open_stream
+from mithridate.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
+from mithridate.learning.burn_in import burn_in
+from mithridate.learning.learner import Learner
+from mithridate.learning.online import adopt_momentum, online_optimiser, run_online
+from mithridate.models import build_model
+
+RECIPE = """
+title = "tiny"
+[data]
+name = "digits"
+burn_in = 150
+victim = 100
+validation = 30
+trusted = 20
+test = 150
+batch_size = 20
+augment = false
+[model]
+name = "small_cnn"
+width = 4
+[burn_in]
+epochs = 2
+batch_size = 50
+lr = 0.05
+checkpoints = [1]
+[[attack]]
+name = "noise"
+eps = 0.1
+[[attack]]
+name = "accumulative"
+label = "accu"
+eps = 0.2
+steps = 1
+trigger_update = "after_step"
+poison_ratio = 0.5
+random_start = true
+resample_validation = true
+weight_momentum = 1.1
+[[defence]]
+name = "none"
+[[defence]]
+name = "clip"
+clip_norm = 0.5
+[monitor]
+name = "accuracy_floor"
+max_drop = 0.01
+[run]
+steps = 3
+lr = 0.05
+images = 2
+"""
+TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
+
+
+def recipe_of(*changes: str, attacks: str = "", defences: str = "") -> Recipe:
+    """The tiny recipe with changes, of some attacks and defences only (labels with commas; all if empty)."""
+    tables = tomllib.loads(RECIPE)
+    for kind, labels in (("attack", attacks), ("defence", defences)):
+        if labels:
+            tables[kind] = [t for t in tables[kind] if t.get("label", t["name"]) in labels.split(",")]
+    for change in changes:
+        apply_change(tables, change)
+    return make_recipe(tables)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Burn-ins are shared: they have tests of their own."""
+    return tmp_path_factory.mktemp("burn-ins")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The finished grid; read only."""
+    out = tmp_path_factory.mktemp("grid") / "deep" / "runs"
+    found = run_recipe(recipe_of(), out, device="cpu", cache=cache)
+    assert (found.ran, found.skipped) == (4, 0)
+    assert [d.name for d in found.directories] == [
+        "noise__none__seed0",
+        "accu__none__seed0",
+        "noise__clip__seed0",
+        "accu__clip__seed0",
+    ]
+    return out
+
+
+def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in TIMES}
+
+
+def equal_runs(a: Run, b: Run) -> bool:
+    rows = [timeless(r) for r in a.trace] == [timeless(r) for r in b.trace]
+    images = a.images.keys() == b.images.keys() and all((a.images[k] == b.images[k]).all() for k in a.images)
+    return rows and images and timeless(a.summary) == timeless(b.summary) and a.config == b.config
+
+
+def tree(root: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file with its time of change and content."""
+    return {
+        str(p.relative_to(root)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(root.rglob("*")) if p.is_file()
+    }
+
+
+# What is on disk.
+
+
+def test_every_cell_has_its_directory_with_the_stores_files(grid: Path) -> None:
+    directories = sorted(p.name for p in grid.iterdir())
+    assert directories == [f"{a}__{d}__seed0" for a in ("accu", "noise") for d in ("clip", "none")]
+    for directory in grid.iterdir():
+        assert {p.name for p in directory.iterdir()} == {
+            "config.toml",
+            "trace.parquet",
+            "summary.json",
+            "environment.json",
+            "images.safetensors",
+        }
+
+
+def test_the_trace_has_the_schemas_columns_and_a_row_a_step(grid: Path) -> None:
+    for run in read_runs([grid]):
+        assert pq.read_schema(run.path / "trace.parquet").equals(TRACE_SCHEMA)
+        assert [row["step"] for row in run.trace] == [0, 1, 2, 3, 4]
+        assert [row["phase"] for row in run.trace] == ["start", *["accumulative"] * 3, "trigger"]
+
+
+def test_the_summary_is_the_outcome(grid: Path) -> None:
+    for run in read_runs([grid]):
+        summary, rows = run.summary, run.trace
+        assert {
+            "accuracy_start",
+            "accuracy_before_trigger",
+            "accuracy_after_trigger",
+            "drop",
+            "steps",
+            "seconds",
+            "seed",
+            "status",
+        } <= summary.keys()
+        assert summary["accuracy_start"] == rows[0]["accuracy"]
+        assert summary["accuracy_before_trigger"] == rows[-2]["accuracy"]
+        assert summary["accuracy_after_trigger"] == rows[-1]["accuracy"]
+        assert summary["drop"] == rows[-2]["accuracy"] - rows[-1]["accuracy"]
+        assert 0 <= summary["accuracy_start"] <= 1
+        assert (summary["steps"], summary["seed"], summary["status"]) == (3, 0, "finished")
+        assert run.path.name == f"{summary['attack']}__{summary['defence']}__seed0"
+        assert (summary["dataset"], summary["model"]) == ("digits", "small_cnn")
+        alarmed = [row["step"] for row in rows if row["alarms"]]
+        assert summary["alarms"] == len(alarmed)
+        assert summary["first_alarm_step"] == (alarmed[0] if alarmed else None)
+    assert len({run.summary["burn_in_key"] for run in read_runs([grid])}) == 1
+
+
+def test_the_settings_on_disk_are_those_of_the_cell(grid: Path) -> None:
+    for cell in recipe_of().cells():
+        held = tomllib.loads((grid / cell.run_id / "config.toml").read_text(encoding="utf-8"))
+        assert held == cell.config()
+        assert set(held) == {"title", "data", "model", "burn_in", "attack", "defence", "monitor", "run"}
+        for component in ("model", "attack", "defence", "monitor"):
+            assert held[component]["name"]
+
+
+def test_the_environment_names_versions_device_and_threads(grid: Path) -> None:
+    for run in read_runs([grid]):
+        assert run.environment["torch"] == torch.__version__
+        assert run.environment["device"] == "cpu"
+        assert run.environment["threads"] == torch.get_num_threads()
+        assert {"mithridate", "python", "platform"} <= run.environment.keys()
+
+
+def test_images_are_pairs_within_the_budget(grid: Path) -> None:
+    for run in read_runs([grid]):
+        assert set(run.images) == {f"{p}.{k}" for p in ("accumulative", "trigger") for k in ("clean", "poisoned")}
+        budget = run.config["attack"]["eps"]
+        for phase in ("accumulative", "trigger"):
+            clean, poisoned = run.images[f"{phase}.clean"], run.images[f"{phase}.poisoned"]
+            assert clean.shape == poisoned.shape == (2, 1, 8, 8)
+            assert abs(poisoned - clean).max() <= budget + 1e-6
+            assert poisoned.min() >= 0
+            assert poisoned.max() <= 1
+
+
+@pytest.mark.parametrize("changes", [(), ("run.restore_momentum=true", "run.update_mode=eval")], ids=["usual", "other"])
+def test_a_cell_is_the_online_loop_after_the_burn_in(tmp_path: Path, cache: Path, changes: tuple[str, ...]) -> None:
+    recipe = recipe_of(*changes, attacks="accu", defences="clip")
+    run_recipe(recipe, tmp_path / "runs", device="cpu", cache=cache)
+    (found,) = read_runs([tmp_path / "runs"])
+
+    (cell,) = recipe.cells()
+    stream = open_stream(recipe.data)
+    model = build_model(recipe.model, stream.info, seed=0)
+    burned = burn_in(model, stream, recipe.burn_in, seed=0)
+    optimiser = online_optimiser(model.parameters(), recipe.run)
+    if recipe.run.restore_momentum:
+        adopt_momentum(optimiser, burned.final)
+    learner = Learner(model, optimiser, defence=cell.defence.component, update_mode=recipe.run.update_mode)
+    monitors = [m.component for m in recipe.monitors]
+    with deterministic():
+        outcome = run_online(learner, stream, cell.attack.component, recipe.run, monitors=monitors, seed=0)
+    assert [timeless(row) for row in found.trace] == [timeless(row) for row in outcome.trace]
+    expected = timeless(outcome.summary())
+    assert {k: found.summary[k] for k in expected} == expected
+
+
+def test_the_burn_ins_momentum_matters_if_it_is_asked_for(tmp_path: Path, cache: Path, grid: Path) -> None:
+    changes = ("run.restore_momentum=true",)
+    run_recipe(recipe_of(*changes, attacks="noise", defences="none"), tmp_path / "runs", device="cpu", cache=cache)
+    (found,) = read_runs([tmp_path / "runs"])
+    usual = read_run(grid / "noise__none__seed0")
+    assert found.trace[0]["accuracy"] == usual.trace[0]["accuracy"]
+    assert found.trace[1]["update_norm"] > usual.trace[1]["update_norm"]
+
+
+def test_the_same_recipe_gives_the_same_numbers_with_another_cache(tmp_path: Path, grid: Path) -> None:
+    run_recipe(recipe_of(attacks="accu", defences="none"), tmp_path / "runs", device="cpu", cache=tmp_path / "cache")
+    (again,) = read_runs([tmp_path / "runs"])
+    assert equal_runs(again, read_run(grid / "accu__none__seed0"))
+
+
+class Log(Watcher):
+    """Notes all calls; may pull the plug."""
+
+    def __init__(self, *, kill_at: int | None = None, kill_in_burn_in: int | None = None, kill_cell: str = "") -> None:
+        self.kill_at, self.kill_in_burn_in, self.kill_cell = kill_at, kill_in_burn_in, kill_cell
+        self.epochs: list[tuple[int, int]] = []
+        self.steps: list[tuple[str, int]] = []
+        self.ended: list[tuple[str, bool]] = []
+
+    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+        self.epochs.append((seed, done))
+        if done == self.kill_in_burn_in:
+            raise KeyboardInterrupt
+
+    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
+        self.steps.append((cell.run_id, done))
+        if done == self.kill_at and cell.run_id.startswith(self.kill_cell):
+            raise KeyboardInterrupt
+
+    def finished(self, cell: Cell, summary: Mapping[str, Any], *, skipped: bool) -> None:
+        self.ended.append((cell.run_id, skipped))
+
+
+def test_a_burn_in_with_a_seed_of_its_own_is_trained_once_for_all_seeds(tmp_path: Path) -> None:
+    log = Log()
+    recipe = recipe_of("burn_in.seed=5", "run.seeds=[0, 1]", attacks="noise", defences="none,clip")
+    run_recipe(recipe, tmp_path / "runs", device="cpu", cache=tmp_path / "cache", watcher=log)
+    runs = read_runs([tmp_path / "runs"])
+    assert log.epochs == [(0, 1), (0, 2)]
+    assert len({run.summary["burn_in_key"] for run in runs}) == 1
+    assert len({run.summary["accuracy_start"] for run in runs}) == 1
+    assert {run.summary["seed"] for run in runs} == {0, 1}
+    first, second = (read_run(tmp_path / "runs" / f"noise__none__seed{s}") for s in (0, 1))
+    assert [timeless(r) for r in first.trace[1:]] != [timeless(r) for r in second.trace[1:]]
+
+
+def test_each_seed_has_its_own_burn_in_otherwise(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("run.seeds=[0, 1]", attacks="noise", defences="none")
+    run_recipe(recipe, tmp_path / "runs", device="cpu", cache=cache)
+    a, b = read_runs([tmp_path / "runs"])
+    assert a.summary["burn_in_key"] != b.summary["burn_in_key"]
+    assert a.trace[0]["loss"] != b.trace[0]["loss"]
+
+
+# Going on.
+
+
+def test_an_existing_directory_is_in_the_way(tmp_path: Path, grid: Path, cache: Path) -> None:
+    before = tree(grid)
+    with pytest.raises(StoreError, match=r"accu__clip__seed0 exists; go on with --resume"):
+        run_recipe(recipe_of(attacks="accu", defences="clip"), grid, device="cpu", cache=cache)
+    (tmp_path / "accu__clip__seed0").mkdir()  # the last cell's directory stops the first cell, too
+    with pytest.raises(StoreError, match="exists"):
+        run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache)
+    assert [p.name for p in tmp_path.iterdir()] == ["accu__clip__seed0"]
+    assert tree(grid) == before
+
+
+def test_resuming_a_finished_grid_touches_nothing(grid: Path, cache: Path) -> None:
+    before = tree(grid)
+    log = Log()
+    found = run_recipe(recipe_of(), grid, device="cpu", resume=True, cache=cache, watcher=log)
+    assert tree(grid) == before
+    assert (found.ran, found.skipped) == (0, 4)
+    assert (log.epochs, log.steps) == ([], [])
+    assert log.ended == [(cell.run_id, True) for cell in recipe_of().cells()]
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+@pytest.mark.parametrize("name", ["accu", "noise"])
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    tmp_path: Path, grid: Path, cache: Path, kill_at: int, name: str
+) -> None:
+    recipe = recipe_of(attacks=name, defences="clip")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=kill_at))
+    (directory,) = tmp_path.iterdir()
+    assert {p.name for p in directory.iterdir()} == {"config.toml", "environment.json", "state.safetensors"}
+    log = Log()
+    found = run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=log)
+    assert [done for _, done in log.steps] == list(range(kill_at + 1, 4))  # it went on, it did not begin again
+    assert (found.ran, found.skipped) == (1, 0)
+    assert {p.name for p in directory.iterdir()} == {p.name for p in (grid / directory.name).iterdir()}
+    assert equal_runs(read_run(directory), read_run(grid / directory.name))
+
+
+def test_a_run_may_be_killed_at_every_step(tmp_path: Path, grid: Path, cache: Path) -> None:
+    recipe = recipe_of(attacks="accu", defences="none")
+    for step in (1, 2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=Log(kill_at=step))
+    run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
+    assert equal_runs(read_run(tmp_path / "accu__none__seed0"), read_run(grid / "accu__none__seed0"))
+
+
+def test_resume_points_may_be_rare(tmp_path: Path, grid: Path, cache: Path) -> None:
+    recipe = recipe_of("run.save_every=2", attacks="accu", defences="none")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=3))
+    log = Log()
+    run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=log)
+    assert [done for _, done in log.steps] == [3]
+    usual = read_run(grid / "accu__none__seed0")
+    assert [timeless(r) for r in read_run(tmp_path / "accu__none__seed0").trace] == [timeless(r) for r in usual.trace]
+
+
+def test_a_grid_killed_in_its_second_cell_keeps_the_first(tmp_path: Path, grid: Path, cache: Path) -> None:
+    recipe = recipe_of(defences="none")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=2, kill_cell="accu"))
+    before = tree(tmp_path / "noise__none__seed0")
+    found = run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
+    assert (found.ran, found.skipped) == (1, 1)
+    assert tree(tmp_path / "noise__none__seed0") == before
+    for name in ("noise__none__seed0", "accu__none__seed0"):
+        assert equal_runs(read_run(tmp_path / name), read_run(grid / name))
+
+
+def test_a_grid_killed_in_its_burn_in_goes_on_there(tmp_path: Path, grid: Path) -> None:
+    recipe = recipe_of(attacks="noise", defences="none")
+    runs, own = tmp_path / "runs", tmp_path / "cache"
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, runs, device="cpu", cache=own, watcher=Log(kill_in_burn_in=1))
+    assert not runs.exists()
+    log = Log()
+    run_recipe(recipe, runs, device="cpu", resume=True, cache=own, watcher=log)
+    assert log.epochs == [(0, 2)]
+    assert equal_runs(read_run(runs / "noise__none__seed0"), read_run(grid / "noise__none__seed0"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (("attack.eps=0.3",), "attack.eps"),
+        (("run.steps=2",), "run.steps"),
+        (("data.seed=1",), "data.seed"),
+        (("burn_in.lr=0.01",), "burn_in.lr"),
+        (("model.width=8",), "model.width"),
+        (("monitor.floor=0.2",), "monitor.floor"),
+        (("defence.clip_norm=2",), "defence.clip_norm"),
+    ],
+)
+def test_other_settings_do_not_resume(grid: Path, cache: Path, changes: tuple[str, ...], named: str) -> None:
+    before = tree(grid)
+    with pytest.raises(StoreError, match=rf"made with other settings \({named}\)"):
+        run_recipe(recipe_of(*changes, attacks="accu", defences="clip"), grid, device="cpu", resume=True, cache=cache)
+    assert tree(grid) == before
+
+
+def test_another_title_does_resume(grid: Path, cache: Path) -> None:
+    tables = tomllib.loads(RECIPE) | {"title": "renamed"}
+    assert run_recipe(make_recipe(tables), grid, device="cpu", resume=True, cache=cache).skipped == 4
+
+
+def test_a_damaged_directory_is_named(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of(attacks="noise", defences="none")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=1))
+    state = tmp_path / "noise__none__seed0" / "state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"state\.safetensors"):
+        run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
+    (tmp_path / "noise__none__seed0" / "config.toml").write_text("[", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"config\.toml is unreadable"):
+        run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
+
+
+# Outcomes that are no crash.
+
+
+def test_a_diverging_victim_is_recorded(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("run.lr=1e30", attacks="accu", defences="none")
+    run_recipe(recipe, tmp_path, device="cpu", cache=cache)
+    (found,) = read_runs([tmp_path])
+    assert found.summary["status"] == "diverged"
+    assert any(math.isnan(row["loss"]) for row in found.trace)
+    text = (found.path / "summary.json").read_text(encoding="utf-8")
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_a_diverging_run_resumes(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("run.lr=1e30", attacks="noise", defences="none")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=2))
+    run_recipe(recipe, tmp_path, device="cpu", cache=cache, resume=True)
+    assert read_runs([tmp_path])[0].summary["status"] == "diverged"
+
+
+def test_a_halted_run_has_no_drop(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("run.on_alarm=halt", "monitor.floor=1.0", attacks="noise", defences="none")
+    run_recipe(recipe, tmp_path, device="cpu", cache=cache)
+    (found,) = read_runs([tmp_path])
+    assert (found.summary["status"], found.summary["drop"], found.summary["steps"]) == ("halted", None, 1)
+    assert set(found.images) == {"accumulative.clean", "accumulative.poisoned"}
+
+
+# What is refused before anything is made.
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (("run.steps=9",), DataError, "9 accumulative batches and the trigger batch"),
+        (("burn_in.checkpoint=none.pt",), CheckpointError, r"none\.pt"),
+        (("data.validation=0",), DataError, "accu needs the validation batch"),
+        (("data.name=cifar10", "data.test=100"), DataError, "data root"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_cannot_run_leaves_nothing(
+    tmp_path: Path, cache: Path, changes: tuple[str, ...], error: type[UserError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run_recipe(recipe_of(*changes), tmp_path / "runs", device="cpu", cache=cache, data_root=tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attacks_that_need_no_validation_images_run_without(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("data.validation=0", attacks="noise", defences="none")
+    assert run_recipe(recipe, tmp_path, device="cpu", cache=cache).ran == 1
+
+
+def test_a_file_in_the_place_of_the_store_is_named(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "runs").write_text("mine", encoding="utf-8")
+    with pytest.raises(StoreError, match="runs is not a directory"):
+        run_recipe(recipe_of(), tmp_path / "runs", device="cpu", cache=cache)
+    assert (tmp_path / "runs").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DeviceError, match="CUDA was asked for"):
+        run_recipe(recipe_of(), tmp_path / "runs", device="cuda", cache=cache)
+    assert not (tmp_path / "runs").exists()
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(DeviceError, match="unknown device 'gpu'; use auto, cpu or cuda"):
+        choose_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("on", "warn"), list(itertools.product([False, True], repeat=2)))
+def test_torchs_settings_come_back(on: bool, warn: bool) -> None:
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(on, warn_only=warn)
+        held = torch.is_deterministic_algorithms_warn_only_enabled()
+        with deterministic():
+            assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() is on
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is held
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
