@@ -13,9 +13,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from mithridate import cli
-from mithridate.bench import engine
 from mithridate.bench.store import read_runs
 from mithridate.data.catalogue import DATASETS
+from mithridate.learning.online import run_online
 from mithridate.registry import Kind, entries
 
 COMMANDS = ("demo", "run", "report", "list")
@@ -203,16 +203,16 @@ def test_a_run_writes_the_store_and_a_report(invoke: Invoke, recipe: Path, cache
 def test_an_interrupt_says_how_to_go_on(
     invoke: Invoke, recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = engine.run_online, 0
+    calls = 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise KeyboardInterrupt
-        return original(*args, **options)
+        return run_online(*args, **options)
 
-    monkeypatch.setattr(engine, "run_online", interrupted)
+    monkeypatch.setattr("mithridate.bench.engine.run_online", interrupted)
     call = ("run", recipe, "--device", "cpu", "--cache", cache, "--out", "runs")
     first = invoke(*call)
     assert first.code == 130

@@ -8,7 +8,7 @@ from mithridate.testing.conformance import Check
 
 EXPECTED: dict[Kind, set[str]] = {
     "attack": {"accumulative", "clean", "fgsm", "mim", "noise", "pgd", "vanilla"},
-    "defence": {"clip", "none"},
+    "defence": {"at", "clip", "dsc", "none"},
     "model": {"resnet18", "small_cnn", "vgg11"},
     "monitor": {"accuracy_floor", "loss_amplification"},
 }

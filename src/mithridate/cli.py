@@ -190,6 +190,8 @@ def list_(
 
 def main() -> None:
     """The entry point of the `mithridate` command."""
+    # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 
 
@@ -324,7 +326,7 @@ class _Bars(Watcher):
     def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A run has ended."""
         drop = summary["drop"]
-        fell = "halted before the trigger" if drop is None else f"trigger step {0.0 - 100 * drop:+.1f} points"
+        fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+z.1f} points"
         kept = "  (kept)" if skipped else ""
         self.progress.console.print(
             f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "

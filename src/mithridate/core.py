@@ -448,6 +448,11 @@ class Defence:
     active: ClassVar[Mapping[str, Any]] = {}
     """Settings under which it surely acts on a toy stream; equal to `neutral` only for a defence that never acts."""
 
+    @property
+    def lookback(self) -> int:
+        """How many updates back it looks in the model's history; 0 if only at burn-in checkpoints or not at all."""
+        return 0
+
     def screen(self, batch: Batch, view: View) -> Batch:
         """Before the gradient: drop, weight or correct samples."""
         return batch

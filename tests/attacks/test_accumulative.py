@@ -342,6 +342,21 @@ def test_reoptimising_after_a_step_lowers_the_product_at_the_new_model(
     assert after < before
 
 
+@pytest.mark.parametrize("normalise", NORMALISE)
+def test_reoptimising_after_a_step_goes_on_from_the_last_trigger(
+    learner: Learner, moved: Learner, normalise: Normalise
+) -> None:
+    attack = attack_of(trigger_update="after_step", normalise=normalise, norm="l2", steps=2, step_size=0.02)
+    view = view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    expected = view.memory[TRIGGER].clone()
+    attack.fed(replace(view, things={**view.things, Need.MODEL: moved.white_box}), rng())
+    for _ in range(2):
+        slope = naive_trigger_slope(moved.model, expected, normalise)
+        expected = step(expected, -slope, CLEAN_TRIGGER.x, "l2", 0.02)
+    assert float((view.memory[TRIGGER] - expected).abs().max()) < 1e-9
+
+
 def test_joint_mode_moves_the_trigger_inside_the_round_and_not_after_it(learner: Learner) -> None:
     attack, view = attack_of(), view_of(learner)
     attack.poison(BATCH, view, rng=rng())
@@ -379,9 +394,12 @@ def test_resampling_draws_anew_by_the_generator(learner: Learner, monkeypatch: p
     drawn: list[Tensor] = []
     original = Accumulative._validation
 
+    def labelled(batch: Batch) -> Tensor:
+        return torch.cat([batch.x.flatten(1), batch.y.double().unsqueeze(1)], dim=1)
+
     def spy(self: Accumulative, view: View, rng: torch.Generator) -> Batch:
         batch = original(self, view, rng)
-        drawn.append(batch.x)
+        drawn.append(labelled(batch))
         return batch
 
     monkeypatch.setattr(Accumulative, "_validation", spy)
@@ -396,8 +414,7 @@ def test_resampling_draws_anew_by_the_generator(learner: Learner, monkeypatch: p
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(made[0], made[2])
     assert not torch.equal(drawn[3], drawn[4])  # at every step, not once
-    pool = {tuple(x.flatten().tolist()) for x in VALIDATION.x}
-    assert all(tuple(x.flatten().tolist()) in pool for x in drawn[0])
+    assert all(row in labelled(VALIDATION).tolist() for row in drawn[0].tolist())
 
 
 @pytest.mark.parametrize("chunk", [1, 5])
@@ -410,6 +427,14 @@ def test_chunks_bound_memory_and_change_nothing(learner: Learner, chunk: int, up
         attack.fed(view, rng())
         made.append(torch.cat([sent, view.memory[TRIGGER]]))
     assert float((made[0] - made[1]).abs().max()) < 1e-9
+
+
+def test_with_batch_statistics_chunks_are_not_used(learner: Learner) -> None:
+    made = [
+        attack_of(craft_mode="train", chunk=chunk, trigger_mode="clean").poison(BATCH, view_of(learner), rng=rng()).x
+        for chunk in (5, 100)
+    ]
+    assert torch.equal(*made)
 
 
 # Settings.

@@ -1,5 +1,6 @@
 """The engine: what a grid leaves on disk, what a killed one goes on with, and what is refused beforehand."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -12,16 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mithridate import registry
 from mithridate.bench.engine import choose_device, deterministic, run_recipe
-from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe
+from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_recipe
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher
+from mithridate.core import Defence, Gradient, View
 from mithridate.data.stream import open_stream
 from mithridate.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
 from mithridate.learning.burn_in import burn_in
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import adopt_momentum, online_optimiser, run_online
 from mithridate.models import build_model
+from mithridate.registry import Entry, settings
 
 RECIPE = """
 title = "tiny"
@@ -272,6 +276,15 @@ def test_a_burn_in_with_a_seed_of_its_own_is_trained_once_for_all_seeds(tmp_path
     assert [timeless(r) for r in first.trace[1:]] != [timeless(r) for r in second.trace[1:]]
 
 
+def test_such_a_burn_in_does_not_depend_on_which_seed_runs_first(tmp_path: Path) -> None:
+    losses = []
+    for seed in (0, 1):
+        recipe = recipe_of("burn_in.seed=5", f"run.seeds=[{seed}]", attacks="noise", defences="none")
+        run_recipe(recipe, tmp_path / f"runs{seed}", device="cpu", cache=tmp_path / f"cache{seed}")
+        losses.append(read_runs([tmp_path / f"runs{seed}"])[0].trace[0]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_each_seed_has_its_own_burn_in_otherwise(tmp_path: Path, cache: Path) -> None:
     recipe = recipe_of("run.seeds=[0, 1]", attacks="noise", defences="none")
     run_recipe(recipe, tmp_path / "runs", device="cpu", cache=cache)
@@ -320,6 +333,28 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     assert (found.ran, found.skipped) == (1, 0)
     assert {p.name for p in directory.iterdir()} == {p.name for p in (grid / directory.name).iterdir()}
     assert equal_runs(read_run(directory), read_run(grid / directory.name))
+
+
+@settings
+class Counting(Defence):
+    """Keeps a share of the gradient that depends on how many it has seen."""
+
+    def bound(self, gradient: Gradient, view: View) -> Gradient:
+        view.memory["seen"] = view.memory.get("seen", torch.zeros(())) + 1
+        return gradient.with_rows(gradient.rows / view.memory["seen"])
+
+
+def test_a_resumed_defence_remembers(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry._entries["defence"], "counting", Entry("defence", "counting", Counting, {}))
+    recipe = dataclasses.replace(recipe_of(attacks="noise"), defences=[Labelled("counting", Counting())])
+    run_recipe(recipe, tmp_path / "whole", device="cpu", cache=cache)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Log(kill_at=2))
+    run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, resume=True)
+    (whole,), (killed,) = (read_runs([tmp_path / name]) for name in ("whole", "killed"))
+    assert equal_runs(whole, killed)
+    shares = [row["bounded_norm"] / row["gradient_norm"] for row in whole.trace[1:]]
+    assert shares == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], rel=1e-5)
 
 
 def test_a_run_may_be_killed_at_every_step(tmp_path: Path, grid: Path, cache: Path) -> None:

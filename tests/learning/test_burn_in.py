@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mithridate.core import Snapshot
+from mithridate.core import Batch, Snapshot
 from mithridate.data.stream import Part, Stream
 from mithridate.errors import CheckpointError, ConfigError
 from mithridate.learning.burn_in import BurnIn, BurnInResult, burn_in
 from mithridate.learning.checkpoint import load_snapshot
-from mithridate.learning.learner import Learner
+from mithridate.learning.learner import Learner, Update
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
 
@@ -229,6 +229,26 @@ def test_an_augmented_burn_in_repeats(stream: Stream) -> None:
     shifted = replace(stream, settings=replace(stream.settings, augment=True))
     a, b = train(shifted, None), train(shifted, None)
     assert differing(a.final, b.final) == []
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, seen = Learner.update, list[Tensor]()
+
+    def spy(self: Learner, batch: Batch) -> Update:
+        seen.append(batch.x)
+        return update(self, batch)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    for seed in (0, 1):
+        train(stream, None, replace(HOW, epochs=2, checkpoints=()), seed=seed)
+    orders = [torch.cat(seen[i : i + 3]).flatten(1) for i in range(0, 12, 3)]
+    stored = stream.burn_in.all().x.flatten(1)
+    for i, order in enumerate(orders):
+        assert sorted(order.tolist()) == sorted(stored.tolist())
+        assert not torch.equal(order, stored)
+        assert not any(torch.equal(order, other) for other in orders[:i])
 
 
 def test_a_lone_last_sample_is_left_out(stream: Stream) -> None:

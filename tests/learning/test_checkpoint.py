@@ -162,7 +162,7 @@ def test_pt_files_fill_a_model(tmp_path: Path, content: Any, zipped: bool) -> No
     assert differing(model.state_dict(), WEIGHTS) == []
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+@pytest.mark.parametrize("prefix", ["", "module.", "net.", "module.net."])
 def test_safetensors_fill_a_model(tmp_path: Path, prefix: str) -> None:
     safetensors.torch.save_file(prefixed(prefix), tmp_path / "a.safetensors")
     model = small_model()

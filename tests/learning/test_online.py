@@ -133,6 +133,16 @@ def test_rows_are_numbered_named_and_fit_the_schema(stream: Stream, victim: NewL
         assert 0 < row["craft_seconds"] + row["update_seconds"] <= row["seconds"]
 
 
+def test_accuracy_is_of_the_whole_test_part(
+    stream: Stream, victim: NewLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    monkeypatch.setattr("mithridate.learning.online.EVALUATION_BATCH", 70)
+    pieces = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    assert column(pieces, "accuracy") == column(whole, "accuracy")
+    assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
+
+
 def test_no_steps_means_the_trigger_alone(stream: Stream, victim: NewLearner) -> None:
     outcome = run_online(victim(), stream, Noise(eps=0.1), dataclasses.replace(RUN, steps=0))
     assert column(outcome, "phase") == ["start", "trigger"]
@@ -219,6 +229,27 @@ def test_the_same_seed_gives_the_same_rows_and_another_does_not(
     assert rows[0] == rows[1]
     assert rows[0][1:] != rows[2][1:]
     assert rows[0][0] == rows[2][0]
+
+
+def test_each_step_and_each_seed_has_draws_of_its_own(stream: Stream, victim: NewLearner) -> None:
+    drawn: list[float] = []
+
+    class Drawing(Recorder):
+        def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+            drawn.append(float(torch.rand((), generator=rng)))
+            return batch.x
+
+        def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+            return self.craft(batch, view, mask, rng)
+
+        def fed(self, view: View, rng: Generator) -> None:
+            drawn.append(float(torch.rand((), generator=rng)))
+
+    for seed in (0, 1, 0):
+        run_online(victim(), stream, Drawing(), RUN, seed=seed)
+    assert len(drawn) == 3 * 7  # three batches, each with its aftermath, and the trigger
+    assert drawn[:7] == drawn[14:]
+    assert len(set(drawn)) == 14
 
 
 class Killed(Exception):
@@ -433,6 +464,8 @@ def test_the_trigger_steps_buffers_are_weighed_alone(stream: Stream, victim: New
     by_hand.restore(Snapshot(before.parameters, after.buffers, before.optimiser, 0))
     score = by_hand.evaluate([stream.test.all()])
     assert outcome.accuracy_after_buffers == score.accuracy
+    assert outcome.accuracy_after_trigger is not None
+    assert outcome.drop == outcome.accuracy_before_trigger - outcome.accuracy_after_trigger
     assert equal_bits(learner.snapshot(), after)
     assert len({outcome.accuracy_before_trigger, outcome.accuracy_after_trigger, outcome.accuracy_after_buffers}) == 3
 

@@ -16,12 +16,13 @@ from torch import nn
 from mithridate.bench import store
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Need, Snapshot
+from mithridate.core import Defence, Need, Snapshot
 from mithridate.data.stream import Stream, open_stream
 from mithridate.errors import DataError, DeviceError, StoreError
 from mithridate.files import cache_directory
 from mithridate.learning.burn_in import BurnInResult, burn_in
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
+from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import Outcome, Progress, adopt_momentum, online_optimiser, run_online
 from mithridate.models import build_model
@@ -211,7 +212,7 @@ def _run_cell(
     cell: Cell, directory: Path, stream: Stream, burned: BurnInResult, device: torch.device, watcher: Watcher
 ) -> dict[str, Any]:
     run = cell.recipe.run
-    learner = _learner(cell, stream, burned.final, device)
+    learner = _learner(cell, stream, burned, device)
     store.write_toml(directory / store.CONFIG, cell.config())
     store.write_json(directory / store.ENVIRONMENT, environment(device))
     state = directory / store.STATE
@@ -242,21 +243,29 @@ def _run_cell(
     return summary
 
 
-def _learner(cell: Cell, stream: Stream, burned: Snapshot, device: torch.device) -> Learner:
+def _learner(cell: Cell, stream: Stream, result: BurnInResult, device: torch.device) -> Learner:
     """A learner as the burn-in left the model, with the online phase's own optimiser."""
-    model = _model(cell, stream, device)
+    model, burned, defence = _model(cell, stream, device), result.final, cell.defence.component
     optimiser = online_optimiser(model.parameters(), cell.recipe.run)
     learner = Learner(
         model,
         optimiser,
-        defence=cell.defence.component,
+        defence=defence,
         trusted=stream.trusted.all(device) if len(stream.trusted) else None,
+        history=_history(defence, result),
         update_mode=cell.recipe.run.update_mode,
     )
     learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))
     if cell.recipe.run.restore_momentum:
         adopt_momentum(optimiser, burned)
     return learner
+
+
+def _history(defence: Defence, burned: BurnInResult) -> History | None:
+    """A past for a defence that looks back, as long as it needs."""
+    if Need.HISTORY not in defence.needs:
+        return None
+    return History(keep=defence.lookback + 1 if defence.lookback else 0, checkpoints=burned.epochs)
 
 
 def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult) -> dict[str, Any]:
@@ -277,6 +286,8 @@ def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
     extra = {f"attack.{k}": v for k, v in progress.memory.items()}
     extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
     extra |= {f"image.{k}": v for k, v in progress.images.items()}
+    if learner.history is not None:
+        extra |= {f"history.{k}": v for k, v in learner.history.tensors().items()}
     on_cpu = [name for name, t in extra.items() if t.device.type == "cpu"]
     save_snapshot(path, learner.snapshot(), extra=extra, note={"rows": progress.rows, "on_cpu": on_cpu})
 
@@ -284,9 +295,11 @@ def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
 def _load_progress(path: Path, learner: Learner) -> Progress:
     snapshot, extra, note = load_snapshot(path)
     learner.restore(snapshot)
-    parts: dict[str, dict[str, torch.Tensor]] = {"attack": {}, "defence": {}, "image": {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {"attack": {}, "defence": {}, "image": {}, "history": {}}
     for name, tensor in extra.items():
         kind, _, key = name.partition(".")
         parts[kind][key] = tensor if name in note["on_cpu"] else tensor.to(learner.device)
     learner.memory.update(parts["defence"])
+    if learner.history is not None:
+        learner.history.load(parts["history"])
     return Progress(note["rows"], parts["attack"], parts["image"])

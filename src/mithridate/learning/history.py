@@ -18,24 +18,24 @@ class History:
 
     Args:
         every: Updates between two kept states, >= 1.
-        keep: States kept at most, >= 1; the oldest goes first.
+        keep: States kept at most, >= 0, the current one included; the oldest goes first. 0 keeps only the checkpoints.
         folder: Where states are kept instead of in memory; None keeps them in memory.
         checkpoints: Burn-in snapshots by epoch (`BurnInResult.epochs`); read when first asked for.
 
     Raises:
-        ConfigError: `every` or `keep` is below 1.
+        ConfigError: `every` is below 1 or `keep` below 0.
     """
 
     def __init__(
         self,
         *,
         every: int = 1,
-        keep: int = 1,
+        keep: int = 0,
         folder: Path | None = None,
         checkpoints: Mapping[int, Path] | None = None,
     ) -> None:
-        if every < 1 or keep < 1:
-            raise ConfigError(f"a history needs every >= 1 and keep >= 1, not {every} and {keep}.")
+        if every < 1 or keep < 0:
+            raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
         self.every, self.keep, self.folder = every, keep, folder
         self.checkpoints = dict(checkpoints or {})
         self._states: dict[int, Weights | Path] = {}
@@ -49,7 +49,7 @@ class History:
             step: Updates made so far, from 0.
             model: Whose weights to copy.
         """
-        if step % self.every:
+        if step % self.every or self.keep == 0:
             return
         weights = Weights(
             {name: p.detach().clone() for name, p in model.named_parameters()},

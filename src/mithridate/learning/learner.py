@@ -127,6 +127,8 @@ class Learner:
         """
         began = time.perf_counter()
         check_batch(batch, where="batch given to Learner.update")
+        if self.history is not None:
+            self.history.record(self.step, self.model)
         batch = self.defence.screen(batch.to(self.device), self.view())
         if len(batch.x) == 0:
             verdict = Verdict(admit=False, reason="the defence left no sample of the batch")
@@ -135,8 +137,6 @@ class Learner:
         gates = type(self.defence).admit is not Defence.admit
         before = self.snapshot() if gates else None
         old = [p.detach().clone() for p in self.model.parameters()]
-        if self.history is not None:
-            self.history.record(self.step, self.model)
         loss = self._backward(batch)
         gradient_norm, bounded_norm = self._bound()
         self.optimiser.step()

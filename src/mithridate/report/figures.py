@@ -458,7 +458,7 @@ def _label_changes(ax: Axes, members: Sequence[tuple[str, Row]], longest: int) -
         change = row.difference("accuracy_after_trigger", "accuracy_before_trigger").mean
         after = common([curve for run in _triggered(row) if (curve := aligned(run, "accuracy"))]).get(AFTER)
         if change is not None and after is not None:
-            ends.append((100 * after[0], f"{100 * change:+.1f}"))
+            ends.append((100 * after[0], f"{100 * change:+z.1f}"))
     low, high = ax.get_ylim()
     heights = spread_out([end for end, _ in ends], 0.065 * (high - low), low, high)
     for height, (end, text) in zip(heights, ends, strict=True):

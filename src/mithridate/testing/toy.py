@@ -10,6 +10,7 @@ from mithridate.core import Defence
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings
 from mithridate.learning.burn_in import BurnIn, burn_in
+from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.models import build_model
 from mithridate.seeding import derived_seed
@@ -107,4 +108,4 @@ def toy_learner(
     model.load_state_dict(_burned_in(stream.settings.seed, seed))
     model.to(dtype)
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
-    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all())
+    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all(), history=History(keep=8))

@@ -1,0 +1,35 @@
+"""Adversarial training as a poisoning defence: correct every sample."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from mithridate.core import Batch, View
+from mithridate.defences.correction import Correcting
+from mithridate.registry import register, settings
+
+
+@register("defence", "at")
+@settings
+class AT(Correcting):
+    """Correct every received sample by reverse PGD, clean or not.
+
+    What breaks it: it needs no attacker to do harm, since correcting clean samples teaches the model from pictures that
+    are too easy, and accuracy on a clean stream falls.
+
+    Args:
+        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
+        norm: Of the ball: `linf` or `l2`.
+        steps: Steps of the correction, K; 0 corrects nothing.
+        step_size: Length of one step, in pixel units.
+
+    Source:
+        Tao et al., NeurIPS 2021, arXiv:2102.04716; "AT" in Zhu et al., ICML 2023, Table 1; the released code's
+        eps, step and steps are the defaults.
+    """
+
+    neutral: ClassVar[Mapping[str, Any]] = {"steps": 0}
+    active: ClassVar[Mapping[str, Any]] = {}
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        """The batch, every sample corrected."""
+        return Batch(self.corrected(batch, view, steps=self.steps), batch.y) if self.steps else batch

@@ -1,0 +1,50 @@
+"""Sample correction: move received samples back down the loss, inside a ball, before the model learns from them."""
+
+from abc import ABC
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mithridate.ascent import climb
+from mithridate.calculus import input_gradient
+from mithridate.core import Batch, Defence, Need, View
+from mithridate.norms import Ball, Norm
+from mithridate.registry import settings
+
+
+@settings
+class Correcting(Defence, ABC):
+    """Reverse PGD: descend the cross-entropy of a received sample.
+
+    Args:
+        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
+        norm: Of the ball: `linf` or `l2`.
+        steps: Steps of the correction, K; 0 corrects nothing.
+        step_size: Length of one step, in pixel units.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
+
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    norm: Norm = "linf"
+    steps: Annotated[int, Field(ge=0)] = 10
+    step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+
+    @property
+    def ball(self) -> Ball:
+        """Where a sample may be moved."""
+        return Ball(self.norm, self.eps)
+
+    def corrected(self, batch: Batch, view: View, *, steps: int, start: Tensor | None = None) -> Tensor:
+        """Pixels after some steps down the loss of the current model, in eval mode, from `start` or from the batch."""
+        parameters = view.model.parameters
+        with view.model.objective("eval") as objective:
+            return climb(
+                batch.x,
+                lambda x: -input_gradient(objective, parameters, x, batch.y),
+                self.ball,
+                steps=steps,
+                step_size=self.step_size,
+                start=start,
+            )

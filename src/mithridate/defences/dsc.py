@@ -1,0 +1,130 @@
+"""Discrepancy-aware Sample Correction: correct a sample while an old model disagrees with the current one on it."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mithridate.core import Batch, Need, View, Weights
+from mithridate.defences.correction import Correcting
+from mithridate.discrepancy import memorization_discrepancy
+from mithridate.divergence import Divergence
+from mithridate.errors import ConfigError, DataError
+from mithridate.registry import register, settings
+
+CORRECTED = "corrected"
+"""Where DSC notes how many samples it corrected, of how many, since the stream began."""
+
+
+@register(
+    "defence",
+    "dsc",
+    presets={
+        "paper": {"stop": "sample", "mu": 0.5, "tau": 0.02},
+        "released": {"stop": "batch", "mu": 0.5, "tau": 0.02, "eps": 0.2, "step_size": 0.02, "steps": 10},
+    },
+)
+@settings
+class DSC(Correcting):
+    """Correct a sample while its Memorization Discrepancy is above a threshold that rises with the stream.
+
+    Only the samples still above the threshold are computed on at each step, so a clean stream costs little.
+
+    What breaks it: an attacker who knows the old model and keeps its samples' discrepancy low while poisoning (Eq. 21
+    of the paper; at the price of a weaker attack), and a threshold that was set on another data set or model.
+
+    Args:
+        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
+        norm: Of the ball: `linf` or `l2`.
+        steps: Steps of the correction at most, K; 0 corrects nothing.
+        step_size: Length of one step, in pixel units.
+        mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. Set it with
+            `calibrate`: the paper's 0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models.
+        tau: Added to the threshold with every update: P = mu + tau * m.
+        stop: `sample`: a sample is left alone as soon as it is at or below P (the text); `batch`: all are corrected
+            until the mean over the batch is (the released code).
+        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
+        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
+        epoch: Of the checkpoint; unset: the earliest one kept.
+        back: Updates to look back with `old = "back"`, k.
+        on_missing: While the stream is younger than `back` updates: `pass` every sample as it is, or be `closed` and
+            learn from none.
+
+    Raises:
+        ConfigError: (from `screen`) the wanted checkpoint was not kept.
+        DataError: (from `screen`) a discrepancy is not finite.
+
+    Source:
+        Zhu et al., ICML 2023, section 3.4, Eq. (6), Algorithm 1; section 4.1 for the threshold's schedule.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.HISTORY})
+    neutral: ClassVar[Mapping[str, Any]] = {"mu": math.inf}
+    active: ClassVar[Mapping[str, Any]] = {"mu": 0.0, "tau": 0.0, "old": "back", "back": 1, "on_missing": "closed"}
+
+    mu: Annotated[float, Field(ge=0)] = 0.5
+    tau: Annotated[float, Field(ge=0)] = 0.02
+    stop: Literal["sample", "batch"] = "sample"
+    divergence: Divergence = "kl"
+    old: Literal["checkpoint", "back"] = "checkpoint"
+    epoch: Annotated[int, Field(ge=0)] | None = None
+    back: Annotated[int, Field(ge=0)] = 20
+    on_missing: Literal["pass", "closed"] = "pass"
+
+    def threshold(self, step: int) -> float:
+        """P after `step` updates."""
+        return self.mu + self.tau * step
+
+    @property
+    def lookback(self) -> int:
+        """Past states that the history must hold."""
+        return self.back if self.old == "back" else 0
+
+    def old_model(self, view: View) -> Weights | None:
+        """The model that is looked back at; None while the stream is too young."""
+        if self.old == "back":
+            return view.history.back(self.back)
+        found = view.history.checkpoint(self.epoch)
+        if found is None:
+            which = "no burn-in checkpoint" if self.epoch is None else f"no checkpoint of burn-in epoch {self.epoch}"
+            raise ConfigError(
+                f'dsc: the history holds {which}; add it to `checkpoints` in [burn_in], or set old = "back".'
+            )
+        return found
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        """The batch with those samples corrected that are above the threshold."""
+        if self.steps == 0 or math.isinf(self.mu):
+            return batch
+        old = self.old_model(view)
+        if old is None:
+            return batch if self.on_missing == "pass" else Batch(batch.x[:0], batch.y[:0])
+        limit = self.threshold(view.step)
+        module = view.model.module
+        x = batch.x.clone()
+        active = torch.arange(len(x), device=x.device)
+        ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.steps):
+            scores = memorization_discrepancy(module, old, x[active], kind=self.divergence)
+            if not torch.isfinite(scores).all():
+                raise DataError("DSC: the discrepancy of a sample is not finite; one of the two models has diverged.")
+            active = self._still_above(active, scores, limit)
+            if len(active) == 0:
+                break
+            ever[active] = True
+            piece = Batch(batch.x[active], batch.y[active])
+            x[active] = self.corrected(piece, view, steps=1, start=x[active])
+        self._note(view, ever)
+        return Batch(x, batch.y) if bool(ever.any()) else batch
+
+    def _still_above(self, active: Tensor, scores: Tensor, limit: float) -> Tensor:
+        if self.stop == "batch":
+            return active if float(scores.mean()) > limit else active[:0]
+        return active[scores > limit]
+
+    def _note(self, view: View, ever: Tensor) -> None:
+        seen = torch.tensor([int(ever.sum()), len(ever)])
+        view.memory[CORRECTED] = view.memory.get(CORRECTED, torch.zeros(2, dtype=torch.int64)) + seen

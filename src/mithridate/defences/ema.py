@@ -1,0 +1,83 @@
+"""Serve an average of the model's recent states instead of the newest one."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mithridate.core import Batch, Defence, Memory, Need, View, Weights
+from mithridate.registry import register, settings
+
+PARAMETER, BUFFER, ABSORBED = "parameter.", "buffer.", "absorbed"
+"""Notes: the average by name, and the step of the state that went into it last."""
+
+
+@register("defence", "ema")
+@settings
+class Ema(Defence):
+    """Answer queries with an exponential moving average of parameters and BatchNorm statistics; learn as usual.
+
+    The average starts at the model as it is before the first update, and takes in each committed state once:
+    average = decay * average + (1 - decay) * state. It takes a state in when the next batch arrives, by which time
+    every other defence has spoken, so a step that is rolled back never enters. Until then `serve` adds the newest state
+    to what it answers with, and writes nothing. Whole-number buffers are not averaged; the newest is served.
+
+    What breaks it: it delays damage and does not undo it. A share 1 - decay of a trigger's step is served at once, and
+    the rest follows while the attacker keeps on sending, since the model that learns is not protected at all. A decay
+    near 1 serves a model that hardly learns from the stream.
+
+    Args:
+        decay: Weight of the old average in each step, in [0, 1): about 1 / (1 - decay) updates are averaged. 0 serves
+            the model itself.
+
+    Source:
+        Polyak and Juditsky, SIAM J. Control Optim. 1992 (averaging iterates); Tarvainen and Valpola, NeurIPS 2017,
+        arXiv:1703.01780 (mean teacher). As a defence against poisoning it is engineering practice.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
+    neutral: ClassVar[Mapping[str, Any]] = {"decay": 0.0}
+    active: ClassVar[Mapping[str, Any]] = {"decay": 0.9}
+
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        """The batch as it is; the average takes in the state that was committed since it was last asked."""
+        if self.decay > 0 and (ABSORBED not in view.memory or int(view.memory[ABSORBED]) != view.step):
+            view.memory.update(self._average(view))
+            view.memory[ABSORBED] = torch.tensor(view.step)
+        return batch
+
+    def serve(self, view: View) -> Weights | None:
+        """The average, the newest state included."""
+        if self.decay == 0 or ABSORBED not in view.memory:
+            return None
+        average = view.memory if int(view.memory[ABSORBED]) == view.step else self._average(view)
+        now = _state(view)
+        held = {key: average[key].to(tensor.dtype) for key, tensor in now.items()}
+        return Weights(
+            {key.removeprefix(PARAMETER): t for key, t in held.items() if key.startswith(PARAMETER)},
+            {key.removeprefix(BUFFER): t for key, t in held.items() if key.startswith(BUFFER)},
+            f"average with decay {self.decay:g}",
+        )
+
+    @torch.no_grad()
+    def _average(self, view: View) -> Memory:
+        """The average after one more state; without notes, that state itself."""
+        out: Memory = {}
+        for key, tensor in _state(view).items():
+            if not tensor.is_floating_point():
+                out[key] = tensor.detach().clone()
+                continue
+            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+            old = view.memory.get(key)
+            out[key] = wide if old is None else torch.lerp(old, wide, 1 - self.decay)
+        return out
+
+
+def _state(view: View) -> dict[str, Tensor]:
+    module = view.model.module
+    parameters = {PARAMETER + name: p for name, p in module.named_parameters()}
+    return parameters | {BUFFER + name: b for name, b in module.named_buffers()}

@@ -1,0 +1,44 @@
+"""Distances between two predictive distributions, one number a sample."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Divergence = Literal["kl", "kl_reverse", "js", "tv", "l2"]
+"""`kl`: KL(old || now); `kl_reverse`: KL(now || old); `js`: Jensen-Shannon; `tv`: total variation; `l2`: of logits."""
+
+
+def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
+    """How far two models' answers to the same samples lie apart.
+
+    Args:
+        old: Logits of the one model.
+        now: Logits of the other.
+        kind: Which distance. KL, JS are in nats (JS at most log 2), TV lies in [0, 1], l2 has the unit of logits.
+
+    Shape:
+        old and now (n, classes); returns (n,), >= 0 up to rounding.
+
+    Source:
+        Zhu et al., ICML 2023, Definition 3.3 (KL; the released code takes KL(old || now)) and Fig. 7 (JS).
+    """
+    if kind == "l2":
+        lengths: Tensor = torch.linalg.vector_norm(old - now, dim=1)
+        return lengths
+    p, q = F.log_softmax(old, 1), F.log_softmax(now, 1)
+    if kind == "tv":
+        return 0.5 * (p.exp() - q.exp()).abs().sum(1)
+    if kind == "kl":
+        return _kl(p, q)
+    if kind == "kl_reverse":
+        return _kl(q, p)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    return 0.5 * (_kl(p, middle) + _kl(q, middle))
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of two log-distributions."""
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)

@@ -1,0 +1,169 @@
+"""DSC, AT and the calibration of DSC's threshold, on the toy stream."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from mithridate.attacks.pgd import PGD
+from mithridate.core import Batch, Need, View
+from mithridate.defences.at import AT
+from mithridate.defences.dsc import CORRECTED, DSC
+from mithridate.discrepancy import memorization_discrepancy
+from mithridate.divergence import Divergence
+from mithridate.errors import ConfigError, DataError
+from mithridate.learning.calibrate import calibrate, corrected_share
+from mithridate.learning.history import History
+from mithridate.learning.learner import Learner
+from mithridate.testing import toy_learner, toy_stream
+
+STREAM = toy_stream(0)
+LOOK_BACK = DSC(old="back", back=2, mu=0.05, tau=0.0, eps=0.2, steps=10)
+
+
+def moved_learner(updates: int = 3) -> Learner:
+    """A learner that has made some updates, so that its past differs from it."""
+    learner = toy_learner(STREAM)
+    for step in range(updates):
+        learner.update(STREAM.victim_batch(step, 0))
+    assert learner.history is not None
+    learner.history.record(learner.step, learner.model)
+    return learner
+
+
+def seen_by(learner: Learner, defence: DSC | AT) -> View:
+    learner.defence = defence
+    return replace(learner.view(), memory={})
+
+
+def scores(learner: Learner, defence: DSC, x: torch.Tensor) -> torch.Tensor:
+    old = defence.old_model(seen_by(learner, defence))
+    assert old is not None
+    return memorization_discrepancy(learner.model, old, x, kind=defence.divergence)
+
+
+def test_discrepancy_is_zero_against_oneself_and_leaves_the_model_alone() -> None:
+    learner = moved_learner()
+    learner.model.train()
+    x = STREAM.victim_batch(3, 0).x
+    before = learner.snapshot()
+    assert float(scores(learner, replace(LOOK_BACK, back=0), x).abs().max()) < 1e-6
+    assert float(scores(learner, LOOK_BACK, x).max()) > 1e-3
+    after = learner.snapshot()
+    assert all(torch.equal(before.buffers[n], after.buffers[n]) for n in before.buffers)
+    assert all(m.training for m in learner.model.modules())
+
+
+def test_only_samples_above_the_threshold_are_corrected_and_each_stops_at_it() -> None:
+    learner = moved_learner()
+    batch = STREAM.victim_batch(3, 0)
+    first = scores(learner, LOOK_BACK, batch.x)
+    limit = float(first.sort().values[-6:].mean())
+    defence = replace(LOOK_BACK, mu=limit)
+    sent = defence.screen(batch, seen_by(learner, defence))
+    moved = (sent.x != batch.x).flatten(1).any(1)
+    assert torch.equal(moved, first > limit)
+    assert 0 < int(moved.sum()) < len(moved)
+    last = scores(learner, defence, sent.x)
+    distance = (sent.x - batch.x).flatten(1).abs().amax(1)
+    stopped = moved & (distance < defence.steps * defence.step_size - 1e-6)
+    assert bool((last[stopped] <= limit).all())
+    assert float(distance.max()) <= defence.eps + 1e-6
+
+
+def test_a_sample_gets_the_same_correction_alone_as_in_company() -> None:
+    learner = moved_learner()
+    batch = STREAM.victim_batch(3, 0)
+    together = LOOK_BACK.screen(batch, seen_by(learner, LOOK_BACK)).x
+    for i in range(0, len(batch.x), 5):
+        alone = LOOK_BACK.screen(Batch(batch.x[i : i + 1], batch.y[i : i + 1]), seen_by(learner, LOOK_BACK)).x
+        assert float((alone - together[i : i + 1]).abs().max()) <= LOOK_BACK.step_size + 1e-6
+        assert float((alone != together[i : i + 1]).float().mean()) < 0.05
+
+
+def test_batch_stop_is_all_or_nothing() -> None:
+    learner = moved_learner()
+    batch = STREAM.victim_batch(3, 0)
+    mean = float(scores(learner, LOOK_BACK, batch.x).mean())
+    for factor, acts in ((0.9, True), (1.1, False)):
+        defence = replace(LOOK_BACK, stop="batch", mu=mean * factor)
+        sent = defence.screen(batch, seen_by(learner, defence))
+        assert bool((sent.x != batch.x).flatten(1).any(1).all()) is acts
+
+
+def test_correction_goes_down_the_loss_and_at_corrects_all() -> None:
+    learner = moved_learner()
+    clean = STREAM.victim_batch(3, 0)
+    poisoned = PGD(eps=0.2).poison(
+        clean,
+        View(0, {}, {Need.MODEL: learner.white_box}, PGD.needs),
+        rng=torch.Generator().manual_seed(0),
+    )
+    sent = AT(eps=0.2).screen(poisoned, seen_by(learner, AT()))
+    learner.model.eval()
+    with torch.no_grad():
+        before, after = (F.cross_entropy(learner.model(b.x), b.y) for b in (poisoned, sent))
+    assert float(after) < 0.2 * float(before)
+    assert bool((sent.x != poisoned.x).flatten(1).any(1).all())
+
+
+def test_threshold_rises_with_the_stream_and_the_share_is_counted() -> None:
+    defence = DSC(mu=0.5, tau=0.02)
+    assert (defence.threshold(0), defence.threshold(10)) == pytest.approx((0.5, 0.7))
+    learner = moved_learner()
+    learner.memory.clear()
+    learner.defence = replace(LOOK_BACK, mu=0.0)
+    learner.update(STREAM.victim_batch(3, 0))
+    corrected, seen = learner.memory[CORRECTED].tolist()
+    assert seen == 20
+    assert 10 < corrected <= 20
+    assert corrected_share(learner) == corrected / 20
+    assert corrected_share(toy_learner(STREAM)) is None
+
+
+@pytest.mark.parametrize(("policy", "learned"), [("pass", 20), ("closed", 0)])
+def test_a_young_stream_follows_the_named_policy(policy: str, learned: int) -> None:
+    defence = replace(LOOK_BACK, on_missing=policy)
+    assert toy_learner(STREAM, defence=defence).update(STREAM.victim_batch(0, 0)).learned == learned
+
+
+def test_a_checkpoint_that_was_not_kept_is_an_error() -> None:
+    learner = toy_learner(STREAM, defence=DSC(epoch=3))
+    with pytest.raises(ConfigError, match="burn-in epoch 3"):
+        learner.update(STREAM.victim_batch(0, 0))
+
+
+def test_a_diverged_model_is_an_error() -> None:
+    learner = moved_learner()
+    learner.defence = LOOK_BACK
+    with torch.no_grad():
+        next(learner.model.parameters()).fill_(math.nan)
+    with pytest.raises(DataError, match="not finite"):
+        learner.update(STREAM.victim_batch(3, 0))
+
+
+@pytest.mark.parametrize("kind", ["kl", "js"])
+def test_calibration_puts_the_stated_share_of_clean_samples_above_the_line(kind: Divergence) -> None:
+    base = replace(LOOK_BACK, back=1, divergence=kind)
+    learner = toy_learner(STREAM)
+    learner.history = History(keep=4)
+    clean = [STREAM.burn_in.batch(slice(20 * i, 20 * i + 20)) for i in range(10)]
+    kept = learner.snapshot()
+    found = calibrate(learner, clean, 0.2, defence=base)
+    after = learner.snapshot()
+    assert all(torch.equal(kept.parameters[n], after.parameters[n]) for n in kept.parameters)
+    assert found.rate == pytest.approx(0.2, abs=0.06)
+    assert found.interval[0] < found.rate < found.interval[1]
+    assert found.samples == 180
+    assert found.defence.divergence == kind
+
+
+def test_calibration_needs_enough_and_a_sensible_rate() -> None:
+    learner = toy_learner(STREAM)
+    one = [STREAM.victim_batch(0, 0)]
+    with pytest.raises(DataError, match="at least two batches"):
+        calibrate(learner, one, 0.05)
+    with pytest.raises(ConfigError, match="rate = 1"):
+        calibrate(learner, one, 1.0)
