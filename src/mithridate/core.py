@@ -475,12 +475,12 @@ class Defence:
 
 
 class Reading(NamedTuple):
-    """What a service can watch after a step: fractions and mean losses."""
+    """What a service can watch after a step: fractions and mean losses; `batch_loss` is None if nothing was learned."""
 
     step: int
     accuracy: float
     loss: float
-    batch_loss: float
+    batch_loss: float | None
 
 
 class Monitor(ABC):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_threshold_rises_with_the_stream_and_the_share_is_counted() -> None:
 
 
 @pytest.mark.parametrize(("policy", "learned"), [("pass", 20), ("closed", 0)])
-def test_a_young_stream_follows_the_named_policy(policy: str, learned: int) -> None:
+def test_a_young_stream_follows_the_named_policy(policy: Literal["pass", "closed"], learned: int) -> None:
     defence = replace(LOOK_BACK, on_missing=policy)
     assert toy_learner(STREAM, defence=defence).update(STREAM.victim_batch(0, 0)).learned == learned
 

@@ -208,9 +208,10 @@ class Accumulative(Iterated):
     def _current_trigger(
         self, objective: Objective, parameters: Parameters, g_validation: Parameters, view: View, rng: Generator
     ) -> Batch:
-        """The trigger as it stands; poisoned against the model at hand when first asked for."""
+        """The trigger as it stands. `joint` begins with the clean one, the others poison it when first asked for."""
         clean = view.clean_trigger
-        if self.trigger_mode == "clean":
+        begins_clean = self.trigger_mode == "reoptimised" and self.trigger_update == "joint"
+        if self.trigger_mode == "clean" or (begins_clean and TRIGGER not in view.memory):
             return clean
         if TRIGGER not in view.memory:
             view.memory[TRIGGER] = self._poison_trigger(objective, parameters, g_validation, view, rng, None)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core import ADMITTED, Batch, Defence, Memory, Need, Snapshot, Verdict, View, Weights, frozen_statistics
+from mithridate.core import ADMITTED, Batch, Defence, Memory, Need, Snapshot, Verdict, View, Weights
 from mithridate.errors import DataError
 from mithridate.registry import register, settings
 
@@ -79,16 +79,19 @@ class Gate(Defence):
         """The batch as it is; before the first step, trusted set and model are tried together."""
         if not self.off and SEEN not in view.memory:
             module = view.model.module
-            self._measure(view, Weights(dict(module.named_parameters()), dict(module.named_buffers())))
+            _remember(view.memory, self._measured(view, dict(module.named_parameters()), dict(module.named_buffers())))
         return batch
 
     def admit(self, before: Snapshot, view: View) -> Verdict:
         """Admit the step if neither limit is broken."""
         if self.off:
             return ADMITTED
-        kept = self._measure(view, Weights(before.parameters, before.buffers, "before the step"))
+        module = view.model.module
+        first = self._measured(view, before.parameters, before.buffers)
+        second = self._measured(view, dict(module.named_parameters()), dict(module.named_buffers()))
+        _remember(view.memory, first, second)  # whichever of the two stays, the next step starts from it
+        (_, kept), (_, now) = first, second
         reference = self._reference(view.memory, kept)
-        now = self._measure(view, None)
         if not math.isfinite(now.loss):
             return Verdict(admit=False, reason=f"gate: the trusted loss is {now.loss}")
         faults = []
@@ -111,23 +114,17 @@ class Gate(Defence):
         memory[BEST] = _note(best)
         return best
 
-    def _measure(self, view: View, weights: Weights | None) -> Measure:
-        """Measure some weights, or the model as it is now; from the notes, if it was one of the last two measured."""
-        module = view.model.module
-        held = weights or Weights(dict(module.named_parameters()), dict(module.named_buffers()), "now")
+    def _measured(
+        self, view: View, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+    ) -> tuple[int, Measure]:
+        """Fingerprint and measure of a state; from the notes, if it is one of the two that were measured last."""
         trusted = self._trusted(view)
-        mark = _fingerprint([*held.parameters.values(), *held.buffers.values(), *trusted])
-        seen, measured = view.memory.get(SEEN), view.memory.get(MEASURED)
-        if seen is not None and measured is not None:
-            for i in range(len(seen)):
-                if int(seen[i]) == mark:
-                    return _read(measured[i])
-        found = _measure(view, held if weights is not None else None, trusted)
-        old = [] if seen is None else [seen[-1:]]
-        view.memory[SEEN] = torch.cat([*old, torch.tensor([mark])])
-        old = [] if measured is None else [measured[-1:]]
-        view.memory[MEASURED] = torch.cat([*old, _note(found)[None]])
-        return found
+        mark = _fingerprint([*parameters.values(), *buffers.values(), *trusted])
+        if SEEN in view.memory:
+            for seen, note in zip(view.memory[SEEN].tolist(), view.memory[MEASURED], strict=True):
+                if seen == mark:
+                    return mark, _read(note)
+        return mark, _measure(view, Weights(parameters, buffers), trusted)
 
     def _trusted(self, view: View) -> Batch:
         x, y = view.trusted
@@ -147,15 +144,11 @@ class Gate(Defence):
 
 
 @torch.no_grad()
-def _measure(view: View, weights: Weights | None, trusted: Batch) -> Measure:
+def _measure(view: View, weights: Weights, trusted: Batch) -> Measure:
     module, criterion = view.model.module, view.model.criterion
     loss, right = 0.0, []
     for x, y in zip(torch.split(trusted.x, CHUNK), torch.split(trusted.y, CHUNK), strict=True):
-        if weights is None:
-            with frozen_statistics(module, "eval"):
-                logits = module(x)
-        else:
-            logits = weights.logits(module, x)
+        logits = weights.logits(module, x)
         if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
             raise DataError(
                 f"gate: trusted labels span [{int(y.min())}, {int(y.max())}], but the model has {logits.shape[1]} "
@@ -166,6 +159,11 @@ def _measure(view: View, weights: Weights | None, trusted: Batch) -> Measure:
     hits = torch.cat(right)
     worst = min(float(hits[trusted.y == label].double().mean()) for label in torch.unique(trusted.y))
     return Measure(loss / len(trusted.y), worst)
+
+
+def _remember(memory: Memory, *states: tuple[int, Measure]) -> None:
+    memory[SEEN] = torch.tensor([mark for mark, _ in states])
+    memory[MEASURED] = torch.stack([_note(measure) for _, measure in states])
 
 
 def _note(measure: Measure) -> Tensor:

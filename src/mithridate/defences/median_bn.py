@@ -24,9 +24,10 @@ class MedianBn(Defence):
     With `over = "samples"`, centre and variance of a channel are the medians, over the samples, of each sample's mean
     and of its mean square distance from that centre. With `over = "values"` they are the median of all the channel's
     values, and the square of 1.4826 times their median absolute deviation, which for a Gaussian is its variance. They
-    are recorded in the running statistics with the layer's own momentum. The modules stay as they are. Nothing changes in a model without BatchNorm, with `update_mode =
-    "eval"`, or in any forward pass but that of the update. It reaches layers that call
-    `torch.nn.functional.batch_norm` in this process, as torch's own do (`SyncBatchNorm` over several does not).
+    are recorded in the running statistics with the layer's own momentum. The modules stay as they are. Nothing changes
+    in a model without BatchNorm, with `update_mode = "eval"`, or in any forward pass but that of the update. It reaches
+    layers that call `torch.nn.functional.batch_norm` in this process, as torch's own do (`SyncBatchNorm` over several
+    does not).
 
     What breaks it: poison in half of the samples or more, a batch that is poisoned whole above all; small shifts of
     every sample, which move a median as they move a mean; and anything that works through the gradient, which is not

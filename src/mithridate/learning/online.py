@@ -83,7 +83,7 @@ class Outcome:
         accuracy_after_trigger: After the one step on the trigger batch; None if the service was halted before it.
         drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
         accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics).
-        steps: Accumulative batches that the victim learned from.
+        steps: Accumulative batches that the victim was sent.
         stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
         status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
         alarms: Steps at which a monitor raised an alarm, the trigger step included.
@@ -206,10 +206,7 @@ class _Loop:
         row["seconds"] = time.perf_counter() - began
 
     def _alarms(self) -> list[str]:
-        readings = [
-            Reading(r["step"], r["accuracy"], r["loss"], math.nan if r["batch_loss"] is None else r["batch_loss"])
-            for r in self.progress.rows
-        ]
+        readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in self.progress.rows]
         return [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
 
     def _picture(self, phase: str, clean: Batch, sent: Batch) -> None:

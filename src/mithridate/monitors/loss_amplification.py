@@ -32,8 +32,8 @@ class LossAmplification(Monitor):
 
     def alarm(self, readings: Sequence[Reading]) -> str | None:
         """The newest batch loss against those before it."""
-        losses = [r.batch_loss for r in readings if r.step > 0]
-        if not losses:
+        losses = [r.batch_loss for r in readings if r.step > 0 and r.batch_loss is not None]
+        if not losses or readings[-1].batch_loss is None:
             return None
         now, before = losses[-1], losses[:-1]
         if not math.isfinite(now):
