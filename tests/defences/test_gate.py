@@ -70,11 +70,11 @@ def test_a_harmful_step_leaves_no_bit_behind_and_good_ones_stay(stream: Stream, 
 
 
 def test_either_limit_alone_refuses_and_says_why(stream: Stream) -> None:
-    for limits, words in (
-        ({"max_accuracy_drop": math.inf}, "trusted loss"),
-        ({"max_loss_rise": math.inf}, "worst class's accuracy"),
+    for gate, words in (
+        (Gate(max_accuracy_drop=math.inf), "trusted loss"),
+        (Gate(max_loss_rise=math.inf), "worst class's accuracy"),
     ):
-        learner = toy_learner(stream, defence=Gate(**limits), lr=0.5)
+        learner = toy_learner(stream, defence=gate, lr=0.5)
         done = learner.update(wrong(stream.victim_batch(0, 0)))
         assert not done.verdict.admit
         assert words in done.verdict.reason
@@ -171,7 +171,7 @@ def test_slow_drift_passes_the_previous_state_and_not_the_best_or_the_first(stre
     """Every step of an attacker who knows the tolerance stays inside it; only a fixed reference bounds their sum."""
     rise = {}
     for reference in ("previous", "best", "start"):
-        gate = Gate(max_loss_rise=0.1, max_accuracy_drop=math.inf, reference=reference)  # type: ignore[arg-type]
+        gate = Gate(max_loss_rise=0.1, max_accuracy_drop=math.inf, reference=reference)
         learner = toy_learner(stream, defence=gate)
         learner.optimiser = SGD(learner.model.parameters(), lr=0.002)
         trusted = stream.trusted.all()

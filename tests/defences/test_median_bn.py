@@ -128,7 +128,7 @@ def test_one_extreme_sample_in_twenty_drags_means_far_and_medians_little(over: O
             forward(config, layer, x)
             layers.append(layer)
         moved = (layers[1].running_mean - layers[0].running_mean).abs().max()  # type: ignore[operator]
-        grown = (layers[1].running_var / layers[0].running_var).max()  # type: ignore[operator]
+        grown = (layers[1].running_var / layers[0].running_var).max()  # type: ignore[operator, arg-type]
         shift[name] = (float(moved), float(grown))
     assert shift["mean"][0] > 4.9
     assert shift["mean"][1] > 400
@@ -209,7 +209,7 @@ def test_the_price_on_a_clean_stream_is_small_over_samples_and_large_over_values
         ends = []
         for seed in range(3):
             stream = toy_stream(seed)
-            learner = toy_learner(stream, seed=seed, defence=MedianBn(over=over))  # type: ignore[arg-type]
+            learner = toy_learner(stream, seed=seed, defence=MedianBn(over=over))
             for i in range(4):
                 learner.update(stream.victim_batch(i, 0))
             ends.append(learner.evaluate([stream.test.all()]).accuracy)

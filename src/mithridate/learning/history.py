@@ -20,7 +20,7 @@ class History:
         every: Updates between two kept states, >= 1.
         keep: States kept at most, >= 0, the current one included; the oldest goes first. 0 keeps only the checkpoints.
         folder: Where states are kept instead of in memory; None keeps them in memory.
-        checkpoints: Burn-in snapshots by epoch (`BurnInResult.epochs`); read when first asked for.
+        checkpoints: Burn-in models by epoch: weights, or snapshot files (`BurnInResult.epochs`), read when asked for.
 
     Raises:
         ConfigError: `every` is below 1 or `keep` below 0.
@@ -32,14 +32,13 @@ class History:
         every: int = 1,
         keep: int = 0,
         folder: Path | None = None,
-        checkpoints: Mapping[int, Path] | None = None,
+        checkpoints: Mapping[int, Path | Weights] | None = None,
     ) -> None:
         if every < 1 or keep < 0:
             raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
         self.every, self.keep, self.folder = every, keep, folder
         self.checkpoints = dict(checkpoints or {})
         self._states: dict[int, Weights | Path] = {}
-        self._read: dict[int, Weights] = {}
 
     @torch.no_grad()
     def record(self, step: int, model: nn.Module) -> None:
@@ -83,10 +82,11 @@ class History:
             epoch = min(self.checkpoints, default=None)
         if epoch is None or epoch not in self.checkpoints:
             return None
-        if epoch not in self._read:
-            snapshot, _, _ = load_snapshot(self.checkpoints[epoch])
-            self._read[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
-        return self._read[epoch]
+        held = self.checkpoints[epoch]
+        if isinstance(held, Path):
+            snapshot, _, _ = load_snapshot(held)
+            held = self.checkpoints[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
+        return held
 
     def tensors(self) -> dict[str, Tensor]:
         """The recorded states as named tensors, so that a resumed run remembers; `load` takes them back."""

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from mithridate.report.tables import Row, displayed, groups
 
-HEADINGS = ("attack", "defence", "start %", "before %", "after %", "drop, points", "batches")
+HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches")
 """The columns that fit on 80 characters: the first ones of `tables.COLUMNS`, and n."""
 
 
@@ -18,7 +18,12 @@ def summary_table(rows: Sequence[Row]) -> Table:
         rows: As made by `tables.rows`.
     """
     several = len(groups(rows)) > 1
-    table = Table(box=None, pad_edge=False)
+    table = Table(
+        box=None,
+        pad_edge=False,
+        caption="accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds",
+        caption_justify="left",
+    )
     for name in (*(("data set", "model") if several else ()), *HEADINGS[:2]):
         table.add_column(name, overflow="fold")
     for column in (*HEADINGS[2:], "n"):

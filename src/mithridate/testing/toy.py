@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-from mithridate.core import Defence
+from mithridate.core import Defence, Weights
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings
 from mithridate.learning.burn_in import BurnIn, burn_in
@@ -108,4 +108,7 @@ def toy_learner(
     model.load_state_dict(_burned_in(stream.settings.seed, seed))
     model.to(dtype)
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
-    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all(), history=History(keep=8))
+    fresh = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed).to(dtype)
+    untrained = Weights(dict(fresh.named_parameters()), dict(fresh.named_buffers()), "burn-in epoch 0")
+    history = History(keep=8, checkpoints={0: untrained})
+    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all(), history=history)
