@@ -106,6 +106,7 @@ def test_a_gate_measures_the_step_that_the_parts_before_it_left(stream: Stream) 
     done = shortened.update(batch)
     assert done.verdict.admit
     assert done.update_norm == pytest.approx(1e-3, rel=1e-3)
+    assert done.verdict.parameters is not None
     assert not toy_learner(stream, defence=chain(gate, bound), lr=0.5).update(batch).verdict.admit
     assert not toy_learner(stream, defence=gate, lr=0.5).update(batch).verdict.admit
     alone = toy_learner(stream, defence=bound, lr=0.5)

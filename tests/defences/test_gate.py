@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 
 from mithridate.core import Batch, Snapshot, Verdict, View
 from mithridate.data.stream import Stream
-from mithridate.defences.gate import MEASURED, SEEN, Gate
+from mithridate.defences.gate import MEASURED, SEEN, Gate, Measure
 from mithridate.errors import DataError
 from mithridate.learning.learner import Learner
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
@@ -160,7 +160,7 @@ class Undoing(Gate):
 
 def test_best_and_start_are_never_fed_with_a_step_that_was_taken_back(stream: Stream) -> None:
     for reference in ("best", "start"):
-        learner = toy_learner(stream, defence=Undoing(reference=reference))  # type: ignore[arg-type]
+        learner = toy_learner(stream, defence=Undoing(reference=reference))
         first = learner.evaluate([stream.trusted.all()]).loss
         for i in range(4):
             learner.update(stream.victim_batch(i, 0))
@@ -182,6 +182,19 @@ def test_slow_drift_passes_the_previous_state_and_not_the_best_or_the_first(stre
     assert rise["previous"] > 0.5
     assert -0.2 < rise["best"] <= 0.1
     assert -0.2 < rise["start"] <= 0.1
+
+
+def test_the_best_loss_and_the_best_worst_class_are_kept_each_for_itself() -> None:
+    gate = Gate(reference="best")
+    memory: dict[str, Tensor] = {}
+    kept = [Measure(1.0, 0.5), Measure(0.8, 0.4), Measure(0.9, 0.7), Measure(math.nan, 0.1), Measure(2.0, 0.2)]
+    assert [gate._reference(memory, measure) for measure in kept] == [
+        (1.0, 0.5),
+        (0.8, 0.5),
+        (0.8, 0.7),
+        (0.8, 0.7),
+        (0.8, 0.7),
+    ]
 
 
 def test_trusted_samples_of_one_class_are_refused_before_any_step(stream: Stream) -> None:

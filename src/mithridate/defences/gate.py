@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -110,7 +111,9 @@ class Gate(Defence):
         if self.reference == "start":
             return _read(memory.setdefault(START, _note(kept)))
         best = _read(memory[BEST]) if BEST in memory else kept
-        best = Measure(kept.loss if not best.loss <= kept.loss else best.loss, max(best.worst, kept.worst))
+        best = Measure(
+            best.loss if best.loss <= kept.loss or math.isnan(kept.loss) else kept.loss, max(best.worst, kept.worst)
+        )
         memory[BEST] = _note(best)
         return best
 
@@ -129,11 +132,12 @@ class Gate(Defence):
     def _trusted(self, view: View) -> Batch:
         x, y = view.trusted
         if self.trusted_size is not None and self.trusted_size < len(y):
-            order = torch.argsort(y, stable=True)
-            starts = torch.cat([torch.zeros_like(y[:1]), torch.unique(y, return_counts=True)[1].cumsum(0)[:-1]])
-            ordered = y[order]
-            rank = torch.arange(len(y), device=y.device) - starts[torch.unique(ordered, return_inverse=True)[1]]
-            chosen = order[torch.argsort(rank, stable=True)][: self.trusted_size].sort().values
+            seen: Counter[int] = Counter()
+            turns = []  # how many of its class come before each sample
+            for label in y.tolist():
+                turns.append(seen[label])
+                seen[label] += 1
+            chosen = sorted(sorted(range(len(turns)), key=turns.__getitem__)[: self.trusted_size])
             x, y = x[chosen], y[chosen]
         if len(y) == 0 or bool((y == y[0]).all()):
             raise DataError(
