@@ -227,7 +227,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, how: str) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=how != "legacy")
     model = small_model()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"a\.pt is not a checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match=r"a\.pt .*be read safely"):
         load_weights(path, model)
     assert not marker.exists()
     assert differing(model.state_dict(), before) == []

@@ -5,6 +5,7 @@ Foreign checkpoints come in as bare tensors only: a `.pt` file is read with `wei
 
 import argparse
 import json
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         # The papers' released checkpoints carry an argparse.Namespace, which is inert data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # a damaged file raises whatever torch's reader stumbles over: struct.error, IndexError ...
+    except pickle.UnpicklingError as error:  # torch's own words recommend reading it unsafely
+        raise CheckpointError(
+            f"{path} cannot be read safely: it is no file of torch, or holds more than tensors and would run code when "
+            "read; give one of bare tensors (`torch.save(model.state_dict(), ...)`) or a .safetensors file."
+        ) from error
+    except Exception as error:  # a damaged file raises whatever the reader stumbles over: struct.error, IndexError, ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read safely ({reason}); it must exist, be whole, and hold tensors "

@@ -160,7 +160,7 @@ class Learner:
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
         try:
             loss = self.defence.loss(self.model, batch, self._checked_criterion, self.view())
-        except DataError:
+        except Exception:
             self.restore_buffers(buffers)
             raise
         torch.autograd.backward(loss)
