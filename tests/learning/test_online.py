@@ -19,6 +19,7 @@ from mithridate.bench.store import TRACE_SCHEMA
 from mithridate.core import Attack, Batch, Defence, Monitor, Need, Reading, Snapshot, Verdict, View
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
+from mithridate.defences.ema import Ema
 from mithridate.errors import ConfigError, DataError
 from mithridate.learning.burn_in import BurnIn, burn_in
 from mithridate.learning.learner import Learner
@@ -27,7 +28,7 @@ from mithridate.models import build_model
 from mithridate.monitors.accuracy_floor import AccuracyFloor
 from mithridate.norms import Ball
 from mithridate.registry import build
-from mithridate.testing import toy_stream
+from mithridate.testing import toy_learner, toy_stream
 
 RUN = OnlineRun(steps=3, lr=0.05)
 TIMES = {"seconds", "craft_seconds", "update_seconds"}
@@ -513,3 +514,13 @@ def test_a_users_own_module_runs(stream: Stream) -> None:
     rows: list[Row] = list(run_online(learner, stream, build("attack", {**CRAFTY, "steps": 1}), RUN).trace)
     assert len(rows) == 5
     assert rows[1]["poisoned"] == 1.0
+
+
+def test_buffers_alone_say_nothing_of_a_served_average() -> None:
+    stream = toy_stream(0)
+    made = {}
+    for decay in (0.0, 0.9):
+        learner = toy_learner(stream, defence=Ema(decay=decay))
+        made[decay] = run_online(learner, stream, Noise(eps=0.15), OnlineRun(steps=1, lr=0.05)).accuracy_after_buffers
+    assert made[0.9] is None
+    assert made[0.0] is not None

@@ -82,7 +82,8 @@ class Outcome:
         accuracy_before_trigger: After the accumulative phase.
         accuracy_after_trigger: After the one step on the trigger batch; None if the service was halted before it.
         drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
-        accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics).
+        accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics); None
+            if halted, or if the defence serves another model than the one that learns.
         steps: Accumulative batches that the victim was sent.
         stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
         status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
@@ -226,8 +227,13 @@ class _Loop:
             return "attack"
         return "monitor" if alarmed and self.run.on_alarm == "trigger" else None
 
-    def accuracy_with_buffers_alone(self, before: Snapshot) -> float:
-        """Test accuracy with the parameters from before the last step and the buffers from after it."""
+    def accuracy_with_buffers_alone(self, before: Snapshot) -> float | None:
+        """Test accuracy with the parameters from before the last step and the buffers from after it.
+
+        None where another model than the one that learns is served: its buffers are not this step's.
+        """
+        if self.learner.defence.serve(self.learner.view()) is not None:
+            return None
         after = self.learner.snapshot()
         self.learner.restore(before)
         self.learner.restore_buffers(after.buffers)
