@@ -212,7 +212,7 @@ def _run(
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
 
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or _cores())
     recipe = read_recipe(recipe_path, changes=changes, seeds=seeds)
     if recipe.title:
         out.print(f"[bold]{escape(recipe.title)}[/]")
@@ -249,6 +249,11 @@ def _shipped(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise ConfigError(f"the recipe {name} is missing from this installation; install mithridate again.")
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _seeds(text: str | None) -> list[int] | None:
