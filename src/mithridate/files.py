@@ -14,7 +14,7 @@ CACHE = "MITHRIDATE_CACHE"
 def cache_directory(given: Path | None = None) -> Path:
     """Where decoded images and burn-ins are kept: `given`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
     named = os.environ.get(CACHE)
-    return given or (Path(named) if named else Path(platformdirs.user_cache_dir("mithridate")))
+    return given or (Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mithridate")))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

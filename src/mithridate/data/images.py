@@ -11,7 +11,6 @@ from typing import Any
 
 import filelock
 import numpy as np
-import platformdirs
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
@@ -20,13 +19,10 @@ from PIL import Image
 from mithridate.data.catalogue import DatasetInfo, dataset_info
 from mithridate.data.sources import Rows, hub_rows, mirror_files, mirror_rows
 from mithridate.errors import ConfigError, DataError, nearest
-from mithridate.files import write_atomically
+from mithridate.files import CACHE, cache_directory, write_atomically
 
 DATA_ROOT = "MITHRIDATE_DATA"
 """Environment variable: a folder that mirrors hub repositories; without it, data come from the hub."""
-
-CACHE = "MITHRIDATE_CACHE"
-"""Environment variable: where decoded images are kept; without it, the user's cache directory."""
 
 CACHE_FORMAT = 1
 """Raised when decoding changes, so that older cache files are not used."""
@@ -83,7 +79,7 @@ def load_images(name: str, split: str, *, data_root: Path | None = None, cache: 
         return _image_set(info, split, *_embedded_digits())
     root = data_root or _folder_from(DATA_ROOT)
     files = mirror_files(info, split, root) if root is not None else []
-    path = (cache or _folder_from(CACHE) or Path(platformdirs.user_cache_dir("mithridate"))) / "images"
+    path = cache_directory(cache) / "images"
     path /= f"{name}-{split}-{_source_key(info, split, files)}.safetensors"
     known = _read_cached(path, info, split)
     if known is not None:
