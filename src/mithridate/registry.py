@@ -65,7 +65,7 @@ _entries: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose types and ranges are checked when it is made."""
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
-    made: type[T] = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]
+    made: type[T] = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]  # pydantic's own type
     return made
 
 
