@@ -8,6 +8,7 @@ from mithridate.testing.conformance import Check
 
 EXPECTED: dict[Kind, set[str]] = {
     "attack": {"accumulative", "clean", "fgsm", "mim", "noise", "pgd", "vanilla"},
+    "detector": set(),
     "defence": {"at", "bound_update", "chain", "clip", "dsc", "ema", "gate", "median_bn", "none", "skip"},
     "model": {"resnet18", "small_cnn", "vgg11"},
     "monitor": {"accuracy_floor", "loss_amplification"},

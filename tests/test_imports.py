@@ -13,7 +13,7 @@ SRC = Path(__file__).parents[1] / "src"
 ROOT = SRC / "mithridate"
 
 PURE = {"elementary", "errors", "files", "seeding", "calculus", "norms", "divergence", "ascent"}
-CORE = PURE | {"core", "registry", "discrepancy"}
+CORE = PURE | {"core", "registry", "discrepancy", "features"}
 COMPONENTS = {"models", "attacks", "defences", "monitors", "detectors", "aggregators"}
 LEARNING = CORE | COMPONENTS | {"data", "learning"}
 EVERYTHING = LEARNING | {"bench", "bench.store", "report", "testing"}
@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "registry": {"errors"},
     "core": {"errors", "calculus", "norms"},
     "discrepancy": {"core", "divergence"},
+    "features": {"core", "errors"},
     "data": CORE,
     **dict.fromkeys(COMPONENTS, CORE),
     "models": CORE | {"data"},  # see test_models_take_only_the_description_of_a_data_set

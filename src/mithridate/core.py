@@ -1,12 +1,12 @@
-"""The page to read first: what flows through the library, and what an attack, a defence and a monitor are.
+"""The page to read first: what flows through the library, and what an attack, a defence, a detector and a monitor are.
 
 A stream yields a `Batch`; an `Attack` may change it; a learner updates on it, and on the way asks a `Defence` three
-times; a `Monitor` reads what a service publishes. Attack and defence see the world through a `View` that holds only
-what they declare in `needs`, so the threat model is part of the type.
+times; a `Detector` scores single samples; a `Monitor` reads what a service publishes. All but the monitor see the world
+through a `View` that holds only what they declare in `needs`, so the threat model is part of the type.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -31,6 +31,10 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 Memory = dict[str, Tensor]
 """A component's private notes between steps. The loop saves them, so a resumed run remembers."""
+
+FLAGGED = "flagged"
+"""Where a defence that treats samples unlike each other notes, in `screen`, which of them it corrected, dropped or gave
+less weight: (n,) bool over the batch that it was given. The learner clears it before every batch. For measurement."""
 
 
 class Batch(NamedTuple):
@@ -146,6 +150,8 @@ class Need(StrEnum):
     ACCURACY = "the accuracy that the service publishes"
     TRUSTED = "trusted set"
     HISTORY = "history of the model's own past"
+    TRAINING = "clean samples that the model was trained on before the stream"
+    SURROGATE = "surrogate model of the attacker's own"
 
 
 @dataclass(frozen=True)
@@ -267,6 +273,18 @@ class View:
         """Samples that the defender knows to be clean (`Need.TRUSTED`)."""
         batch: Batch = self._get(Need.TRUSTED)
         return batch
+
+    @property
+    def training(self) -> Iterable[Batch]:
+        """Batches that the model was trained on before the stream; may be iterated again (`Need.TRAINING`)."""
+        batches: Iterable[Batch] = self._get(Need.TRAINING)
+        return batches
+
+    @property
+    def surrogate(self) -> WhiteBox:
+        """Another model than the victim's, which an attacker without access to the victim holds (`Need.SURROGATE`)."""
+        box: WhiteBox = self._get(Need.SURROGATE)
+        return box
 
 
 class Past(Protocol):
@@ -472,6 +490,69 @@ class Defence:
     def serve(self, view: View) -> Weights | None:
         """The model that answers queries, where it is another than the one that learns; None if it is that one."""
         return None
+
+
+class Observed(NamedTuple):
+    """What a model makes of samples, for detectors.
+
+    Args:
+        features: Pooled features (n, features): what goes into the last linear layer.
+        logits: (n, classes).
+        y: Labels as received (n,).
+    """
+
+    features: Tensor
+    logits: Tensor
+    y: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most likely class of each sample (n,)."""
+        return self.logits.argmax(1)
+
+    def right(self) -> "Observed":
+        """Only the samples that the model classifies as labelled."""
+        keep = self.predicted == self.y
+        return Observed(self.features[keep], self.logits[keep], self.y[keep])
+
+
+class Detector(ABC):
+    """Scores samples: the lower, the more suspicious.
+
+    A detector that compares with clean samples remembers them in tensors, so that they can be saved; it is fitted once,
+    before the stream, and does not follow the model.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
+    """What `score` sees besides the batch."""
+
+    fits: ClassVar[bool] = True
+    """Whether it must be fitted on clean samples."""
+
+    def fit(self, clean: Observed, *, rng: Generator) -> Memory:
+        """What it remembers of clean samples.
+
+        Args:
+            clean: What the model makes of them; the detector itself keeps to those that are classified as labelled.
+            rng: Draws which ones are kept, where not all are.
+
+        Raises:
+            DataError: Too few samples, or features that cannot be fitted; says what is needed.
+        """
+        return {}
+
+    @abstractmethod
+    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+        """One number a sample, whatever other samples are in the batch.
+
+        Args:
+            batch: As received.
+            view: What the detector declared.
+            fitted: From `fit`.
+
+        Returns:
+            (n,); lower is more suspicious.
+        """
 
 
 class Reading(NamedTuple):

@@ -18,9 +18,9 @@ from pydantic_core import PydanticUndefined
 
 from mithridate.errors import ConfigError, nearest
 
-Kind = Literal["attack", "defence", "model", "monitor"]
+Kind = Literal["attack", "defence", "detector", "model", "monitor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_PACKAGES: dict[Kind, str] = {"attack": "attacks", "defence": "defences", "model": "models", "monitor": "monitors"}
+_PACKAGES: dict[Kind, str] = {kind: f"{kind}s" for kind in KINDS}
 
 T = TypeVar("T")
 

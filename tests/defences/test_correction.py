@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from mithridate.attacks.pgd import PGD
 from mithridate.core import Batch, Need, View
 from mithridate.defences.at import AT
-from mithridate.defences.dsc import CORRECTED, DSC
+from mithridate.defences.dsc import DSC
 from mithridate.discrepancy import memorization_discrepancy
 from mithridate.divergence import Divergence
 from mithridate.errors import ConfigError, DataError
-from mithridate.learning.calibrate import calibrate, corrected_share
+from mithridate.learning.calibrate import calibrate
 from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.testing import toy_learner, toy_stream
@@ -116,12 +116,11 @@ def test_threshold_rises_with_the_stream_and_the_share_is_counted() -> None:
     learner = moved_learner()
     learner.memory.clear()
     learner.defence = replace(LOOK_BACK, mu=0.0)
-    learner.update(STREAM.victim_batch(3, 0))
-    corrected, seen = learner.memory[CORRECTED].tolist()
-    assert seen == 20
-    assert 10 < corrected <= 20
-    assert corrected_share(learner) == corrected / 20
-    assert corrected_share(toy_learner(STREAM)) is None
+    flagged = learner.update(STREAM.victim_batch(3, 0)).flagged
+    assert flagged is not None
+    assert len(flagged) == 20
+    assert 10 < int(flagged.sum()) <= 20
+    assert toy_learner(STREAM).update(STREAM.victim_batch(3, 0)).flagged is None
 
 
 @pytest.mark.parametrize(("policy", "learned"), [("pass", 20), ("closed", 0)])
@@ -155,9 +154,9 @@ def test_calibration_puts_the_stated_share_of_clean_samples_above_the_line(kind:
     found = calibrate(learner, clean, 0.2, defence=base)
     after = learner.snapshot()
     assert all(torch.equal(kept.parameters[n], after.parameters[n]) for n in kept.parameters)
-    assert found.rate == pytest.approx(0.2, abs=0.06)
-    assert found.interval[0] < found.rate < found.interval[1]
-    assert found.samples == 180
+    assert found.share.rate == pytest.approx(0.2, abs=0.06)
+    assert found.share.interval[0] < found.share.rate < found.share.interval[1]
+    assert found.share.samples == 180
     assert found.defence.divergence == kind
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -374,20 +374,58 @@ def with_label(value: int) -> Batch:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (with_pixel(math.nan), "NaN"),
-        (with_pixel(math.inf), "NaN or infinite"),
         (with_pixel(1.5), r"outside \[0, 1\]"),
         (with_label(CLASSES), "as many outputs as there are classes"),
         (with_label(-1), "as many outputs as there are classes"),
         (Batch(batch_of().x, batch_of().y[:-1]), "12 images and 11 labels"),
     ],
-    ids=["nan", "inf", "range", "label too high", "negative label", "lengths"],
+    ids=["range", "label too high", "negative label", "lengths"],
 )
 def test_a_bad_batch_is_refused_and_changes_nothing(bad: Batch, message: str) -> None:
     learner = learner_of()
     before = learn(learner, BATCHES[:1])
     with pytest.raises(DataError, match=message):
         learner.update(bad)
+    assert differing(learner.snapshot(), before) == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_samples_that_are_not_finite_are_quarantined_and_counted(value: float) -> None:
+    learner, twin = learner_of(), learner_of()
+    bad = with_pixel(value)
+    finite = torch.isfinite(bad.x).flatten(1).all(1)
+    assert int((~finite).sum()) == 1
+    done, expected = learner.update(bad), twin.update(Batch(bad.x[finite], bad.y[finite]))
+    assert (done.quarantined, done.learned) == (1, len(bad.x) - 1)
+    assert done.flagged is not None
+    assert torch.equal(done.flagged, ~finite)
+    assert done.batch_loss == expected.batch_loss
+    assert differing(learner.snapshot(), twin.snapshot()) == []
+
+
+def test_a_batch_of_nothing_but_nan_teaches_nothing() -> None:
+    learner = learner_of()
+    before = learn(learner, BATCHES[:1])
+    done = learner.update(Batch(torch.full_like(batch_of().x, math.nan), batch_of().y))
+    assert (done.quarantined, done.learned, done.verdict.admit) == (len(batch_of().x), 0, False)
+    assert "quarantined" in done.verdict.reason
+    assert differing(learner.snapshot(), before) == []
+
+
+@pytest.mark.parametrize("moment", ["loss", "bound", "admit"])
+def test_a_defence_that_raises_leaves_model_and_optimiser_as_they_were(moment: str) -> None:
+    class Broken(Defence):
+        pass
+
+    def fail(*_: object) -> NoReturn:
+        raise RuntimeError(moment)
+
+    setattr(Broken, moment, fail)
+    learner = learner_of()
+    before = learn(learner, BATCHES[:1])
+    learner.defence = Broken()
+    with pytest.raises(RuntimeError, match=moment):
+        learner.update(BATCHES[1])
     assert differing(learner.snapshot(), before) == []
 
 

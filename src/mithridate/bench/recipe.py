@@ -3,21 +3,23 @@
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import Field
 
 from mithridate import registry
-from mithridate.core import Attack, Defence, Monitor
+from mithridate.core import Attack, Defence, Detector, Monitor, Need
 from mithridate.data.stream import StreamSettings
 from mithridate.errors import ConfigError, nearest
 from mithridate.learning.burn_in import BurnIn
 from mithridate.learning.online import OnlineRun
-from mithridate.registry import Kind, config_of, fields_of, make
+from mithridate.registry import Kind, config_of, fields_of, make, settings
 
 Table = dict[str, Any]
-TABLES = ("data", "model", "burn_in", "attack", "defence", "monitor", "run")
-_GRID: tuple[Kind, ...] = ("attack", "defence", "monitor")
+TABLES = ("data", "model", "burn_in", "surrogate", "attack", "defence", "detector", "monitor", "run")
+_GRID: tuple[Kind, ...] = ("attack", "defence", "detector", "monitor")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 C = TypeVar("C")
@@ -39,6 +41,31 @@ class Labelled(Generic[C]):
         """The table that builds it, label included where it says more than the name."""
         table = config_of(self.component)
         return table if table["name"] == self.label else {**table, "label": self.label}
+
+
+@settings
+class Surrogate:
+    """The model of an attacker who has no access to the victim's (`model_access = "surrogate"` of an attack).
+
+    Args:
+        kind: `checkpoint`: an older state of the victim's own model; `trained`: a model trained apart, on the same
+            images.
+        epoch: Of the burn-in, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
+        seed_offset: For `trained`: added to the run's seed, >= 1.
+        model: For `trained`: a table like `[model]`; unset: the victim's architecture.
+
+    Source:
+        Zhu et al., ICML 2023, C.8, Table 11 (older checkpoints).
+    """
+
+    kind: Literal["checkpoint", "trained"] = "checkpoint"
+    epoch: Annotated[int, Field(ge=0)] | None = None
+    seed_offset: Annotated[int, Field(ge=1)] = 1000
+    model: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            object.__setattr__(self, "model", config_of(registry.build("model", self.model, where="[surrogate] model")))
 
 
 @dataclass(frozen=True)
@@ -66,13 +93,16 @@ class Cell:
         """The resolved settings, itself a valid recipe of this one run."""
         r = self.recipe
         monitors = [m.config() for m in r.monitors]
+        uses_surrogate = Need.SURROGATE in self.attack.component.needs
         return {
             "title": r.title,
             "data": fields_of(r.data.resolved()),
             "model": config_of(r.model),
             "burn_in": fields_of(r.burn_in),
+            **({"surrogate": fields_of(r.surrogate)} if uses_surrogate else {}),
             "attack": self.attack.config(),
             "defence": self.defence.config(),
+            **({"detector": [d.config() for d in r.detectors]} if r.detectors else {}),
             "monitor": monitors[0] if len(monitors) == 1 else monitors,
             "run": {**fields_of(r.run), "seeds": [self.seed]},
         }
@@ -89,6 +119,8 @@ class Recipe:
         burn_in: Training before the stream.
         attacks: One row of the grid each.
         defences: One column each.
+        detectors: Score every batch of every run.
+        surrogate: What attackers without access to the victim's model craft on.
         monitors: Watch every run.
         run: Length and options of the loop.
         seeds: One run of each pair a seed.
@@ -103,6 +135,8 @@ class Recipe:
     monitors: Sequence[Labelled[Monitor]]
     run: OnlineRun
     seeds: Sequence[int]
+    detectors: Sequence[Labelled[Detector]] = ()
+    surrogate: Surrogate = field(default_factory=Surrogate)
 
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
@@ -139,7 +173,7 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
 
 
 def make_recipe(tables: Mapping[str, Any]) -> Recipe:
-    """A recipe from tables; `[attack]`, `[defence]` and `[monitor]` may be one table or an array of tables.
+    """A recipe from tables; those of attacks, defences, detectors and monitors may be one table or an array of them.
 
     Raises:
         ConfigError: An unknown table, key or component, a value of the wrong type or range, or two equal labels.
@@ -158,6 +192,8 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
         defences=_labelled("defence", tables.get("defence", {"name": "none"})),
         monitors=_labelled("monitor", tables.get("monitor", [])),
         run=make(OnlineRun, run, where="[run]"),
+        detectors=_labelled("detector", tables.get("detector", [])),
+        surrogate=make(Surrogate, tables.get("surrogate", {}), where="[surrogate]"),
     )
     recipe.data.resolved()
     return recipe

@@ -6,6 +6,7 @@ Layout of `DIR/<run id>/`:
 - `trace.parquet`: one row a step, columns `TRACE_SCHEMA`; the first row is the state before the stream.
 - `summary.json`: the outcome, written last: a run without it is unfinished.
 - `environment.json`: versions, device, threads.
+- `scores.parquet`: what detectors said of each sample, columns `SCORES_SCHEMA`; only if the recipe has detectors.
 - `images.safetensors`: a few images, float32 (n, channels, height, width) in [0, 1], as `<phase>.clean` and
   `<phase>.poisoned` for the phases `accumulative` and `trigger`.
 - `state.safetensors`: where a killed run goes on; removed when it has finished.
@@ -14,7 +15,7 @@ Layout of `DIR/<run id>/`:
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from numpy.typing import NDArray
 from mithridate.errors import StoreError
 from mithridate.files import write_atomically
 
-CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES = (
+CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
     "config.toml",
     "trace.parquet",
     "summary.json",
     "environment.json",
     "images.safetensors",
+    "scores.parquet",
 )
 STATE = "state.safetensors"
 
@@ -51,12 +53,30 @@ TRACE_SCHEMA = pa.schema(
         ("poison_linf", pa.float64()),  # largest pixel change of the batch
         ("poison_l2", pa.float64()),  # mean l2 length of the changed samples' perturbations
         ("poisoned", pa.float64()),  # share of the batch's samples that were changed
+        ("quarantined", pa.int64()),  # samples with NaN or infinite pixels, kept from the model
+        (
+            "flagged_clean",
+            pa.float64(),
+        ),  # share of the unchanged samples that the defence corrected, dropped, weighed less
+        ("flagged_poisoned", pa.float64()),  # the same of the changed ones
         ("admitted", pa.bool_()),  # False: the defence rolled the step back
         ("verdict", pa.string()),  # the defence's reason, empty if none
         ("alarms", pa.string()),  # monitors' alarms joined by "; ", empty if none
         ("craft_seconds", pa.float64()),  # the attack's time
         ("update_seconds", pa.float64()),  # the learner's and the defence's time
         ("seconds", pa.float64()),  # the whole step, evaluation included
+    ]
+)
+
+
+SCORES_SCHEMA = pa.schema(
+    [
+        ("step", pa.int64()),  # as in the trace: 1 is the first batch
+        ("source", pa.string()),  # clean: before poisoning; received: what the learner got; ood: another image set
+        ("detector", pa.string()),  # its label
+        ("sample", pa.int64()),  # position in its batch
+        ("poisoned", pa.bool_()),  # whether a received sample had been changed
+        ("score", pa.float64()),  # lower is more suspicious; -inf where the detector had no number
     ]
 )
 
@@ -92,6 +112,14 @@ def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     write_atomically(path, lambda part: pq.write_table(table, part))
 
 
+def write_scores(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
+    """Write scores (columns of `SCORES_SCHEMA`) atomically."""
+    table = pa.table(
+        {name: pa.array(columns[name], type=SCORES_SCHEMA.field(name).type) for name in SCORES_SCHEMA.names}
+    )
+    write_atomically(path, lambda part: pq.write_table(table, part))
+
+
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write named arrays as safetensors, atomically."""
     ready = {name: np.asarray(a, order="C") for name, a in arrays.items()}
@@ -109,6 +137,7 @@ class Run:
         trace: One dict a step, keys as in `TRACE_SCHEMA`.
         environment: Versions, device, threads.
         images: Named arrays; empty if the run stored none.
+        scores: Columns of `SCORES_SCHEMA`; empty if the run had no detectors.
     """
 
     path: Path
@@ -117,6 +146,7 @@ class Run:
     trace: Sequence[Mapping[str, Any]]
     environment: Mapping[str, Any]
     images: Mapping[str, NDArray[np.float32]]
+    scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def read_run(path: Path) -> Run:
@@ -133,12 +163,21 @@ def read_run(path: Path) -> Run:
         trace = pq.read_table(path / TRACE).to_pylist()
         _check_shape(summary, environment, trace)
         images = safetensors.numpy.load_file(path / IMAGES) if (path / IMAGES).exists() else {}
+        scores = _read_scores(path / SCORES) if (path / SCORES).exists() else {}
     except (OSError, ValueError, TypeError, pa.ArrowException, safetensors.SafetensorError) as error:
         raise StoreError(
             f"{path} is not a readable finished run ({type(error).__name__}: {error}); finish it with --resume, "
             "or delete it."
         ) from error
-    return Run(path, config, summary, trace, environment, images)
+    return Run(path, config, summary, trace, environment, images, scores)
+
+
+def _read_scores(path: Path) -> dict[str, NDArray[Any]]:
+    table = pq.read_table(path)
+    if missing := set(SCORES_SCHEMA.names) - set(table.column_names):
+        raise ValueError(f"{SCORES} lacks {', '.join(sorted(missing))}")
+    table = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
+    return {name: table.column(name).to_numpy() for name in SCORES_SCHEMA.names}
 
 
 def _check_shape(summary: object, environment: object, trace: Sequence[Mapping[str, Any]]) -> None:

@@ -153,6 +153,24 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class Loader:
+    """A part as batches that can be gone through again and again.
+
+    Args:
+        part: Whose images.
+        batch_size: Images a batch, >= 1; the last may be smaller.
+        device: Where the batches go.
+    """
+
+    part: Part
+    batch_size: int
+    device: torch.device | str = "cpu"
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.part.batches(self.batch_size, device=self.device)
+
+
+@dataclass(frozen=True, eq=False)
 class Stream:
     """One image set in parts that share no image.
 

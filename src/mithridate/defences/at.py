@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from mithridate.core import Batch, View
+import torch
+
+from mithridate.core import FLAGGED, Batch, View
 from mithridate.defences.correction import Correcting
 from mithridate.registry import register, settings
 
@@ -32,4 +34,7 @@ class AT(Correcting):
 
     def screen(self, batch: Batch, view: View) -> Batch:
         """The batch, every sample corrected."""
-        return Batch(self.corrected(batch, view, steps=self.steps), batch.y) if self.steps else batch
+        if self.steps == 0:
+            return batch
+        view.memory[FLAGGED] = torch.ones(len(batch.x), dtype=torch.bool)
+        return Batch(self.corrected(batch, view), batch.y)

@@ -7,7 +7,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mithridate.core import ADMITTED, Batch, Criterion, Defence, Gradient, Need, Snapshot, Verdict, View, Weights
+from mithridate.core import (
+    ADMITTED,
+    FLAGGED,
+    Batch,
+    Criterion,
+    Defence,
+    Gradient,
+    Need,
+    Snapshot,
+    Verdict,
+    View,
+    Weights,
+)
 from mithridate.errors import ConfigError
 from mithridate.registry import build, config_of, register, settings
 
@@ -64,10 +76,11 @@ class Chain(Defence):
     @property
     def lookback(self) -> int:
         """How many updates back the part looks that looks back furthest."""
-        return max((part.lookback for part in self._built), default=0)
+        return max((part.lookback for part in self.built), default=0)
 
     @property
-    def _built(self) -> tuple[Defence, ...]:
+    def built(self) -> tuple[Defence, ...]:
+        """The parts as settings objects."""
         built: tuple[Defence, ...] = self.__dict__["defences"]
         return built
 
@@ -76,7 +89,7 @@ class Chain(Defence):
         """One view a part, with its own notes, which go back into the chain's under `<index>.`."""
         views = [
             View(view.step, _under(f"{i}.", view.memory), view.things, part.needs, type(part).__name__)
-            for i, part in enumerate(self._built)
+            for i, part in enumerate(self.built)
         ]
         try:
             yield views
@@ -90,17 +103,28 @@ class Chain(Defence):
 
     def screen(self, batch: Batch, view: View) -> Batch:
         """The batch after every part; what follows an empty one is not asked."""
+        received = len(batch.x)
+        place = torch.arange(received)  # where each sample that is left stood in the batch as received
+        flagged: Tensor | None = None
         with self._views(view) as views:
-            for part, own in zip(self._built, views, strict=True):
+            for part, own in zip(self.built, views, strict=True):
                 if len(batch.x) == 0:
                     break
+                own.memory.pop(FLAGGED, None)
                 batch = part.screen(batch, own)
+                said = own.memory.get(FLAGGED)
+                if said is not None and len(said) == len(place):
+                    flagged = torch.zeros(received, dtype=torch.bool) if flagged is None else flagged
+                    flagged[place[said.cpu()]] = True
+                    place = place if len(batch.x) == len(place) else place[~said.cpu()]
+        if flagged is not None:
+            view.memory[FLAGGED] = flagged
         return batch
 
     def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
         """The loss of the part that changes it, or the plain one; the others that ask for it are told."""
         with self._views(view) as views:
-            pairs = list(zip(self._built, views, strict=True))
+            pairs = list(zip(self.built, views, strict=True))
             changing = [pair for pair in pairs if _changes_loss(pair[0])]
             if changing:
                 part, own = changing[0]
@@ -115,7 +139,7 @@ class Chain(Defence):
     def bound(self, gradient: Gradient, view: View) -> Gradient:
         """The gradient after every part."""
         with self._views(view) as views:
-            for part, own in zip(self._built, views, strict=True):
+            for part, own in zip(self.built, views, strict=True):
                 gradient = part.bound(gradient, own)
         return gradient
 
@@ -123,7 +147,7 @@ class Chain(Defence):
         """The first refusal, or the step as every part left it."""
         verdict = ADMITTED
         with self._views(view) as views:
-            asked = [pair for pair in zip(self._built, views, strict=True) if _overrides(pair[0], "admit")]
+            asked = [pair for pair in zip(self.built, views, strict=True) if _overrides(pair[0], "admit")]
             for place, (part, own) in enumerate(asked, start=1):
                 said = part.admit(before, own)
                 if not said.admit:
@@ -141,7 +165,7 @@ class Chain(Defence):
         """What the last part serves that serves anything."""
         served = None
         with self._views(view) as views:
-            for part, own in zip(self._built, views, strict=True):
+            for part, own in zip(self.built, views, strict=True):
                 served = part.serve(own) or served
         return served
 
@@ -165,7 +189,7 @@ def _overrides(part: Defence, moment: str) -> bool:
 def _changes_loss(part: Defence) -> bool:
     """Whether the part's loss may be another than the plain one."""
     if isinstance(part, Chain):
-        return any(_changes_loss(inner) for inner in part._built)
+        return any(_changes_loss(inner) for inner in part.built)
     return _overrides(part, "loss") and not getattr(part, "observes_loss", False)
 
 

@@ -36,15 +36,18 @@ class Correcting(Defence, ABC):
         """Where a sample may be moved."""
         return Ball(self.norm, self.eps)
 
-    def corrected(self, batch: Batch, view: View, *, steps: int, start: Tensor | None = None) -> Tensor:
-        """Pixels after some steps down the loss of the current model, in eval mode, from `start` or from the batch."""
-        parameters = view.model.parameters
+    def loss_gradient(self, batch: Batch, view: View) -> Tensor:
+        """Gradient of the current model's loss in the pixels, in eval mode."""
         with view.model.objective("eval") as objective:
-            return climb(
-                batch.x,
-                lambda x: -input_gradient(objective, parameters, x, batch.y),
-                self.ball,
-                steps=steps,
-                step_size=self.step_size,
-                start=start,
-            )
+            return input_gradient(objective, view.model.parameters, *batch)
+
+    def stepped(self, centre: Tensor, current: Tensor, gradient: Tensor) -> Tensor:
+        """Pixels after one step down a gradient of the loss, inside the ball around `centre` and inside [0, 1]."""
+        return climb(centre, lambda _: -gradient, self.ball, steps=1, step_size=self.step_size, start=current)
+
+    def corrected(self, batch: Batch, view: View) -> Tensor:
+        """Pixels after all steps down the loss of the current model."""
+        x = batch.x
+        for _ in range(self.steps):
+            x = self.stepped(batch.x, x, self.loss_gradient(Batch(x, batch.y), view))
+        return x

@@ -7,16 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.func import functional_call
 
-from mithridate.core import Batch, Need, View, Weights
+from mithridate.core import FLAGGED, Batch, Need, View, Weights, frozen_statistics
 from mithridate.defences.correction import Correcting
-from mithridate.discrepancy import memorization_discrepancy
-from mithridate.divergence import Divergence
+from mithridate.divergence import Divergence, divergence
 from mithridate.errors import ConfigError, DataError
 from mithridate.registry import register, settings
-
-CORRECTED = "corrected"
-"""Where DSC notes how many samples it corrected, of how many, since the stream began."""
 
 
 @register(
@@ -41,9 +38,11 @@ class DSC(Correcting):
         norm: Of the ball: `linf` or `l2`.
         steps: Steps of the correction at most, K; 0 corrects nothing.
         step_size: Length of one step, in pixel units.
-        mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. Set it with
-            `calibrate`: the paper's 0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models.
+        mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. The paper's
+            0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models: let yours be measured (`target_rate`).
         tau: Added to the threshold with every update: P = mu + tau * m.
+        target_rate: Share of clean samples to be corrected, in (0, 1): `mu` and `tau` are then measured on the trusted
+            set before the stream, in a recipe by the engine, in your own loop by `calibrate`. Unset: they are as given.
         stop: `sample`: a sample is left alone as soon as it is at or below P (the text); `batch`: all are corrected
             until the mean over the batch is (the released code).
         divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
@@ -54,7 +53,7 @@ class DSC(Correcting):
             learn from none.
 
     Raises:
-        ConfigError: (from `screen`) the wanted checkpoint was not kept.
+        ConfigError: (from `screen`) the wanted checkpoint was not kept, or `target_rate` is set and nobody calibrated.
         DataError: (from `screen`) a discrepancy is not finite.
 
     Source:
@@ -67,6 +66,7 @@ class DSC(Correcting):
 
     mu: Annotated[float, Field(ge=0)] = 0.5
     tau: Annotated[float, Field(ge=0)] = 0.02
+    target_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     stop: Literal["sample", "batch"] = "sample"
     divergence: Divergence = "kl"
     old: Literal["checkpoint", "back"] = "checkpoint"
@@ -99,32 +99,51 @@ class DSC(Correcting):
         """The batch with those samples corrected that are above the threshold."""
         if self.steps == 0 or math.isinf(self.mu):
             return batch
+        if self.target_rate is not None:
+            raise ConfigError(
+                f"dsc: target_rate = {self.target_rate:g}, but its threshold was not measured; use the defence that "
+                "`calibrate` returns."
+            )
         old = self.old_model(view)
         if old is None:
-            return batch if self.on_missing == "pass" else Batch(batch.x[:0], batch.y[:0])
-        limit = self.threshold(view.step)
-        module = view.model.module
+            closed = self.on_missing == "closed"
+            view.memory[FLAGGED] = torch.full((len(batch.x),), closed)
+            return Batch(batch.x[:0], batch.y[:0]) if closed else batch
+        x, ever = self._correct(batch, old, view)
+        view.memory[FLAGGED] = ever.cpu()
+        return Batch(x, batch.y) if bool(ever.any()) else batch
+
+    def _correct(self, batch: Batch, old: Weights, view: View) -> tuple[Tensor, Tensor]:
+        """Pixels after the correction, and which samples were moved (n,) bool."""
+        limit, module, parameters = self.threshold(view.step), view.model.module, view.model.parameters
         x = batch.x.clone()
         active = torch.arange(len(x), device=x.device)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(self.steps):
-            scores = memorization_discrepancy(module, old, x[active], kind=self.divergence)
+            # One forward pass of the current model serves both the discrepancy and the gradient of the correction.
+            piece = x[active].requires_grad_()
+            with frozen_statistics(module, "eval"):
+                now: Tensor = functional_call(module, parameters, (piece,))
+            scores = divergence(old.logits(module, piece.detach()), now.detach(), self.divergence)
             if not torch.isfinite(scores).all():
                 raise DataError("DSC: the discrepancy of a sample is not finite; one of the two models has diverged.")
-            active = self._still_above(active, scores, limit)
-            if len(active) == 0:
+            above = self._above(scores, limit)
+            if not bool(above.any()):
                 break
+            if 2 * int(above.sum()) < len(active):  # a pass over these alone is cheaper than one back through all
+                del now
+                active = active[above]
+                start = x[active]
+                gradient = self.loss_gradient(Batch(start, batch.y[active]), view)
+            else:
+                loss = view.model.criterion(now[above], batch.y[active[above]])
+                gradient = torch.autograd.grad(loss, piece)[0][above]
+                active = active[above]
+                start = x[active]
             ever[active] = True
-            piece = Batch(batch.x[active], batch.y[active])
-            x[active] = self.corrected(piece, view, steps=1, start=x[active])
-        self._note(view, ever)
-        return Batch(x, batch.y) if bool(ever.any()) else batch
+            x[active] = self.stepped(batch.x[active], start, gradient)
+        return x, ever
 
-    def _still_above(self, active: Tensor, scores: Tensor, limit: float) -> Tensor:
-        if self.stop == "batch":
-            return active if float(scores.mean()) > limit else active[:0]
-        return active[scores > limit]
-
-    def _note(self, view: View, ever: Tensor) -> None:
-        seen = torch.tensor([int(ever.sum()), len(ever)])
-        view.memory[CORRECTED] = view.memory.get(CORRECTED, torch.zeros(2, dtype=torch.int64)) + seen
+    def _above(self, scores: Tensor, limit: float) -> Tensor:
+        """(n,) bool, which samples are corrected further."""
+        return torch.full_like(scores, float(scores.mean()) > limit) > 0 if self.stop == "batch" else scores > limit

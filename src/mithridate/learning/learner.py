@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from mithridate.core import (
     ADMITTED,
+    FLAGGED,
     Batch,
     BatchNormMode,
     Criterion,
@@ -42,6 +43,9 @@ class Update:
         learned: Samples that the gradient was computed on.
         verdict: Whether the step was kept, and why not.
         seconds: Wall-clock time, the defence's included.
+        quarantined: Samples with NaN or infinite pixels, which were taken out before anything looked at them.
+        flagged: (n,) bool over the batch as received, the samples that the defence corrected, dropped or gave less
+            weight, quarantined ones included; None if the defence treats all samples alike.
     """
 
     batch_loss: float
@@ -51,6 +55,8 @@ class Update:
     learned: int
     verdict: Verdict
     seconds: float
+    quarantined: int = 0
+    flagged: Tensor | None = None
 
 
 class Score(NamedTuple):
@@ -70,6 +76,8 @@ class Learner:
         defence: What stands between batches and the model.
         trusted: Samples that the owner knows to be clean, for defences that declare them.
         history: Keeps past states of the model, for defences that look back; the learner records into it.
+        training: Clean batches that the model was trained on, for defences that declare them; a list, or anything
+            that can be iterated more than once.
         update_mode: BatchNorm in an update: `train` uses and records the batch's statistics; `eval` leaves them alone.
 
     Raises:
@@ -85,6 +93,7 @@ class Learner:
         defence: Defence | None = None,
         trusted: Batch | None = None,
         history: History | None = None,
+        training: Iterable[Batch] | None = None,
         update_mode: BatchNormMode = "train",
     ) -> None:
         self.model = model
@@ -93,6 +102,7 @@ class Learner:
         self.defence = defence or Defence()
         self.trusted = trusted
         self.history = history
+        self.training = training
         self.update_mode = update_mode
         self.step = 0
         self.memory: Memory = {}
@@ -114,10 +124,15 @@ class Learner:
             things[Need.TRUSTED] = self.trusted
         if self.history is not None:
             things[Need.HISTORY] = self.history
+        if self.training is not None:
+            things[Need.TRAINING] = self.training
         return View(self.step, self.memory, things, self.defence.needs, type(self.defence).__name__)
 
     def update(self, batch: Batch) -> Update:
-        """Screen, differentiate, bound, step, admit: one batch.
+        """Quarantine, screen, differentiate, bound, step, admit: one batch.
+
+        Samples with NaN or infinite pixels never reach the defence or the model: they are taken out and counted. If
+        anything raises, the learner is as it was before the call.
 
         Args:
             batch: As received from the stream.
@@ -126,43 +141,67 @@ class Learner:
             Norms, the loss and the verdict. A NaN loss is not an error: it is reported.
         """
         began = time.perf_counter()
+        finite = _finite(batch)
+        quarantined = len(finite) - int(finite.sum())
+        if quarantined:
+            batch = Batch(batch.x[finite], batch.y[finite])
+        if quarantined and not len(batch.x):
+            return _unlearned(began, "every sample has NaN or infinite pixels: quarantined", quarantined, ~finite)
         check_batch(batch, where="batch given to Learner.update")
         if self.history is not None:
             self.history.record(self.step, self.model)
+        self.memory.pop(FLAGGED, None)
         batch = self.defence.screen(batch.to(self.device), self.view())
+        flagged = _over_all(self.memory.get(FLAGGED), finite)
         if len(batch.x) == 0:
-            verdict = Verdict(admit=False, reason="the defence left no sample of the batch")
-            return Update(torch.nan, 0.0, 0.0, 0.0, 0, verdict, time.perf_counter() - began)
+            return _unlearned(began, "the defence left no sample of the batch", quarantined, flagged)
 
         gates = type(self.defence).admit is not Defence.admit
         before = self.snapshot() if gates else None
         old = [p.detach().clone() for p in self.model.parameters()]
-        loss = self._backward(batch)
-        gradient_norm, bounded_norm = self._bound()
+        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        try:
+            loss = self._backward(batch)
+            gradient_norm, bounded_norm = self._bound()
+        except BaseException:
+            self.restore_buffers(buffers)
+            self.optimiser.zero_grad(set_to_none=True)
+            raise
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
 
-        verdict = ADMITTED
-        if before is not None:
-            verdict = self.defence.admit(before, self.view())
-            if not verdict.admit:
-                self.restore(before)
-            elif verdict.parameters is not None:
-                self.restore_parameters(verdict.parameters)
+        verdict = ADMITTED if before is None else self._admit(before)
         update_norm = _length(p.detach() - o for p, o in zip(self.model.parameters(), old, strict=True))
-        seconds = time.perf_counter() - began
-        return Update(loss, gradient_norm, bounded_norm, update_norm, len(batch.x), verdict, seconds)
+        return Update(
+            batch_loss=loss,
+            gradient_norm=gradient_norm,
+            bounded_norm=bounded_norm,
+            update_norm=update_norm,
+            learned=len(batch.x),
+            verdict=verdict,
+            seconds=time.perf_counter() - began,
+            quarantined=quarantined,
+            flagged=flagged,
+        )
+
+    def _admit(self, before: Snapshot) -> Verdict:
+        """Ask for the verdict and do what it says."""
+        try:
+            verdict = self.defence.admit(before, self.view())
+        except BaseException:
+            self.restore(before)
+            raise
+        if not verdict.admit:
+            self.restore(before)
+        elif verdict.parameters is not None:
+            self.restore_parameters(verdict.parameters)
+        return verdict
 
     def _backward(self, batch: Batch) -> float:
         self.model.train(self.update_mode == "train")
         self.optimiser.zero_grad(set_to_none=True)
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        try:
-            loss = self.defence.loss(self.model, batch, self._checked_criterion, self.view())
-        except Exception:
-            self.restore_buffers(buffers)
-            raise
+        loss = self.defence.loss(self.model, batch, self._checked_criterion, self.view())
         torch.autograd.backward(loss)
         return float(loss.detach())
 
@@ -246,6 +285,30 @@ class Learner:
         own = dict(self.model.named_parameters())
         _require_fit(own, parameters, "parameters")
         _write(own, parameters)
+
+
+def _finite(batch: Batch) -> Tensor:
+    """(n,) bool, the samples without NaN or infinite pixels; all where the batch is none, which is said elsewhere."""
+    x = batch.x
+    if x.ndim < 2 or not x.is_floating_point() or len(x) != len(batch.y):
+        return torch.ones(len(x), dtype=torch.bool)
+    return torch.isfinite(x).flatten(1).all(1)
+
+
+def _over_all(flagged: Tensor | None, finite: Tensor) -> Tensor | None:
+    """Flags of the samples that were not quarantined, over all samples; None if there is nothing to say."""
+    if flagged is None and bool(finite.all()):
+        return None
+    spread = ~finite.cpu()
+    if flagged is not None:
+        spread[finite.cpu()] = flagged.cpu()
+    return spread
+
+
+def _unlearned(began: float, reason: str, quarantined: int, flagged: Tensor | None) -> Update:
+    """What is said of a batch of which nothing was left."""
+    seconds = time.perf_counter() - began
+    return Update(torch.nan, 0.0, 0.0, 0.0, 0, Verdict(admit=False, reason=reason), seconds, quarantined, flagged)
 
 
 def _require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from mithridate.core import Attack, Batch, BatchNormMode, Memory, Monitor, Need, Reading, Snapshot, View
+from mithridate.core import Attack, Batch, BatchNormMode, Memory, Monitor, Need, Reading, Snapshot, View, WhiteBox
 from mithridate.data.stream import Stream
 from mithridate.errors import ConfigError
 from mithridate.learning.learner import Learner, Score, Update
+from mithridate.learning.scoring import CLEAN, OOD, RECEIVED, Scorer, score_batches, score_columns
 from mithridate.norms import sample_norms
 from mithridate.registry import settings
 from mithridate.seeding import generator
@@ -41,6 +43,8 @@ class OnlineRun:
             `halt`: the service stops learning before the trigger.
         images: Pictures stored of the first accumulative batch and of the trigger, clean and poisoned.
         save_every: Steps between resume points.
+        ood: An image set that detectors score beside the stream (its test part, fitted to the model's input); never
+            learned from. Unset: none.
 
     Source:
         Pang et al., NeurIPS 2021, section 4: SGD, lr 0.1, momentum 0.9. The released code starts a fresh optimiser
@@ -56,6 +60,7 @@ class OnlineRun:
     on_alarm: Literal["record", "trigger", "halt"] = "record"
     images: Annotated[int, Field(ge=0)] = 8
     save_every: Annotated[int, Field(ge=1)] = 1
+    ood: str | None = None
 
 
 @dataclass
@@ -66,11 +71,15 @@ class Progress:
         rows: Trace rows so far, the state before the stream first.
         memory: The attack's notes.
         images: Pictures taken so far.
+        scores: What detectors said so far; see `learning.scoring.score_batches`.
+        changed: By step (as text), which received samples had been poisoned; kept where there are scores.
     """
 
     rows: list[Row] = field(default_factory=list)
     memory: Memory = field(default_factory=dict)
     images: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,15 @@ class Outcome:
         alarms: Steps at which a monitor raised an alarm, the trigger step included.
         first_alarm_step: The first of them; None if there was none.
         rolled_back: Steps that the defence did not keep.
+        quarantined: Samples with NaN or infinite pixels that were kept from the model.
+        flagged_clean: Share of the samples nobody had changed that the defence corrected, dropped or gave less weight,
+            over all steps; None if there were none, or the defence treats all samples alike.
+        flagged_poisoned: The same of the poisoned ones; 1 minus it is the attack's success (Zhu et al., Table 8).
+        update_seconds: Mean time of one update, the defence's included.
         seconds: Time of all steps, evaluation included.
         trace: One row a step.
         images: Stored pictures.
+        scores: What detectors said of each sample, by column; see `learning.scoring.score_columns`.
     """
 
     accuracy_start: float
@@ -106,13 +121,18 @@ class Outcome:
     alarms: int
     first_alarm_step: int | None
     rolled_back: int
+    quarantined: int
+    flagged_clean: float | None
+    flagged_poisoned: float | None
+    update_seconds: float
     seconds: float
     trace: Sequence[Row]
     images: Mapping[str, Tensor]
+    scores: Mapping[str, NDArray[Any]]
 
     def summary(self) -> dict[str, Any]:
-        """The plain numbers, without trace and images."""
-        return {k: v for k, v in self.__dict__.items() if k not in {"trace", "images"}}
+        """The plain numbers, without trace, images and scores."""
+        return {k: v for k, v in self.__dict__.items() if k not in {"trace", "images", "scores"}}
 
 
 def online_optimiser(learner_parameters: Iterator[torch.nn.Parameter], run: OnlineRun) -> SGD:
@@ -138,9 +158,13 @@ class _Loop:
         monitors: Sequence[Monitor],
         seed: int,
         progress: Progress,
+        scorers: Sequence[Scorer],
+        ood: Sequence[Batch],
+        surrogate: WhiteBox | None,
     ) -> None:
         self.learner, self.stream, self.attack, self.run = learner, stream, attack, run
         self.monitors, self.seed, self.progress = monitors, seed, progress
+        self.scorers, self.ood = scorers, ood
         self.test = list(stream.test.batches(EVALUATION_BATCH, device=learner.device))
         self.things: dict[Need, Any] = {
             Need.MODEL: learner.white_box,
@@ -148,6 +172,10 @@ class _Loop:
         }
         if len(stream.validation):
             self.things[Need.VALIDATION] = stream.validation.all(learner.device)
+        if learner.history is not None:
+            self.things[Need.HISTORY] = learner.history
+        if surrogate is not None:
+            self.things[Need.SURROGATE] = surrogate
 
     def view(self) -> View:
         """What the attack sees now."""
@@ -168,6 +196,9 @@ class _Loop:
                 "loss": score.loss,
                 **dict.fromkeys(measured),
                 "poisoned": 0.0,
+                "quarantined": 0,
+                "flagged_clean": None,
+                "flagged_poisoned": None,
                 "admitted": True,
                 "verdict": "",
                 "alarms": "",
@@ -191,6 +222,9 @@ class _Loop:
             sent = self.attack.poison(clean, self.view(), rng=rng)
             momentum = self.attack.weight_momentum
         crafted = time.perf_counter()
+        if self.scorers:
+            self._score(index + 1, clean, sent)
+        scored = time.perf_counter()
         with _momentum(self.learner.optimiser, momentum):
             update = self.learner.update(sent)
         updated = time.perf_counter()
@@ -201,10 +235,17 @@ class _Loop:
         self._picture(phase, clean, sent)
         row = _row(index + 1, phase, clean, sent, update, score)
         row["craft_seconds"] = crafted - began + adapted - updated
-        row["update_seconds"] = updated - crafted
+        row["update_seconds"] = updated - scored
         self.progress.rows.append(row)
         row["alarms"] = "; ".join(self._alarms())
         row["seconds"] = time.perf_counter() - began
+
+    def _score(self, step: int, clean: Batch, sent: Batch) -> None:
+        sources = {CLEAN: clean, RECEIVED: sent}
+        if self.ood:
+            sources[OOD] = self.ood[(step - 1) % len(self.ood)]
+        self.progress.scores |= score_batches(self.scorers, self.learner, step, sources)
+        self.progress.changed[str(step)] = _changed(clean, sent).cpu()
 
     def _alarms(self) -> list[str]:
         readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in self.progress.rows]
@@ -252,6 +293,9 @@ def run_online(
     seed: int = 0,
     progress: Progress | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    scorers: Sequence[Scorer] = (),
+    ood: Sequence[Batch] = (),
+    surrogate: WhiteBox | None = None,
 ) -> Outcome:
     """Let a learner learn from a stream under attack: an accumulative phase, then one trigger batch.
 
@@ -264,6 +308,9 @@ def run_online(
         seed: Order of the stream and all the attack's draws. Same seed, same machine: same bits.
         progress: Where an interrupted run had come to; the learner must be at the same point.
         on_step: Called after every step of the phase, for progress bars and resume points.
+        scorers: Fitted detectors that score every batch, before the learner sees it and before it was poisoned.
+        ood: Batches of another image set that they score too, one a step, in turn; never learned from.
+        surrogate: The model that an attack without access to the victim's crafts on.
 
     Raises:
         DataError: The stream is too short for the steps.
@@ -272,7 +319,7 @@ def run_online(
     run = run or OnlineRun()
     stream.require(run.steps)
     progress = progress or Progress()
-    loop = _Loop(learner, stream, attack, run, monitors, seed, progress)
+    loop = _Loop(learner, stream, attack, run, monitors, seed, progress, scorers, ood, surrogate)
     if not progress.rows:
         loop.start()
     while (stopped_by := loop.phase_over()) is None:
@@ -307,15 +354,35 @@ def _outcome(progress: Progress, stopped_by: str, halted: bool, after_buffers: f
         alarms=len(alarmed),
         first_alarm_step=alarmed[0] if alarmed else None,
         rolled_back=sum(not r["admitted"] for r in rows),
+        quarantined=sum(r["quarantined"] for r in rows),
+        flagged_clean=_mean(rows, "flagged_clean"),
+        flagged_poisoned=_mean(rows, "flagged_poisoned"),
+        update_seconds=_mean(rows[1:], "update_seconds") or 0.0,
         seconds=sum(r["seconds"] for r in rows),
         trace=rows,
         images=progress.images,
+        scores=score_columns(progress.scores, {int(step): mask for step, mask in progress.changed.items()}),
     )
+
+
+def _mean(rows: Sequence[Row], column: str) -> float | None:
+    """Mean of a column over the steps that have it; all batches of a stream are equally long."""
+    found = [row[column] for row in rows if row[column] is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _changed(clean: Batch, sent: Batch) -> Tensor:
+    """(n,) bool, the samples that were poisoned."""
+    return sent.x.ne(clean.x).flatten(1).any(1)
+
+
+def _share(flagged: Tensor | None, among: Tensor) -> float | None:
+    return float(flagged[among].float().mean()) if flagged is not None and bool(among.any()) else None
 
 
 def _row(step: int, phase: str, clean: Batch, sent: Batch, update: Update, score: Score) -> Row:
     delta = sent.x - clean.x
-    changed = delta.flatten(1).ne(0).any(1)
+    changed = _changed(clean, sent)
     return {
         "step": step,
         "phase": phase,
@@ -328,6 +395,9 @@ def _row(step: int, phase: str, clean: Batch, sent: Batch, update: Update, score
         "poison_linf": float(delta.abs().max()),
         "poison_l2": float(sample_norms(delta[changed], "l2").mean()) if bool(changed.any()) else 0.0,
         "poisoned": float(changed.float().mean()),
+        "quarantined": update.quarantined,
+        "flagged_clean": _share(update.flagged, ~changed.cpu()),
+        "flagged_poisoned": _share(update.flagged, changed.cpu()),
         "admitted": update.verdict.admit,
         "verdict": update.verdict.reason,
     }

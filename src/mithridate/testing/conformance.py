@@ -22,7 +22,7 @@ from mithridate.errors import ConfigError, UserError
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import OnlineRun, Outcome, run_online
 from mithridate.norms import Norm
-from mithridate.registry import build, config_of, entries
+from mithridate.registry import KINDS, build, config_of, entries
 from mithridate.testing.toy import toy_learner, toy_stream
 
 Check = Callable[[type], None]
@@ -66,7 +66,7 @@ def defence_checks() -> Sequence[Check]:
 
 
 def _kind_and_name(cls: type) -> tuple[Any, str]:
-    for kind in ("attack", "defence", "model", "monitor"):
+    for kind in KINDS:
         for name, entry in entries(kind).items():
             if entry.cls is cls:
                 return kind, name

@@ -1,0 +1,53 @@
+"""Images of another set, fitted to a model's input: out-of-distribution samples for detectors to look at."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mithridate.core import Batch
+from mithridate.data.catalogue import DatasetInfo, dataset_info
+from mithridate.data.images import load_images
+from mithridate.errors import ConfigError, DataError
+
+
+def foreign_batches(
+    name: str,
+    info: DatasetInfo,
+    *,
+    batches: int,
+    batch_size: int,
+    data_root: Path | None = None,
+    cache: Path | None = None,
+) -> list[Batch]:
+    """The first test images of another set, in its order.
+
+    Other sizes are resized bilinearly; grey becomes three equal channels, colour its mean. Labels are class numbers of
+    the other set, taken modulo the model's classes: they mean nothing.
+
+    Args:
+        name: One of `DATASETS`.
+        info: The image set that the model was made for.
+        batches: How many.
+        batch_size: Images in each.
+        data_root: As in `load_images`.
+        cache: As in `load_images`.
+
+    Raises:
+        ConfigError: Unknown set, or the model's own.
+        DataError: It is not to be had, or has too few images.
+    """
+    if name == info.name:
+        raise ConfigError(f"ood = '{name}': the stream itself is made of these images; name another set.")
+    images = load_images(name, list(dataset_info(name).splits)[-1], data_root=data_root, cache=cache)
+    if len(images) < batches * batch_size:
+        raise DataError(f"{name}: {len(images)} images, too few for {batches} batches of {batch_size}.")
+    x = torch.from_numpy(images.x[: batches * batch_size]).float() / 255
+    channels, *size = info.shape
+    if x.shape[1] != channels:
+        x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if list(x.shape[2:]) != size:
+        x = F.interpolate(x, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+    y = torch.from_numpy(images.y[: len(x)].copy()) % len(info.classes)
+    pieces = zip(torch.split(x.contiguous(), batch_size), torch.split(y, batch_size), strict=True)
+    return [Batch(*piece) for piece in pieces]

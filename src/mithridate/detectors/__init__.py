@@ -1,0 +1,1 @@
+"""Detectors, one file each: a score a sample, lower for the more suspicious."""
