@@ -155,6 +155,8 @@ PROPERTIES: dict[Need, Callable[[View], Any]] = {
     Need.ACCURACY: lambda view: view.accuracy,
     Need.TRUSTED: lambda view: view.trusted,
     Need.HISTORY: lambda view: view.history,
+    Need.TRAINING: lambda view: view.training,
+    Need.SURROGATE: lambda view: view.surrogate,
 }
 
 
