@@ -19,6 +19,7 @@ from mithridate.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mithridate.bench.recipe import Cell
+    from mithridate.learning.calibrate import Share
 
 app = typer.Typer(
     name="mithridate",
@@ -73,6 +74,7 @@ class Shelf(StrEnum):
 
     attacks = "attacks"
     defences = "defences"
+    detectors = "detectors"
     models = "models"
     datasets = "datasets"
     monitors = "monitors"
@@ -97,6 +99,17 @@ CacheOption = Annotated[
 ]
 
 
+ChangesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
+    ),
+]
+SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
+
+
 @app.command()
 @_told
 def demo(
@@ -118,15 +131,8 @@ def demo(
 @_told
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="TABLE.KEY=VALUE",
-            help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
-        ),
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")] = None,
+    changes: ChangesOption = None,
+    seeds: SeedsOption = None,
     device: DeviceOption = Device.auto,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where runs and report go; `runs/RECIPE` by default.")
@@ -152,6 +158,60 @@ def run(
         device=device,
         resume=resume,
     )
+
+
+@app.command()
+@_told
+def calibrate(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
+    changes: ChangesOption = None,
+    defence: Annotated[str | None, typer.Option(help="Its label, if the recipe has several.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Share of clean samples to be corrected; the recipe's target_rate, or 0.05, by default."),
+    ] = None,
+    unseen: Annotated[int, typer.Option(min=1, help="Clean batches of the stream to check the threshold on.")] = 10,
+    seeds: SeedsOption = None,
+    device: DeviceOption = Device.auto,
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Measure the threshold P = mu + tau m of DSC on the trusted set, and check it on clean batches that it never saw.
+
+    With `target_rate` in the recipe, `run` does the same by itself before every stream.
+    """
+    import torch
+
+    from mithridate.bench.calibration import calibrate_recipe
+    from mithridate.bench.recipe import read_recipe
+
+    torch.set_num_threads(threads or _cores())
+    wanted = read_recipe(recipe, changes=changes or [], seeds=_seeds(seeds))
+    table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
+    for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
+        table.add_column(column, justify="right")
+    with _Bars() as bars:
+        for checked in calibrate_recipe(
+            wanted,
+            defence=defence,
+            rate=rate,
+            unseen=unseen,
+            device=device.value,
+            data_root=data_root,
+            cache=cache,
+            watcher=bars,
+        ):
+            found = checked.calibration
+            table.add_row(
+                str(checked.seed),
+                f"{found.defence.mu:.4g}",
+                f"{found.defence.tau:.4g}",
+                _share(found.share),
+                _share(checked.unseen),
+            )
+    out.print(table)
+    out.print("in brackets: 95 % confidence interval (Wilson), were the samples independent")
 
 
 @app.command()
@@ -240,6 +300,11 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     for found in findings(table):
         out.print(found.headline, markup=False, style="bold")
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
+
+
+def _share(share: "Share") -> str:
+    low, high = share.interval
+    return f"{share.rate:.1%} of {share.samples} [{low:.1%}, {high:.1%}]"
 
 
 def _shipped(name: str) -> Path:

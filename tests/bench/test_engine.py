@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mithridate import registry
-from mithridate.bench.engine import choose_device, deterministic, run_recipe
+from mithridate.bench.engine import deterministic, run_recipe
+from mithridate.bench.prepare import choose_device
 from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_recipe
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher

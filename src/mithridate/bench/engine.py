@@ -5,38 +5,30 @@ import os
 import platform
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from mithridate import registry
 from mithridate.bench import store
+from mithridate.bench.prepare import Prepared, choose_device, online_learner, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Attack, Batch, Defence, Detector, Need, Snapshot, WhiteBox
-from mithridate.data.foreign import foreign_batches
-from mithridate.data.stream import Loader, Stream, open_stream
-from mithridate.errors import ConfigError, DataError, DeviceError, StoreError
+from mithridate.core import Need
+from mithridate.data.stream import Stream, open_stream
+from mithridate.errors import DataError, StoreError
 from mithridate.files import cache_directory
-from mithridate.learning.burn_in import BurnInResult, burn_in
+from mithridate.learning.burn_in import BurnInResult
 from mithridate.learning.calibrate import Calibration, calibrated
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
-from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import (
-    EVALUATION_BATCH,
     Outcome,
     Progress,
-    adopt_momentum,
-    online_optimiser,
     run_online,
 )
-from mithridate.learning.scoring import Scorer, fit_scorers
 from mithridate.models import build_model
 from mithridate.registry import config_of
 
@@ -54,19 +46,6 @@ class Grid:
     directories: Sequence[Path]
     ran: int
     skipped: int
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `auto`, `cpu` or `cuda`.
-
-    Raises:
-        DeviceError: CUDA was asked for and is not there, or the name is another.
-    """
-    if name not in {"auto", "cpu", "cuda"}:
-        raise DeviceError(f"unknown device '{name}'; use auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("CUDA was asked for, and torch sees none on this machine; use --device auto or cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -114,12 +93,12 @@ def run_recipe(
     _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     stream.require(recipe.run.steps)
-    ood = _ood(recipe, stream, chosen, data_root, cache)
+    ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
     build_model(recipe.model, stream.info, seed=0)
     with deterministic():
         skipped = 0
-        prepared: dict[int, _Prepared] = {}
+        prepared: dict[int, Prepared] = {}
         for number, cell in enumerate(cells):
             watcher.cell(cell, number, len(cells))
             directory = out / cell.run_id
@@ -128,7 +107,7 @@ def run_recipe(
                 watcher.finished(cell, store.read_run(directory).summary, skipped=True)
                 continue
             if cell.seed not in prepared:
-                prepared = {cell.seed: _prepare(cell, stream, ood, chosen, cache_directory(cache), watcher)}
+                prepared = {cell.seed: prepare(cell, stream, ood, chosen, cache_directory(cache), watcher)}
             summary = _run_cell(cell, directory, stream, prepared[cell.seed], chosen, watcher)
             watcher.finished(cell, summary, skipped=False)
     return Grid([out / cell.run_id for cell in cells], len(cells) - skipped, skipped)
@@ -176,27 +155,6 @@ def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> Non
             )
 
 
-def _ood(
-    recipe: Recipe, stream: Stream, device: torch.device, data_root: Path | None, cache: Path | None
-) -> list[Batch]:
-    """Batches of the other image set that detectors score, if the recipe names one."""
-    if recipe.run.ood is None:
-        return []
-    if not recipe.detectors:
-        raise ConfigError(f"[run] ood = '{recipe.run.ood}': nothing scores those images; add a [[detector]].")
-    return [
-        batch.to(device)
-        for batch in foreign_batches(
-            recipe.run.ood,
-            stream.info,
-            batches=recipe.run.steps + 1,
-            batch_size=stream.batch_size,
-            data_root=data_root,
-            cache=cache,
-        )
-    ]
-
-
 def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
     """Refuse components that need a part of the stream which the recipe leaves empty."""
     empty = {
@@ -225,90 +183,11 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {prefix: value}
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What all cells of one seed share.
-
-    Args:
-        burned: The victim's burn-in.
-        surrogate: What attackers without access to the victim's model craft on, if any attack does.
-        scorers: Detectors, fitted to the model as the burn-in left it.
-        ood: Batches of another image set.
-    """
-
-    burned: BurnInResult
-    surrogate: WhiteBox | None
-    scorers: Sequence[Scorer]
-    ood: Sequence[Batch]
-
-
-def _prepare(
-    cell: Cell, stream: Stream, ood: Sequence[Batch], device: torch.device, cache: Path, watcher: Watcher
-) -> _Prepared:
-    recipe = cell.recipe
-    burned = _burn_in(cell, stream, device, cache, watcher)
-    wanted = any(Need.SURROGATE in attack.component.needs for attack in recipe.attacks)
-    surrogate = _surrogate(cell, stream, burned, device, cache, watcher) if wanted else None
-    scorers: list[Scorer] = []
-    if recipe.detectors:
-        learner = _learner(cell, cell.defence.component, stream, burned, device)
-        detectors = {d.label: d.component for d in recipe.detectors}
-        scorers = fit_scorers(detectors, learner, learner.training, seed=cell.seed)
-    return _Prepared(burned, surrogate, scorers, ood)
-
-
-def _surrogate(
-    cell: Cell, stream: Stream, burned: BurnInResult, device: torch.device, cache: Path, watcher: Watcher
-) -> WhiteBox:
-    """An older state of the victim's model, or a model trained apart."""
-    how, recipe = cell.recipe.surrogate, cell.recipe
-    if how.kind == "checkpoint":
-        held = History(checkpoints=burned.epochs).checkpoint(how.epoch)
-        if held is None:
-            which = "no checkpoint" if how.epoch is None else f"no checkpoint of epoch {how.epoch}"
-            raise ConfigError(f"[surrogate]: the burn-in keeps {which}; add it to `checkpoints` in [burn_in].")
-        model = _model(cell, stream, device)
-        learner = Learner(model, online_optimiser(model.parameters(), recipe.run))
-        learner.restore_parameters(held.parameters)
-        learner.restore_buffers(held.buffers)
-        return learner.white_box
-    own = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
-    seed = (cell.seed if recipe.burn_in.seed is None else recipe.burn_in.seed) + how.seed_offset
-    model = build_model(own, stream.info, seed=seed).to(device)
-    burn_in(
-        model,
-        stream,
-        replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None),
-        seed=seed,
-        model_config=config_of(own),
-        cache=cache,
-        on_epoch=lambda done, epochs: watcher.burn_in(seed, done, epochs),
-    )
-    return WhiteBox(model, F.cross_entropy)
-
-
-def _model(cell: Cell, stream: Stream, device: torch.device) -> nn.Module:
-    seed = cell.recipe.burn_in.seed
-    return build_model(cell.recipe.model, stream.info, seed=cell.seed if seed is None else seed).to(device)
-
-
-def _burn_in(cell: Cell, stream: Stream, device: torch.device, cache: Path, watcher: Watcher) -> BurnInResult:
-    return burn_in(
-        _model(cell, stream, device),
-        stream,
-        cell.recipe.burn_in,
-        seed=cell.seed,
-        model_config=config_of(cell.recipe.model),
-        cache=cache,
-        on_epoch=lambda done, epochs: watcher.burn_in(cell.seed, done, epochs),
-    )
-
-
 def _run_cell(
-    cell: Cell, directory: Path, stream: Stream, prepared: _Prepared, device: torch.device, watcher: Watcher
+    cell: Cell, directory: Path, stream: Stream, prepared: Prepared, device: torch.device, watcher: Watcher
 ) -> dict[str, Any]:
     run, burned = cell.recipe.run, prepared.burned
-    learner = _learner(cell, cell.defence.component, stream, burned, device)
+    learner = online_learner(cell, cell.defence.component, stream, burned, device)
     calibrations = calibrated(learner, stream.batch_size)
     store.write_toml(directory / store.CONFIG, cell.config())
     store.write_json(directory / store.ENVIRONMENT, environment(device))
@@ -343,35 +222,6 @@ def _run_cell(
     store.write_json(directory / store.SUMMARY, summary)
     state.unlink(missing_ok=True)
     return summary
-
-
-def _learner(cell: Cell, defence: Defence, stream: Stream, result: BurnInResult, device: torch.device) -> Learner:
-    """A learner as the burn-in left the model, with the online phase's own optimiser."""
-    model, burned = _model(cell, stream, device), result.final
-    optimiser = online_optimiser(model.parameters(), cell.recipe.run)
-    learner = Learner(
-        model,
-        optimiser,
-        defence=defence,
-        trusted=stream.trusted.all(device) if len(stream.trusted) else None,
-        history=_history(cell, defence, result),
-        training=Loader(stream.burn_in, EVALUATION_BATCH, device),
-        update_mode=cell.recipe.run.update_mode,
-    )
-    learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))
-    if cell.recipe.run.restore_momentum:
-        adopt_momentum(optimiser, burned)
-    return learner
-
-
-def _history(cell: Cell, defence: Defence, burned: BurnInResult) -> History | None:
-    """A past for whoever looks back, as long as they need."""
-    detectors = (d.component for d in cell.recipe.detectors)
-    looking: list[Attack | Defence | Detector] = [defence, cell.attack.component, *detectors]
-    if not any(Need.HISTORY in component.needs for component in looking):
-        return None
-    lookback = max(getattr(component, "lookback", 0) for component in looking)
-    return History(keep=lookback + 1 if lookback else 0, checkpoints=burned.epochs)
 
 
 def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]) -> dict[str, Any]:
