@@ -50,6 +50,7 @@ from mithridate.calculus import Normalise, Objective, Parameters
 from mithridate.core import Batch, WhiteBox
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.models import build_model
+from mithridate.testing.memory import peak_memory
 
 DATA = "cifar10"
 TRAINING_STEPS = 5
@@ -272,22 +273,11 @@ STEPS: Mapping[str, Step] = {
 }
 
 
-def status(field: str) -> int:
-    """A size from the kernel's account of this process, in bytes."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def peak_of(step: Step, model: nn.Module, batch: Batch) -> int:
     """Bytes by which a step raises resident memory at its highest."""
     step(model, Batch(batch.x[:1], batch.y[:1]))
     model.zero_grad(set_to_none=True)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-    before = status("VmRSS")
-    step(model, batch)
-    return status("VmHWM") - before
+    return peak_memory(lambda: step(model, batch))
 
 
 def memory(args: argparse.Namespace) -> dict[str, int]:

@@ -3,13 +3,56 @@
 import pytest
 
 from mithridate.registry import KINDS, Kind, entries
-from mithridate.testing import attack_checks, component_checks, defence_checks
+from mithridate.testing import attack_checks, component_checks, defence_checks, detector_checks
 from mithridate.testing.conformance import Check
 
 EXPECTED: dict[Kind, set[str]] = {
-    "attack": {"accumulative", "clean", "fgsm", "mim", "noise", "pgd", "vanilla"},
-    "detector": set(),
-    "defence": {"at", "bound_update", "chain", "clip", "dsc", "ema", "gate", "median_bn", "none", "skip"},
+    "attack": {"accumulative", "clean", "fgsm", "gate_aware", "mim", "noise", "pgd", "vanilla"},
+    "update_attack": {
+        "accumulative",
+        "alie",
+        "clean",
+        "direct",
+        "ipm",
+        "label_flip",
+        "min_max",
+        "noise",
+        "sign_flip",
+    },
+    "aggregator": {
+        "bucketing",
+        "bulyan",
+        "centered_clipping",
+        "fltrust",
+        "geometric_median",
+        "krum",
+        "mean",
+        "median",
+        "multi_krum",
+        "nnm",
+        "norm_bounding",
+        "trimmed_mean",
+    },
+    "detector": {"discrepancy", "gda", "gmm", "kd", "lid", "loss"},
+    "defence": {
+        "at",
+        "bound_update",
+        "chain",
+        "clip",
+        "dgc",
+        "dsc",
+        "ema",
+        "fat",
+        "filter",
+        "gate",
+        "mart",
+        "median_bn",
+        "mma",
+        "none",
+        "robust",
+        "skip",
+        "trades",
+    },
     "model": {"resnet18", "small_cnn", "vgg11"},
     "monitor": {"accuracy_floor", "loss_amplification"},
 }
@@ -36,3 +79,9 @@ def test_attack(check: Check, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED["defence"]))
 def test_defence(check: Check, name: str) -> None:
     check(entries("defence")[name].cls)
+
+
+@pytest.mark.parametrize("check", detector_checks(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", sorted(EXPECTED["detector"]))
+def test_detector(check: Check, name: str) -> None:
+    check(entries("detector")[name].cls)

@@ -13,8 +13,8 @@ SRC = Path(__file__).parents[1] / "src"
 ROOT = SRC / "mithridate"
 
 PURE = {"elementary", "errors", "files", "seeding", "calculus", "norms", "divergence", "ascent"}
-CORE = PURE | {"core", "registry", "discrepancy", "features"}
-COMPONENTS = {"models", "attacks", "defences", "monitors", "detectors", "aggregators"}
+CORE = PURE | {"core", "registry", "discrepancy", "features", "per_client"}
+COMPONENTS = {"models", "attacks", "update_attacks", "defences", "monitors", "detectors", "aggregators"}
 LEARNING = CORE | COMPONENTS | {"data", "learning"}
 EVERYTHING = LEARNING | {"bench", "bench.store", "report", "testing"}
 
@@ -29,11 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "ascent": {"norms"},
     "registry": {"errors"},
     "core": {"errors", "calculus", "norms"},
-    "discrepancy": {"core", "divergence"},
+    "discrepancy": {"core", "divergence", "errors", "registry"},
     "features": {"core", "errors"},
+    "per_client": {"core", "errors"},
     "data": CORE,
     **dict.fromkeys(COMPONENTS, CORE),
+    "defences": CORE | {"aggregators"},
     "models": CORE | {"data"},  # see test_models_take_only_the_description_of_a_data_set
+    "engines": CORE,
     "learning": LEARNING - {"learning"},
     "bench.store": {"errors", "files"},
     "bench": LEARNING | {"bench.store"},

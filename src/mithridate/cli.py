@@ -292,11 +292,13 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.report import build_report
     from mithridate.report.findings import findings
     from mithridate.report.tables import rows
-    from mithridate.report.terminal import summary_table
+    from mithridate.report.terminal import measures_table, summary_table
 
     paths = build_report(directories, out_dir)
     table = rows(read_runs(directories))
     out.print(summary_table(table))
+    if (measured := measures_table(table)) is not None:
+        out.print(measured)
     for found in findings(table):
         out.print(found.headline, markup=False, style="bold")
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)

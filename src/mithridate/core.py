@@ -120,10 +120,12 @@ class Gradient:
     Args:
         rows: (clients, parameters), each row the parameter tensors laid end to end.
         shapes: Name and shape of each tensor, in that order.
+        clients: (clients,) int64, whose rows they are; None where that is not known.
     """
 
     rows: Tensor
     shapes: Mapping[str, torch.Size]
+    clients: Tensor | None = None
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Gradient":
@@ -433,6 +435,74 @@ class Attack(ABC):
         return mask
 
 
+class Honest(NamedTuple):
+    """What the honest part of a federated round looks like to an attacker who sees every update.
+
+    Args:
+        total: (parameters,), sum of the honest clients' rows.
+        bounded_total: The same after the server's bound on single rows; equal to `total` where it bounds none.
+        n_honest: How many honest clients there are.
+        own: (hostile clients, parameters), what the hostile clients' own data would give.
+        x: Their own pixels (hostile clients, samples, channels, height, width).
+        y: Their own labels (hostile clients, samples).
+        rows: (honest clients, parameters); None where the round is too large to be held at once.
+    """
+
+    total: Tensor
+    bounded_total: Tensor
+    n_honest: int
+    own: Tensor
+    x: Tensor
+    y: Tensor
+    rows: Tensor | None
+
+    @property
+    def clients(self) -> int:
+        """All clients of the round."""
+        return self.n_honest + len(self.own)
+
+    @property
+    def mean(self) -> Tensor:
+        """(parameters,), what the round would come to if everyone were honest and no row bounded."""
+        return (self.total + self.own.sum(0)) / self.clients
+
+
+class UpdateAttack(ABC):
+    """Sends model updates in place of honest ones: the attack of a federated round.
+
+    An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults).
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the attack sees besides the honest updates."""
+
+    control: ClassVar[bool] = False
+    """Whether it is a control, which is not meant to do harm."""
+
+    every_row: ClassVar[bool] = False
+    """Whether it looks at each honest row (`Honest.rows`), not only at their sum."""
+
+    @property
+    @abstractmethod
+    def ratio(self) -> float:
+        """Share of a round's clients that are hostile, in [0, 1]; rounded up to a whole client."""
+
+    @abstractmethod
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """(hostile clients, parameters), sent in one round before the trigger."""
+
+    def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """(hostile clients, parameters), sent in the trigger round; by default as in any other."""
+        return self.craft(honest, view, rng)
+
+    def ready(self, view: View) -> bool:
+        """Whether the trigger should come now; asked before every round. By default never."""
+        return False
+
+    def fed(self, view: View) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
+        """Called after a round before the trigger; `view` shows the updated model."""
+
+
 class Verdict(NamedTuple):
     """A defence's last word on a step.
 
@@ -480,8 +550,12 @@ class Defence:
         return criterion(model(batch.x), batch.y)
 
     def bound(self, gradient: Gradient, view: View) -> Gradient:
-        """Between gradient and step: bound or refuse it."""
+        """Between gradient and step: bound or refuse it, each client's row by itself."""
         return gradient
+
+    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
+        """Of a federated round: all clients' rows to one; the mean by default."""
+        return gradient.with_rows(gradient.rows.mean(0, keepdim=True))
 
     def admit(self, before: Snapshot, view: View) -> Verdict:
         """After the step: commit it, shorten it, or roll it back to `before`."""

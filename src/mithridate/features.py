@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.core import Batch, Observed, frozen_statistics
-from mithridate.errors import ConfigError
+from mithridate.errors import ConfigError, DataError
 
 
 @torch.no_grad()
@@ -36,6 +36,8 @@ def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
                 labels.append(y)
     finally:
         handle.remove()
+    if not logits:
+        raise DataError("no clean samples to look at: give the training batches at least one image ([data] burn_in).")
     if len(caught) != len(logits) or any(f.ndim != 2 or len(f) != len(z) for f, z in zip(caught, logits, strict=True)):
         raise ConfigError(
             f"the last nn.Linear of {type(module).__name__} is not fed one vector a sample, once a batch, so its input "

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from mithridate.errors import ConfigError, nearest
 
-Kind = Literal["attack", "defence", "detector", "model", "monitor"]
+Kind = Literal["aggregator", "attack", "update_attack", "defence", "detector", "model", "monitor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _PACKAGES: dict[Kind, str] = {kind: f"{kind}s" for kind in KINDS}
 

@@ -106,6 +106,12 @@ def in_memory(
             "stopped_by": "monitor" if status == "halted" else "steps",
             "alarms": len(alarms),
             "first_alarm_step": min(alarms, default=None),
+            "rolled_back": 0,
+            "quarantined": 0,
+            "flagged_clean": None,
+            "flagged_poisoned": None,
+            "update_seconds": 0.004,
+            "calibrations": [],
             "attack": label or attack,
             "defence": defence_label or defence,
             "dataset": dataset,
@@ -180,6 +186,61 @@ def demonstration(folder: Path) -> list[Run]:
                 )
             )
     return [save(run) for run in runs]
+
+
+DEFENDED_SEEDS = (0, 1, 2)
+
+
+def defended(folder: Path = Path("store")) -> list[Run]:
+    """A grid of three defences over clean stream, noise and attack, with every measure a different, known number.
+
+    Per seed s: an undefended clean stream ends at 0.97 - 0.01 s, dsc 0.01 (s + 1) below it, gate at the same; the
+    attack leaves no defence 0.70, dsc 0.90 + 0.01 s, gate 0.95. Updates take 4 + s ms undefended, 10 (12 under attack)
+    with dsc, 6 with gate.
+    """
+    runs = []
+    for s in DEFENDED_SEEDS:
+        end = 0.97 - 0.01 * s
+        how: dict[str, Any] = {"seed": s, "folder": folder}
+        clean: dict[str, Any] = {
+            "attack": "clean",
+            "label": "clean-trigger",
+            "accuracies": (0.98, 0.98, 0.98, 0.98, end),
+        }
+        quiet = (0.98, 0.97, 0.96)
+        alarmed = {3: "accuracy below the floor"}
+        none = {"update_seconds": 0.004 + 0.001 * s}
+        dsc = {"update_seconds": 0.010, "flagged_clean": 0.04 + 0.01 * s}
+        caught = {"update_seconds": 0.012, "flagged_poisoned": 0.7 + 0.1 * s, "quarantined": s}
+        gate, refused = {"update_seconds": 0.006, "rolled_back": s}, {"update_seconds": 0.006, "rolled_back": 2}
+        lower = (*clean["accuracies"][:-1], end - 0.01 * (s + 1))
+        runs += [
+            in_memory(**how, **clean, after=end, summary=none),
+            in_memory(**how, **clean | {"accuracies": lower}, after=lower[-1], defence="dsc", summary=dsc),
+            in_memory(**how, **clean, after=end, defence="gate", summary=gate),
+            in_memory(**how, accuracies=quiet, after=0.70, alarms=alarmed, summary=none),
+            in_memory(**how, accuracies=quiet, after=0.90 + 0.01 * s, defence="dsc", summary=caught),
+            in_memory(
+                **how, accuracies=quiet, after=0.95, defence="gate", summary=refused, alarms=alarmed if s else None
+            ),
+            in_memory(**how, attack="noise", accuracies=quiet, after=0.955),
+            in_memory(**how, attack="noise", accuracies=quiet, after=0.955, defence="dsc"),
+            in_memory(**how, attack="noise", accuracies=quiet, after=0.955, defence="gate"),
+        ]
+    return runs
+
+
+@pytest.fixture(scope="session")
+def defended_rows() -> list[Row]:
+    return rows(defended())
+
+
+@pytest.fixture(scope="session")
+def defended_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("defended")
+    for run in defended(folder):
+        save(run)
+    return folder
 
 
 @pytest.fixture(scope="session")

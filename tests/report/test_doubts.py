@@ -98,7 +98,17 @@ def test_no_noise_baseline(make_row: MakeRow) -> None:
     assert doubt.cell == "defence clip"
     assert "no noise baseline" in doubt.text
     assert doubts.no_noise_baseline([plain, noise]) == []
+    assert cells(doubts.no_noise_baseline([plain, clipped])) == ["defences none and clip"]
     assert doubts.no_noise_baseline([make_row(0.0, attack="clean")]) == []
+
+
+def test_a_defence_that_leaves_no_effect_is_no_doubt(make_row: MakeRow) -> None:
+    noise, bare = make_row(0.05, 0.06, attack="noise"), make_row(0.3, 0.31, attack="weak")
+    held = make_row(0.0, 0.01, attack="weak", defence="gate")
+    silent = make_row(0.04, 0.05, attack="noise", defence="gate")
+    assert doubts.no_better_than_noise([noise, bare, held, silent]) == []
+    assert cells(doubts.no_better_than_noise([held, silent])) == ["weak × gate"]
+    assert doubts.includes_zero([bare, held]) == []
 
 
 def test_includes_zero(make_row: MakeRow) -> None:
@@ -117,6 +127,102 @@ def test_buffers_explain(make_row: MakeRow, after_buffers: float, fires: bool) -
 def test_buffers_explain_needs_a_drop_and_a_measurement(make_row: MakeRow) -> None:
     assert doubts.buffers_explain([make_row(0.005, after_buffers=0.95)]) == []
     assert doubts.buffers_explain([make_row(0.2, summary={"accuracy_after_buffers": None})]) == []
+
+
+def flagging(make_row: MakeRow, clean: float | None, poisoned: float | None, **how: Any) -> list[Row]:
+    on_clean, attacked = {"flagged_clean": clean}, {"flagged_poisoned": poisoned}
+    how = {"defence": "dsc"} | how
+    return [make_row(0.0, 0.0, attack="clean", summary=on_clean, **how), make_row(0.1, 0.1, summary=attacked, **how)]
+
+
+@pytest.mark.parametrize(
+    ("clean", "poisoned", "expected"),
+    [
+        (0.03, 0.8, None),
+        (None, None, None),
+        (None, 0.2, None),
+        (0.94, 0.96, None),
+        (0.95, 1.0, (Severity.CAUTION, "clean × dsc", "corrects 95.0 % of clean samples and 100.0 % of those that ")),
+        (1.0, None, (Severity.CAUTION, "clean × dsc", "corrects 100.0 % of clean samples: it takes everything for ")),
+        (
+            0.02,
+            0.0,
+            (Severity.SERIOUS, "accumulative × dsc", "0.0 % of the poisoned samples, of clean ones on a clean "),
+        ),
+        (
+            None,
+            0.0,
+            (Severity.SERIOUS, "accumulative × dsc", "corrects 0.0 % of the poisoned samples: its threshold let"),
+        ),
+        (
+            0.2,
+            0.1,
+            (Severity.CAUTION, "accumulative × dsc", "corrects 10.0 % of the poisoned samples, of clean ones on a "),
+        ),
+    ],
+)
+def test_chooses_nothing(
+    make_row: MakeRow, clean: float | None, poisoned: float | None, expected: tuple[Severity, str, str] | None
+) -> None:
+    found = doubts.chooses_nothing(flagging(make_row, clean, poisoned))
+    assert [(doubt.severity, doubt.cell) for doubt in found] == ([] if expected is None else [expected[:2]])
+    assert expected is None or expected[2] in found[0].text
+
+
+def test_choosing_is_judged_defence_by_defence(make_row: MakeRow) -> None:
+    both = [*flagging(make_row, 1.0, 1.0, defence="at"), *flagging(make_row, 0.03, 0.9)]
+    assert cells(doubts.chooses_nothing(both)) == ["clean × at"]
+    noise = make_row(0.0, attack="noise", defence="dsc", summary={"flagged_poisoned": 0.0})
+    assert doubts.chooses_nothing([*flagging(make_row, 0.03, 0.9), noise]) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "fires"), [(0.019, True), (0.021, False), (0.05, False), (0.13, False), (0.15, True)]
+)
+def test_calibration_missed(make_row: MakeRow, share: float, fires: bool) -> None:
+    calibration = {"mu": 0.3, "tau": 0.0, "rate": 0.05, "interval": [0.04, 0.07], "samples": 200}
+    how: dict[str, Any] = {"attack": "clean", "summary": {"flagged_clean": share, "calibrations": [calibration]}}
+    found = doubts.calibration_missed([make_row(0.0, 0.0, defence="dsc", **how)])
+    assert bool(found) is fires
+    if fires:
+        assert f"corrects {100 * share:.1f} % (calibrated to 4.0 to 7.0 %) and" in found[0].text
+        assert "2 of 2 runs (seeds 0, 1)" in found[0].text
+    assert doubts.calibration_missed([make_row(0.0, defence="chain", **how)]) == []
+
+
+@pytest.mark.parametrize("calibrations", [None, [], [1], [{"interval": None}], [{"interval": ["a", 1]}], [{}, {}]])
+def test_a_calibration_that_cannot_be_read_is_not_judged(make_row: MakeRow, calibrations: object) -> None:
+    summary = {"flagged_clean": 0.9, "calibrations": calibrations}
+    assert doubts.calibration_missed([make_row(0.0, attack="clean", defence="dsc", summary=summary)]) == []
+
+
+def test_false_vetoes(make_run: Make, make_row: MakeRow) -> None:
+    runs = [make_run(attack="clean", defence="gate", seed=s, summary={"rolled_back": 2 * s}) for s in (0, 1, 2)]
+    (doubt,) = doubts.false_vetoes(rows(runs))
+    assert "6 of 12 steps of a clean stream were refused, in 2 of 3 runs (seeds 1, 2)." in doubt.text
+    assert doubts.false_vetoes(rows(runs[:1])) == []
+    assert doubts.false_vetoes([make_row(0.1, defence="gate", summary={"rolled_back": 3})]) == []
+
+
+@pytest.mark.parametrize(("cost", "fires"), [(-0.05, False), (0.0, False), (0.009, False), (0.012, True)])
+def test_costs_on_clean(make_row: MakeRow, cost: float, fires: bool) -> None:
+    none = make_row(0.0, 0.01, 0.02, attack="clean")
+    defended = make_row(cost, 0.01 + cost, 0.02 + cost, attack="clean", defence="at")
+    found = doubts.costs_on_clean([none, defended])
+    assert bool(found) is fires
+    assert not fires or found[0].text.startswith("costs 1.2 ± 0.0 points (n = 3)")
+    assert doubts.costs_on_clean([defended]) == []
+    assert doubts.costs_on_clean([make_row(0.0), make_row(0.3, defence="at")]) == []
+
+
+def test_quarantined(make_run: Make) -> None:
+    runs = [make_run(seed=s, summary={"quarantined": 5 * s}) for s in (0, 1, 2)]
+    (doubt,) = doubts.quarantined(rows(runs))
+    assert (doubt.severity, doubt.text) == (
+        Severity.NOTE,
+        "15 samples with NaN or infinite pixels kept from the model in 2 of 3 runs (seeds 1, 2).",
+    )
+    assert doubts.quarantined(rows(runs[:1])) == []
 
 
 def test_diverged(make_run: Make) -> None:
@@ -179,6 +285,7 @@ def test_every_rule_can_be_asked_about_anything(make_run: Make) -> None:
         {"attack": "clean", "accuracies": (0.9,)},
         {"attack": "noise", "summary": {"drop": None, "first_alarm_step": "x", "steps": None}},
         {"summary": dict.fromkeys(("accuracy_start", "accuracy_before_trigger", "seed", "status"))},
+        {"attack": "clean", "defence": "dsc", "summary": {"rolled_back": "x", "steps": None, "flagged_clean": True}},
     ]
     for how in strange:
         assert len(examine(rows([make_run(**how)]))) == len(doubts.RULES)

@@ -1,7 +1,9 @@
 from collections.abc import Callable
 
+import pytest
+
 from mithridate.bench.store import Run
-from mithridate.report.findings import findings, headline, setting
+from mithridate.report.findings import findings, headline, setting, strongest
 from mithridate.report.tables import Row, rows
 
 Make = Callable[..., Run]
@@ -91,6 +93,54 @@ def test_halted_defended_runs_are_counted(make_run: Make, make_row: MakeRow) -> 
     stopped = rows([make_run(defence="clip", seed=seed, after=None, status="halted") for seed in (0, 1)])
     _, details = headline([make_row(0.2, 0.2), *stopped])
     assert details[-1] == "Under clip it did not reach its trigger; a monitor stopped 2 of 2 runs before the trigger."
+
+
+def test_a_defence_is_named_with_what_it_held_and_what_it_cost(defended_rows: list[Row]) -> None:
+    _, details = headline(defended_rows)
+    assert details[-2:] == (
+        "Under dsc it cost 5.0 ± 1.0 points (n = 3) and left 91.0 ± 1.0 %; a clean stream left 94.0 ± 2.0 %, "
+        "2.0 ± 1.0 points below no defence (n = 3).",
+        "Under gate it cost 1.0 ± 0.0 points (n = 3) and left 95.0 ± 0.0 %; a clean stream left 96.0 ± 1.0 %, "
+        "as without a defence (n = 3).",
+    )
+
+
+@pytest.mark.parametrize(
+    ("costs", "said"),
+    [
+        ((0.02, -0.01, 0.0), "0.3 ± 1.5 points below no defence (n = 3, within its spread)"),
+        ((-0.02, -0.021, -0.022), "2.1 ± 0.1 points above no defence (n = 3)"),
+        ((0.02,), "2.0 points below no defence (one seed)"),
+    ],
+)
+def test_what_a_clean_stream_cost_is_only_as_strong_as_the_seeds(
+    make_row: MakeRow, costs: tuple[float, ...], said: str
+) -> None:
+    made = [
+        *controls(make_row),
+        make_row(0.2, 0.2, 0.2),
+        make_row(0.1, 0.1, 0.1, defence="clip"),
+        make_row(
+            *(end + cost for end, cost in zip((-0.001, -0.001, 0.0), costs, strict=False)),
+            attack="clean",
+            defence="clip",
+        ),
+    ]
+    assert headline(made)[1][-1].endswith(f", {said}.")
+
+
+def test_a_defence_without_an_undefended_clean_stream_is_not_compared(make_row: MakeRow) -> None:
+    made = [make_row(0.2, 0.2), *(make_row(0.1, 0.1, attack=a, defence="clip") for a in ("accumulative", "clean"))]
+    assert headline(made)[1][-1] == (
+        "Under clip it cost 10.0 ± 0.0 points (n = 2) and left 86.0 ± 0.0 %; a clean stream left 86.0 ± 0.0 %."
+    )
+
+
+def test_the_strongest_attack_is_the_one_that_is_shown_to_work(make_row: MakeRow) -> None:
+    wild, steady = make_row(0.6, 0.0, 0.0, label="wild"), make_row(0.1, 0.11, 0.1, label="steady")
+    assert strongest([wild, steady]) is steady
+    assert strongest([wild]) is wild
+    assert strongest([make_row(0.3, attack="noise"), make_row(0.0, attack="clean")]) is None
 
 
 def test_the_setting_is_read_from_the_runs(make_row: MakeRow) -> None:

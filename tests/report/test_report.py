@@ -17,10 +17,13 @@ from rich.console import Console
 from mithridate.bench.store import Run, read_runs
 from mithridate.errors import StoreError
 from mithridate.report import ReportPaths, build_report
-from mithridate.report.tables import rows
-from mithridate.report.terminal import summary_table
+from mithridate.report.page import TableSection
+from mithridate.report.page import page as render
+from mithridate.report.tables import Row, rows
+from mithridate.report.terminal import measures_table, summary_table
 
 Make = Callable[..., Run]
+MakeRow = Callable[..., Row]
 Save = Callable[[Run], Run]
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
@@ -111,7 +114,10 @@ def page(built: ReportPaths) -> Page:
 
 def test_all_files_are_written(built: ReportPaths) -> None:
     out = built.html.parent
-    expected = {built.html, built.summary_csv, built.runs_csv, built.markdown, *built.figures}
+    assert built.measures_csv is not None
+    assert built.measures_markdown is not None
+    measures = {built.measures_csv, built.measures_markdown}
+    expected = {built.html, built.summary_csv, built.runs_csv, built.markdown, *measures, *built.figures}
     assert {path for path in out.rglob("*") if path.is_file()} == expected
     assert [path.name for path in (built.html, built.summary_csv, built.runs_csv, built.markdown)] == [
         "report.html",
@@ -120,7 +126,7 @@ def test_all_files_are_written(built: ReportPaths) -> None:
         "summary.md",
     ]
     assert {path.suffix for path in built.figures} == {".svg", ".png"}
-    assert len(built.figures) == 2 * (1 + 4 + 1)
+    assert len(built.figures) == 2 * (1 + 4 + 1 + 1)  # accuracy, images, norms, the clean stream
 
 
 def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
@@ -128,7 +134,7 @@ def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
 
 
 def test_page_reads_in_order(page: Page) -> None:
-    wanted = ["doubts", "results", "accuracy", "images", "norms", "alarms", "settings", "runs"]
+    wanted = ["doubts", "results", "costs", "holds", "accuracy", "images", "norms", "alarms", "settings", "runs"]
     assert [anchor for anchor in page.ids if anchor in wanted] == wanted
 
 
@@ -166,7 +172,6 @@ def test_table_equals_independent_numbers(demo_store: Path, page: Page) -> None:
 
 def test_doubts_are_named_with_their_cells(page: Page) -> None:
     for sentence in (
-        "vanilla × clip: drop 0.3 ± 0.1 points, noise 0.5 ± 0.5 points: no better than noise.",
         "pgd, loud × none: 1 of 3 runs (seed 2) diverged",
         "accumulative × clip: 1 of 3 runs (seed 1) halted before the trigger; the drop is that of the other 2.",
         "pgd, loud × clip: 20.0 points were lost before the trigger and 6.0 in its step",
@@ -216,6 +221,52 @@ def test_hostile_names_stay_text(make_run: Make, save_run: Save, tmp_path: Path)
         assert record["attack"] == f"'{HOSTILE}"
     assert "<script" not in built.markdown.read_text(encoding="utf-8")
     assert all("<script" not in p.read_text(encoding="utf-8") for p in built.figures if p.suffix == ".svg")
+
+
+def test_undefended_runs_have_no_measures(make_run: Make, save_run: Save, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_run(replace(make_run(seed=seed), path=tmp_path / "store" / str(seed)))
+    built = build_report([tmp_path / "store"], tmp_path / "out")
+    assert (built.measures_csv, built.measures_markdown) == (None, None)
+    assert not {"costs", "holds"} & set(Page(built.html.read_text(encoding="utf-8")).ids)
+
+
+def test_a_table_section_is_escaped_and_left_out_without_rows(make_row: MakeRow) -> None:
+    def section(name: str, rows: dict[str, list[tuple[str, ...]]]) -> TableSection:
+        head = ("who", "how <much>")
+        return TableSection(
+            name, f"Heading {name}", "Intro & more.", head, rows, note="Last <b>word</b>.", names=1, bold=1
+        )
+
+    one = section("one", {"a on b": [("<i>x</i>", "1.0"), ("y", "—")]})
+    two = section("two", {"a on b": [("x", "1.0")], "c on d": [("y", "2.0")]})
+    last = section("last", {"": [("z", "0")]})  # what follows a table is not told from its last cell
+    source = render([make_row(0.1)], [one, section("none", {}), two, last])
+    page = Page(source)
+    check_self_contained(page, source)
+    assert [anchor for anchor in page.ids if anchor in {"one", "none", "two"}] == ["one", "two"]
+    assert "#none" not in page.links
+    tables = [table for table in page.tables if table[0] == ["who", "how <much>"]]
+    assert tables[:2] == [
+        [["who", "how <much>"], ["<i>x</i>", "1.0"], ["y", "—"]],
+        [["who", "how <much>"], ["a on b"], ["x", "1.0"], ["c on d"], ["y", "2.0"]],
+    ]
+    assert page.text.count("Last <b>word</b>.") == 3
+    assert one.markdown().splitlines() == [
+        "| who | how <much> |",
+        "| --- | ---: |",
+        "| &lt;i&gt;x&lt;/i&gt; | 1.0 |",
+        "| y | — |",
+    ]
+    assert two.markdown().splitlines()[0::3] == ["| model and data set | who | how <much> |", "| c on d | y | 2.0 |"]
+
+
+def test_many_sentences_of_a_finding_are_a_list(make_row: MakeRow) -> None:
+    few = [make_row(0.2), *(make_row(0.1, defence=name) for name in "abcd")]
+    assert "<li>Under" not in render(few, [])
+    page = render([*few, make_row(0.1, defence="e")], [])
+    assert page.count("<li>Under") == 5
+    assert "<li>The attack is accumulative.</li>" in page
 
 
 def test_names_that_look_alike_get_files_of_their_own(make_run: Make, save_run: Save, tmp_path: Path) -> None:
@@ -278,3 +329,34 @@ def test_terminal_shows_markup_as_text(make_run: Make) -> None:
         console.print(summary_table(rows([make_run(label="[red]x[/red]\x1b[31m"), make_run(dataset="mnist")])))
     assert "[red]x[/red] [31m" in capture.get()
     assert "mnist" in capture.get()
+
+
+def test_terminal_measures(defended_rows: list[Row]) -> None:
+    table = measures_table(defended_rows)
+    assert table is not None
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines[1:4] == [
+        ["none", "96.0±1.0", "—", "—", "70.0±0.0", "—", "—", "—"],
+        ["dsc", "94.0±2.0", "-2.0±1.0", "5.0", "91.0±1.0", "+21.0±1.0", "20.0", "2.1"],
+        ["gate", "96.0±1.0", "0.0±0.0", "—", "95.0±0.0", "+25.0±0.0", "—", "1.2"],
+    ]
+    assert "trigger of accumulative" in " ".join(capture.get().split())
+
+
+def test_terminal_has_no_measures_without_a_defence(make_row: MakeRow) -> None:
+    assert measures_table([make_row(0.1), make_row(0.0, attack="clean")]) is None
+
+
+def test_terminal_measures_of_what_was_run_only(make_row: MakeRow) -> None:
+    hostile = make_row(0.1, defence="clip", defence_label="[red]clip[/red]", label="[bold]x[/bold]")
+    table = measures_table([hostile, make_row(0.0, attack="clean", dataset="mnist", defence="clip")])
+    assert table is not None
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    assert "[red]clip[/red]" in capture.get()
+    assert "trigger of [bold]x[/bold]" in capture.get()
+    assert table.row_count == 2

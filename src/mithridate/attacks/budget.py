@@ -2,13 +2,15 @@
 
 from abc import ABC
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.ascent import Optimiser, climb
-from mithridate.core import Attack, View
+from mithridate.attacks.losses import Loss, nudged
+from mithridate.core import Attack, BatchNormMode, Need, View, WhiteBox
 from mithridate.norms import Ball, Norm
 from mithridate.registry import settings
 
@@ -60,7 +62,32 @@ class Phased(Budgeted, ABC):
 
 
 @settings
-class Iterated(Budgeted, ABC):
+class Sighted(Budgeted, ABC):
+    """An attack that differentiates through a model: which one, and which loss.
+
+    Args:
+        model_access: The model that crafting looks at: the `victim`'s own, or a `surrogate` of the attacker's; then the
+            victim's may not be looked at.
+        loss: What the poisoned samples are crafted for: `ce`, the victim's own loss; `kl`, the divergence from the
+            model's answer to the clean sample; `cw`, the margin of the best other class over the label.
+        craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
+    """
+
+    model_access: Literal["victim", "surrogate"] = "victim"
+    loss: Loss = "ce"
+    craft_mode: BatchNormMode = "eval"
+
+    def __post_init__(self) -> None:
+        if self.model_access == "surrogate":  # the class is frozen: this is set once, here, and follows from the field
+            object.__setattr__(self, "needs", type(self).needs - {Need.MODEL} | {Need.SURROGATE})
+
+    def target(self, view: View) -> WhiteBox:
+        """The model that the poison is crafted on."""
+        return view.model if self.model_access == "victim" else view.surrogate
+
+
+@settings
+class Iterated(Sighted, ABC):
     """The inner optimiser of attacks that climb a function of the pixels.
 
     Args:
@@ -77,6 +104,13 @@ class Iterated(Budgeted, ABC):
     decay: Factor = 1.0
     random_start: bool = False
 
+    def beginning(self, x: Tensor, mask: Tensor, rng: Generator) -> Tensor:
+        """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
+        if self.random_start:
+            drawn = (x + self.ball.sample(x, rng)).clamp(0, 1)
+            return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), drawn, x)
+        return nudged(x, self.ball, mask, rng) if self.loss == "kl" else x
+
     def climb(
         self,
         x: Tensor,
@@ -86,7 +120,7 @@ class Iterated(Budgeted, ABC):
         *,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Ascend with these settings (see `mithridate.ascent.climb`); a given `start` replaces a random one."""
+        """Ascend with these settings (see `mithridate.ascent.climb`), from `start` or from the `beginning`."""
         return climb(
             x,
             gradient_at,
@@ -95,8 +129,6 @@ class Iterated(Budgeted, ABC):
             steps=self.steps,
             step_size=self.step_size,
             decay=self.decay,
-            start=start,
-            random_start=self.random_start and start is None,
+            start=self.beginning(x, mask, rng) if start is None else start,
             mask=mask,
-            rng=rng,
         )

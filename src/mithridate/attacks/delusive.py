@@ -6,23 +6,18 @@ from typing import Any, ClassVar
 from torch import Generator, Tensor
 
 from mithridate.ascent import climb
-from mithridate.attacks.budget import Phased
+from mithridate.attacks.budget import Phased, Sighted
+from mithridate.attacks.losses import by_targets, nudged, targets
 from mithridate.calculus import input_gradient
-from mithridate.core import Batch, BatchNormMode, Need, View
+from mithridate.core import Batch, Need, View
 from mithridate.registry import settings
 
 
 @settings
-class Delusive(Phased, ABC):
-    """Ascend the loss of each batch at the current model; labels are left alone.
-
-    Args:
-        craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
-    """
+class Delusive(Phased, Sighted, ABC):
+    """Ascend the loss of each batch at the current model; labels are left alone."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
-
-    craft_mode: BatchNormMode = "eval"
 
     @abstractmethod
     def inner(self) -> dict[str, Any]:
@@ -30,13 +25,16 @@ class Delusive(Phased, ABC):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Adversarial examples of the current model."""
-        parameters = view.model.parameters
-        with view.model.objective(self.craft_mode) as objective:
+        box, how = by_targets(self.target(view)), self.inner()
+        parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
+        if self.loss == "kl" and not how.get("random_start"):
+            how["start"] = nudged(batch.x, self.ball, mask, rng)
+        with box.objective(self.craft_mode) as objective:
             return climb(
                 batch.x,
-                lambda x: input_gradient(objective, parameters, x, batch.y),
+                lambda x: input_gradient(objective, parameters, x, y),
                 self.ball,
                 mask=mask,
                 rng=rng,
-                **self.inner(),
+                **how,
             )

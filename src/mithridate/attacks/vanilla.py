@@ -7,8 +7,9 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.alignment import turn_towards
 from mithridate.attacks.budget import Iterated
+from mithridate.attacks.losses import by_targets, targets
 from mithridate.calculus import Normalise, gradient, unit
-from mithridate.core import Batch, BatchNormMode, Need, View
+from mithridate.core import Batch, Need, View
 from mithridate.registry import register, settings
 
 
@@ -30,17 +31,21 @@ class Vanilla(Iterated):
         random_start: Begin at a uniform draw from the ball.
         normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one
             cosine a parameter tensor (`tensor`).
+        model_access: The model that is looked at: the `victim`'s own, or a `surrogate` of the attacker's.
+        loss: Whose parameter gradient the poisoned samples are taken to offer: `ce`, the victim's own loss; `kl`, the
+            divergence from the model's answer to the clean sample; `cw`, the margin of the best other class over the
+            label. S_val keeps the victim's own.
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
 
     Source:
-        Pang et al., NeurIPS 2021, section 3.1, Eqs. (5)-(6); Wang and Chaudhuri, arXiv:1808.08994.
+        Pang et al., NeurIPS 2021, section 3.1, Eqs. (5)-(6); Wang and Chaudhuri, arXiv:1808.08994. Losses: Zhu et al.,
+        ICML 2023, Table 2; surrogates: the same, C.8.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION})
 
     normalise: Normalise = "none"
-    craft_mode: BatchNormMode = "eval"
     chunk: Annotated[int, Field(ge=1)] = 100
 
     def ready(self, view: View) -> bool:
@@ -49,15 +54,14 @@ class Vanilla(Iterated):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Descend <grad L(S_val), grad L(P(S_T))>, Eq. (6)."""
-        parameters = view.model.parameters
-        with view.model.objective(self.craft_mode) as objective:
+        box = by_targets(self.target(view))
+        parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
+        with box.objective(self.craft_mode) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk
             wanted = unit(gradient(objective, parameters, *view.validation, chunk=chunk), self.normalise)
             return self.climb(
                 batch.x,
-                lambda x: (
-                    -turn_towards(objective, parameters, x, batch.y, wanted, normalise=self.normalise, chunk=chunk)
-                ),
+                lambda x: -turn_towards(objective, parameters, x, y, wanted, normalise=self.normalise, chunk=chunk),
                 mask,
                 rng,
             )

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,19 +16,16 @@ from mithridate.bench import store
 from mithridate.bench.prepare import Prepared, choose_device, online_learner, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Need
+from mithridate.core import Attack, Need, UpdateAttack
 from mithridate.data.stream import Stream, open_stream
 from mithridate.errors import DataError, StoreError
 from mithridate.files import cache_directory
 from mithridate.learning.burn_in import BurnInResult
 from mithridate.learning.calibrate import Calibration, calibrated
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
+from mithridate.learning.federated import FederatedRun, federate, run_federated
 from mithridate.learning.learner import Learner
-from mithridate.learning.online import (
-    Outcome,
-    Progress,
-    run_online,
-)
+from mithridate.learning.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.models import build_model
 from mithridate.registry import config_of
 
@@ -92,7 +89,8 @@ def run_recipe(
     chosen = choose_device(device)
     _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
-    stream.require(recipe.run.steps)
+    if isinstance(recipe.run, OnlineRun):
+        stream.require(recipe.run.steps)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
     build_model(recipe.model, stream.info, seed=0)
@@ -200,19 +198,7 @@ def _run_cell(
             _save_progress(state, learner, progress)
         watcher.step(cell, done, run.steps, progress.rows[-1]["accuracy"])
 
-    outcome = run_online(
-        learner,
-        stream,
-        cell.attack.component,
-        run,
-        monitors=[m.component for m in cell.recipe.monitors],
-        seed=cell.seed,
-        progress=progress,
-        on_step=on_step,
-        scorers=prepared.scorers,
-        ood=prepared.ood,
-        surrogate=prepared.surrogate,
-    )
+    outcome = _outcome(cell, learner, stream, prepared, progress, on_step)
     summary = _summary(cell, outcome, burned, calibrations)
     store.write_trace(directory / store.TRACE, outcome.trace)
     if outcome.images:
@@ -222,6 +208,40 @@ def _run_cell(
     store.write_json(directory / store.SUMMARY, summary)
     state.unlink(missing_ok=True)
     return summary
+
+
+def _outcome(
+    cell: Cell,
+    learner: Learner,
+    stream: Stream,
+    prepared: Prepared,
+    progress: Progress,
+    on_step: Callable[[Progress], None],
+) -> Outcome:
+    """The cell's loop, online or federated."""
+    recipe, attack = cell.recipe, cell.attack.component
+    monitors = [m.component for m in recipe.monitors]
+    if isinstance(recipe.run, FederatedRun):
+        assert isinstance(attack, UpdateAttack)  # noqa: S101  (the recipe built it as one)
+        assert recipe.clients is not None  # noqa: S101  (a federation has clients)
+        federation = federate(stream, recipe.clients, seed=cell.seed)
+        return run_federated(
+            learner, federation, attack, recipe.run, monitors=monitors, progress=progress, on_step=on_step
+        )
+    assert isinstance(attack, Attack)  # noqa: S101  (the recipe built it as one)
+    return run_online(
+        learner,
+        stream,
+        attack,
+        recipe.run,
+        monitors=monitors,
+        seed=cell.seed,
+        progress=progress,
+        on_step=on_step,
+        scorers=prepared.scorers,
+        ood=prepared.ood,
+        surrogate=prepared.surrogate,
+    )
 
 
 def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]) -> dict[str, Any]:

@@ -7,18 +7,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import SGD
 
 from mithridate import registry
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Attack, Batch, Defence, Detector, Need, Snapshot, WhiteBox
+from mithridate.core import Attack, Batch, Defence, Detector, Need, Snapshot, UpdateAttack, WhiteBox
 from mithridate.data.foreign import foreign_batches
 from mithridate.data.stream import Loader, Stream
 from mithridate.errors import ConfigError, DeviceError
 from mithridate.learning.burn_in import BurnInResult, burn_in
+from mithridate.learning.federated import federated_optimiser
 from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
-from mithridate.learning.online import EVALUATION_BATCH, adopt_momentum, online_optimiser
+from mithridate.learning.online import EVALUATION_BATCH, OnlineRun, adopt_momentum, online_optimiser
 from mithridate.learning.scoring import Scorer, fit_scorers
 from mithridate.models import build_model
 from mithridate.registry import config_of
@@ -41,7 +43,7 @@ def other_images(
     recipe: Recipe, stream: Stream, device: torch.device, data_root: Path | None, cache: Path | None
 ) -> list[Batch]:
     """Batches of the other image set that detectors score, if the recipe names one."""
-    if recipe.run.ood is None:
+    if not isinstance(recipe.run, OnlineRun) or recipe.run.ood is None:
         return []
     if not recipe.detectors:
         raise ConfigError(f"[run] ood = '{recipe.run.ood}': nothing scores those images; add a [[detector]].")
@@ -115,7 +117,7 @@ def _surrogate(
             which = "no checkpoint" if how.epoch is None else f"no checkpoint of epoch {how.epoch}"
             raise ConfigError(f"[surrogate]: the burn-in keeps {which}; add it to `checkpoints` in [burn_in].")
         model = _model(cell, stream, device)
-        learner = Learner(model, online_optimiser(model.parameters(), recipe.run))
+        learner = Learner(model, _optimiser(model, recipe))
         learner.restore_parameters(held.parameters)
         learner.restore_buffers(held.buffers)
         return learner.white_box
@@ -132,6 +134,14 @@ def _surrogate(
         on_epoch=lambda done, epochs: watcher.burn_in(seed, done, epochs),
     )
     return WhiteBox(model, F.cross_entropy)
+
+
+def _optimiser(model: nn.Module, recipe: Recipe) -> SGD:
+    """That of the recipe's loop."""
+    run = recipe.run
+    if isinstance(run, OnlineRun):
+        return online_optimiser(model.parameters(), run)
+    return federated_optimiser(model.parameters(), run)
 
 
 def _model(cell: Cell, stream: Stream, device: torch.device) -> nn.Module:
@@ -154,7 +164,7 @@ def _burn_in(cell: Cell, stream: Stream, device: torch.device, cache: Path, watc
 def online_learner(cell: Cell, defence: Defence, stream: Stream, result: BurnInResult, device: torch.device) -> Learner:
     """A learner as the burn-in left the model, with the online phase's own optimiser."""
     model, burned = _model(cell, stream, device), result.final
-    optimiser = online_optimiser(model.parameters(), cell.recipe.run)
+    optimiser = _optimiser(model, cell.recipe)
     learner = Learner(
         model,
         optimiser,
@@ -162,7 +172,7 @@ def online_learner(cell: Cell, defence: Defence, stream: Stream, result: BurnInR
         trusted=stream.trusted.all(device) if len(stream.trusted) else None,
         history=_history(cell, defence, result),
         training=Loader(stream.burn_in, EVALUATION_BATCH, device),
-        update_mode=cell.recipe.run.update_mode,
+        update_mode=cell.recipe.run.update_mode if isinstance(cell.recipe.run, OnlineRun) else "train",
     )
     learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))
     if cell.recipe.run.restore_momentum:
@@ -173,7 +183,7 @@ def online_learner(cell: Cell, defence: Defence, stream: Stream, result: BurnInR
 def _history(cell: Cell, defence: Defence, burned: BurnInResult) -> History | None:
     """A past for whoever looks back, as long as they need."""
     detectors = (d.component for d in cell.recipe.detectors)
-    looking: list[Attack | Defence | Detector] = [defence, cell.attack.component, *detectors]
+    looking: list[Attack | UpdateAttack | Defence | Detector] = [defence, cell.attack.component, *detectors]
     if not any(Need.HISTORY in component.needs for component in looking):
         return None
     lookback = max(getattr(component, "lookback", 0) for component in looking)

@@ -10,15 +10,29 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 
 from mithridate import registry
-from mithridate.core import Attack, Defence, Detector, Monitor, Need
+from mithridate.core import Attack, Defence, Detector, Monitor, Need, UpdateAttack
+from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings
 from mithridate.errors import ConfigError, nearest
 from mithridate.learning.burn_in import BurnIn
+from mithridate.learning.federated import FederatedRun
 from mithridate.learning.online import OnlineRun
 from mithridate.registry import Kind, config_of, fields_of, make, settings
 
 Table = dict[str, Any]
-TABLES = ("data", "model", "burn_in", "surrogate", "attack", "defence", "detector", "monitor", "run")
+TABLES = (
+    "data",
+    "model",
+    "burn_in",
+    "surrogate",
+    "attack",
+    "defence",
+    "detector",
+    "monitor",
+    "run",
+    "clients",
+    "federated",
+)
 _GRID: tuple[Kind, ...] = ("attack", "defence", "detector", "monitor")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
@@ -79,7 +93,7 @@ class Cell:
         recipe: What the cell has in common with its neighbours.
     """
 
-    attack: Labelled[Attack]
+    attack: Labelled[Attack] | Labelled[UpdateAttack]
     defence: Labelled[Defence]
     seed: int
     recipe: "Recipe"
@@ -104,7 +118,8 @@ class Cell:
             "defence": self.defence.config(),
             **({"detector": [d.config() for d in r.detectors]} if r.detectors else {}),
             "monitor": monitors[0] if len(monitors) == 1 else monitors,
-            "run": {**fields_of(r.run), "seeds": [self.seed]},
+            **({"clients": fields_of(r.clients)} if r.clients else {}),
+            "federated" if r.clients else "run": {**fields_of(r.run), "seeds": [self.seed]},
         }
 
 
@@ -124,19 +139,21 @@ class Recipe:
         monitors: Watch every run.
         run: Length and options of the loop.
         seeds: One run of each pair a seed.
+        clients: Of a federation; None for an online run.
     """
 
     title: str
     data: StreamSettings
     model: Any
     burn_in: BurnIn
-    attacks: Sequence[Labelled[Attack]]
+    attacks: Sequence[Labelled[Attack]] | Sequence[Labelled[UpdateAttack]]
     defences: Sequence[Labelled[Defence]]
     monitors: Sequence[Labelled[Monitor]]
-    run: OnlineRun
+    run: OnlineRun | FederatedRun
     seeds: Sequence[int]
     detectors: Sequence[Labelled[Detector]] = ()
     surrogate: Surrogate = field(default_factory=Surrogate)
+    clients: Shards | None = None
 
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
@@ -168,7 +185,7 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:
-        tables.setdefault("run", {})["seeds"] = list(seeds)
+        tables.setdefault("federated" if "federated" in tables else "run", {})["seeds"] = list(seeds)
     return make_recipe(tables)
 
 
@@ -181,17 +198,26 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
     _check_tables(tables)
     if "attack" not in tables:
         raise ConfigError("the recipe has no [attack]: say which; `mithridate list attacks` shows them.")
-    run = dict(tables.get("run", {}))
+    federated = "federated" in tables
+    if federated and ("run" in tables or "detector" in tables):
+        odd = "run" if "run" in tables else "detector"
+        raise ConfigError(
+            f"[{odd}] belongs to an online recipe, and [federated] is there too; take out one of the two."
+        )
+    if "clients" in tables and not federated:
+        raise ConfigError("[clients] belongs to a federation; add a table [federated].")
+    run = dict(tables.get("federated" if federated else "run", {}))
     recipe = Recipe(
         title=str(tables.get("title", "")),
         data=make(StreamSettings, tables.get("data", {}), where="[data]"),
         model=registry.build("model", tables.get("model", {"name": "small_cnn"})),
         seeds=_seeds(run.pop("seeds", [0])),
         burn_in=make(BurnIn, tables.get("burn_in", {}), where="[burn_in]"),
-        attacks=_labelled("attack", tables["attack"]),
+        attacks=_labelled("attack", tables["attack"], kind_of="update_attack" if federated else "attack"),
         defences=_labelled("defence", tables.get("defence", {"name": "none"})),
         monitors=_labelled("monitor", tables.get("monitor", [])),
-        run=make(OnlineRun, run, where="[run]"),
+        run=make(FederatedRun, run, where="[federated]") if federated else make(OnlineRun, run, where="[run]"),
+        clients=make(Shards, tables.get("clients", {}), where="[clients]") if federated else None,
         detectors=_labelled("detector", tables.get("detector", [])),
         surrogate=make(Surrogate, tables.get("surrogate", {}), where="[surrogate]"),
     )
@@ -219,12 +245,19 @@ def _seeds(value: object) -> list[int]:
     return list(value)
 
 
-def _labelled(kind: Kind, tables: Any) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
+def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
+    """The components of a table, or of an array of them.
+
+    Args:
+        kind: What the table is called.
+        tables: The table, or an array of tables.
+        kind_of: What its names are names of; as the table by default.
+    """
     made: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         values = dict(table)
         label = str(values.pop("label", values.get("name", "")))
-        component = registry.build(kind, values)
+        component = registry.build(kind_of or kind, values, where=f"[{kind}]")
         if not _LABEL.fullmatch(label):
             raise ConfigError(
                 f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first."
@@ -272,9 +305,10 @@ def apply_change(tables: Table, change: str) -> None:
     if len(targets) == 1:
         targets[0][key] = value
         return
-    fitting = [t for t in targets if key in _keys(table, t)]
+    kind = "update_attack" if table == "attack" and "federated" in tables else table
+    fitting = [t for t in targets if key in _keys(kind, t)]
     if not fitting:
-        known = set().union(*(_keys(table, t) for t in targets))
+        known = set().union(*(_keys(kind, t) for t in targets))
         raise ConfigError(f"--set {change}: no {table} of the recipe has '{key}': {nearest(key, known)}")
     for target in fitting:
         target[key] = value

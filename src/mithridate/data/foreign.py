@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +43,7 @@ def foreign_batches(
     images = load_images(name, list(dataset_info(name).splits)[-1], data_root=data_root, cache=cache)
     if len(images) < batches * batch_size:
         raise DataError(f"{name}: {len(images)} images, too few for {batches} batches of {batch_size}.")
-    x = torch.from_numpy(images.x[: batches * batch_size]).float() / 255
+    x = torch.from_numpy(images.x[: batches * batch_size].astype(np.float32)) / 255
     channels, *size = info.shape
     if x.shape[1] != channels:
         x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)

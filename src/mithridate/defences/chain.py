@@ -143,6 +143,15 @@ class Chain(Defence):
                 gradient = part.bound(gradient, own)
         return gradient
 
+    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
+        """What the last part makes of a round that has a rule of its own, or the mean."""
+        with self._views(view) as views:
+            ruling = [pair for pair in zip(self.built, views, strict=True) if _overrides(pair[0], "aggregate")]
+            if ruling:
+                part, own = ruling[-1]
+                return part.aggregate(gradient, own)
+        return super().aggregate(gradient, view)
+
     def admit(self, before: Snapshot, view: View) -> Verdict:
         """The first refusal, or the step as every part left it."""
         verdict = ADMITTED

@@ -11,7 +11,8 @@ from torch.func import functional_call
 
 from mithridate.core import FLAGGED, Batch, Need, View, Weights, frozen_statistics
 from mithridate.defences.correction import Correcting
-from mithridate.divergence import Divergence, divergence
+from mithridate.discrepancy import LookingBack
+from mithridate.divergence import divergence
 from mithridate.errors import ConfigError, DataError
 from mithridate.registry import register, settings
 
@@ -25,7 +26,7 @@ from mithridate.registry import register, settings
     },
 )
 @settings
-class DSC(Correcting):
+class DSC(LookingBack, Correcting):
     """Correct a sample while its Memorization Discrepancy is above a threshold that rises with the stream.
 
     Only the samples still above the threshold are computed on at each step, so a clean stream costs little.
@@ -68,32 +69,11 @@ class DSC(Correcting):
     tau: Annotated[float, Field(ge=0)] = 0.02
     target_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     stop: Literal["sample", "batch"] = "sample"
-    divergence: Divergence = "kl"
-    old: Literal["checkpoint", "back"] = "checkpoint"
-    epoch: Annotated[int, Field(ge=0)] | None = None
-    back: Annotated[int, Field(ge=0)] = 20
     on_missing: Literal["pass", "closed"] = "pass"
 
     def threshold(self, step: int) -> float:
         """P after `step` updates."""
         return self.mu + self.tau * step
-
-    @property
-    def lookback(self) -> int:
-        """Past states that the history must hold."""
-        return self.back if self.old == "back" else 0
-
-    def old_model(self, view: View) -> Weights | None:
-        """The model that is looked back at; None while the stream is too young."""
-        if self.old == "back":
-            return view.history.back(self.back)
-        found = view.history.checkpoint(self.epoch)
-        if found is None:
-            which = "no burn-in checkpoint" if self.epoch is None else f"no checkpoint of burn-in epoch {self.epoch}"
-            raise ConfigError(
-                f'dsc: the history holds {which}; add it to `checkpoints` in [burn_in], or set old = "back".'
-            )
-        return found
 
     def screen(self, batch: Batch, view: View) -> Batch:
         """The batch with those samples corrected that are above the threshold."""

@@ -3,7 +3,7 @@
 import copy
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -156,10 +156,8 @@ class Learner:
         if len(batch.x) == 0:
             return _unlearned(began, "the defence left no sample of the batch", quarantined, flagged)
 
-        gates = type(self.defence).admit is not Defence.admit
-        before = self.snapshot() if gates else None
-        old = [p.detach().clone() for p in self.model.parameters()]
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        before = self._before(buffers)
         try:
             loss = self._backward(batch)
             gradient_norm, bounded_norm = self._bound()
@@ -167,12 +165,7 @@ class Learner:
             self.restore_buffers(buffers)
             self.optimiser.zero_grad(set_to_none=True)
             raise
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-
-        verdict = ADMITTED if before is None else self._admit(before)
-        update_norm = _length(p.detach() - o for p, o in zip(self.model.parameters(), old, strict=True))
+        verdict, update_norm = self._step(before)
         return Update(
             batch_loss=loss,
             gradient_norm=gradient_norm,
@@ -184,6 +177,42 @@ class Learner:
             quarantined=quarantined,
             flagged=flagged,
         )
+
+    def apply(self, gradient: Gradient, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
+        """Step on a gradient that was made elsewhere, in a federated round; the defence may still refuse the step.
+
+        Args:
+            gradient: One row, of every trainable parameter.
+            batch_loss: Mean loss behind it, for the record.
+            learned: Clients behind it.
+            buffers: Taken over with the step (BatchNorm statistics), and rolled back with it.
+        """
+        began = time.perf_counter()
+        if self.history is not None:
+            self.history.record(self.step, self.model)
+        own = dict(self.model.named_parameters())
+        before = self._before(dict(self.model.named_buffers()))
+        for name, g in gradient.named().items():
+            own[name].grad = g.clone()
+        self.restore_buffers(buffers)
+        length = float(torch.linalg.vector_norm(gradient.rows))
+        verdict, update_norm = self._step(before)
+        return Update(batch_loss, length, length, update_norm, learned, verdict, time.perf_counter() - began)
+
+    def _before(self, buffers: Mapping[str, Tensor]) -> Snapshot | None:
+        """What a defence that can refuse the step goes back to, with these buffers; None for others."""
+        if type(self.defence).admit is Defence.admit:
+            return None
+        return replace(self.snapshot(), buffers={name: b.detach().clone() for name, b in buffers.items()})
+
+    def _step(self, before: Snapshot | None) -> tuple[Verdict, float]:
+        """Step, ask the defence, do what it says; the verdict, and how far the parameters have moved."""
+        old = [p.detach().clone() for p in self.model.parameters()]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        verdict = ADMITTED if before is None else self._admit(before)
+        return verdict, _length(p.detach() - o for p, o in zip(self.model.parameters(), old, strict=True))
 
     def _admit(self, before: Snapshot) -> Verdict:
         """Ask for the verdict and do what it says."""

@@ -146,6 +146,49 @@ def adopt_momentum(optimiser: Optimizer, burned_in: Snapshot) -> None:
     optimiser.load_state_dict({"state": burned_in.optimiser["state"], "param_groups": state["param_groups"]})
 
 
+def start_row(learner: Learner, test: Sequence[Batch]) -> Row:
+    """The trace row of the state before the first step."""
+    began = time.perf_counter()
+    score = learner.evaluate(test)
+    measured = ("batch_loss", "gradient_norm", "bounded_norm", "update_norm", "poison_linf", "poison_l2")
+    return {
+        "step": 0,
+        "phase": "start",
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        **dict.fromkeys(measured),
+        "poisoned": 0.0,
+        "quarantined": 0,
+        "flagged_clean": None,
+        "flagged_poisoned": None,
+        "admitted": True,
+        "verdict": "",
+        "alarms": "",
+        "craft_seconds": 0.0,
+        "update_seconds": 0.0,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def phase_end(rows: Sequence[Row], steps: int, on_alarm: str, ready: Callable[[], bool]) -> str | None:
+    """What ends the phase before the trigger now, if anything does: `steps`, `attack` or `monitor`.
+
+    Args:
+        rows: Of the trace so far.
+        steps: The most there may be before the trigger.
+        on_alarm: As in the run's settings.
+        ready: Asks the attacker.
+    """
+    alarmed = bool(rows[-1]["alarms"])
+    if alarmed and on_alarm == "halt":  # first: the service does not ask the attacker
+        return "monitor"
+    if len(rows) - 1 >= steps:
+        return "steps"
+    if ready():
+        return "attack"
+    return "monitor" if alarmed and on_alarm == "trigger" else None
+
+
 class _Loop:
     """The pieces of one run, bound together; `run_online` is its only user."""
 
@@ -185,28 +228,7 @@ class _Loop:
 
     def start(self) -> None:
         """The row of the state before the stream."""
-        began = time.perf_counter()
-        score = self.learner.evaluate(self.test)
-        measured = ("batch_loss", "gradient_norm", "bounded_norm", "update_norm", "poison_linf", "poison_l2")
-        self.progress.rows.append(
-            {
-                "step": 0,
-                "phase": "start",
-                "accuracy": score.accuracy,
-                "loss": score.loss,
-                **dict.fromkeys(measured),
-                "poisoned": 0.0,
-                "quarantined": 0,
-                "flagged_clean": None,
-                "flagged_poisoned": None,
-                "admitted": True,
-                "verdict": "",
-                "alarms": "",
-                "craft_seconds": 0.0,
-                "update_seconds": 0.0,
-                "seconds": time.perf_counter() - began,
-            }
-        )
+        self.progress.rows.append(start_row(self.learner, self.test))
 
     def step(self, phase: str) -> None:
         """Craft one batch, let the victim learn from it, measure."""
@@ -258,15 +280,8 @@ class _Loop:
 
     def phase_over(self) -> str | None:
         """What ends the accumulative phase now, if anything does."""
-        rows = self.progress.rows
-        alarmed = bool(rows[-1]["alarms"])
-        if alarmed and self.run.on_alarm == "halt":  # first: the service does not ask the attacker
-            return "monitor"
-        if len(rows) - 1 >= self.run.steps:
-            return "steps"
-        if self.attack.ready(self.view()):
-            return "attack"
-        return "monitor" if alarmed and self.run.on_alarm == "trigger" else None
+        rows, run = self.progress.rows, self.run
+        return phase_end(rows, run.steps, run.on_alarm, lambda: self.attack.ready(self.view()))
 
     def accuracy_with_buffers_alone(self, before: Snapshot) -> float | None:
         """Test accuracy with the parameters from before the last step and the buffers from after it.
@@ -332,10 +347,18 @@ def run_online(
         before = learner.snapshot()
         loop.step("trigger")
         after_buffers = loop.accuracy_with_buffers_alone(before)
-    return _outcome(progress, stopped_by, halted, after_buffers)
+    return outcome_of(progress, stopped_by, halted, after_buffers)
 
 
-def _outcome(progress: Progress, stopped_by: str, halted: bool, after_buffers: float | None) -> Outcome:
+def outcome_of(progress: Progress, stopped_by: str, halted: bool, after_buffers: float | None) -> Outcome:
+    """What a run came to.
+
+    Args:
+        progress: At its end.
+        stopped_by: What ended the phase before the trigger.
+        halted: Whether the service stopped before the trigger.
+        after_buffers: As in `Outcome.accuracy_after_buffers`.
+    """
     rows = progress.rows
     before = rows[-1]["accuracy"] if halted else rows[-2]["accuracy"]
     after = None if halted else rows[-1]["accuracy"]

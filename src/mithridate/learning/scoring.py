@@ -81,6 +81,8 @@ def score_batches(
         step: Which step.
         sources: Batches by where they come from.
     """
+    if learner.history is not None:  # as the learner does before its update: both then look equally far back
+        learner.history.record(learner.step, learner.model)
     return {
         f"{step}/{source}/{scorer.label}": scorer.score(batch, learner)
         for source, batch in sources.items()

@@ -7,7 +7,10 @@ from pathlib import Path
 from mithridate.bench.store import read_runs
 from mithridate.files import write_atomically
 from mithridate.report.figures import Drawing, accuracy_curves, loss_and_norms, poisoned_images
+from mithridate.report.measures import measure_sections, measures, measures_csv, measures_markdown
 from mithridate.report.page import Section, page
+from mithridate.report.score_figures import clean_stream_accuracy, score_drawings
+from mithridate.report.scores import score_report
 from mithridate.report.tables import groups, rows, run_records, summary_records, to_csv, to_markdown
 
 __all__ = ["ReportPaths", "build_report"]
@@ -23,6 +26,9 @@ class ReportPaths:
         runs_csv: One row a run.
         markdown: The table of the page.
         figures: Every figure as SVG and as PNG.
+        measures_csv: One row a defence and attack: what it cost, what it held; None if nothing is defended.
+        measures_markdown: The tables of that; None if nothing is defended.
+        scores: What detectors made of the samples, by cell and by run, and the tables of it; empty without detectors.
     """
 
     html: Path
@@ -30,6 +36,9 @@ class ReportPaths:
     runs_csv: Path
     markdown: Path
     figures: tuple[Path, ...]
+    measures_csv: Path | None = None
+    measures_markdown: Path | None = None
+    scores: tuple[Path, ...] = ()
 
 
 def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
@@ -44,13 +53,21 @@ def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
     """
     found = rows(read_runs(directories))
     by_group = groups(found).values()
+    measured = measures(found)
+    tables = measure_sections(measured)
+    scored = score_report(found)
     sections = [
         Section(
             "accuracy",
             "Accuracy along the steps",
             "No run has a trace.",
             False,
-            [drawing for members in by_group if (drawing := accuracy_curves(members))],
+            [
+                drawing
+                for members in by_group
+                for drawing in (accuracy_curves(members), clean_stream_accuracy(members))
+                if drawing
+            ],
         ),
         Section(
             "images",
@@ -67,13 +84,18 @@ def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
             [drawing for members in by_group if (drawing := loss_and_norms(members))],
         ),
     ]
+    if drawings := [drawing for members in by_group for drawing in score_drawings(members)]:
+        sections.insert(1, Section("scores", "What detectors see", "", True, drawings))
     figures = _write_figures([drawing for section in sections for drawing in section.drawings], out / "figures")
     return ReportPaths(
-        html=_write(out / "report.html", page(found, sections)),
+        html=_write(out / "report.html", page(found, [*tables, *scored.tables, *sections])),
         summary_csv=_write(out / "summary.csv", to_csv(summary_records(found))),
         runs_csv=_write(out / "runs.csv", to_csv(run_records(found))),
         markdown=_write(out / "summary.md", to_markdown(found)),
         figures=tuple(figures),
+        measures_csv=_write(out / "measures.csv", measures_csv(measured)) if measured else None,
+        measures_markdown=_write(out / "measures.md", measures_markdown(tables)) if measured else None,
+        scores=tuple(_write(out / name, text) for name, text in scored.files.items()),
     )
 
 

@@ -5,13 +5,15 @@ Rules about what attacks did skip the controls, `clean` and `noise`: nobody clai
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from operator import sub
 
 from mithridate.bench.store import Run
 from mithridate.report.tables import (
     Row,
+    Statistic,
     flattened,
     groups,
     seed,
@@ -19,9 +21,11 @@ from mithridate.report.tables import (
     settings,
     shared,
     spread,
+    undefended,
+    updates,
     varying,
 )
-from mithridate.report.wording import counted, listed, plain, points
+from mithridate.report.wording import counted, listed, number, plain, points
 
 MIN_SEEDS = 3
 """Fewer different seeds than this say little about the spread."""
@@ -41,6 +45,13 @@ START_POINTS = 0.01
 
 BUDGET_KEYS = ("eps", "norm", "poison_ratio")
 """The settings of an attack that say how much it may change."""
+
+ALL_CORRECTED = 0.95
+"""A defence that corrects at least this share of clean samples does not choose which."""
+
+CALIBRATION_FACTOR = 2.0
+"""How far what a measured threshold corrects on a clean stream may be outside its confidence interval. That takes
+samples for independent, and is of an undefended copy: from half its lower to twice its upper end is allowed."""
 
 ENVIRONMENT_KEYS = (
     "mithridate",
@@ -172,7 +183,7 @@ def false_alarms(rows: Sequence[Row]) -> list[Doubt]:
 def no_better_than_noise(rows: Sequence[Row]) -> list[Doubt]:
     """Looks for attacks whose mean drop is not above the mean plus one std of random noise under the same defence."""
     found = []
-    for row in _claiming(rows):
+    for row in _undefended(rows):
         noise = noise_of(row, rows)
         drop = row.statistic("drop")
         if noise is None or drop.mean is None:
@@ -186,20 +197,25 @@ def no_better_than_noise(rows: Sequence[Row]) -> list[Doubt]:
 
 def no_noise_baseline(rows: Sequence[Row]) -> list[Doubt]:
     """Looks for defences under which no random noise was run: nothing says that the attack is more than that."""
-    found = []
+    without: dict[str, list[str]] = {}
     for defence in dict.fromkeys(row.defence for row in _claiming(rows)):
         attacks = [row for row in _claiming(rows) if row.defence == defence]
         if noise_of(attacks[0], rows) is None:
-            names = listed([row.attack for row in attacks])
-            text = f"no noise baseline for {names}; add the attack noise with the same eps."
-            found.append(Doubt(Severity.CAUTION, f"defence {defence}", text))
-    return found
+            without.setdefault(listed([row.attack for row in attacks]), []).append(defence)
+    return [
+        Doubt(
+            Severity.CAUTION,
+            f"{'defence' if len(defences) == 1 else 'defences'} {listed(defences)}",
+            f"no noise baseline for {names}; add the attack noise with the same eps.",
+        )
+        for names, defences in without.items()
+    ]
 
 
 def includes_zero(rows: Sequence[Row]) -> list[Doubt]:
     """Looks for attacks whose drop, mean ± std over seeds, includes zero."""
     found = []
-    for row in _claiming(rows):
+    for row in _undefended(rows):
         drop = row.statistic("drop")
         if drop.mean is not None and drop.std is not None and drop.mean - drop.std <= 0 <= drop.mean + drop.std:
             text = f"drop {spread(drop)} points (n = {drop.n}) includes zero: no effect that these seeds can show."
@@ -219,6 +235,109 @@ def buffers_explain(rows: Sequence[Row]) -> list[Doubt]:
                 "the poisoned update of the parameters is not what broke the model."
             )
             found.append(Doubt(Severity.SERIOUS, row.cell, text))
+    return found
+
+
+def chooses_nothing(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for defences that correct nearly all clean samples, no poisoned ones, or no more of those than of clean."""
+    found = []
+    for defence in dict.fromkeys(row.defence for row in rows):
+        cells = [row for row in rows if row.defence == defence]
+        clean = [row for row in cells if not row.attacking and row.statistic("flagged_clean").n]
+        stream = max(clean, key=lambda row: row.statistic("steps").mean or 0, default=None)
+        of_clean = None if stream is None else stream.statistic("flagged_clean").mean
+        attacked = [(r, share) for r in _claiming(cells) if (share := r.statistic("flagged_poisoned").mean) is not None]
+        if stream is not None and of_clean is not None and of_clean >= ALL_CORRECTED:
+            poisoned = listed([f"{points(share)} % of those that {row.attack} poisoned" for row, share in attacked])
+            text = (
+                f"corrects {points(of_clean)} % of clean samples{f' and {poisoned}' if poisoned else ''}: it takes "
+                "everything for poison, so a low attack success says nothing about its threshold."
+            )
+            found.append(Doubt(Severity.CAUTION, stream.cell, text))
+            continue
+        beside = "" if of_clean is None else f", of clean ones on a clean stream {points(of_clean)} %"
+        for row, share in attacked:
+            if share == 0:
+                text = f"corrects 0.0 % of the poisoned samples{beside}: its threshold let everything pass."
+                found.append(Doubt(Severity.SERIOUS, row.cell, text))
+            elif of_clean is not None and share <= of_clean:
+                text = (
+                    f"corrects {points(share)} % of the poisoned samples{beside}: no more of the one than of the other."
+                )
+                found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def calibration_missed(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for measured thresholds that correct another share of a clean stream than twice around their interval."""
+    found = []
+    for row in rows:
+        if row.attacking or not row.has_phase or row.defence_name != "dsc":  # in a chain, others correct too
+            continue
+        missed = [
+            (run, low, high, share)
+            for run in row.runs
+            if (interval := _calibrated(run)) and (share := number(run.summary.get("flagged_clean"))) is not None
+            for low, high in [interval]
+            if not low / CALIBRATION_FACTOR <= share <= high * CALIBRATION_FACTOR
+        ]
+        if missed:
+            each = listed(
+                [f"{points(share)} % (calibrated to {points(a)} to {points(b)} %)" for _, a, b, share in missed]
+            )
+            text = f"corrects {each} of a clean stream in {_of([run for run, *_ in missed], row)}."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def _calibrated(run: Run) -> tuple[float, float] | None:
+    """The interval of the run's threshold; None without one."""
+    calibrations = run.summary.get("calibrations")
+    if not isinstance(calibrations, list) or len(calibrations) != 1 or not isinstance(calibrations[0], Mapping):
+        return None
+    interval = calibrations[0].get("interval")
+    if not isinstance(interval, list) or len(interval) != 2:
+        return None
+    low, high = map(number, interval)
+    return None if low is None or high is None else (low, high)
+
+
+def false_vetoes(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for defences that refuse steps although nothing is attacked: so many batches are not learned from."""
+    found = []
+    for row in rows:
+        refusing = [run for run in row.runs if number(run.summary.get("rolled_back"))]
+        if not row.attacking and refusing:
+            refused, total = sum(row.statistic("rolled_back").values), sum(map(updates, row.runs))
+            text = f"{refused:g} of {total} steps of a clean stream were refused, in {_of(refusing, row)}."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def costs_on_clean(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for defences that end a clean stream more than one point below the undefended runs of the same seeds."""
+    found = []
+    for row in rows:
+        none = undefended(row, rows)
+        if row.attacking or none is None:
+            continue
+        change = row.against(none, "accuracy_after_trigger", sub)
+        if change.mean is not None and change.mean < -NEGLIGIBLE:
+            cost = Statistic(tuple(-value for value in change.values))
+            text = f"costs {spread(cost)} points (n = {cost.n}) of accuracy although nothing is attacked."
+            found.append(Doubt(Severity.CAUTION, row.cell, text))
+    return found
+
+
+def quarantined(rows: Sequence[Row]) -> list[Doubt]:
+    """Looks for samples with NaN or infinite pixels: they never reached the model, which learned from fewer."""
+    found = []
+    for row in rows:
+        some = [run for run in row.runs if number(run.summary.get("quarantined"))]
+        if some:
+            kept = f"{sum(row.statistic('quarantined').values):g}"
+            text = f"{counted(kept, 'sample')} with NaN or infinite pixels kept from the model in {_of(some, row)}."
+            found.append(Doubt(Severity.NOTE, row.cell, text))
     return found
 
 
@@ -324,7 +443,12 @@ RULES: dict[str, Callable[[Sequence[Row]], list[Doubt]]] = {
     "Too few seeds": few_seeds,
     "Includes zero": includes_zero,
     "Not quiet": alarms_before_trigger,
+    "Corrects everything or nothing": chooses_nothing,
+    "Threshold off its calibration": calibration_missed,
     "False alarms": false_alarms,
+    "False vetoes": false_vetoes,
+    "Costs accuracy on a clean stream": costs_on_clean,
+    "Quarantined samples": quarantined,
     "No noise baseline": no_noise_baseline,
     "Unequal starts": starts_differ,
     "Unequal budgets": budgets_differ,
@@ -394,6 +518,13 @@ def _of(some: Sequence[Run], row: Row) -> str:
 
 def _attacking(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.attacking]
+
+
+def _undefended(rows: Iterable[Row]) -> list[Row]:
+    """Attacks without a defence, or under one where there is no such row: leaving no effect is a defence's success."""
+    claiming = _claiming(rows)
+    bare = {row.attack for row in claiming if row.defence_name == "none"}
+    return [row for row in claiming if row.defence_name == "none" or row.attack not in bare]
 
 
 def _claiming(rows: Iterable[Row]) -> list[Row]:

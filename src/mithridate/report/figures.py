@@ -3,7 +3,7 @@
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -136,7 +136,7 @@ def accuracy_curves(rows: Sequence[Row]) -> Drawing | None:
         n_lines = -(-len(panels) // n_columns)
         figure.set_size_inches(max(6.4, 3.9 * n_columns), 0.7 + 3.0 * n_lines)
         axes = figure.subplots(n_lines, n_columns, sharex=True, sharey=True, squeeze=False)
-        looks = _looks(panels)
+        looks = looks_of(name for members in panels.values() for name, _ in members)
         for ax, (title, members) in zip(axes.flat, panels.items(), strict=False):
             ax.set_title(fitting(title), loc="left", fontweight="bold")
             for name, row in members:
@@ -151,9 +151,9 @@ def accuracy_curves(rows: Sequence[Row]) -> Drawing | None:
         for ax in axes[:, 0]:
             ax.set_ylabel("test accuracy (%)")
         figure.supxlabel("steps until the trigger", fontsize=9)
-        _legend(figure, looks, rows)
+        legend(figure, looks, rows)
         floor = float(axes[0, 0].get_ylim()[0])
-        return _drawing(
+        return saved(
             figure,
             rows[0],
             stem=file_stem("accuracy", *rows[0].group),
@@ -189,7 +189,7 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
         figure = Figure(layout="constrained")
         figure.set_size_inches(9.6, 0.8 + 2.1 * len(panels))
         axes = figure.subplots(len(panels), len(MEASURES), sharex=True, sharey="col", squeeze=False)
-        looks = _looks(panels)
+        looks = looks_of(name for members in panels.values() for name, _ in members)
         for column, (measure, label) in zip(axes.T, MEASURES.items(), strict=True):
             column[0].set_title(label, loc="left")
             values = [v for row in rows for run in row.runs for v in aligned(run, measure).values() if v > 0]
@@ -199,12 +199,12 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
                 if values and max(values) > 100 * min(values):
                     ax.set_yscale("symlog", linthresh=min(values))
                 ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-                _mark_batches(ax, longest)
+                mark_batches(ax, longest)
         for ax, title in zip(axes[:, 0], panels, strict=True):
             ax.set_ylabel(fitting(title), fontweight="bold")
         figure.supxlabel("batches until the trigger", fontsize=9)
-        _legend(figure, looks, [])
-        return _drawing(
+        legend(figure, looks, [])
+        return saved(
             figure,
             rows[0],
             stem=file_stem("loss-and-norms", *rows[0].group),
@@ -331,21 +331,29 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[tuple[str, Row]]]:
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
+    """How a line is told from the others, in colour and without.
+
+    Args:
+        colour: One of `COLOURS`.
+        dashes: One of `DASHES`.
+        marker: One of `MARKERS`.
+    """
+
     colour: str
     dashes: Any
     marker: str
 
 
-def _looks(panels: Mapping[str, Sequence[tuple[str, Row]]]) -> dict[str, _Look]:
-    names = dict.fromkeys(name for members in panels.values() for name, _ in members)
+def looks_of(names: Iterable[str]) -> dict[str, Look]:
+    """A look for each name, those that occur twice once; the first 28 all differ, beyond colour after the seventh."""
     return {
-        name: _Look(
+        name: Look(
             COLOURS[i % len(COLOURS)],
-            DASHES[(i + i // len(COLOURS)) % len(DASHES)],
-            MARKERS[i % len(MARKERS)],
+            DASHES[(i % len(COLOURS) + i // len(COLOURS)) % len(DASHES)],
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
         )
-        for i, name in enumerate(names)
+        for i, name in enumerate(dict.fromkeys(names))
     }
 
 
@@ -355,17 +363,17 @@ def _longest(rows: Sequence[Row]) -> int | None:
     return max(0, -min(places)) if places else None
 
 
-def _width(longest: int) -> float:
+def trigger_width(longest: int) -> float:
     """Width of the trigger step in the drawing: one step, but never too narrow to see."""
     return max(1.0, 0.22 * longest)
 
 
 def _draw(ax: Axes, values: Mapping[int, float], longest: int, **looks: Any) -> None:  # noqa: ANN401  (Line2D's options)
-    x = [_width(longest) if place == AFTER else place for place in values]
+    x = [trigger_width(longest) if place == AFTER else place for place in values]
     ax.plot(x, list(values.values()), **looks)
 
 
-def _draw_mean(ax: Axes, row: Row, column: str, longest: int, look: _Look, *, scale: float = 1) -> None:
+def _draw_mean(ax: Axes, row: Row, column: str, longest: int, look: Look, *, scale: float = 1) -> None:
     """The mean line with its band, over the runs that have a trigger if any has."""
     curves = [aligned(run, column) for run in _triggered(row)]
     middle = common([curve for curve in curves if curve])
@@ -382,12 +390,12 @@ def _draw_mean(ax: Axes, row: Row, column: str, longest: int, look: _Look, *, sc
         markevery=list(range(n)) if n <= MAX_MARKED else [n - 2, n - 1],
         zorder=3,
     )
-    x = [_width(longest) if place == AFTER else place for place in middle]
+    x = [trigger_width(longest) if place == AFTER else place for place in middle]
     low, high = ([scale * band[side] for band in middle.values()] for side in (1, 2))
     ax.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0, zorder=1)
 
 
-def _draw_runs(ax: Axes, row: Row, longest: int, look: _Look) -> None:
+def _draw_runs(ax: Axes, row: Row, longest: int, look: Look) -> None:
     for run in row.runs:
         curve = {place: 100 * value for place, value in aligned(run, "accuracy").items()}
         _draw(ax, curve, longest, color=look.colour, linewidth=0.8, alpha=0.45, zorder=2)
@@ -423,7 +431,7 @@ def _percent_axis(axes: NDArray[Any]) -> None:
 
 def _mark_trigger(ax: Axes, longest: int) -> None:
     """The dashed line before the trigger, the shaded step, and ticks that count down to it."""
-    width = _width(longest)
+    width = trigger_width(longest)
     ax.axvspan(0, width, color="#f0f0f0", zorder=0)
     ax.axvline(0, color="#555555", linestyle="--", linewidth=1.2, zorder=1)
     ax.axvline(width, color="#bbbbbb", linewidth=0.8, zorder=1)
@@ -433,9 +441,9 @@ def _mark_trigger(ax: Axes, longest: int) -> None:
     ax.set_xlim(-longest - 0.06 * (longest + width), width + 0.16 * (longest + width))
 
 
-def _mark_batches(ax: Axes, longest: int) -> None:
+def mark_batches(ax: Axes, longest: int) -> None:
     """The trigger batch shaded, and ticks that count the batches down to it; for what is measured of a batch."""
-    width = _width(longest)
+    width = trigger_width(longest)
     ax.axvspan(width / 2, width * 1.5, color="#f0f0f0", zorder=0)
     early = _countdown(longest, 1, max(1.0, 0.12 * longest))
     ax.set_xticks([*(1 - steps for steps in early), width], [*map(str, early), "trigger"])
@@ -464,8 +472,8 @@ def _label_changes(ax: Axes, members: Sequence[tuple[str, Row]], longest: int) -
     for height, (end, text) in zip(heights, ends, strict=True):
         ax.annotate(
             text,
-            (_width(longest), end),
-            (_width(longest) + 0.035 * (longest + _width(longest)), height),
+            (trigger_width(longest), end),
+            (trigger_width(longest) + 0.035 * (longest + trigger_width(longest)), height),
             va="center",
             fontsize=8.5,
             arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
@@ -491,7 +499,14 @@ def spread_out(heights: Sequence[float], distance: float, low: float, high: floa
     return placed
 
 
-def _legend(figure: Figure, looks: Mapping[str, _Look], rows: Sequence[Row]) -> None:
+def legend(figure: Figure, looks: Mapping[str, Look], rows: Sequence[Row]) -> None:
+    """One legend for all panels, above them.
+
+    Args:
+        figure: Where.
+        looks: By name.
+        rows: Explains the marks of halted and diverged runs if there are such among them.
+    """
     handles = [
         Line2D([], [], color=look.colour, linestyle=look.dashes, marker=look.marker, markersize=4.5)
         for look in looks.values()
@@ -545,7 +560,7 @@ def _images(row: Row, run: Run, pairs: Mapping[str, tuple[NDArray[np.float32], N
             ax.spines[:].set_visible(False)
             ax.set_title(PHASES[phase], loc="left")
         where = f"{row.attack}, defence {row.defence}, seed {seed(run)}"
-        return _drawing(
+        return saved(
             figure,
             row,
             stem=file_stem("images", *row.group, row.attack),
@@ -557,7 +572,7 @@ def _images(row: Row, run: Run, pairs: Mapping[str, tuple[NDArray[np.float32], N
         )
 
 
-def _drawing(figure: Figure, row: Row, *, stem: str, heading: str, caption: str, alt: str) -> Drawing:
+def saved(figure: Figure, row: Row, *, stem: str, heading: str, caption: str, alt: str) -> Drawing:
     """Save as SVG and PNG, without dates or versions, so that the same runs give the same bytes."""
     vector, raster = io.BytesIO(), io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))

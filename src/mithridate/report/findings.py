@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import sub
 
 from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
-from mithridate.report.tables import Row, flattened, groups, seed, seeds, shared, spread
+from mithridate.report.tables import Row, Statistic, flattened, groups, seed, seeds, shared, spread, undefended
 from mithridate.report.wording import counted, decimal, listed, number, points, span
 
 
@@ -66,16 +67,11 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     Args:
         rows: Rows of one data set and model.
     """
-    undefended = [row for row in rows if row.defence_name == "none"] or [
-        r for r in rows if r.defence == rows[0].defence
-    ]
-    attacks = [row for row in undefended if row.attacking and not row.is_noise]
-    tried = [row for row in attacks if row.statistic("drop").n]
-    if not tried:
-        return (_without_attack(undefended) if not attacks else "No attack reached its trigger."), ()
-    supported = [row for row in tried if _supported(row, rows)]
-    best = max(supported or tried, key=lambda row: row.statistic("drop").mean or 0)
-    if not supported:
+    plain = _undefended(rows)
+    best = strongest(rows)
+    if best is None:
+        return ("No attack reached its trigger." if any(map(_claimed, plain)) else _without_attack(plain)), ()
+    if not _supported(best, rows):
         return (
             f"No attack is shown to work: the largest drop in a trigger step is {_cost(best)}, by {best.attack}, "
             "and neither chance nor noise is excluded.",
@@ -83,16 +79,33 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
         )
     under = "" if best.defence_name == "none" else f" under {best.defence}"
     what = "One batch" if best.poisons_trigger else "One unpoisoned batch"
-    alone = _alone(best, undefended)
+    alone = _alone(best, plain)
     if not best.poisons_before_trigger:
-        return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, undefended) + _defended(
-            best, rows
-        )
+        return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, plain) + _defended(best, rows)
     sentence = f"{what} cost {_cost(best)}{under} {_phase(best)}"
     if alone is not None:
         same = "the same kind of batch" if _same_kind(best, alone) else "a batch"
         sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
-    return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, undefended), *_defended(best, rows))
+    return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, plain), *_defended(best, rows))
+
+
+def strongest(rows: Sequence[Row]) -> Row | None:
+    """The attack on no defence with the largest mean drop, those shown to work first; None if there is no drop.
+
+    Args:
+        rows: Rows of one data set and model.
+    """
+    tried = [row for row in _undefended(rows) if _claimed(row) and row.statistic("drop").n]
+    return max(tried, key=lambda row: (_supported(row, rows), row.statistic("drop").mean or 0), default=None)
+
+
+def _undefended(rows: Sequence[Row]) -> list[Row]:
+    """The undefended rows; where everything is defended, those of the first defence."""
+    return [row for row in rows if row.defence_name == "none"] or [r for r in rows if r.defence == rows[0].defence]
+
+
+def _claimed(row: Row) -> bool:
+    return row.attacking and not row.is_noise
 
 
 def _cost(row: Row) -> str:
@@ -166,7 +179,7 @@ def _called(row: Row) -> str:
 
 
 def _defended(best: Row, rows: Sequence[Row]) -> tuple[str, ...]:
-    """The same attack under the other defences."""
+    """The same attack under the other defences, each beside what its defence does to a clean stream."""
     sentences = []
     for row in rows:
         if row.attack != best.attack or row.defence == best.defence:
@@ -176,8 +189,36 @@ def _defended(best: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         cost = f"it cost {spread(drop)} points ({_n(row)})" if drop.n else "it did not reach its trigger"
         total = counted(str(len(row.runs)), "run")
         halted = f"; a monitor stopped {stopped} of {total} before the trigger" if stopped else ""
-        sentences.append(f"Under {row.defence} {cost}{halted}.")
+        sentences.append(f"Under {row.defence} {cost}{_ends(row, rows)}{halted}.")
     return tuple(sentences)
+
+
+def _ends(row: Row, rows: Sequence[Row]) -> str:
+    """Where a defended model ended, beside the end of a clean stream under the same defence, if there is one."""
+    final = "accuracy_after_trigger"
+    under = [r for r in rows if r.defence == row.defence and not r.attacking and r.has_phase and r.statistic(final).n]
+    if not under or not row.statistic(final).n:
+        return ""
+    clean = max(under, key=lambda r: r.statistic("steps").mean or 0)
+    none = undefended(clean, rows)
+    change = Statistic(()) if none is None else clean.against(none, final, sub)
+    return f" and left {spread(row.statistic(final))} %; a clean stream left {spread(clean.statistic(final))} %" + (
+        f", {_changed(change)}" if change.n else ""
+    )
+
+
+def _changed(change: Statistic) -> str:
+    """A difference to no defence, and whether the seeds can show it."""
+    mean, std = change.mean or 0, change.std
+    if all(points(abs(value)) == "0.0" for value in change.values):
+        return f"as without a defence (n = {change.n})"
+    if std is None:
+        shown = "one seed"
+    else:
+        shown = f"n = {change.n}" if abs(mean) > std else f"n = {change.n}, within its spread"
+    size = Statistic(tuple(value if mean >= 0 else -value for value in change.values))
+    where = "above" if mean >= 0 else "below"
+    return f"{spread(size)} points {where} no defence ({shown})"
 
 
 def _without_attack(rows: Sequence[Row]) -> str:

@@ -1,6 +1,6 @@
 """The page: everything put into one HTML file that loads nothing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -18,6 +18,7 @@ from mithridate.report.tables import (
     displayed,
     flattened,
     groups,
+    markdown_table,
     run_records,
     seeds,
     settings,
@@ -65,12 +66,49 @@ class Section:
     drawings: Sequence[Drawing]
 
 
-def page(rows: Sequence[Row], sections: Sequence[Section]) -> str:
+@dataclass(frozen=True)
+class TableSection:
+    """A part of the page that holds one table.
+
+    Args:
+        id: Its anchor.
+        heading: Its heading.
+        intro: What the table shows, above it.
+        head: The headings of its columns.
+        rows: Its rows by what they are about (`Row.subject`, which is written only if there are several), each as long
+            as `head`, as text.
+        note: Said below it; nothing if empty.
+        names: How many columns on the left hold names, which are set to the left; numbers are set to the right.
+        line: The column whose change draws a line between rows; None draws none.
+        bold: The column that the eye should find; None for none.
+    """
+
+    id: str
+    heading: str
+    intro: str
+    head: Sequence[str]
+    rows: Mapping[str, Sequence[Sequence[str]]]
+    note: str = ""
+    names: int = 2
+    line: int | None = None
+    bold: int | None = None
+
+    def markdown(self) -> str:
+        """The table for GitHub, without heading and words."""
+        several = len(self.rows) > 1
+        return markdown_table(
+            [*(["model and data set"] if several else []), *self.head],
+            [(*([subject] if several else []), *row) for subject, rows in self.rows.items() for row in rows],
+            names=self.names + several,
+        )
+
+
+def page(rows: Sequence[Row], parts: Sequence[Section | TableSection]) -> str:
     """The whole report as HTML. Every value from the store is escaped.
 
     Args:
         rows: All rows.
-        sections: The parts with figures, in order.
+        parts: What stands between the results and the alarms, in order; a table without rows is left out.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("mithridate.report")
@@ -91,23 +129,10 @@ def page(rows: Sequence[Row], sections: Sequence[Section]) -> str:
         doubtful=[_doubtful(answer) for answer in answers if answer.doubts],
         passed=[answer for answer in answers if not answer.doubts],
         tally=_tally(answers),
-        columns=COLUMNS,
-        results=[
-            {"subject": members[0].subject, "rows": [displayed(row) for row in members]}
-            for members in compared.values()
-        ],
-        sections=[
-            {
-                "id": section.id,
-                "heading": section.heading,
-                "absent": section.absent,
-                "subheadings": section.subheadings or len(section.drawings) > 1,
-                "figures": [
-                    _shown(drawing, f"{section.id}-{i}", several=len(compared) > 1)
-                    for i, drawing in enumerate(section.drawings, 1)
-                ],
-            }
-            for section in sections
+        parts=[
+            _figures(part, several=len(compared) > 1) if isinstance(part, Section) else {"table": part}
+            for part in (_results(compared.values()), *parts)
+            if isinstance(part, Section) or part.rows
         ],
         events=events,
         left_out=left_out,
@@ -118,6 +143,31 @@ def page(rows: Sequence[Row], sections: Sequence[Section]) -> str:
         run_columns=list(_RUN_COLUMNS.values()),
         runs=[[_written(record[name]) for name in _RUN_COLUMNS] for record in records],
     )
+
+
+def _results(compared: Iterable[Sequence[Row]]) -> TableSection:
+    return TableSection(
+        id="results",
+        heading="Results",
+        intro="Accuracy on the test part, mean ± standard deviation over seeds (none for a single run). Drop: accuracy "
+        "before the trigger step minus after it. n: runs with a drop.",
+        head=COLUMNS,
+        rows={members[0].subject: [displayed(row) for row in members] for members in compared},
+        line=COLUMNS.index("defence"),
+        bold=COLUMNS.index("drop (points)"),
+    )
+
+
+def _figures(section: Section, *, several: bool) -> dict[str, Any]:
+    return {
+        "id": section.id,
+        "heading": section.heading,
+        "absent": section.absent,
+        "subheadings": section.subheadings or len(section.drawings) > 1,
+        "figures": [
+            _shown(drawing, f"{section.id}-{i}", several=several) for i, drawing in enumerate(section.drawings, 1)
+        ],
+    }
 
 
 def _doubtful(answer: Examined) -> dict[str, Any]:

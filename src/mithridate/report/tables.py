@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,16 @@ METRICS = (
     "seconds",
 )
 """The numbers of `summary.json` that are averaged over seeds; accuracies and the drop are fractions."""
+
+RUN_METRICS = (
+    *METRICS,
+    "rolled_back",
+    "quarantined",
+    "flagged_clean",
+    "flagged_poisoned",
+    "update_seconds",
+)
+"""The numbers of `summary.json` that `runs.csv` lists; older stores lack the last ones."""
 
 COLUMNS = (
     "attack",
@@ -139,10 +149,31 @@ class Row:
             if step.get("phase") == "trigger"
         )
 
+    @property
+    def has_phase(self) -> bool:
+        """Whether any run took steps before the trigger step."""
+        return any(steps > 0 for steps in self.statistic("steps").values)
+
     def statistic(self, metric: str) -> Statistic:
         """All results of one metric of the summary; runs without a finite number are left out."""
-        found = (number(run.summary.get(metric)) for run in self.runs)
+        return self.each(lambda run: number(run.summary.get(metric)))
+
+    def each(self, quantity: Callable[[Run], float | None]) -> Statistic:
+        """All results of a quantity that is computed run by run; runs without it are left out."""
+        found = map(quantity, self.runs)
         return Statistic(tuple(value for value in found if value is not None))
+
+    def against(self, other: "Row", metric: str, compare: Callable[[float, float], float]) -> Statistic:
+        """One metric compared with that of another row, seed by seed, over the seeds that both have.
+
+        Args:
+            other: What to compare with.
+            metric: A number of the summary.
+            compare: From this row's number and the other's, such as `operator.sub`.
+        """
+        theirs = {seed(run): value for run in other.runs if (value := number(run.summary.get(metric))) is not None}
+        pairs = ((number(run.summary.get(metric)), theirs.get(seed(run))) for run in self.runs)
+        return Statistic(tuple(compare(a, b) for a, b in pairs if a is not None and b is not None))
 
     def difference(self, first: str, second: str) -> Statistic:
         """`first - second` run by run, over the runs that have both."""
@@ -152,6 +183,20 @@ class Row:
     def with_status(self, status: str) -> list[Run]:
         """The runs that ended so."""
         return [run for run in self.runs if run.summary.get("status") == status]
+
+
+def undefended(row: Row, among: Iterable[Row]) -> Row | None:
+    """The row of the same attack, data set and model without a defence; None if there is none, or it is this one."""
+    if row.defence_name == "none":
+        return None
+    same = (other for other in among if (other.group, other.attack) == (row.group, row.attack))
+    return next((other for other in same if other.defence_name == "none"), None)
+
+
+def updates(run: Run) -> int:
+    """How many batches the run's learner was sent, the trigger included; 0 if the run did not say."""
+    steps = number(run.summary.get("steps"))
+    return 0 if steps is None else int(steps) + (number(run.summary.get("accuracy_after_trigger")) is not None)
 
 
 def seed(run: Run) -> int | None:
@@ -229,7 +274,7 @@ def run_records(found: Sequence[Row]) -> list[Record]:
             "status": plain(run.summary.get("status", "")),
             "stopped_by": plain(run.summary.get("stopped_by", "")),
             "first_alarm_step": number(run.summary.get("first_alarm_step")),
-            **{metric: number(run.summary.get(metric)) for metric in METRICS},
+            **{metric: number(run.summary.get(metric)) for metric in RUN_METRICS},
         }
         for row in found
         for run in row.runs
@@ -279,18 +324,22 @@ def spread(statistic: Statistic) -> str:
 def to_markdown(found: Sequence[Row]) -> str:
     """A GitHub table of all rows; data set and model are columns only where they differ."""
     several = len(groups(found)) > 1
-    heads = ("data set", "model") if several else ()
-    names = len(heads) + 2
-    lines = [
-        [*heads, *COLUMNS],
-        ["---"] * names + ["---:"] * (len(COLUMNS) - 2),
-        *(
-            [
-                *(map(markdown_safe, (*row.group, *displayed(row))[0 if several else 2 :])),
-            ]
-            for row in found
-        ),
-    ]
+    return markdown_table(
+        [*(("data set", "model") if several else ()), *COLUMNS],
+        [(*(row.group if several else ()), *displayed(row)) for row in found],
+        names=4 if several else 2,
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, names: int) -> str:
+    """A GitHub table; cells are shown as they are, never as markup.
+
+    Args:
+        head: The headings, which are ours.
+        rows: Each as long as `head`.
+        names: How many columns on the left hold names; the others hold numbers and are set to the right.
+    """
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *([*map(markdown_safe, row)] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

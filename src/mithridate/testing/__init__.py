@@ -1,6 +1,6 @@
 """For authors of components: a toy stream, and the checks that every component must pass."""
 
-from mithridate.testing.conformance import attack_checks, component_checks, defence_checks
+from mithridate.testing.conformance import attack_checks, component_checks, defence_checks, detector_checks
 from mithridate.testing.toy import toy_learner, toy_stream
 
-__all__ = ["attack_checks", "component_checks", "defence_checks", "toy_learner", "toy_stream"]
+__all__ = ["attack_checks", "component_checks", "defence_checks", "detector_checks", "toy_learner", "toy_stream"]

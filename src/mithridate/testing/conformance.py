@@ -13,12 +13,16 @@ from functools import lru_cache
 from statistics import mean
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import Attack, Batch, Defence, Need, View
+from mithridate.core import Attack, Batch, Defence, Detector, Memory, Need, View, Weights
 from mithridate.data.stream import Stream
 from mithridate.errors import ConfigError, UserError
+from mithridate.features import observe
+from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import OnlineRun, Outcome, run_online
 from mithridate.norms import Norm
@@ -62,6 +66,18 @@ def defence_checks() -> Sequence[Check]:
         check_defence_leaves_the_batch_alone,
         check_learns_from_one,
         check_declares_views,
+    )
+
+
+def detector_checks() -> Sequence[Check]:
+    """Checks for detectors, besides `component_checks`."""
+    return (
+        check_separates,
+        check_scores_in_any_company,
+        check_detector_leaves_the_world_alone,
+        check_fit_repeats,
+        check_fitted_can_be_saved,
+        check_detector_declares_needs,
     )
 
 
@@ -123,6 +139,11 @@ def _is_control(cls: type) -> bool:
     return bool(getattr(cls, "control", False))
 
 
+def _may_hold_back(cls: type) -> bool:
+    """Controls, and attacks that send less than their budget on purpose (`restrained`)."""
+    return _is_control(cls) or bool(getattr(cls, "restrained", False))
+
+
 @lru_cache(maxsize=8)
 def _stream(seed: int) -> Stream:
     return toy_stream(seed)
@@ -135,6 +156,7 @@ def _things(learner: Learner, stream: Stream) -> dict[Need, Any]:
         Need.TRIGGER: stream.trigger_batch(3, 0),
         Need.ACCURACY: (0.9, 0.9),
         Need.TRUSTED: stream.trusted.all(),
+        Need.SURROGATE: toy_learner(stream, seed=1).white_box,
     }
 
 
@@ -155,11 +177,18 @@ def _variants(cls: Any) -> list[Attack]:  # noqa: ANN401  (a registered attack c
     made = [
         build(kind, {**base, "norm": norm, "eps": BUDGET if norm == "linf" else 4 * BUDGET}) for norm in ("linf", "l2")
     ]
-    for field in dataclasses.fields(cls):
-        choices = getattr(field.type, "__args__", ())
-        if choices and all(isinstance(c, str) for c in choices) and field.name != "norm":
-            made += [build(kind, {**base, field.name: choice}) for choice in choices]
+    made += [build(kind, {**base, field: choice}) for field, choice in _choices(cls) if field != "norm"]
     return list(dict.fromkeys(made))
+
+
+def _choices(cls: Any) -> list[tuple[str, str]]:  # noqa: ANN401  (a registered class)
+    """Every value of every field that is a named choice."""
+    return [
+        (field.name, choice)
+        for field in dataclasses.fields(cls)
+        if all(isinstance(choice, str) for choice in getattr(field.type, "__args__", (None,)))
+        for choice in getattr(field.type, "__args__", ())
+    ]
 
 
 def check_repeats(cls: type) -> None:
@@ -249,7 +278,7 @@ def check_budget(cls: type) -> None:
             flat = (sent.x - batch.x).flatten(1).double()
             radius = flat.abs().amax(1) if attack.ball.norm == "linf" else flat.norm(dim=1)
             assert float(radius.max()) <= attack.ball.eps + 1e-5, f"{attack} left its ball: {float(radius.max())}"
-            assert _is_control(cls) or float(radius.max()) > 0.5 * attack.ball.eps or act == attack.trigger, (
+            assert _may_hold_back(cls) or float(radius.max()) > 0.5 * attack.ball.eps or act == attack.trigger, (
                 f"{attack} hardly uses its budget"
             )
             assert float(sent.x.min()) >= 0, f"{attack} goes below 0"
@@ -391,3 +420,151 @@ def check_declares_views(cls: type) -> None:
         learner.update(stream.victim_batch(0, 0))
     except UserError as error:
         raise AssertionError(f"{name}: {error}") from error
+
+
+def _detectors(cls: type) -> list[Detector]:
+    """The class as it is, and once for every value of its named choices."""
+    kind, name = _kind_and_name(cls)
+    tables = [{"name": name}, *({"name": name, field: choice} for field, choice in _choices(cls))]
+    made: list[Detector] = [build(kind, table) for table in tables]
+    return list(dict.fromkeys(made))
+
+
+def _scores(detector: Detector, learner: Learner, batch: Batch, fitted: Memory) -> Tensor:
+    """What the detector says, granted just what it declares."""
+    things: dict[Need, Any] = {Need.MODEL: learner.white_box, Need.HISTORY: learner.history}
+    granted = {need: thing for need, thing in things.items() if need in detector.needs}
+    return detector.score(batch, View(learner.step, {}, granted, detector.needs, type(detector).__name__), fitted)
+
+
+def _fitted(detector: Detector, stream: Stream, seed: int = 0) -> Memory:
+    """What it remembers of the toy stream's burn-in images, as the burned-in model sees them."""
+    if not detector.fits:
+        return {}
+    clean = observe(toy_learner(stream, seed=seed).model, stream.burn_in.batches(60))
+    return detector.fit(clean, rng=torch.Generator().manual_seed(3))
+
+
+def _retaught(stream: Stream, seed: int) -> Learner:
+    """A toy learner that was then taught that class 0 is class 1, and remembers how it was before."""
+    learner = toy_learner(stream, seed=seed)
+    before = learner.snapshot()
+    learner.history = History(checkpoints={0: Weights(before.parameters, before.buffers, "before")})
+    for x, y in stream.burn_in.batches(20):
+        learner.update(Batch(x, torch.where(y == 0, 1, y)))
+    return learner
+
+
+def _auroc(clean: Tensor, odd: Tensor) -> float:
+    """How often a clean sample scores above an odd one; ties count half."""
+    above, equal = clean[:, None] > odd, clean[:, None] == odd
+    return float((above.double() + 0.5 * equal.double()).mean())
+
+
+def check_separates(cls: type) -> None:
+    """With its defaults it puts blatant anomalies below clean images, AUROC above 0.9 on average over two streams.
+
+    A detector that is fitted must do so for inverted images. Another may instead for images of a class that the model
+    was just taught to call by the name of another one: they are wrong as labelled, and the model has changed its mind.
+    """
+    kind, name = _kind_and_name(cls)
+    detector: Detector = build(kind, {"name": name})
+    inverted, renamed = [], []
+    for seed in (0, 1):
+        stream = _stream(seed)
+        test, learner, changed = stream.test.all(), toy_learner(stream, seed=seed), _retaught(stream, seed)
+        fitted = _fitted(detector, stream, seed)
+        odd = _scores(detector, learner, Batch(1 - test.x, test.y), fitted)
+        inverted.append(_auroc(_scores(detector, learner, test, fitted), odd))
+        scores = _scores(detector, changed, test, fitted)
+        renamed.append(_auroc(scores[test.y != 0], scores[test.y == 0]))
+    found = {"inverted images": mean(inverted)} | ({} if detector.fits else {"a renamed class": mean(renamed)})
+    assert max(found.values()) > 0.9, f"{name} does not separate blatant anomalies; AUROC: {found}"
+
+
+def check_scores_in_any_company(cls: type) -> None:
+    """A sample has the same score in a batch, in another order, in pieces and alone: one number, not NaN."""
+    stream = _stream(0)
+    learner = _retaught(stream, 0)
+    x, y = stream.victim_batch(0, 0)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(2))
+    for detector in _detectors(cls):
+        fitted = _fitted(detector, stream)
+        whole = _scores(detector, learner, Batch(x, y), fitted)
+        assert whole.shape == y.shape, f"{detector} gives {tuple(whole.shape)} scores of {len(y)} samples"
+        assert whole.device == x.device, f"{detector} gives scores on {whole.device} of a batch on {x.device}"
+        assert not whole.requires_grad, f"{detector} gives scores with a gradient"
+        assert not whole.isnan().any(), f"{detector} gives NaN"
+        permuted = _scores(detector, learner, Batch(x[order], y[order]), fitted)
+        places = torch.split(torch.arange(len(y)), [7, 1, 12])
+        pieces = [_scores(detector, learner, Batch(x[i], y[i]), fitted) for i in places]
+        for what, other in (("in another order", permuted), ("in pieces", torch.cat(pieces)[order])):
+            assert torch.allclose(whole[order], other, rtol=1e-3, atol=1e-4), f"{detector} scores otherwise {what}"
+
+
+def check_detector_leaves_the_world_alone(cls: type) -> None:
+    """Batch, notes, parameters, buffers, gradients and train flags are as before; global randomness too."""
+    stream = _stream(0)
+    learner = _retaught(stream, 0)
+    modules = list(learner.model.modules())
+    for i, module in enumerate(modules):
+        module.training = i % 2 == 0
+    parameter = next(learner.model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    for detector in _detectors(cls):
+        before, state = learner.snapshot(), torch.get_rng_state()
+        fitted = _fitted(detector, stream)
+        batch = stream.victim_batch(0, 0)
+        kept, notes = Batch(batch.x.clone(), batch.y.clone()), {name: t.clone() for name, t in fitted.items()}
+        _scores(detector, learner, batch, fitted)
+        after = learner.snapshot()
+        for what in ("parameters", "buffers"):
+            for name, tensor in getattr(before, what).items():
+                assert torch.equal(tensor, getattr(after, what)[name]), f"{detector} changed {what} '{name}'"
+        assert torch.equal(batch.x, kept.x), f"{detector} changed the batch"
+        assert torch.equal(batch.y, kept.y), f"{detector} changed the labels"
+        assert fitted.keys() == notes.keys(), f"{detector} changed what it was fitted to"
+        assert all(torch.equal(fitted[name], t) for name, t in notes.items()), (
+            f"{detector} changed what it was fitted to"
+        )
+        assert torch.equal(parameter.grad, torch.ones_like(parameter)), f"{detector} changed .grad"
+        flags = [m.training for m in modules]
+        assert flags == [i % 2 == 0 for i in range(len(modules))], f"{detector} left a train flag changed"
+        assert torch.equal(state, torch.get_rng_state()), f"{detector} drew from the global generator"
+
+
+def check_fit_repeats(cls: type) -> None:
+    """The same generator state and samples give the same notes and scores, bit for bit; it notes something at all."""
+    stream = _stream(0)
+    learner = _retaught(stream, 0)
+    batch = stream.victim_batch(0, 0)
+    for detector in _detectors(cls):
+        one, two = (_fitted(detector, stream) for _ in range(2))
+        assert bool(one) is detector.fits, f"{detector}: fits is {detector.fits}, and it notes {sorted(one)}"
+        assert one.keys() == two.keys(), f"{detector} notes other things the second time"
+        assert all(torch.equal(one[name], two[name]) for name in one), f"{detector}: two fits differ"
+        scores = [_scores(detector, learner, batch, fitted) for fitted in (one, two)]
+        assert torch.equal(*scores), f"{detector}: scores differ"
+
+
+def check_fitted_can_be_saved(cls: type) -> None:
+    """What it remembers goes through a safetensors file, and gives the same scores afterwards, bit for bit."""
+    stream = _stream(0)
+    learner = _retaught(stream, 0)
+    batch = stream.victim_batch(0, 0)
+    for detector in _detectors(cls):
+        fitted = _fitted(detector, stream)
+        read = safetensors.torch.load(safetensors.torch.save({name: t.contiguous() for name, t in fitted.items()}))
+        scores = [_scores(detector, learner, batch, notes) for notes in (fitted, read)]
+        assert torch.equal(*scores), f"{detector} scores otherwise once its notes were saved"
+
+
+def check_detector_declares_needs(cls: type) -> None:
+    """It scores when it is granted just what it declares."""
+    stream = _stream(0)
+    learner = _retaught(stream, 0)
+    for detector in _detectors(cls):
+        try:
+            _scores(detector, learner, stream.victim_batch(0, 0), _fitted(detector, stream))
+        except UserError as error:
+            raise AssertionError(f"{detector}: {error}") from error

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-from mithridate.core import Defence, Weights
+from mithridate.core import Batch, Defence, Weights
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings
 from mithridate.learning.burn_in import BurnIn, burn_in
@@ -95,7 +95,7 @@ def toy_learner(
     dtype: torch.dtype = torch.float32,
     lr: float = 0.05,
 ) -> Learner:
-    """A small convolutional net after a short burn-in on a toy stream, with a fresh SGD.
+    """A small convolutional net after a short burn-in on a toy stream, with a fresh SGD and all a defence may ask for.
 
     Args:
         stream: From `toy_stream`.
@@ -111,4 +111,6 @@ def toy_learner(
     fresh = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed).to(dtype)
     untrained = Weights(dict(fresh.named_parameters()), dict(fresh.named_buffers()), "burn-in epoch 0")
     history = History(keep=8, checkpoints={0: untrained})
-    return Learner(model, optimiser, defence=defence, trusted=stream.trusted.all(), history=history)
+    training = [Batch(x.to(dtype), y) for x, y in stream.burn_in.batches(60)]
+    trusted = stream.trusted.all()
+    return Learner(model, optimiser, defence=defence, trusted=trusted, history=history, training=training)

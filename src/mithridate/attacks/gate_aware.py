@@ -1,0 +1,280 @@
+"""The attacker who knows that a gate stands after the step, and stays inside its tolerance."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+from torch.optim import SGD
+
+from mithridate.attacks.budget import Budgeted, Factor, StepSize
+from mithridate.core import Attack, Batch, BatchNormMode, Memory, Need, View, WhiteBox, frozen_statistics
+from mithridate.errors import ConfigError
+from mithridate.norms import Ball
+from mithridate.registry import build, config_of, register, settings
+
+INNER = "inner."
+"""Prefix of the inner attack's notes."""
+SEEN, BUFFER = "seen.", "buffer."
+"""Prefixes of the parameters seen last and of the momentum inferred from them, by name."""
+START, BEST = "start", "best"
+"""Notes: what was measured first, and the best so far."""
+BUDGET = ("eps", "norm", "poison_ratio")
+INNER_DEFAULT = {"name": "accumulative", "trigger_update": "after_step"}
+CHUNK = 500
+"""Samples of S_val that go through the model at once."""
+
+
+class Measure(NamedTuple):
+    """What a gate looks at: mean loss, and accuracy of the class that fares worst."""
+
+    loss: float
+    worst: float
+
+
+@register("attack", "gate_aware")
+@settings
+class GateAware(Budgeted):
+    """Shrink another attack's poison, batch by batch, until the step that it causes would pass a gate.
+
+    Before a batch is sent, the victim's step on it is rehearsed on a copy of the model, and the result measured on
+    S_val. The perturbation is tried whole; if it does not pass, the largest share of it that does is looked for by
+    bisection (as if smaller poison always did less), and if none is found, the clean batch is sent. The victim's steps
+    are SGD's, and its momentum is read off the last two states seen: (before - now) / lr. So the rehearsal is exact, up
+    to rounding, where the beliefs below are; it is not where a defence changes batch or gradient, or, until the second
+    step, where the optimiser came with a momentum of its own. It looks one step ahead only: where even the clean batch
+    would not pass, because of the momentum that earlier poison left, say, that is what it sends.
+
+    Args:
+        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031); the inner attack's too, whatever a
+            preset of it says.
+        norm: Of the ball: `linf` or `l2`; the inner attack's too.
+        poison_ratio: Share of each batch that is changed, in [0, 1]; the inner attack's too.
+        inner: The attack that is shrunk, a table as in a recipe, without the three fields above:
+            `{name = "pgd", steps = 5}`. It is completed with that attack's defaults. By default `accumulative` with
+            `after_step`: the trigger is then crafted for the model as the shrunk batch really left it.
+        max_loss_rise: By how much the mean loss on S_val may rise in a step, in the unit of the criterion, >= 0.
+        max_accuracy_drop: By how much the accuracy of the worst class of S_val may fall, a fraction, >= 0.
+        reference: Compared with what: the `previous` state, the `best` loss and worst-class accuracy so far, or the
+            state at the `start`.
+        halvings: Steps of the bisection, >= 0: the share is found to within 2^-halvings; 0: all or nothing.
+        victim_lr: Learning rate that the victim is believed to use, > 0.
+        victim_momentum: Its momentum factor, >= 0; a `weight_momentum` of the inner attack takes its place in the
+            phase.
+        victim_weight_decay: Its L2 penalty, >= 0.
+        update_mode: BatchNorm in its updates: `train` or `eval`.
+        shrink_trigger: The trigger is held to the tolerance too; False: it is sent as it is, gate or no gate.
+
+    Raises:
+        ConfigError: The inner attack's name, key or value is wrong, or its table has a budget of its own.
+
+    Source:
+        This library's own: a defence is judged by an attacker who knows it (Tramer et al., NeurIPS 2020,
+        arXiv:2002.08347), here one who knows the gate's rule, tolerance and kind of data (validation before deployment,
+        as in RONI, Nelson et al., LEET 2008). The model of the victim's step is SGD as in torch.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
+
+    restrained: ClassVar[bool] = True
+    """It may well send less than its budget allows, or nothing."""
+
+    inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
+    max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
+    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1
+    reference: Literal["previous", "best", "start"] = "previous"
+    halvings: Annotated[int, Field(ge=0)] = 4
+    victim_lr: StepSize = 0.1
+    victim_momentum: Factor = 0.9
+    victim_weight_decay: Factor = 0.0
+    update_mode: BatchNormMode = "train"
+    shrink_trigger: bool = False
+
+    def __post_init__(self) -> None:
+        where = "[attack] gate_aware, inner"
+        own = [key for key in BUDGET if key in self.inner]
+        if own:
+            raise ConfigError(f"{where}: {', '.join(own)} belongs beside `inner`, not in it; both share one budget.")
+        budget = {key: getattr(self, key) for key in BUDGET}
+        built: Attack = build("attack", {**self.inner, **budget}, where=where)
+        # The class is frozen: these are set once, here, and follow from the fields.
+        object.__setattr__(self, "inner", {k: v for k, v in config_of(built).items() if k not in BUDGET})
+        object.__setattr__(self, "attack", built)
+        object.__setattr__(self, "needs", built.needs | {Need.MODEL, Need.VALIDATION})
+        object.__setattr__(self, "weight_momentum", built.weight_momentum)
+
+    def __hash__(self) -> int:
+        """Equal attacks have equal hashes; the inner table itself has none."""
+        return hash((self.built, self.max_loss_rise, self.max_accuracy_drop, self.reference, self.halvings))
+
+    @property
+    def built(self) -> Attack:
+        """The inner attack as a settings object."""
+        built: Attack = self.__dict__["attack"]
+        return built
+
+    @property
+    def ball(self) -> Ball:
+        """The inner attack's."""
+        return self.built.ball
+
+    @property
+    def ratio(self) -> float:
+        """The inner attack's."""
+        return self.built.ratio
+
+    def ready(self, view: View) -> bool:
+        """When the inner attack is."""
+        with self._inside(view) as own:
+            return self.built.ready(own)
+
+    def fed(self, view: View, rng: Generator) -> None:
+        """The inner attack adapts."""
+        with self._inside(view) as own:
+            self.built.fed(own, rng)
+
+    def positions(self, n: int, view: View, rng: Generator) -> Tensor:
+        """The inner attack's, so that the two agree."""
+        with self._inside(view) as own:
+            return self.built.positions(n, own, rng)
+
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """The inner attack's batch, shrunk."""
+        with self._inside(view) as own:
+            x = self.built.poison(batch, own, rng=rng).x
+        factor = self.victim_momentum if self.weight_momentum is None else self.weight_momentum
+        return self._shrunk(batch, x, view, factor)
+
+    def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """The inner attack's trigger, shrunk if asked for."""
+        with self._inside(view) as own:
+            x = self.built.trigger(batch, own, rng=rng).x
+        return self._shrunk(batch, x, view, self.victim_momentum) if self.shrink_trigger else x
+
+    @contextmanager
+    def _inside(self, view: View) -> Iterator[View]:
+        """What the inner attack sees: what it declares, and its own notes, which go back under `inner.`."""
+        notes = {k.removeprefix(INNER): v for k, v in view.memory.items() if k.startswith(INNER)}
+        try:
+            yield View(view.step, notes, view.things, self.built.needs, type(self.built).__name__)
+        finally:
+            for key in [key for key in view.memory if key.startswith(INNER)]:
+                del view.memory[key]
+            view.memory.update({INNER + key: value for key, value in notes.items()})
+
+    def _shrunk(self, batch: Batch, x: Tensor, view: View, factor: float) -> Tensor:
+        """As much of the perturbation as passes."""
+        box, buffer = view.model, self._momentum(view)
+        limit = self._reference(view.memory, measured(box.module, box, view.validation))
+
+        def passes(x: Tensor) -> bool:
+            twin = rehearsed(
+                box,
+                Batch(x, batch.y),
+                buffer,
+                lr=self.victim_lr,
+                momentum=factor,
+                weight_decay=self.victim_weight_decay,
+                mode=self.update_mode,
+            )
+            return self._passes(limit, measured(twin, box, view.validation))
+
+        if passes(x):
+            return x
+        sent, share, step = batch.x, 0.0, 1.0
+        for _ in range(self.halvings):
+            step /= 2
+            tried = batch.x + (share + step) * (x - batch.x)
+            if passes(tried):
+                sent, share = tried, share + step
+        return sent
+
+    def _momentum(self, view: View) -> dict[str, Tensor]:
+        """The victim's momentum buffer, from the model now and as it was before the last step; none at first.
+
+        A model that has not moved was rolled back, its momentum too: what was inferred before still holds.
+        """
+        now = view.model.parameters
+        seen = {name: view.memory[SEEN + name] for name in now if SEEN + name in view.memory}
+        if seen and any(not torch.equal(p, seen[name]) for name, p in now.items()):
+            view.memory.update({BUFFER + name: (seen[name] - p) / self.victim_lr for name, p in now.items()})
+        view.memory.update({SEEN + name: p.clone() for name, p in now.items()})
+        return {name: view.memory[BUFFER + name] for name in now if BUFFER + name in view.memory}
+
+    def _reference(self, memory: Memory, now: Measure) -> Measure:
+        """What is compared with."""
+        if self.reference == "previous":
+            return now
+        note = torch.tensor(now, dtype=torch.float64)
+        if self.reference == "start":
+            held = memory.setdefault(START, note)
+        else:
+            best = memory.get(BEST, note)
+            held = memory[BEST] = torch.stack([torch.fmin(best[0], note[0]), torch.fmax(best[1], note[1])])
+        return Measure(float(held[0]), float(held[1]))
+
+    def _passes(self, limit: Measure, then: Measure) -> bool:
+        """The gate's rule."""
+        return (
+            math.isfinite(then.loss)
+            and then.loss - limit.loss <= self.max_loss_rise
+            and limit.worst - then.worst <= self.max_accuracy_drop + 1e-9  # fractions of counts are not exact
+        )
+
+
+def rehearsed(
+    box: WhiteBox,
+    batch: Batch,
+    buffer: Mapping[str, Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float = 0.0,
+    mode: BatchNormMode = "train",
+) -> nn.Module:
+    """A copy of the model after one step of SGD on a batch; the model itself and global randomness stay as they are.
+
+    Args:
+        box: The model.
+        batch: What it would learn from.
+        buffer: The optimiser's momentum buffer by parameter; empty for a fresh one.
+        lr: Its learning rate.
+        momentum: Its momentum factor.
+        weight_decay: Its L2 penalty.
+        mode: BatchNorm in the step; statistics are recorded in `train`.
+    """
+    twin = copy.deepcopy(box.module).train(mode == "train")
+    optimiser = SGD(twin.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+    optimiser.zero_grad(set_to_none=True)
+    for name, parameter in twin.named_parameters():
+        if name in buffer:
+            optimiser.state[parameter]["momentum_buffer"] = buffer[name].clone()
+    devices = [batch.x.device] if batch.x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():  # dropout draws from the global generator
+        torch.autograd.backward(box.criterion(twin(batch.x), batch.y))
+    optimiser.step()
+    return twin
+
+
+@torch.no_grad()
+def measured(module: nn.Module, box: WhiteBox, validation: Batch) -> Measure:
+    """Mean loss of samples and the accuracy of the class that fares worst, in eval mode.
+
+    Args:
+        module: The model, or a copy of it.
+        box: Whose criterion counts.
+        validation: The samples; classes without any are left out.
+    """
+    loss, right = 0.0, []
+    with frozen_statistics(module, "eval"):
+        for x, y in zip(torch.split(validation.x, CHUNK), torch.split(validation.y, CHUNK), strict=True):
+            logits = module(x)
+            loss += float(box.criterion(logits, y)) * len(y)
+            right.append(logits.argmax(1) == y)
+    hits = torch.cat(right)
+    worst = min(float(hits[validation.y == label].double().mean()) for label in torch.unique(validation.y))
+    return Measure(loss / len(validation.y), worst)

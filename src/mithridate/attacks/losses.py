@@ -1,0 +1,84 @@
+"""Losses that crafting may differentiate in place of the victim's own, told apart by the form of the targets."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from mithridate.core import Batch, BatchNormMode, WhiteBox, frozen_statistics
+from mithridate.norms import Ball
+
+Loss = Literal["ce", "kl", "cw"]
+"""`ce`: the victim's own criterion; `kl`: divergence from the model's answer to the clean sample; `cw`: the margin."""
+
+NUDGE = 1e-3
+"""Standard deviation of the noise that `kl` begins with, in pixel units, as in TRADES."""
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean of max over j != y of z_j - z_y: above zero where a sample is misclassified, and without a bound.
+
+    Args:
+        logits: (n, classes), at least two classes.
+        y: Labels (n,).
+
+    Source:
+        Carlini and Wagner, S&P 2017, arXiv:1608.04644, section V-A, f_6 without its floor, as PGD takes it for
+        CW-infinity (Madry et al., ICLR 2018, section 5.1).
+    """
+    labelled = torch.arange(logits.shape[1], device=logits.device) == y.unsqueeze(1)
+    others = torch.where(labelled, -torch.inf, logits).amax(1)
+    return (others - logits.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
+
+
+def by_targets(box: WhiteBox) -> WhiteBox:
+    """The same model under a criterion that reads from the targets which loss a sample is under.
+
+    Labels (n,) are under the victim's own criterion, bit for bit; a column of labels (n, 1) under the margin;
+    probabilities (n, classes) under cross-entropy, whose gradients are those of KL(targets || answer), since the
+    targets' entropy is a constant. So one objective serves clean and poisoned samples alike.
+    """
+
+    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+        if y.ndim == 1:
+            return box.criterion(logits, y)
+        return F.cross_entropy(logits, y) if y.is_floating_point() else margin(logits, y.squeeze(1))
+
+    return replace(box, criterion=criterion)
+
+
+def targets(loss: Loss, box: WhiteBox, batch: Batch, mode: BatchNormMode) -> Tensor:
+    """What `by_targets` takes for a loss.
+
+    Args:
+        loss: Which.
+        box: The model whose answer `kl` keeps away from.
+        batch: The clean samples.
+        mode: BatchNorm while it answers.
+    """
+    if loss == "ce":
+        return batch.y
+    if loss == "cw":
+        return batch.y.unsqueeze(1)
+    with torch.no_grad(), frozen_statistics(box.module, mode):
+        answers: Tensor = box.module(batch.x).softmax(1)
+    return answers
+
+
+def nudged(x: Tensor, ball: Ball, mask: Tensor, rng: Generator) -> Tensor:
+    """A start beside the clean samples: at them KL has its minimum, and so no gradient to begin with.
+
+    Args:
+        x: Clean samples (n, ...) in [0, 1].
+        ball: The budget of one sample, which holds the start too.
+        mask: (n,) bool, the samples that may change.
+        rng: The only source of randomness.
+
+    Source:
+        Zhang et al., ICML 2019 (TRADES), arXiv:1901.08573, Algorithm 1: x' = x + 0.001 N(0, I).
+    """
+    noise = NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+    moved = (x + ball.project(noise)).clamp(0, 1)
+    return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), moved, x)

@@ -1,0 +1,46 @@
+"""Memorization Discrepancy as a detector: how far the model's answer has moved since an earlier self."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mithridate.core import Batch, Detector, Need, View
+from mithridate.discrepancy import LookingBack, memorization_discrepancy
+from mithridate.registry import register, settings
+
+
+@register("detector", "discrepancy")
+@settings
+class Discrepancy(LookingBack, Detector):
+    """Minus the Memorization Discrepancy: samples on which an old and the current model disagree are suspicious.
+
+    With the epoch before the last as the old model it is the "static" information of Fig. 1 of the paper.
+
+    Args:
+        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
+        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
+        epoch: Of the checkpoint; unset: the earliest one kept.
+        back: Updates to look back with `old = "back"`, k.
+        on_missing: While the stream is younger than `back` updates: `pass` scores every sample 0, as if nothing had
+            moved; `closed` scores every sample -inf. Leave those steps out of any figure: nothing was measured there.
+
+    Raises:
+        ConfigError: (from `score`) the wanted checkpoint was not kept.
+
+    Source:
+        Zhu et al., ICML 2023, Definition 3.3, Eq. (5); Fig. 1 for `static`.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.HISTORY})
+    fits: ClassVar[bool] = False
+
+    on_missing: Literal["pass", "closed"] = "pass"
+
+    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+        """(n,), <= 0 up to rounding; in nats for `kl`, `kl_reverse` and `js`."""
+        old = self.old_model(view)
+        if old is None:
+            return torch.full((len(batch.x),), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.x.device)
+        return -memorization_discrepancy(view.model.module, old, batch.x, kind=self.divergence)

@@ -1,0 +1,77 @@
+"""A Gaussian mixture of a model's features: a mean and a covariance of its own for every class."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from mithridate.core import Batch, Detector, Memory, Observed, View
+from mithridate.detectors.gaussian import (
+    Ridge,
+    cholesky,
+    log_densities,
+    log_frequencies,
+    within_covariance,
+)
+from mithridate.detectors.stored import by_class
+from mithridate.features import observe
+from mithridate.registry import register, settings
+
+
+@register(
+    "detector",
+    "gmm",
+    presets={
+        "paper": {"likelihood": "mixture", "ridge": 0.0},
+        "released": {"likelihood": "predicted", "ridge": 1e-10},
+    },
+)
+@settings
+class GMM(Detector):
+    """How likely a sample's features are under Gaussians around the class means, each with its own covariance.
+
+    Fitted to the clean samples that the model classifies as labelled; all is computed in float64. A class of fewer
+    samples than there are features has a singular covariance, which only the ridge makes usable.
+
+    Args:
+        likelihood: `mixture`: the log density of the mixture with the classes' frequencies (the text); `predicted`:
+            that of the predicted class alone (the released code).
+        ridge: Added to each covariance's diagonal, as a multiple of the mean variance of a feature within classes, >=
+            0. The same for all classes: a class of few samples would else get the sharpest density. The released code
+            adds 1e-10 as it is.
+
+    Raises:
+        DataError: (from `fit`) fewer than two correctly classified clean samples of a class, or a covariance that is
+            singular for want of a ridge.
+
+    Source:
+        Pang et al., NeurIPS 2021, section 4.1 and appendix B.3; Zheng and Hong, NeurIPS 2018 (its [97]).
+    """
+
+    likelihood: Literal["mixture", "predicted"] = "mixture"
+    ridge: Ridge = 0.01
+
+    def fit(self, clean: Observed, *, rng: Generator) -> Memory:
+        """Class means, Cholesky factors of the classes' covariances, class frequencies."""
+        classes = by_class(clean, where="gmm")
+        unit = within_covariance(classes).diagonal().mean()
+        return {
+            "means": torch.stack([features.double().mean(0) for features in classes]),
+            "lower": torch.stack(
+                [
+                    cholesky(within_covariance([features]), self.ridge, unit, where=f"gmm, class {label}")
+                    for label, features in enumerate(classes)
+                ]
+            ),
+            "log_frequencies": log_frequencies(classes),
+        }
+
+    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+        """(n,) float64, in nats."""
+        seen = observe(view.model.module, [batch])
+        means, lower, shares = (fitted[name].to(seen.features.device) for name in ("means", "lower", "log_frequencies"))
+        densities = log_densities(seen.features, means, lower)
+        if self.likelihood == "predicted":
+            return densities.gather(1, seen.predicted[:, None]).squeeze(1)
+        return torch.logsumexp(shares + densities, 1)

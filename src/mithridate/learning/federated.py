@@ -1,0 +1,511 @@
+"""The federated loop: rounds of clients, an attack on their updates, a defended server; one trace row a round."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.optim import SGD
+
+from mithridate.core import (
+    Batch,
+    BatchNormMode,
+    Defence,
+    Gradient,
+    Honest,
+    Monitor,
+    Need,
+    Reading,
+    Snapshot,
+    UpdateAttack,
+    View,
+    frozen_statistics,
+)
+from mithridate.data.shards import Shards, divide, sampled
+from mithridate.data.stream import Stream
+from mithridate.errors import ConfigError, DataError
+from mithridate.learning.learner import Learner, Update
+from mithridate.learning.online import EVALUATION_BATCH, Outcome, Progress, Row, outcome_of, phase_end, start_row
+from mithridate.per_client import client_gradients
+from mithridate.registry import settings
+from mithridate.seeding import derived_seed, generator
+
+GIB = 2**30
+PASS = 64
+"""Samples that go through the model at once while client gradients are made, unless one client has more."""
+
+
+@settings
+class FederatedRun:
+    """How the server learns from its clients, and how long.
+
+    A client's update is the gradient of its loss; the server takes the mean over the round's clients, or what the
+    defence's `aggregate` makes of the rows, and steps with SGD.
+
+    Args:
+        rounds: Rounds before the trigger round at most; that one comes on top.
+        per_round: Clients sampled in a round, >= 1; unset: all of them.
+        local_batch: Samples a client draws from its shard in a round, >= 1; unset: the whole shard, or as many as the
+            smallest shard of the round holds.
+        lr: Learning rate of the server's SGD.
+        momentum: Its momentum factor.
+        weight_decay: Its L2 penalty.
+        restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
+        bound: Where the defence's `bound` (clipping) acts: on the aggregate (`after`, threat model C.2), or on each
+            client's row (`before`, C.3).
+        batch_norm: Statistics of BatchNorm. `synchronised`: gradients use the global running statistics, which take in
+            the round's samples as one batch; `averaged`: each client uses its own batch's, and the clients' running
+            statistics are averaged; `frozen`: nothing is recorded.
+        distances: Which parameters a robust rule and a bound look at: `all`, or all but those of normalisation layers
+            (`without_norm`), which then follow the mean, unbounded.
+        max_matrix: Largest (client, parameter) matrix that is held at once, in GiB, > 0. A larger round is summed
+            client by client, which only the mean and bounds of single rows allow.
+        on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
+            `halt`: the service stops learning before the trigger.
+        save_every: Rounds between resume points.
+
+    Source:
+        Pang et al., NeurIPS 2021, section 4.2: SGD, lr 0.1, momentum 0.9, statistics of BatchNorm synchronised.
+    """
+
+    rounds: Annotated[int, Field(ge=0)] = 20
+    per_round: Annotated[int, Field(ge=1)] | None = None
+    local_batch: Annotated[int, Field(ge=1)] | None = None
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    restore_momentum: bool = False
+    bound: Literal["after", "before"] = "after"
+    batch_norm: Literal["synchronised", "averaged", "frozen"] = "synchronised"
+    distances: Literal["all", "without_norm"] = "all"
+    max_matrix: Annotated[float, Field(gt=0)] = 4.0
+    on_alarm: Literal["record", "trigger", "halt"] = "record"
+    save_every: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def steps(self) -> int:
+        """As of an online run: steps before the trigger at most."""
+        return self.rounds
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients and their images.
+
+    Args:
+        stream: Gives test, validation and trusted parts.
+        shards: Positions in the stream's victim part, a client each.
+        seed: Of sampling and of the clients' draws.
+    """
+
+    stream: Stream
+    shards: Sequence[NDArray[np.int64]]
+    seed: int
+
+    def round(self, number: int, run: FederatedRun, device: torch.device | str = "cpu") -> tuple[NDArray[Any], Batch]:
+        """The clients of a round, and their samples: x (clients, samples, ...), y (clients, samples).
+
+        Args:
+            number: Which round, from 0; with the seed it decides everything.
+            run: How many clients and samples.
+            device: Where the samples go.
+
+        Raises:
+            DataError: More clients or samples are asked for than there are.
+        """
+        who = sampled(len(self.shards), run.per_round or len(self.shards), round_=number, seed=self.seed)
+        smallest = min(len(self.shards[client]) for client in who)
+        size = smallest if run.local_batch is None else run.local_batch
+        if size > smallest:
+            raise DataError(
+                f"local_batch = {size}, and a client of round {number} holds {smallest} images; lower it, use fewer "
+                "clients, or another partition."
+            )
+        chosen = []
+        for client in who:
+            rng = np.random.default_rng(derived_seed("local batch", self.seed, number, int(client)))
+            chosen.append(rng.permutation(self.shards[client])[:size])
+        batch = self.stream.victim.batch(np.concatenate(chosen), device)
+        return who, Batch(batch.x.reshape(len(who), size, *batch.x.shape[1:]), batch.y.reshape(len(who), size))
+
+
+def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
+    """Divide the stream's victim part among clients.
+
+    Args:
+        stream: Whose images.
+        how: Clients and partition.
+        seed: Of the division, the sampling and the clients' draws.
+
+    Raises:
+        DataError: There are too few images.
+    """
+    return Federation(stream, divide(stream.victim, how, seed=seed), seed)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What the server has of a round.
+
+    Args:
+        aggregate: One row.
+        refused: Clients whose update was not finite; they are left out.
+        lengths: Mean l2 length of the rows as sent.
+        hostile: Share of hostile clients.
+        loss: Mean loss of the honest data before the step.
+        buffers: BatchNorm statistics after the round.
+    """
+
+    aggregate: Gradient
+    refused: int
+    lengths: float
+    hostile: float
+    loss: float
+    buffers: Mapping[str, Tensor]
+
+
+class _Rounds:
+    """The pieces of one run, bound together; `run_federated` is its only user."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        federation: Federation,
+        attack: UpdateAttack,
+        run: FederatedRun,
+        monitors: Sequence[Monitor],
+        progress: Progress,
+    ) -> None:
+        self.learner, self.federation, self.attack, self.run = learner, federation, attack, run
+        self.monitors, self.progress = monitors, progress
+        device, stream = learner.device, federation.stream
+        self.test = list(stream.test.batches(EVALUATION_BATCH, device=device))
+        _, trigger = federation.round(run.rounds, run, device)
+        self.things: dict[Need, Any] = {
+            Need.MODEL: learner.white_box,
+            Need.TRIGGER: Batch(trigger.x.flatten(0, 1), trigger.y.flatten()),
+        }
+        if len(stream.validation):
+            self.things[Need.VALIDATION] = stream.validation.all(device)
+
+    def view(self) -> View:
+        """What the attack sees now."""
+        rows = self.progress.rows
+        now = {**self.things, Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
+        return View(self.learner.step, self.progress.memory, now, self.attack.needs, type(self.attack).__name__)
+
+    def start(self) -> None:
+        """The row of the state before the first round."""
+        self.progress.rows.append(start_row(self.learner, self.test))
+
+    def step(self, phase: str) -> None:
+        """One round: collect, aggregate, step, measure."""
+        began = time.perf_counter()
+        index = len(self.progress.rows) - 1
+        number = self.run.rounds if phase == "trigger" else index
+        rng = generator("update attack", self.federation.seed, index)
+        collected = self._collect(number, phase, rng)
+        made = time.perf_counter()
+        update = self.learner.apply(
+            collected.aggregate,
+            batch_loss=collected.loss,
+            learned=1,
+            buffers=collected.buffers,
+        )
+        updated = time.perf_counter()
+        if phase != "trigger":
+            self.attack.fed(self.view())
+        score = self.learner.evaluate(self.test)
+        row = _row(index + 1, phase, collected, update)
+        row |= {"accuracy": score.accuracy, "loss": score.loss}
+        row |= {"craft_seconds": made - began, "update_seconds": updated - made, "alarms": ""}
+        self.progress.rows.append(row)
+        row["alarms"] = "; ".join(self._alarms())
+        row["seconds"] = time.perf_counter() - began
+
+    def _alarms(self) -> list[str]:
+        readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in self.progress.rows]
+        return [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
+
+    def _collect(self, number: int, phase: str, rng: torch.Generator) -> Collected:
+        """Every client's update, the hostile ones' replaced, to one row."""
+        who, data = self.federation.round(number, self.run, self.learner.device)
+        n = len(data.y)
+        hostile = min(math.ceil(self.attack.ratio * n - 1e-9), n)
+        clients = torch.from_numpy(who).to(self.learner.device)
+        sheet = _Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self._keeps(n))
+        sheet.add(data.x[hostile:], data.y[hostile:])
+        if hostile:
+            mine = Batch(data.x[:hostile], data.y[:hostile])
+            honest = sheet.honest(mine)
+            craft = self.attack.craft_trigger if phase == "trigger" else self.attack.craft
+            sheet.send(craft(honest, self.view(), rng))
+        return Collected(
+            aggregate=sheet.aggregated(),
+            refused=sheet.refused,
+            lengths=sheet.length / max(n - sheet.refused, 1),
+            hostile=hostile / n,
+            loss=_loss(self.learner, data),
+            buffers=_buffers(self.learner, data, self.run),
+        )
+
+    def _keeps(self, n: int) -> bool:
+        """Whether all rows of a round are held at once.
+
+        Raises:
+            ConfigError: They have to be, and are too many.
+        """
+        width = sum(p.numel() for p in self.learner.model.parameters())
+        size = n * width * 4 / GIB
+        if size <= self.run.max_matrix:
+            return True
+        defence = self.learner.defence
+        if type(defence).aggregate is not Defence.aggregate or self.attack.every_row:
+            who = type(defence).__name__ if not self.attack.every_row else type(self.attack).__name__
+            raise ConfigError(
+                f"{who} looks at all updates of a round at once: {n} clients of {width:,} parameters are {size:.1f} "
+                f"GiB, more than max_matrix = {self.run.max_matrix:g}; use fewer clients a round, or raise it."
+            )
+        return False
+
+    def accuracy_with_buffers_alone(self, before: Snapshot) -> float:
+        """Test accuracy with the parameters from before the last step and the buffers from after it."""
+        after = self.learner.snapshot()
+        self.learner.restore(before)
+        self.learner.restore_buffers(after.buffers)
+        score = self.learner.evaluate(self.test)
+        self.learner.restore(after)
+        return score.accuracy
+
+
+class _Sheet:
+    """The (client, parameter) matrix of a round: held whole, or only its sums, made a few clients at a time."""
+
+    def __init__(self, learner: Learner, run: FederatedRun, clients: Tensor, *, keep: bool) -> None:
+        """Clients are named in the order in which their rows will come."""
+        self.learner, self.run, self.clients = learner, run, clients
+        trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in trained.items()}
+        self.width = sum(p.numel() for p in trained.values())
+        self.looked_at = _looked_at(learner.model, run).to(learner.device)
+        first = next(iter(trained.values()))
+        self.total = torch.zeros(self.width, dtype=first.dtype, device=first.device)
+        self.bounded_total = torch.zeros_like(self.total)
+        self.rows = torch.empty(len(clients), self.width, dtype=first.dtype, device=first.device) if keep else None
+        self.known = torch.zeros(0, dtype=torch.bool, device=first.device)
+        self.filled, self.refused, self.length = 0, 0, 0.0
+        self._buffer: Tensor | None = None
+
+    @property
+    def mode(self) -> BatchNormMode:
+        """BatchNorm while gradients are made."""
+        return "train" if self.run.batch_norm == "averaged" else "eval"
+
+    def gradients(self, x: Tensor, y: Tensor) -> Tensor:
+        """(clients, parameters) of some clients, in a place that the next call may use again."""
+        if self._buffer is None or len(self._buffer) < len(x):
+            self._buffer = self.total.new_empty(len(x), self.width)
+        learner = self.learner
+        return client_gradients(learner.model, learner.criterion, x, y, mode=self.mode, out=self._buffer[: len(x)])
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take in honest clients' updates."""
+        if len(y) == 0:
+            return
+        chunk = max(1, PASS // y.shape[1])
+        for start in range(0, len(y), chunk):
+            self.send(self.gradients(x[start : start + chunk], y[start : start + chunk]))
+
+    def send(self, rows: Tensor) -> None:
+        """Take in rows as they were sent; those that are not finite are refused."""
+        finite = torch.isfinite(rows).all(1)
+        self.known = torch.cat([self.known, finite])
+        self.refused += int((~finite).sum())
+        rows = rows if bool(finite.all()) else rows[finite]
+        self.length += float(torch.linalg.vector_norm(rows, dim=1).sum())
+        bounded = self._bounded(rows) if self.run.bound == "before" else rows
+        self.total += rows.sum(0)
+        self.bounded_total += bounded.sum(0)
+        if self.rows is not None:
+            self.rows[self.filled : self.filled + len(rows)] = bounded
+        self.filled += len(rows)
+
+    def honest(self, mine: Batch) -> Honest:
+        """What an attacker who sees every update sees before it sends its own."""
+        held = self.rows[: self.filled] if self.rows is not None else None
+        own = self.gradients(mine.x, mine.y).clone()
+        return Honest(self.total.clone(), self.bounded_total.clone(), self.filled, own, mine.x, mine.y, held)
+
+    def aggregated(self) -> Gradient:
+        """The round's update; zero where no client's was finite."""
+        learner, defence = self.learner, self.learner.defence
+        if self.filled == 0:
+            return Gradient(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
+        mean = (self.bounded_total / self.filled).unsqueeze(0)
+        if self.rows is None or type(defence).aggregate is Defence.aggregate:
+            row = mean
+        else:
+            whole = bool(self.looked_at.all())
+            held = self.rows[: self.filled]
+            seen = Gradient(
+                held if whole else held[:, self.looked_at],
+                self.shapes if whole else {"looked at": self._seen},
+                self.clients[: len(self.known)][self.known],
+            )
+            row = mean.clone()
+            row[:, self.looked_at] = defence.aggregate(seen, learner.view()).rows
+        return Gradient(self._bounded(row) if self.run.bound == "after" else row, self.shapes)
+
+    @property
+    def _seen(self) -> torch.Size:
+        return torch.Size([int(self.looked_at.sum())])
+
+    def _bounded(self, rows: Tensor) -> Tensor:
+        """Rows after the defence's bound."""
+        learner = self.learner
+        if bool(self.looked_at.all()):
+            return learner.defence.bound(Gradient(rows, self.shapes), learner.view()).rows
+        out = rows.clone()
+        part = Gradient(rows[:, self.looked_at], {"looked at": self._seen})
+        out[:, self.looked_at] = learner.defence.bound(part, learner.view()).rows
+        return out
+
+
+def _looked_at(model: torch.nn.Module, run: FederatedRun) -> Tensor:
+    """(parameters,) bool, the entries that distances and bounds look at."""
+    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    apart = {name for name, module in model.named_modules() if isinstance(module, norms)}
+    pieces = [
+        torch.full((p.numel(),), not (run.distances == "without_norm" and name.rpartition(".")[0] in apart))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    return torch.cat(pieces)
+
+
+@torch.no_grad()
+def _loss(learner: Learner, data: Batch) -> float:
+    """Mean loss of the round's samples, as received by honest clients, in eval mode."""
+    x, y = data.x.flatten(0, 1), data.y.flatten()
+    total = 0.0
+    with frozen_statistics(learner.model, "eval"):
+        for pixels, labels in zip(torch.split(x, EVALUATION_BATCH), torch.split(y, EVALUATION_BATCH), strict=True):
+            total += float(learner.criterion(learner.model(pixels), labels)) * len(labels)
+    return total / len(y)
+
+
+@torch.no_grad()
+def _buffers(learner: Learner, data: Batch, run: FederatedRun) -> dict[str, Tensor]:
+    """The model's buffers after a round; the model itself is left alone."""
+    model = learner.model
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    if run.batch_norm == "frozen" or not before:
+        return before
+    flags = {name: m.training for name, m in model.named_modules()}
+    model.train()
+    try:
+        if run.batch_norm == "synchronised":
+            model(data.x.flatten(0, 1))
+            after = {name: b.clone() for name, b in model.named_buffers()}
+        else:
+            after = _averaged_buffers(model, before, data.x)
+    finally:
+        for name, module in model.named_modules():
+            module.training = flags[name]
+        learner.restore_buffers(before)
+    return after
+
+
+def _averaged_buffers(model: torch.nn.Module, before: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Means over the clients of the statistics that each would have recorded from its own batch."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    sums: dict[str, Tensor] = {}
+    for pixels in torch.split(x, max(1, PASS // x.shape[1])):
+        held = {name: b.expand(len(pixels), *b.shape).clone() for name, b in before.items()}
+
+        def forward(buffers: dict[str, Tensor], own: Tensor) -> Tensor:
+            answer: Tensor = functional_call(model, {**parameters, **buffers}, (own,))
+            return answer
+
+        vmap(forward, randomness="error")(held, pixels)
+        for name, recorded in held.items():
+            sums[name] = sums.get(name, torch.zeros_like(before[name], dtype=torch.float64)) + recorded.double().sum(0)
+    return {name: (total / len(x)).to(before[name].dtype) for name, total in sums.items()}
+
+
+def _row(number: int, phase: str, collected: Collected, update: Update) -> Row:
+    return {
+        "step": number,
+        "phase": phase,
+        "batch_loss": update.batch_loss,
+        "gradient_norm": collected.lengths,
+        "bounded_norm": update.bounded_norm,
+        "update_norm": update.update_norm,
+        "poison_linf": None,
+        "poison_l2": None,
+        "poisoned": collected.hostile,
+        "quarantined": collected.refused,
+        "flagged_clean": None,
+        "flagged_poisoned": None,
+        "admitted": update.verdict.admit,
+        "verdict": update.verdict.reason,
+    }
+
+
+def federated_optimiser(learner_parameters: Any, run: FederatedRun) -> SGD:  # noqa: ANN401  (as torch's own)
+    """The server's optimiser: a fresh SGD."""
+    return SGD(learner_parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
+
+
+def run_federated(
+    learner: Learner,
+    federation: Federation,
+    attack: UpdateAttack,
+    run: FederatedRun | None = None,
+    *,
+    monitors: Sequence[Monitor] = (),
+    progress: Progress | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> Outcome:
+    """Let a server learn from clients, some of them hostile: rounds before the trigger, then one trigger round.
+
+    Args:
+        learner: The server's model after its burn-in, with its defence; changed in place.
+        federation: The clients.
+        attack: What hostile clients send.
+        run: Length and options of the loop (its optimiser fields are for `federated_optimiser`).
+        monitors: Watch the readings.
+        progress: Where an interrupted run had come to; the learner must be at the same point.
+        on_step: Called after every round before the trigger, for progress bars and resume points.
+
+    Returns:
+        As of the online loop; `steps` counts rounds, `quarantined` counts refused updates.
+
+    Raises:
+        DataError: More clients or samples are asked for than there are.
+        ConfigError: A rule has to hold more updates at once than `max_matrix` allows.
+        ThreatModelError: The attack looks at what it does not declare.
+    """
+    run = run or FederatedRun()
+    progress = progress or Progress()
+    loop = _Rounds(learner, federation, attack, run, monitors, progress)
+    if not progress.rows:
+        loop.start()
+    while (stopped_by := phase_end(progress.rows, run.rounds, run.on_alarm, lambda: attack.ready(loop.view()))) is None:
+        loop.step("accumulative")
+        if on_step:
+            on_step(progress)
+    halted = stopped_by == "monitor" and run.on_alarm == "halt"
+    after_buffers = None
+    if not halted:
+        before = learner.snapshot()
+        loop.step("trigger")
+        after_buffers = loop.accuracy_with_buffers_alone(before)
+    return outcome_of(progress, stopped_by, halted, after_buffers)

@@ -1,0 +1,1 @@
+"""Attacks of a federation, one file each: what hostile clients send in place of honest updates."""

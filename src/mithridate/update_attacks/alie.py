@@ -1,0 +1,51 @@
+"""A little is enough: hide within the spread of the honest updates."""
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from scipy.stats import norm as normal
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
+
+
+@register("update_attack", "alie")
+@settings
+class Alie(Hostile):
+    """All hostile clients send mean - z * std of the honest updates, entry by entry.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        z: How many standard deviations, > 0; unset: the largest at which enough honest clients lie further out, by the
+            paper's formula.
+
+    Source:
+        Baruch et al., NeurIPS 2019, arXiv:1902.06156, Algorithm 3 ("A Little Is Enough").
+    """
+
+    every_row: ClassVar[bool] = True
+
+    poison_ratio: Share = 0.2
+    z: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """The same row from every hostile client."""
+        rows = every_honest_row(honest)
+        z = self.z if self.z is not None else largest_z(honest.clients, len(honest.own))
+        row = rows.mean(0) - z * torch.std(rows, 0, correction=0)
+        return row.expand(len(honest.own), -1).clone()
+
+
+def largest_z(clients: int, hostile: int) -> float:
+    """How far out the hostile row may lie, in standard deviations, if that many clients are hostile.
+
+    >>> round(largest_z(50, 24), 2)
+    1.43
+    """
+    supporters = clients // 2 + 1 - hostile
+    share = (clients - hostile - supporters) / max(clients - hostile, 1)
+    return float(normal.ppf(min(max(share, 0.5), 1 - 1e-6))) if math.isfinite(share) else 0.0

@@ -1,0 +1,36 @@
+"""No attack: the control of a federation."""
+
+from typing import ClassVar
+
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Hostile
+
+
+@register("update_attack", "clean")
+@settings
+class Clean(Hostile):
+    """Every client is honest.
+
+    Args:
+        poison_ratio: Has no effect here: nobody is hostile.
+        phase: True: rounds as usual before the trigger round; False: the trigger round alone.
+
+    Source:
+        The control of this library.
+    """
+
+    control: ClassVar[bool] = True
+
+    poison_ratio: float = 0.0
+    phase: bool = True
+
+    def ready(self, view: View) -> bool:
+        """At once when there is no phase."""
+        return not self.phase
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """The honest rows."""
+        return honest.own

@@ -1,0 +1,29 @@
+"""Inner-product manipulation: turn the mean update against the honest one."""
+
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Factor, Hostile, Share
+
+
+@register("update_attack", "ipm")
+@settings
+class InnerProductManipulation(Hostile):
+    """All hostile clients send -scale times the mean of the honest updates.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        scale: The multiple, >= 0; small ones pass distance-based rules, large ones turn the mean.
+
+    Source:
+        Xie et al., UAI 2019, arXiv:1903.03936, section 4 ("Fall of Empires").
+    """
+
+    poison_ratio: Share = 0.2
+    scale: Factor = 4.0
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """The same row from every hostile client."""
+        mean = honest.total / max(honest.n_honest, 1)
+        return (-self.scale * mean).expand(len(honest.own), -1).clone()

@@ -1,0 +1,40 @@
+"""Learn honestly from turned labels."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, Need, View
+from mithridate.per_client import client_gradients
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Factor, Hostile, Share
+
+
+@register("update_attack", "label_flip")
+@settings
+class LabelFlip(Hostile):
+    """Each hostile client sends the update of its own images with every label moved on by some classes.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        shift: Label y becomes (y + shift) modulo the number of classes, >= 1.
+        scale: What the update is multiplied by, >= 0.
+
+    Source:
+        Tolpegin et al., ESORICS 2020, arXiv:2007.08432, section 3 (label flipping in federated learning); the cyclic
+        shift is Baruch et al.'s, NeurIPS 2019.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
+
+    poison_ratio: Share = 0.2
+    shift: Annotated[int, Field(ge=1)] = 1
+    scale: Factor = 1.0
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """Gradients of the wrong labels, BatchNorm in eval mode."""
+        box = view.model
+        with box.objective("eval"):
+            classes = int(box.module(honest.x[0, :1]).shape[1])
+        return self.scale * client_gradients(box.module, box.criterion, honest.x, (honest.y + self.shift) % classes)

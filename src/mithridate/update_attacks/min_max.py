@@ -1,0 +1,59 @@
+"""As far from the honest updates as they are from each other."""
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
+
+
+@register("update_attack", "min_max")
+@settings
+class MinMax(Hostile):
+    """All hostile clients send mean + gamma * direction, gamma as large as the honest rows' own distances allow.
+
+    The largest distance to an honest row stays within the largest distance of two honest rows; gamma is found by
+    bisection.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        direction: `unit`: against the mean; `std`: against the entries' standard deviations; `sign`: against the mean's
+            signs.
+        bisections: Halvings of the interval of gamma, >= 1.
+
+    Source:
+        Shejwalkar and Houmansadr, NDSS 2021, "Manipulating the Byzantine", section IV-C and Algorithm 1 (Min-Max).
+    """
+
+    every_row: ClassVar[bool] = True
+
+    poison_ratio: Share = 0.2
+    direction: Literal["unit", "std", "sign"] = "unit"
+    bisections: Annotated[int, Field(ge=1)] = 30
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """The same row from every hostile client."""
+        rows = every_honest_row(honest)
+        mean = rows.mean(0)
+        towards = {
+            "unit": -mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny),
+            "std": -torch.std(rows, 0, correction=0),
+            "sign": -mean.sign(),
+        }[self.direction]
+        limit = float(torch.cdist(rows, rows).max())
+        low, high = 0.0, 1.0
+        while self._reach(rows, mean + high * towards) <= limit and high < 1e12:
+            low, high = high, 2 * high
+        for _ in range(self.bisections):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._reach(rows, mean + middle * towards) <= limit else (low, middle)
+        row: Tensor = mean + low * towards
+        return row.expand(len(honest.own), -1).clone()
+
+    @staticmethod
+    def _reach(rows: Tensor, row: Tensor) -> float:
+        return float(torch.linalg.vector_norm(rows - row, dim=1).max())

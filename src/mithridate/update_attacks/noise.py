@@ -1,0 +1,36 @@
+"""Send noise: what any attack must beat."""
+
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Factor, Hostile, Share
+
+
+@register("update_attack", "noise")
+@settings
+class Noise(Hostile):
+    """Each hostile client sends a random direction as long as its honest update, scaled.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        scale: Length relative to the honest update, >= 0.
+
+    Source:
+        The control of this library; "Gaussian attack" of Blanchard et al., NeurIPS 2017, at a stated length.
+    """
+
+    control: ClassVar[bool] = True
+
+    poison_ratio: Share = 1.0
+    scale: Factor = 1.0
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """A fresh draw for every client."""
+        drawn = torch.randn(honest.own.shape, generator=rng, dtype=honest.own.dtype).to(honest.own.device)
+        lengths = torch.linalg.vector_norm(honest.own, dim=1, keepdim=True)
+        sent: Tensor = self.scale * drawn * lengths / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+        return sent

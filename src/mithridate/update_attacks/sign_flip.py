@@ -1,0 +1,28 @@
+"""Send the honest update with its sign turned."""
+
+from torch import Generator, Tensor
+
+from mithridate.core import Honest, View
+from mithridate.registry import register, settings
+from mithridate.update_attacks.hostile import Factor, Hostile, Share
+
+
+@register("update_attack", "sign_flip")
+@settings
+class SignFlip(Hostile):
+    """Each hostile client sends minus its own honest update, scaled.
+
+    Args:
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
+        scale: What it is multiplied by, >= 0.
+
+    Source:
+        Li et al., RSA, AAAI 2019, arXiv:1811.03761, section 5 ("sign-flipping attack").
+    """
+
+    poison_ratio: Share = 0.2
+    scale: Factor = 4.0
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        """Turned around."""
+        return -self.scale * honest.own

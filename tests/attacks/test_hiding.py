@@ -1,0 +1,306 @@
+"""An attacker who hides from Memorization Discrepancy: Eq. (21) against autograd, and what hiding does and costs."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from mithridate.attacks.accumulative import TRIGGER, Accumulative
+from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, steer
+from mithridate.calculus import Normalise
+from mithridate.core import Batch, Need, View, Weights
+from mithridate.discrepancy import memorization_discrepancy
+from mithridate.errors import ConfigError
+from mithridate.learning.history import History
+from mithridate.learning.learner import Learner
+from mithridate.testing import toy_learner, toy_stream
+
+EPS = 0.1
+NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")
+STREAM = toy_stream(0)
+SHARED: dict[str, Any] = {"eps": EPS, "steps": 4, "trigger_update": "after_step", "normalise": "global"}
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def first(batch: Batch, n: int) -> Batch:
+    return Batch(batch.x[:n].double(), batch.y[:n])
+
+
+BATCH = first(STREAM.victim_batch(0, 0), 12)
+CLEAN_TRIGGER = first(STREAM.trigger_batch(3, 0), 8)
+VALIDATION = first(STREAM.validation.all(), 20)
+POINT = (BATCH.x + 0.05 * torch.randn(BATCH.x.shape, generator=rng(3), dtype=torch.float64)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    """A victim that has moved on from the model that its history keeps as epoch 4; epoch 0 is untrained."""
+    made = toy_learner(STREAM, dtype=torch.float64)
+    assert made.history is not None
+    parameters, buffers = made.snapshot().parameters, made.snapshot().buffers
+    untrained = made.history.checkpoint(0)
+    assert untrained is not None
+    made.history = History(checkpoints={0: untrained, 4: Weights(parameters, buffers, "burn-in epoch 4")})
+    for i in range(4):
+        made.update(first(STREAM.victim_batch(i, 5), 20))
+    return made
+
+
+@pytest.fixture(scope="module")
+def old(learner: Learner) -> Weights:
+    assert learner.history is not None
+    found = learner.history.checkpoint(4)
+    assert found is not None
+    return found
+
+
+def view_of(learner: Learner, attack: Accumulative | None = None) -> View:
+    things = {
+        Need.MODEL: learner.white_box,
+        Need.VALIDATION: VALIDATION,
+        Need.TRIGGER: CLEAN_TRIGGER,
+        Need.ACCURACY: (0.9, 0.9),
+        Need.HISTORY: learner.history,
+    }
+    return View(0, {}, things, frozenset(Need) if attack is None else attack.needs, "Accumulative")
+
+
+def naive_discrepancy(model: nn.Module, old: Weights, x: Tensor, *, still: bool = False) -> Tensor:
+    """Mean KL(old || now) by its formula; `still` holds the old answer constant, as it is for the parameters."""
+    p: Tensor = functional_call(model, {**old.parameters, **old.buffers}, (x,)).softmax(1)
+    p = p.detach() if still else p
+    apart: Tensor = p * (p.log() - model(x).log_softmax(1))
+    return apart.sum(1).mean()
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
+    return float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_the_derivatives_are_those_of_the_discrepancy(learner: Learner, old: Weights, chunk: int | None) -> None:
+    model = learner.model.eval()
+    value = naive_discrepancy(model, old, POINT)
+    assert float(value.detach()) == pytest.approx(float(memorization_discrepancy(model, old, POINT).mean()))
+    expected = torch.autograd.grad(value, list(model.parameters()))
+    model.train()  # which must not matter
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    found = discrepancy_gradient(learner.white_box, old, POINT, chunk=chunk)
+    assert all(float((a - b).abs().max()) < 1e-12 for a, b in zip(found.values(), expected, strict=True))
+    slope = discrepancy_slope(learner.white_box, old, POINT, chunk=chunk)
+    assert model.training
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    model.eval()
+    leaf = POINT.clone().requires_grad_()
+    by_pixels = torch.autograd.grad(len(POINT) * naive_discrepancy(model, old, leaf), leaf)[0]
+    assert close(slope, by_pixels)
+
+
+def test_a_steered_slope_has_no_unit() -> None:
+    up, away = (torch.randn(5, 1, 4, 4, generator=rng(i), dtype=torch.float64) for i in range(2))
+    found = steer(up, away, 0.5)
+    assert float((found - steer(100 * up, 0.01 * away, 0.5)).abs().max()) < 1e-12
+    assert torch.equal(steer(up, torch.zeros_like(up), 0.5), steer(up, away, 0.0))
+    alone = steer(torch.zeros_like(up), away, 0.5).flatten(1)
+    assert float((alone.norm(dim=1) - 0.5).abs().max()) < 1e-12
+    assert float((alone * away.flatten(1)).sum(1).max()) < 0
+
+
+# Eq. (21).
+
+
+def parameter_gradient(model: nn.Module, value: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, list(model.parameters()), create_graph=True))
+
+
+def naive_unit(g: list[Tensor], normalise: Normalise) -> list[Tensor]:
+    if normalise == "none":
+        return g
+    if normalise == "tensor":
+        return [t / t.norm() if float(t.detach().norm()) > 0 else t for t in g]
+    whole = torch.cat([t.flatten() for t in g]).norm()
+    return [t / whole for t in g]
+
+
+def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
+
+
+def followed(attack: Accumulative, view: View, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
+    functions: list[Callable[[Tensor], Tensor]] = []
+    original = Accumulative.climb
+
+    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
+        functions.append(gradient_at)
+        return original(self, x, gradient_at, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accumulative, "climb", spy)
+        attack.poison(BATCH, view, rng=rng())
+    return functions[-1]
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("beta", [0.3, 2.0])
+@pytest.mark.parametrize("hide", ["gradient", "pixels"])
+def test_the_slope_is_that_of_equation_21(
+    learner: Learner, old: Weights, monkeypatch: pytest.MonkeyPatch, normalise: Normalise, beta: float, hide: Any
+) -> None:
+    """w = g(S_t) + beta grad D + lam G_t by graphs of graphs; with `pixels` two slopes of unit length."""
+    attack = Accumulative(
+        eps=EPS, steps=1, normalise=normalise, beta=beta, hide=hide, hide_from=4, trigger_mode="clean", lam=0.3
+    )
+    view = view_of(learner, attack)
+    slope = followed(attack, view, monkeypatch)
+    model = learner.model.eval()
+    leaf = POINT.clone().requires_grad_()
+    g_validation = naive_unit(parameter_gradient(model, F.cross_entropy(model(VALIDATION.x), VALIDATION.y)), normalise)
+    g_trigger = naive_unit(
+        parameter_gradient(model, F.cross_entropy(model(CLEAN_TRIGGER.x), CLEAN_TRIGGER.y)), normalise
+    )
+    pull = naive_unit(parameter_gradient(model, dot(g_validation, g_trigger)), normalise)
+    kept = naive_unit(parameter_gradient(model, F.cross_entropy(model(BATCH.x), BATCH.y)), normalise)
+    seen = naive_unit(parameter_gradient(model, naive_discrepancy(model, old, POINT, still=True)), normalise)
+    share = beta if hide == "gradient" else 0.0
+    w = [(k + 0.3 * p + share * s).detach() for k, p, s in zip(kept, pull, seen, strict=True)]
+    offered = naive_unit(parameter_gradient(model, F.cross_entropy(model(leaf), BATCH.y)), normalise)
+    expected = torch.autograd.grad(dot(offered, w), leaf)[0]
+    if hide == "pixels":
+        away = torch.autograd.grad(naive_discrepancy(model, old, leaf), leaf)[0]
+        lengths = expected.flatten(1).norm(dim=1)
+        expected, away = (t / t.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for t in (expected, away))
+        expected = expected - beta * away
+    with view.model.objective("eval"):
+        found = slope(POINT)
+    if hide == "pixels":  # a sample that the model is sure of has slopes of rounding errors, magnified at unit length
+        found, expected = found[lengths > 1e-7], expected[lengths > 1e-7]
+        assert len(found) >= 8
+    assert close(found, expected, 1e-9 if hide == "gradient" else 1e-6)
+
+
+def alignment(learner: Learner, x: Tensor, y: Tensor, direction: list[Tensor]) -> float:
+    """Cosine of a batch's parameter gradient and a direction."""
+    model = learner.model.eval()
+    g = naive_unit(parameter_gradient(model, F.cross_entropy(model(x), y)), "global")
+    return float(dot(g, naive_unit(direction, "global")).detach())
+
+
+def test_by_the_gradient_the_victims_step_itself_lowers_the_discrepancy(learner: Learner, old: Weights) -> None:
+    """g is turned towards +grad D, the victim steps along -g, and so D of what it learned from falls."""
+    turned, after = [], []
+    for beta in (0.0, 0.5, 4.0):
+        attack = Accumulative(**SHARED, beta=beta, hide_from=4)
+        sent = attack.poison(BATCH, view_of(learner, attack), rng=rng())
+        model = learner.model.eval()
+        seen = parameter_gradient(model, naive_discrepancy(model, old, sent.x, still=True))
+        turned.append(alignment(learner, *sent, seen))
+        twin = copy.deepcopy(learner.model)
+        victim = Learner(twin, SGD(twin.parameters(), lr=1e-3), update_mode="eval")
+        before = float(memorization_discrepancy(twin, old, sent.x).mean())
+        victim.update(sent)
+        after.append(float(memorization_discrepancy(twin, old, sent.x).mean()) - before)
+    assert turned[0] < turned[1] < turned[2]
+    assert after[2] < 0
+    assert after[2] < after[0]
+
+
+def test_by_the_pixels_the_batch_itself_stands_out_less_and_aligns_less(learner: Learner, old: Weights) -> None:
+    """Monotone in beta on both sides: what hiding gains, and what it costs H_t = <g, g(S_t) + G_t>."""
+    seen, gained = [], []
+    model = learner.model.eval()
+
+    def slope(batch: Batch) -> list[Tensor]:
+        return parameter_gradient(model, F.cross_entropy(model(batch.x), batch.y))
+
+    for beta in (0.0, 1.0, 4.0):
+        attack = Accumulative(**{**SHARED, "normalise": "none"}, beta=beta, hide="pixels", hide_from=4)
+        view = view_of(learner, attack)
+        sent = attack.poison(BATCH, view, rng=rng())
+        seen.append(float(memorization_discrepancy(model, old, sent.x).mean()))
+        model.eval()
+        product = dot(slope(VALIDATION), slope(Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)))
+        w = [k + p for k, p in zip(slope(BATCH), parameter_gradient(model, product), strict=True)]
+        gained.append(float(dot(slope(sent), w).detach()))
+    assert seen[0] > seen[1] > seen[2]
+    assert gained[0] > gained[1] > gained[2]
+
+
+@pytest.mark.parametrize("update", ["joint", "after_step"])
+def test_the_trigger_hides_if_asked(learner: Learner, old: Weights, update: Any) -> None:
+    seen = []
+    for values in ({}, {"beta": 1.0, "hide": "pixels"}, {"beta": 1.0, "hide": "pixels", "hide_trigger": True}):
+        attack = Accumulative(**{**SHARED, "trigger_update": update, **values}, hide_from=4)
+        view = view_of(learner, attack)
+        attack.poison(BATCH, view, rng=rng())
+        sent = attack.trigger(CLEAN_TRIGGER, view, rng=rng())
+        seen.append(float(memorization_discrepancy(learner.model, old, sent.x).mean()))
+    assert seen[2] < min(seen[:2])
+    assert seen[0] == seen[1] or update == "joint"  # its own slope is the same, if not hidden
+
+
+@pytest.mark.parametrize("values", [{"hide": "pixels"}, {"hide_from": 99}, {"hide": "pixels", "hide_trigger": True}])
+def test_without_weight_nothing_is_hidden_and_nothing_looked_at(learner: Learner, values: dict[str, Any]) -> None:
+    usual, same = Accumulative(**SHARED), Accumulative(**SHARED, **values)
+    assert same.needs == Accumulative.needs
+    assert Need.HISTORY not in same.needs
+    made = [attack.poison(BATCH, view_of(learner, attack), rng=rng()).x for attack in (usual, same)]
+    assert torch.equal(*made)
+
+
+def test_the_chosen_old_model_is_the_one_that_counts(learner: Learner) -> None:
+    def sent(epoch: int | None) -> Tensor:
+        attack = Accumulative(**SHARED, beta=1.0, hide="pixels", hide_from=epoch)
+        return attack.poison(BATCH, view_of(learner, attack), rng=rng()).x
+
+    assert torch.equal(sent(None), sent(0))  # the earliest
+    assert not torch.equal(sent(0), sent(4))
+
+
+def test_an_old_model_that_was_not_kept_is_an_error(learner: Learner) -> None:
+    attack = Accumulative(**SHARED, beta=1.0, hide_from=7)
+    with pytest.raises(ConfigError, match="no checkpoint of epoch 7"):
+        attack.poison(BATCH, view_of(learner, attack), rng=rng())
+    empty = view_of(learner, attack)
+    empty = replace(empty, things={**empty.things, Need.HISTORY: History()})
+    with pytest.raises(ConfigError, match="keeps no checkpoint; add"):
+        replace(attack, hide_from=None).poison(BATCH, empty, rng=rng())
+
+
+@pytest.mark.parametrize("hide", ["gradient", "pixels"])
+def test_batch_statistics_while_crafting_do_not_reach_the_discrepancy(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, old: Weights, hide: Any
+) -> None:
+    """Craft mode `train`: H_t with the batch's statistics, D in eval mode all the same; flags come back."""
+    attack = Accumulative(
+        eps=EPS,
+        steps=1,
+        beta=1.0,
+        hide=hide,
+        hide_from=4,
+        trigger_mode="clean",
+        craft_mode="train",
+        lam=0.0,
+        clean_weight=0.0,
+    )
+    view = view_of(learner, attack)
+    slope = followed(attack, view, monkeypatch)
+    model = learner.model.eval()
+    leaf = POINT.clone().requires_grad_()
+    seen = parameter_gradient(model, naive_discrepancy(model, old, POINT, still=True))
+    away = torch.autograd.grad(naive_discrepancy(model, old, leaf), leaf)[0]
+    with view.model.objective("train"):
+        found = slope(POINT)
+        offered = parameter_gradient(model, F.cross_entropy(model(leaf), BATCH.y))
+        turned = torch.autograd.grad(dot(offered, [t.detach() for t in seen]), leaf)[0]
+    lengths = away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    assert close(found, turned if hide == "gradient" else -away / lengths, 1e-9 if hide == "gradient" else 1e-6)

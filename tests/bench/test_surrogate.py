@@ -1,0 +1,111 @@
+"""Attackers without access to the victim's model, from the recipe to the store."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mithridate.bench.engine import run_recipe
+from mithridate.bench.recipe import make_recipe
+from mithridate.bench.store import Run, read_run
+from mithridate.errors import ConfigError
+
+ATTACK: dict[str, Any] = {"name": "accumulative", "eps": 0.2, "steps": 2, "trigger_update": "after_step"}
+BLIND: dict[str, Any] = {**ATTACK, "model_access": "surrogate"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("burn-ins")
+
+
+def run(out: Path, cache: Path, attack: dict[str, Any], **surrogate: Any) -> Run:
+    tables: dict[str, Any] = {
+        "data": {
+            "name": "digits",
+            "burn_in": 300,
+            "victim": 100,
+            "validation": 60,
+            "trusted": 0,
+            "test": 200,
+            "batch_size": 20,
+            "augment": False,
+        },
+        "model": {"name": "small_cnn", "width": 4},
+        "burn_in": {"epochs": 4, "batch_size": 50, "lr": 0.05, "checkpoints": [0, 2]},
+        "attack": attack,
+        "run": {"steps": 2, "lr": 0.05, "images": 20},
+    }
+    if surrogate:
+        tables["surrogate"] = surrogate
+    grid = run_recipe(make_recipe(tables), out, device="cpu", cache=cache)
+    return read_run(grid.directories[0])
+
+
+def same_images(a: Run, b: Run) -> bool:
+    return all((a.images[name] == b.images[name]).all() for name in a.images)
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
+    return run(tmp_path_factory.mktemp("usual"), cache, ATTACK)
+
+
+@pytest.mark.parametrize(
+    "surrogate",
+    [
+        {"kind": "checkpoint", "epoch": 2},
+        {"kind": "trained", "seed_offset": 7},
+        {"kind": "trained", "model": {"name": "small_cnn", "width": 8, "norm": "group"}},
+    ],
+    ids=["older", "another seed", "another architecture"],
+)
+def test_a_run_on_a_surrogate_says_so_and_differs(
+    tmp_path: Path, cache: Path, usual: Run, surrogate: dict[str, Any]
+) -> None:
+    made = run(tmp_path, cache, BLIND, **surrogate)
+    held = tomllib.loads((tmp_path / "accumulative__none__seed0" / "config.toml").read_text(encoding="utf-8"))
+    assert held["attack"]["model_access"] == "surrogate"
+    assert surrogate.items() <= {**held["surrogate"], "model": surrogate.get("model")}.items()
+    if "model" in surrogate:
+        assert surrogate["model"].items() <= held["surrogate"]["model"].items()
+    assert not same_images(made, usual)
+    assert made.trace[0]["accuracy"] == usual.trace[0]["accuracy"]  # the victim is the same
+    assert made.trace[-1]["poison_linf"] == pytest.approx(0.2, abs=1e-5)
+
+
+def test_a_white_box_run_names_no_surrogate(usual: Run) -> None:
+    assert "surrogate" not in usual.config
+    assert usual.config["attack"]["model_access"] == "victim"
+
+
+def test_the_earliest_checkpoint_is_the_default(tmp_path: Path, cache: Path) -> None:
+    unset, first, later = (
+        run(tmp_path / name, cache, BLIND, kind="checkpoint", **epoch)
+        for name, epoch in (("unset", {}), ("first", {"epoch": 0}), ("later", {"epoch": 2}))
+    )
+    assert same_images(unset, first)
+    assert not same_images(unset, later)
+
+
+def test_a_checkpoint_that_was_not_kept_is_an_error(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no checkpoint of epoch 3.*checkpoints"):
+        run(tmp_path, cache, BLIND, kind="checkpoint", epoch=3)
+
+
+def test_hiding_from_a_checkpoint_works_in_a_grid_and_says_if_it_cannot(
+    tmp_path: Path, cache: Path, usual: Run
+) -> None:
+    hidden = run(tmp_path / "hidden", cache, {**ATTACK, "beta": 1.0, "hide": "pixels", "hide_from": 2})
+    assert not same_images(hidden, usual)
+    with pytest.raises(ConfigError, match="no checkpoint of epoch 3"):
+        run(tmp_path / "missing", cache, {**ATTACK, "beta": 1.0, "hide_from": 3})
+
+
+def test_the_gate_aware_attack_runs_from_a_recipe(tmp_path: Path, cache: Path) -> None:
+    inner = {k: v for k, v in ATTACK.items() if k != "eps"}
+    made = run(tmp_path, cache, {"name": "gate_aware", "eps": 0.2, "victim_lr": 0.05, "inner": inner})
+    assert made.config["attack"]["inner"]["steps"] == 2
+    assert "eps" not in made.config["attack"]["inner"]
+    assert made.summary["status"] == "finished"
