@@ -16,9 +16,9 @@ from mithridate import cli
 from mithridate.bench.store import read_runs
 from mithridate.data.catalogue import DATASETS
 from mithridate.learning.online import run_online
-from mithridate.registry import Kind, entries
+from mithridate.registry import KINDS, Kind, entries
 
-COMMANDS = ("demo", "run", "report", "list")
+COMMANDS = ("demo", "run", "calibrate", "report", "list")
 RECIPE = """
 title = "A [tiny] recipe"
 [data]
@@ -127,9 +127,69 @@ def test_help_needs_no_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+# Calibration.
+
+CALIBRATED = """
+[data]
+name = "digits"
+[burn_in]
+epochs = 4
+batch_size = 50
+checkpoints = [2]
+[attack]
+name = "clean"
+[[defence]]
+name = "none"
+[[defence]]
+name = "dsc"
+target_rate = 0.2
+[run]
+seeds = [0, 1]
+"""
+
+
+def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(invoke: Invoke, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(CALIBRATED, encoding="utf-8")
+    page = invoke("calibrate", str(recipe), "--threads", "1", "--unseen", "4", env={"COLUMNS": "120"})
+    assert page.code == 0, page.err
+    rows = re.findall(r"^ +(\d) +(\S+) +(\S+) +([\d.]+)% of 97 .*? ([\d.]+)% of 200 ", page.out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "1"]
+    for _, mu, _, seen, unseen in rows:
+        assert float(mu) > 0
+        assert 12 < float(seen) < 28
+        assert 5 < float(unseen) < 45
+    assert list(tmp_path.iterdir()) == [recipe]  # nothing is written but the cache
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "1.5"], "between 0 and 1"),
+        (["--defence", "dcs"], "did you mean 'dsc'"),
+        (["--unseen", "400"], "at most"),
+        (["--set", "defence.dsc.epoch=3"], "checkpoint of burn-in epoch 3"),
+    ],
+)
+def test_calibrate_says_what_is_wrong(invoke: Invoke, tmp_path: Path, options: Sequence[str], message: str) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(CALIBRATED, encoding="utf-8")
+    page = invoke("calibrate", str(recipe), "--threads", "1", *options, env={"COLUMNS": "200"})
+    assert page.code == 2
+    assert message in page.err
+
+
+def test_calibrate_needs_a_dsc(invoke: Invoke, tmp_path: Path) -> None:
+    recipe = tmp_path / "bare.toml"
+    recipe.write_text('[attack]\nname = "clean"\n', encoding="utf-8")
+    page = invoke("calibrate", str(recipe))
+    assert page.code == 2
+    assert "no defence dsc" in page.err
+
+
 # Lists.
 
-SHELVES: dict[str, Kind] = {"attacks": "attack", "defences": "defence", "models": "model", "monitors": "monitor"}
+SHELVES: dict[str, Kind] = {f"{kind}s": kind for kind in KINDS}
 
 
 @pytest.mark.parametrize("shelf", SHELVES)

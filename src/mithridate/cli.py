@@ -75,6 +75,8 @@ class Shelf(StrEnum):
     attacks = "attacks"
     defences = "defences"
     detectors = "detectors"
+    update_attacks = "update_attacks"
+    aggregators = "aggregators"
     models = "models"
     datasets = "datasets"
     monitors = "monitors"
@@ -119,10 +121,11 @@ def demo(
     threads: ThreadsOption = 1,
     cache: CacheOption = None,
 ) -> None:
-    """Poison a small model on real handwritten digits, and report what broke.
+    """Poison a small model on real handwritten digits, defend it, and report what broke and what held.
 
     Needs no network and no data: the digits come with scikit-learn. Every attack runs with three seeds, without a
-    defence and with gradient clipping. Runs that are in the directory already are kept: a second call only prints them.
+    defence, with gradient clipping, adversarial training, DSC and a gate. Runs that are in the directory already are
+    kept: a second call only prints them.
     """
     _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True)
 
@@ -238,10 +241,13 @@ def list_(
         if shelf is Shelf.datasets:
             _list_datasets()
             continue
+        found = entries(shelf.value.removesuffix("s"))  # type: ignore[arg-type]  # a shelf is a kind and an s
+        longest = max(len(key) for entry in found.values() for key in entry.fields)  # a key is never broken
         table = Table(title=shelf.value, title_justify="left", show_lines=True)
         for column in ("name", "what it is", "settings and defaults", "source"):
-            table.add_column(column, overflow="fold", no_wrap=column == "name")
-        for name, entry in entries(shelf.value.removesuffix("s")).items():  # type: ignore[arg-type]
+            least = longest if column.startswith("settings") else None
+            table.add_column(column, overflow="fold", no_wrap=column == "name", min_width=least)
+        for name, entry in found.items():
             fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
             presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
             table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(entry.source))

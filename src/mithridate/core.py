@@ -445,7 +445,8 @@ class Honest(NamedTuple):
         own: (hostile clients, parameters), what the hostile clients' own data would give.
         x: Their own pixels (hostile clients, samples, channels, height, width).
         y: Their own labels (hostile clients, samples).
-        rows: (honest clients, parameters); None where the round is too large to be held at once.
+        rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. None where
+            the round is too large to be held at once.
     """
 
     total: Tensor
@@ -489,7 +490,7 @@ class UpdateAttack(ABC):
 
     @abstractmethod
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        """(hostile clients, parameters), sent in one round before the trigger."""
+        """(hostile clients, parameters), sent in one round before the trigger; they may be views of a single row."""
 
     def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """(hostile clients, parameters), sent in the trigger round; by default as in any other."""

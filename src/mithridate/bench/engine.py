@@ -23,7 +23,7 @@ from mithridate.files import cache_directory
 from mithridate.learning.burn_in import BurnInResult
 from mithridate.learning.calibrate import Calibration, calibrated
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
-from mithridate.learning.federated import FederatedRun, federate, run_federated
+from mithridate.learning.federated import FederatedRun, check_defence, federate, run_federated
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.models import build_model
@@ -91,6 +91,8 @@ def run_recipe(
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     if isinstance(recipe.run, OnlineRun):
         stream.require(recipe.run.steps)
+    else:
+        _check_federation(recipe, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
     build_model(recipe.model, stream.info, seed=0)
@@ -165,6 +167,17 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
         ):
             for need in needs & empty:
                 raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
+
+
+def _check_federation(recipe: Recipe, stream: Stream) -> None:
+    """Refuse what a federation cannot do, before anything is trained."""
+    run, clients = recipe.run, recipe.clients
+    assert isinstance(run, FederatedRun)  # noqa: S101  (asked by the caller)
+    assert clients is not None  # noqa: S101  (a federation has clients)
+    for seed in recipe.seeds:
+        federate(stream, clients, seed=seed).require(run)
+    for defence in recipe.defences:
+        check_defence(defence.component, run, run.per_round or clients.clients)
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

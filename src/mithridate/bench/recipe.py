@@ -206,12 +206,13 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
         )
     if "clients" in tables and not federated:
         raise ConfigError("[clients] belongs to a federation; add a table [federated].")
-    run = dict(tables.get("federated" if federated else "run", {}))
+    loop = "federated" if federated else "run"
+    run = dict(tables.get(loop, {}))
     recipe = Recipe(
         title=str(tables.get("title", "")),
         data=make(StreamSettings, tables.get("data", {}), where="[data]"),
         model=registry.build("model", tables.get("model", {"name": "small_cnn"})),
-        seeds=_seeds(run.pop("seeds", [0])),
+        seeds=_seeds(run.pop("seeds", [0]), where=f"[{loop}]"),
         burn_in=make(BurnIn, tables.get("burn_in", {}), where="[burn_in]"),
         attacks=_labelled("attack", tables["attack"], kind_of="update_attack" if federated else "attack"),
         defences=_labelled("defence", tables.get("defence", {"name": "none"})),
@@ -237,11 +238,11 @@ def _check_tables(tables: Mapping[str, Any]) -> None:
                 raise ConfigError(f"[{key}] must be a table or an array of tables, not {item!r}.")
 
 
-def _seeds(value: object) -> list[int]:
+def _seeds(value: object, *, where: str) -> list[int]:
     if not isinstance(value, list) or not value or not all(type(s) is int and s >= 0 for s in value):
-        raise ConfigError(f"[run] seeds = {value!r}: give a list of whole numbers >= 0, such as [0, 1, 2].")
+        raise ConfigError(f"{where} seeds = {value!r}: give a list of whole numbers >= 0, such as [0, 1, 2].")
     if len(set(value)) != len(value):
-        raise ConfigError(f"[run] seeds = {value!r}: a seed twice is the same run twice; leave it out.")
+        raise ConfigError(f"{where} seeds = {value!r}: a seed twice is the same run twice; leave it out.")
     return list(value)
 
 

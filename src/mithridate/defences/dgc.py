@@ -36,7 +36,7 @@ class DGC(LookingBack, Defence):
         epoch: Of the checkpoint; unset: the earliest one kept.
         back: Updates to look back with `old = "back"`, k.
         threshold: Mean discrepancy above which a row is clipped, >= 0, in the unit of the divergence; 0 clips every
-            row, `inf` none.
+            row, `inf` none. A step after which the model answers with NaN counts as above it.
         clip_norm: The bound, > 0; `inf` never clips.
         norm: In which norm: `l2` or `linf`.
         lr: Length of the plain step, > 0; the server's learning rate.
@@ -69,8 +69,10 @@ class DGC(LookingBack, Defence):
         own = {name for name, p in view.model.module.named_parameters() if p.requires_grad}
         if set(gradient.shapes) != own:
             raise ConfigError('dgc: it steps on whole updates; set distances = "all" in [federated].')
-        suspicious = self._discrepancies(gradient, old, view) > self.threshold
         clipped = clip_rows(gradient.rows, self.clip_norm, self.norm)
+        if self.threshold == 0:  # a discrepancy of nothing can round to less than nothing
+            return gradient.with_rows(clipped)
+        suspicious = ~(self._discrepancies(gradient, old, view) <= self.threshold)  # NaN is
         return gradient.with_rows(torch.where(suspicious.unsqueeze(1), clipped, gradient.rows))
 
     @torch.no_grad()

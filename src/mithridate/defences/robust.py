@@ -50,7 +50,7 @@ class Robust(Defence):
         built: Aggregator = build("aggregator", self.rule, where="[defence] robust, rule")
         # The class is frozen: these are set once, here, and follow from `rule`.
         object.__setattr__(self, "rule", config_of(built))
-        object.__setattr__(self, "built", built)
+        object.__setattr__(self, "aggregator", built)
         if built.needs_trusted:
             object.__setattr__(self, "needs", frozenset({Need.MODEL, Need.TRUSTED}))
 
@@ -58,9 +58,23 @@ class Robust(Defence):
         """Equal rules have equal hashes; the table itself has none."""
         return hash(self.rule["name"])
 
+    @property
+    def built(self) -> Aggregator:
+        """The rule as a settings object."""
+        built: Aggregator = self.__dict__["aggregator"]
+        return built
+
+    def check(self, clients: int) -> None:
+        """Refuse a number of clients with which the rule does not hold.
+
+        Raises:
+            ConfigError: Names the bound.
+        """
+        self.built.check(clients)
+
     def aggregate(self, gradient: Gradient, view: View) -> Gradient:
         """One row by the rule."""
-        built: Aggregator = self.__dict__["built"]
+        built = self.built
         clients = gradient.clients if gradient.clients is not None else torch.arange(len(gradient.rows))
         context = Context(
             clients=clients,

@@ -30,16 +30,21 @@ from mithridate.core import (
 )
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
+from mithridate.defences.chain import Chain
+from mithridate.defences.ema import Ema
+from mithridate.defences.gate import Gate
+from mithridate.defences.robust import Robust
+from mithridate.defences.skip import Skip
 from mithridate.errors import ConfigError, DataError
 from mithridate.learning.learner import Learner, Update
 from mithridate.learning.online import EVALUATION_BATCH, Outcome, Progress, Row, outcome_of, phase_end, start_row
-from mithridate.per_client import client_gradients
+from mithridate.per_client import PASS, client_gradients
 from mithridate.registry import settings
 from mithridate.seeding import derived_seed, generator
 
 GIB = 2**30
-PASS = 64
-"""Samples that go through the model at once while client gradients are made, unless one client has more."""
+NOTING = (Ema, Gate, Skip)
+"""Defences whose `screen` or `loss` only takes notes; another's acts on samples, of which a server sees none."""
 
 
 @settings
@@ -109,6 +114,27 @@ class Federation:
     shards: Sequence[NDArray[np.int64]]
     seed: int
 
+    def require(self, run: FederatedRun) -> None:
+        """Refuse a run that asks for more clients or samples, in any round, than there are.
+
+        Raises:
+            DataError: It does.
+        """
+        for number in range(run.rounds + 1):
+            self._drawn(number, run)
+
+    def _drawn(self, number: int, run: FederatedRun) -> tuple[NDArray[np.int64], int]:
+        """The clients of a round, and how many samples each brings."""
+        who = sampled(len(self.shards), run.per_round or len(self.shards), round_=number, seed=self.seed)
+        smallest = min(len(self.shards[client]) for client in who)
+        size = smallest if run.local_batch is None else run.local_batch
+        if size > smallest:
+            raise DataError(
+                f"local_batch = {size}, and a client of round {number} holds {smallest} images; lower it, use fewer "
+                "clients, or another partition."
+            )
+        return who, size
+
     def round(self, number: int, run: FederatedRun, device: torch.device | str = "cpu") -> tuple[NDArray[Any], Batch]:
         """The clients of a round, and their samples: x (clients, samples, ...), y (clients, samples).
 
@@ -120,19 +146,14 @@ class Federation:
         Raises:
             DataError: More clients or samples are asked for than there are.
         """
-        who = sampled(len(self.shards), run.per_round or len(self.shards), round_=number, seed=self.seed)
-        smallest = min(len(self.shards[client]) for client in who)
-        size = smallest if run.local_batch is None else run.local_batch
-        if size > smallest:
-            raise DataError(
-                f"local_batch = {size}, and a client of round {number} holds {smallest} images; lower it, use fewer "
-                "clients, or another partition."
-            )
+        who, size = self._drawn(number, run)
         chosen = []
         for client in who:
             rng = np.random.default_rng(derived_seed("local batch", self.seed, number, int(client)))
             chosen.append(rng.permutation(self.shards[client])[:size])
         batch = self.stream.victim.batch(np.concatenate(chosen), device)
+        if self.stream.settings.augment_stream:
+            batch = self.stream.augmented(batch, generator("federated augmentation", self.seed, number))
         return who, Batch(batch.x.reshape(len(who), size, *batch.x.shape[1:]), batch.y.reshape(len(who), size))
 
 
@@ -150,12 +171,57 @@ def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
     return Federation(stream, divide(stream.victim, how, seed=seed), seed)
 
 
+def check_defence(defence: Defence, run: FederatedRun, clients: int) -> None:
+    """Refuse a defence that would do nothing in a federation, or cannot work with so many clients.
+
+    Args:
+        defence: What stands before the model.
+        run: Where bounds act.
+        clients: In a round.
+
+    Raises:
+        ConfigError: It acts on samples, of which a server sees none; it reads what a server has not; or its rule needs
+            more clients.
+    """
+    for part in _parts(defence):
+        cls = type(part)
+        acts = cls.screen is not Defence.screen or cls.loss is not Defence.loss
+        if acts and not isinstance(part, NOTING):
+            raise ConfigError(
+                f"{cls.__name__} acts on training samples, and the server of a federation sees none, so it would do "
+                "nothing; take one that acts on updates (clip, dgc, robust) or on the model (gate, bound_update, ema)."
+            )
+        if isinstance(part, Skip) and (part.watch == "loss" or run.bound == "before"):
+            raise ConfigError(
+                "skip: the server of a federation knows the one update of a round, but no loss; set "
+                'watch = "gradient", and bound = "after" in [federated].'
+            )
+        if isinstance(part, Robust):
+            part.check(clients)
+
+
+def _parts(defence: Defence) -> list[Defence]:
+    """The defences that a chain is made of; another one is its own part."""
+    return [one for part in defence.built for one in _parts(part)] if isinstance(defence, Chain) else [defence]
+
+
+def _rules(defence: Defence) -> bool:
+    """Whether it makes the round's update by a rule of its own, not by the mean."""
+    return any(type(part).aggregate is not Defence.aggregate for part in _parts(defence))
+
+
+def hostile_clients(attack: UpdateAttack, clients: int) -> int:
+    """How many of a round's clients an attack has: its share, rounded up."""
+    return min(math.ceil(attack.ratio * clients - 1e-9), clients)
+
+
 @dataclass(frozen=True)
 class Collected:
     """What the server has of a round.
 
     Args:
         aggregate: One row.
+        taken: Clients behind it.
         refused: Clients whose update was not finite; they are left out.
         lengths: Mean l2 length of the rows as sent.
         hostile: Share of hostile clients.
@@ -164,6 +230,7 @@ class Collected:
     """
 
     aggregate: Gradient
+    taken: int
     refused: int
     lengths: float
     hostile: float
@@ -186,6 +253,10 @@ class _Rounds:
         self.learner, self.federation, self.attack, self.run = learner, federation, attack, run
         self.monitors, self.progress = monitors, progress
         device, stream = learner.device, federation.stream
+        federation.require(run)
+        clients = run.per_round or len(federation.shards)
+        check_defence(learner.defence, run, clients)
+        self.keep = self._keeps(clients)
         self.test = list(stream.test.batches(EVALUATION_BATCH, device=device))
         _, trigger = federation.round(run.rounds, run, device)
         self.things: dict[Need, Any] = {
@@ -216,7 +287,7 @@ class _Rounds:
         update = self.learner.apply(
             collected.aggregate,
             batch_loss=collected.loss,
-            learned=1,
+            learned=collected.taken,
             buffers=collected.buffers,
         )
         updated = time.perf_counter()
@@ -238,9 +309,9 @@ class _Rounds:
         """Every client's update, the hostile ones' replaced, to one row."""
         who, data = self.federation.round(number, self.run, self.learner.device)
         n = len(data.y)
-        hostile = min(math.ceil(self.attack.ratio * n - 1e-9), n)
+        hostile = hostile_clients(self.attack, n)
         clients = torch.from_numpy(who).to(self.learner.device)
-        sheet = _Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self._keeps(n))
+        sheet = _Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self.keep)
         sheet.add(data.x[hostile:], data.y[hostile:])
         if hostile:
             mine = Batch(data.x[:hostile], data.y[:hostile])
@@ -249,8 +320,9 @@ class _Rounds:
             sheet.send(craft(honest, self.view(), rng))
         return Collected(
             aggregate=sheet.aggregated(),
+            taken=sheet.filled,
             refused=sheet.refused,
-            lengths=sheet.length / max(n - sheet.refused, 1),
+            lengths=sheet.length / max(sheet.filled, 1),
             hostile=hostile / n,
             loss=_loss(self.learner, data),
             buffers=_buffers(self.learner, data, self.run),
@@ -262,12 +334,13 @@ class _Rounds:
         Raises:
             ConfigError: They have to be, and are too many.
         """
-        width = sum(p.numel() for p in self.learner.model.parameters())
-        size = n * width * 4 / GIB
+        trained = [p for p in self.learner.model.parameters() if p.requires_grad]
+        width = sum(p.numel() for p in trained)
+        size = n * width * trained[0].element_size() / GIB
         if size <= self.run.max_matrix:
             return True
         defence = self.learner.defence
-        if type(defence).aggregate is not Defence.aggregate or self.attack.every_row:
+        if _rules(defence) or self.attack.every_row:
             who = type(defence).__name__ if not self.attack.every_row else type(self.attack).__name__
             raise ConfigError(
                 f"{who} looks at all updates of a round at once: {n} clients of {width:,} parameters are {size:.1f} "
@@ -275,8 +348,13 @@ class _Rounds:
             )
         return False
 
-    def accuracy_with_buffers_alone(self, before: Snapshot) -> float:
-        """Test accuracy with the parameters from before the last step and the buffers from after it."""
+    def accuracy_with_buffers_alone(self, before: Snapshot) -> float | None:
+        """Test accuracy with the parameters from before the last step and the buffers from after it.
+
+        None where another model than the one that learns is served: its buffers are not this step's.
+        """
+        if self.learner.defence.serve(self.learner.view()) is not None:
+            return None
         after = self.learner.snapshot()
         self.learner.restore(before)
         self.learner.restore_buffers(after.buffers)
@@ -325,9 +403,15 @@ class _Sheet:
 
     def send(self, rows: Tensor) -> None:
         """Take in rows as they were sent; those that are not finite are refused."""
+        for piece in torch.split(rows, PASS):  # a few at a time: they may be views of a single row
+            self._take_in(piece)
+
+    def _take_in(self, rows: Tensor) -> None:
         finite = torch.isfinite(rows).all(1)
         self.known = torch.cat([self.known, finite])
         self.refused += int((~finite).sum())
+        if not bool(finite.any()):
+            return
         rows = rows if bool(finite.all()) else rows[finite]
         self.length += float(torch.linalg.vector_norm(rows, dim=1).sum())
         bounded = self._bounded(rows) if self.run.bound == "before" else rows
@@ -340,7 +424,7 @@ class _Sheet:
     def honest(self, mine: Batch) -> Honest:
         """What an attacker who sees every update sees before it sends its own."""
         held = self.rows[: self.filled] if self.rows is not None else None
-        own = self.gradients(mine.x, mine.y).clone()
+        own = client_gradients(self.learner.model, self.learner.criterion, mine.x, mine.y, mode=self.mode)
         return Honest(self.total.clone(), self.bounded_total.clone(), self.filled, own, mine.x, mine.y, held)
 
     def aggregated(self) -> Gradient:
@@ -349,7 +433,7 @@ class _Sheet:
         if self.filled == 0:
             return Gradient(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
         mean = (self.bounded_total / self.filled).unsqueeze(0)
-        if self.rows is None or type(defence).aggregate is Defence.aggregate:
+        if self.rows is None or not _rules(defence):
             row = mean
         else:
             whole = bool(self.looked_at.all())
@@ -380,7 +464,7 @@ class _Sheet:
 
 def _looked_at(model: torch.nn.Module, run: FederatedRun) -> Tensor:
     """(parameters,) bool, the entries that distances and bounds look at."""
-    norms = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    norms = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
     apart = {name for name, module in model.named_modules() if isinstance(module, norms)}
     pieces = [
         torch.full((p.numel(),), not (run.distances == "without_norm" and name.rpartition(".")[0] in apart))
@@ -490,7 +574,8 @@ def run_federated(
 
     Raises:
         DataError: More clients or samples are asked for than there are.
-        ConfigError: A rule has to hold more updates at once than `max_matrix` allows.
+        ConfigError: The defence does not work in a federation, or not with so few clients (see `check_defence`); or
+            somebody has to see more updates at once than `max_matrix` allows.
         ThreatModelError: The attack looks at what it does not declare.
     """
     run = run or FederatedRun()

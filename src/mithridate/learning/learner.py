@@ -190,11 +190,14 @@ class Learner:
         began = time.perf_counter()
         if self.history is not None:
             self.history.record(self.step, self.model)
+        nothing = Batch(torch.zeros(0, 1, device=self.device), torch.zeros(0, dtype=torch.int64, device=self.device))
+        self.defence.screen(nothing, self.view())  # no samples are seen here, but some defences take notes then
         own = dict(self.model.named_parameters())
         before = self._before(dict(self.model.named_buffers()))
+        self.restore_buffers(buffers)
+        self.optimiser.zero_grad(set_to_none=True)
         for name, g in gradient.named().items():
             own[name].grad = g.clone()
-        self.restore_buffers(buffers)
         length = float(torch.linalg.vector_norm(gradient.rows))
         verdict, update_norm = self._step(before)
         return Update(batch_loss, length, length, update_norm, learned, verdict, time.perf_counter() - began)

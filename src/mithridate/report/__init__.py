@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mithridate.bench.store import read_runs
 from mithridate.files import write_atomically
+from mithridate.report.federated_figures import clipping_table, federated_drawings
 from mithridate.report.figures import Drawing, accuracy_curves, loss_and_norms, poisoned_images
 from mithridate.report.measures import measure_sections, measures, measures_csv, measures_markdown
 from mithridate.report.page import Section, page
@@ -52,7 +53,8 @@ def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
         StoreError: A directory does not exist, a run is unreadable, or there is none.
     """
     found = rows(read_runs(directories))
-    by_group = groups(found).values()
+    compared = groups(found)
+    by_group = compared.values()
     measured = measures(found)
     tables = measure_sections(measured)
     scored = score_report(found)
@@ -84,11 +86,15 @@ def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
             [drawing for members in by_group if (drawing := loss_and_norms(members))],
         ),
     ]
+    if all(row.federated for row in found):
+        sections = [section for section in sections if section.id != "images"]  # updates are poisoned, not images
     if drawings := [drawing for members in by_group for drawing in score_drawings(members)]:
         sections.insert(1, Section("scores", "What detectors see", "", True, drawings))
+    if drawings := [drawing for members in by_group for drawing in federated_drawings(members)]:
+        sections.insert(1, Section("federation", "Rounds of the federation", "", True, drawings))
     figures = _write_figures([drawing for section in sections for drawing in section.drawings], out / "figures")
     return ReportPaths(
-        html=_write(out / "report.html", page(found, [*tables, *scored.tables, *sections])),
+        html=_write(out / "report.html", page(found, [clipping_table(compared), *tables, *scored.tables, *sections])),
         summary_csv=_write(out / "summary.csv", to_csv(summary_records(found))),
         runs_csv=_write(out / "runs.csv", to_csv(run_records(found))),
         markdown=_write(out / "summary.md", to_markdown(found)),

@@ -21,6 +21,7 @@ from mithridate.report.tables import (
     settings,
     shared,
     spread,
+    step_noun,
     undefended,
     updates,
     varying,
@@ -45,6 +46,9 @@ START_POINTS = 0.01
 
 BUDGET_KEYS = ("eps", "norm", "poison_ratio")
 """The settings of an attack that say how much it may change."""
+
+FEDERATED_BUDGET_KEYS = ("poison_ratio", "trigger_scale", "trigger_norm")
+"""The same of an attack on a federation: how many clients it has, and how long an update they send in the end."""
 
 ALL_CORRECTED = 0.95
 """A defence that corrects at least this share of clean samples does not choose which."""
@@ -148,7 +152,7 @@ def early_loss(rows: Sequence[Row]) -> list[Doubt]:
             continue
         lost = f"{points(before)} points were"
         if drop is not None and before >= drop:
-            text = f"{lost} lost before the trigger and {points(drop)} in its step: not one batch's work."
+            text = f"{lost} lost before the trigger and {points(drop)} in its step: not one {step_noun([row])}'s work."
             found.append(Doubt(Severity.SERIOUS, row.cell, text))
         elif before > QUIET_POINTS:
             text = f"{lost} lost before the trigger; a phase is called quiet up to {points(QUIET_POINTS)}."
@@ -206,7 +210,7 @@ def no_noise_baseline(rows: Sequence[Row]) -> list[Doubt]:
         Doubt(
             Severity.CAUTION,
             f"{'defence' if len(defences) == 1 else 'defences'} {listed(defences)}",
-            f"no noise baseline for {names}; add the attack noise with the same eps.",
+            f"no noise baseline for {names}; add the attack noise with {_equal_budget(rows)}.",
         )
         for names, defences in without.items()
     ]
@@ -330,13 +334,15 @@ def costs_on_clean(rows: Sequence[Row]) -> list[Doubt]:
 
 
 def quarantined(rows: Sequence[Row]) -> list[Doubt]:
-    """Looks for samples with NaN or infinite pixels: they never reached the model, which learned from fewer."""
+    """Looks for samples, or clients' updates, with NaN or infinite numbers: the model learned from fewer."""
     found = []
     for row in rows:
         some = [run for run in row.runs if number(run.summary.get("quarantined"))]
         if some:
             kept = f"{sum(row.statistic('quarantined').values):g}"
-            text = f"{counted(kept, 'sample')} with NaN or infinite pixels kept from the model in {_of(some, row)}."
+            what = f"{counted(kept, 'update')} of clients" if row.federated else counted(kept, "sample")
+            numbers = "entries" if row.federated else "pixels"
+            text = f"{what} with NaN or infinite {numbers} kept from the model in {_of(some, row)}."
             found.append(Doubt(Severity.NOTE, row.cell, text))
     return found
 
@@ -384,9 +390,9 @@ def starts_differ(rows: Sequence[Row]) -> list[Doubt]:
 
 
 def budgets_differ(rows: Sequence[Row]) -> list[Doubt]:
-    """Looks for attacks with different budgets (eps, norm, poison ratio) side by side."""
+    """Looks for attacks with different budgets (eps, norm, poison ratio, the trigger's length) side by side."""
     found = []
-    for key in BUDGET_KEYS:
+    for key in dict.fromkeys((*BUDGET_KEYS, *FEDERATED_BUDGET_KEYS)):
         cells: dict[str, list[str]] = {}
         for row in _attacking(rows):
             for value in budget(row).get(key, ()):
@@ -482,9 +488,8 @@ def examine(rows: Sequence[Row]) -> list[Examined]:
 def budget(row: Row) -> dict[str, tuple[str, ...]]:
     """The budget settings of a cell that its runs record, with all values that occur."""
     tables = [flattened(run.config) for run in row.runs]
-    every = {
-        key: tuple(dict.fromkeys(v for t in tables if (v := t.get(f"attack.{key}")) is not None)) for key in BUDGET_KEYS
-    }
+    keys = FEDERATED_BUDGET_KEYS if row.federated else BUDGET_KEYS
+    every = {key: tuple(dict.fromkeys(v for t in tables if (v := t.get(f"attack.{key}")) is not None)) for key in keys}
     return {key: values for key, values in every.items() if values}
 
 
@@ -508,6 +513,10 @@ def alarmed_early(row: Row) -> list[Run]:
         if isinstance(first, int) and isinstance(steps, int) and first <= steps:
             early.append(run)
     return early
+
+
+def _equal_budget(rows: Sequence[Row]) -> str:
+    return "as many hostile clients" if step_noun(rows) == "round" else "the same eps"
 
 
 def _of(some: Sequence[Run], row: Row) -> str:

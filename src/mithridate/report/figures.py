@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from mithridate.bench.store import Run
-from mithridate.report.tables import Row, seed
-from mithridate.report.wording import counted, decimal, file_stem, listed, number, points
+from mithridate.report.tables import Row, seed, step_noun
+from mithridate.report.wording import counted, decimal, file_stem, listed, number, points, said_of
 
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 """Okabe and Ito's colours, told apart by colour-blind readers; their yellow is too pale for lines on white."""
@@ -191,7 +191,7 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
         axes = figure.subplots(len(panels), len(MEASURES), sharex=True, sharey="col", squeeze=False)
         looks = looks_of(name for members in panels.values() for name, _ in members)
         for column, (measure, label) in zip(axes.T, MEASURES.items(), strict=True):
-            column[0].set_title(label, loc="left")
+            column[0].set_title(said_of(step_noun(rows), label), loc="left")
             values = [v for row in rows for run in row.runs for v in aligned(run, measure).values() if v > 0]
             for ax, members in zip(column, panels.values(), strict=True):
                 for name, row in members:
@@ -202,17 +202,24 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
                 mark_batches(ax, longest)
         for ax, title in zip(axes[:, 0], panels, strict=True):
             ax.set_ylabel(fitting(title), fontweight="bold")
-        figure.supxlabel("batches until the trigger", fontsize=9)
+        federated = step_noun(rows) == "round"
+        figure.supxlabel(f"{'rounds' if federated else 'batches'} until the trigger", fontsize=9)
         legend(figure, looks, [])
         return saved(
             figure,
             rows[0],
             stem=file_stem("loss-and-norms", *rows[0].group),
             heading="Loss and norms",
-            caption="Loss of the batch as the model received it, before the step; norm of the gradient before the "
-            "defence bounds it; length of the step that the parameters made. Mean over the seeds where all have a "
+            caption=(
+                "Mean loss of the honest clients' samples before the step; mean norm of the updates that clients sent; "
+                if federated
+                else "Loss of the batch as the model received it, before the step; norm of the gradient before the "
+                "defence bounds it; "
+            )
+            + "length of the step that the parameters made. Mean over the seeds where all have a "
             "finite value; band: from the lowest to the highest.",
-            alt="Line charts of batch loss, gradient norm and update norm by batches until the trigger.",
+            alt="Line charts of batch loss, gradient norm and update norm by "
+            f"{'rounds' if federated else 'batches'} until the trigger.",
         )
 
 

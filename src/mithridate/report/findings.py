@@ -1,11 +1,22 @@
 """What the data says in words: a headline only as strong as the results behind it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
 
 from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
-from mithridate.report.tables import Row, Statistic, flattened, groups, seed, seeds, shared, spread, undefended
+from mithridate.report.tables import (
+    Row,
+    Statistic,
+    flattened,
+    groups,
+    seed,
+    seeds,
+    shared,
+    spread,
+    step_noun,
+    undefended,
+)
 from mithridate.report.wording import counted, decimal, listed, number, points, span
 
 
@@ -51,10 +62,27 @@ def setting(rows: Sequence[Row]) -> str:
     )
     against = f"was attacked by {listed(attacks)}" if attacks else "was not attacked"
     return (
-        f"A {rows[0].model} that keeps learning from a stream of {rows[0].dataset}{burn_in} {against}, "
+        f"{_learning(rows, settings)}{burn_in} {against}, "
         f"under the {'defence' if len(defences) == 1 else 'defences'} {listed(defences)}: "
-        f"{counted(str(len(runs)), 'run')}, {all_seeds}.{largest}"
+        f"{counted(str(len(runs)), 'run')}, {all_seeds}.{largest}{_hostile(rows)}"
     )
+
+
+def _learning(rows: Sequence[Row], settings: Mapping[str, str]) -> str:
+    """The model and what it learns from."""
+    if step_noun(rows) != "round":
+        return f"A {rows[0].model} that keeps learning from a stream of {rows[0].dataset}"
+    clients, some = settings.get("clients.clients"), settings.get("federated.per_round")
+    who = counted(clients, "client") if clients else "clients"
+    each = f" ({some} a round)" if some else ""
+    return f"A {rows[0].model} that keeps learning from {who}{each} with images of {rows[0].dataset}"
+
+
+def _hostile(rows: Sequence[Row]) -> str:
+    """How many clients of a federation were hostile at most; nothing of online runs."""
+    traces = [run.trace for row in rows if row.federated for run in row.runs]
+    shares = [share for trace in traces for step in trace if (share := number(step.get("poisoned")))]
+    return f" In attacked rounds, up to {points(max(shares))} % of the clients were hostile." if shares else ""
 
 
 def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
@@ -78,13 +106,14 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
             _defended(best, rows),
         )
     under = "" if best.defence_name == "none" else f" under {best.defence}"
-    what = "One batch" if best.poisons_trigger else "One unpoisoned batch"
+    noun = step_noun([best])
+    what = f"One {noun}" if best.poisons_trigger else f"One unpoisoned {noun}"
     alone = _alone(best, plain)
     if not best.poisons_before_trigger:
         return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, plain) + _defended(best, rows)
     sentence = f"{what} cost {_cost(best)}{under} {_phase(best)}"
     if alone is not None:
-        same = "the same kind of batch" if _same_kind(best, alone) else "a batch"
+        same = f"the same kind of {noun}" if _same_kind(best, alone) else f"a {noun}"
         sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
     return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, plain), *_defended(best, rows))
 
@@ -130,7 +159,7 @@ def _supported(row: Row, rows: Sequence[Row]) -> bool:
 
 
 def _phase(row: Row) -> str:
-    length = counted(span(row.statistic("steps").values), "batch")
+    length = counted(span(row.statistic("steps").values), step_noun([row]))
     lost = row.difference("accuracy_start", "accuracy_before_trigger").mean or 0
     alarmed = alarmed_early(row)
     if lost <= QUIET_POINTS and not alarmed:
@@ -141,7 +170,7 @@ def _phase(row: Row) -> str:
 
 
 def _alone(best: Row, rows: Sequence[Row]) -> Row | None:
-    """The row of a trigger without a poisoned phase: equal budget first, then the same attack or `vanilla`."""
+    """The row of a trigger without a poisoned phase: equal budget first, then the same attack or another alone."""
     if not best.poisons_trigger:
         return next((row for row in rows if not row.attacking and row.statistic("drop").n), None)
     alone = [
@@ -153,7 +182,7 @@ def _alone(best: Row, rows: Sequence[Row]) -> Row | None:
         (row for row in alone if row.statistic("drop").n),
         key=lambda row: (
             _same_kind(best, row),
-            row.attack_name in {best.attack_name, "vanilla"},
+            row.attack_name in {best.attack_name, "vanilla", "direct"},
             row.statistic("drop").mean,
         ),
         default=None,

@@ -13,8 +13,8 @@ from operator import sub, truediv
 
 from mithridate.bench.store import Run
 from mithridate.report.page import TableSection
-from mithridate.report.tables import Record, Row, Statistic, groups, spread, to_csv, undefended, updates
-from mithridate.report.wording import MISSING, decimal, listed, number, span
+from mithridate.report.tables import Record, Row, Statistic, groups, spread, step_noun, to_csv, undefended, updates
+from mithridate.report.wording import MISSING, decimal, listed, number, said_of, span
 
 CLEAN_HEAD = (
     "defence",
@@ -193,6 +193,7 @@ def measure_sections(measured: Sequence[Measures]) -> list[TableSection]:
     clean = _by_group(measured, CLEAN_HEAD, _clean_cells, lambda one: not one.row.attacking)
     attacked = _by_group(measured, ATTACK_HEAD, _attack_cells, lambda one: one.row.attacking)
     several_streams = len({row[1] for rows in clean.values() for row in rows}) > 1
+    noun = step_noun([one.row for one in measured])
     clean_head, clean, clean_note = _without_empty(CLEAN_HEAD, clean, set() if several_streams else {"stream"})
     attack_head, attacked, attack_note = _without_empty(ATTACK_HEAD, attacked, set())
     return [
@@ -202,7 +203,7 @@ def measure_sections(measured: Sequence[Measures]) -> list[TableSection]:
             intro="Nothing is attacked here, so every sample corrected, dropped or weighed less, step refused and "
             "alarm is a false one. Against none: final accuracy minus that of the undefended run of the same seed. "
             "Time: of one update, the defence included. Mean ± standard deviation over n seeds.",
-            head=clean_head,
+            head=[said_of(noun, name) for name in clean_head],
             rows=clean,
             note=clean_note,
             names=2 if several_streams else 1,
@@ -213,9 +214,9 @@ def measure_sections(measured: Sequence[Measures]) -> list[TableSection]:
             heading="What the defences hold under attack",
             intro="Attack success: share of the poisoned samples that the defence let pass untouched; blank where it "
             "treats all samples alike. Against none: accuracy after the trigger minus that of the undefended run of "
-            "the same seed. First alarm: the batch at which a monitor first raised one; the trigger comes right after "
-            "the phase. Mean ± standard deviation over n seeds.",
-            head=attack_head,
+            f"the same seed. First alarm: the {noun} at which a monitor first raised one; the trigger comes right "
+            "after the phase. Mean ± standard deviation over n seeds.",
+            head=[said_of(noun, name) for name in attack_head],
             rows=attacked,
             note=attack_note,
             line=0,

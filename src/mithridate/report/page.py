@@ -1,6 +1,6 @@
 """The page: everything put into one HTML file that loads nothing."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -15,6 +15,7 @@ from mithridate.report.findings import findings
 from mithridate.report.tables import (
     COLUMNS,
     Row,
+    columns,
     displayed,
     flattened,
     groups,
@@ -23,9 +24,10 @@ from mithridate.report.tables import (
     seeds,
     settings,
     shared,
+    step_noun,
     varying,
 )
-from mithridate.report.wording import MISSING, counted, plain
+from mithridate.report.wording import MISSING, counted, plain, said_of
 
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
@@ -131,7 +133,7 @@ def page(rows: Sequence[Row], parts: Sequence[Section | TableSection]) -> str:
         tally=_tally(answers),
         parts=[
             _figures(part, several=len(compared) > 1) if isinstance(part, Section) else {"table": part}
-            for part in (_results(compared.values()), *parts)
+            for part in (_results(rows), *parts)
             if isinstance(part, Section) or part.rows
         ],
         events=events,
@@ -140,19 +142,19 @@ def page(rows: Sequence[Row], parts: Sequence[Section | TableSection]) -> str:
         cell_settings=list(_cell_settings(rows, common_settings)),
         common_environment=common_environment,
         differing_environment=varying(machines, common_environment),
-        run_columns=list(_RUN_COLUMNS.values()),
+        run_columns=[said_of(step_noun(rows), name) for name in _RUN_COLUMNS.values()],
         runs=[[_written(record[name]) for name in _RUN_COLUMNS] for record in records],
     )
 
 
-def _results(compared: Iterable[Sequence[Row]]) -> TableSection:
+def _results(rows: Sequence[Row]) -> TableSection:
     return TableSection(
         id="results",
         heading="Results",
         intro="Accuracy on the test part, mean ± standard deviation over seeds (none for a single run). Drop: accuracy "
         "before the trigger step minus after it. n: runs with a drop.",
-        head=COLUMNS,
-        rows={members[0].subject: [displayed(row) for row in members] for members in compared},
+        head=columns(rows),
+        rows={members[0].subject: [displayed(row) for row in members] for members in groups(rows).values()},
         line=COLUMNS.index("defence"),
         bold=COLUMNS.index("drop (points)"),
     )

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from mithridate.bench.store import Run
-from mithridate.report.wording import MISSING, decimal, markdown_safe, number, plain, points, span, spreadsheet_safe
+from mithridate.report.wording import (
+    MISSING,
+    decimal,
+    markdown_safe,
+    number,
+    plain,
+    points,
+    said_of,
+    span,
+    spreadsheet_safe,
+)
 
 METRICS = (
     "accuracy_start",
@@ -45,7 +55,7 @@ COLUMNS = (
     "n",
     "seconds",
 )
-"""Headings of the table that people read; the first two columns are names."""
+"""Headings of the table that people read, as of online runs; the first two columns are names."""
 
 Record = Mapping[str, str | float | int | None]
 
@@ -130,8 +140,13 @@ class Row:
         return self.attack_name == "noise"
 
     @property
+    def federated(self) -> bool:
+        """Whether its runs are of a federation: their steps are rounds, and clients are hostile, not images."""
+        return "federated" in self.runs[0].config
+
+    @property
     def poisons_before_trigger(self) -> bool:
-        """Whether any batch before the trigger was changed in any run."""
+        """Whether any batch before the trigger was changed, or any client hostile in it, in any run."""
         return any(
             (number(step.get("poisoned")) or 0) > 0
             for run in self.runs
@@ -141,7 +156,13 @@ class Row:
 
     @property
     def poisons_trigger(self) -> bool:
-        """Whether the trigger batch was changed in any run."""
+        """Whether the trigger batch was changed in any run.
+
+        Of a federation: whether hostile clients sent anything but the honest update in the trigger round.
+        """
+        attack = _table(self.runs[0], "attack")
+        if self.federated and attack.get("trigger") == "clean":
+            return attack.get("trigger_scale", 1.0) != 1.0 or "trigger_norm" in attack
         return any(
             (number(step.get("poisoned")) or 0) > 0
             for run in self.runs
@@ -218,12 +239,23 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
     Returns:
         By data set and model; in those undefended cells first; in those `clean`, `noise`, then the attacks, short
-        phases first.
+        phases first. Federations beside online runs are another data set, as the two are not to be compared; those of
+        several lengths are told apart by it, as part of the attack's label.
     """
     cells: dict[tuple[str, str, str, str], list[Run]] = {}
+    beside = ", federated" if len({bool(_rounds(run)) for run in runs}) > 1 else ""
+
+    def group(run: Run) -> tuple[str, str]:
+        return _label(run, "dataset", "data") + (beside if _rounds(run) else ""), _label(run, "model", "model")
+
+    lengths: dict[tuple[str, str], set[int]] = {}
     for run in runs:
-        named = _label(run, "dataset", "data"), _label(run, "model", "model")
-        cells.setdefault((*named, _label(run, "attack", "attack"), _label(run, "defence", "defence")), []).append(run)
+        lengths.setdefault(group(run), set()).update(_rounds(run))
+    for run in runs:
+        named, attack = group(run), _label(run, "attack", "attack")
+        if len(lengths[named]) > 1:
+            attack += "".join(f", {rounds} rounds" for rounds in _rounds(run))
+        cells.setdefault((*named, attack, _label(run, "defence", "defence")), []).append(run)
     made = [Row(*key, runs=tuple(found)) for key, found in cells.items()]
 
     def order(row: Row) -> tuple[object, ...]:
@@ -239,6 +271,17 @@ def groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
     for row in found:
         by_group.setdefault(row.group, []).append(row)
     return by_group
+
+
+def step_noun(found: Sequence[Row]) -> str:
+    """What one step of these runs takes in: a `batch`, a `round` of a federation, or a `step` of either."""
+    kinds = {row.federated for row in found}
+    return "step" if len(kinds) > 1 else "round" if True in kinds else "batch"
+
+
+def columns(found: Sequence[Row]) -> tuple[str, ...]:
+    """`COLUMNS` for these rows."""
+    return tuple(said_of(step_noun(found), name) for name in COLUMNS)
 
 
 def summary_records(found: Sequence[Row]) -> list[Record]:
@@ -325,7 +368,7 @@ def to_markdown(found: Sequence[Row]) -> str:
     """A GitHub table of all rows; data set and model are columns only where they differ."""
     several = len(groups(found)) > 1
     return markdown_table(
-        [*(("data set", "model") if several else ()), *COLUMNS],
+        [*(("data set", "model") if several else ()), *columns(found)],
         [(*(row.group if several else ()), *displayed(row)) for row in found],
         names=4 if several else 2,
     )
@@ -357,7 +400,8 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def settings(run: Run) -> dict[str, str]:
     """The run's settings but the title and the seed, flattened."""
-    return {key: value for key, value in flattened(run.config).items() if key not in {"title", "run.seed", "run.seeds"}}
+    apart = {"title", "run.seed", "run.seeds", "federated.seeds"}
+    return {key: value for key, value in flattened(run.config).items() if key not in apart}
 
 
 def shared(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -374,6 +418,12 @@ def varying(tables: Sequence[Mapping[str, str]], apart_from: Mapping[str, str]) 
     """
     keys = dict.fromkeys(key for table in tables for key in table if key not in apart_from)
     return {key: " | ".join(dict.fromkeys(table.get(key, "unset") for table in tables)) for key in keys}
+
+
+def _rounds(run: Run) -> tuple[int, ...]:
+    """How many rounds before its trigger a federation was given; nothing for an online run."""
+    rounds = _table(run, "federated").get("rounds")
+    return (rounds,) if isinstance(rounds, int) else ()
 
 
 def _table(run: Run, name: str) -> Mapping[str, Any]:

@@ -7,8 +7,8 @@ from rich.text import Text
 
 from mithridate.report.findings import strongest
 from mithridate.report.measures import Measures, measures, signed, times
-from mithridate.report.tables import Row, Statistic, displayed, groups, spread
-from mithridate.report.wording import MISSING, plain
+from mithridate.report.tables import Row, Statistic, displayed, groups, spread, step_noun
+from mithridate.report.wording import MISSING, plain, said_of
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches")
 """The columns that fit on 80 characters: the first ones of `tables.COLUMNS`, and n."""
@@ -27,7 +27,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     table = _empty("accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds")
     for name in (*(("data set", "model") if several else ()), *HEADINGS[:2]):
         table.add_column(name, overflow="fold")
-    for column in (*HEADINGS[2:], "n"):
+    for column in (*(said_of(step_noun(rows), name) for name in HEADINGS[2:]), "n"):
         table.add_column(column, justify="right", no_wrap=True)
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):

@@ -98,6 +98,19 @@ def counted(count: str, noun: str) -> str:
     return f"{count} {noun}" if count == "1" else f"{count} {'batches' if noun == 'batch' else noun + 's'}"
 
 
+def said_of(noun: str, text: str) -> str:
+    """Words about the batches of an online run, said of whatever its steps are.
+
+    Args:
+        noun: What one step takes in: `batch`, or `round` of a federation.
+        text: Our own words, never names from the store.
+
+    >>> said_of("round", "seconds a batch"), said_of("round", "phase (batches)")
+    ('seconds a round', 'phase (rounds)')
+    """
+    return text.replace("batches", counted("", noun).strip()).replace("batch", noun)
+
+
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence.
 

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Generator, Tensor
+from torch.nn.functional import cosine_similarity
 
 from mithridate.calculus import (
     Normalise,
@@ -13,7 +14,6 @@ from mithridate.calculus import (
     alignment_gradient,
     gradient,
     hessian_vector_product,
-    inner,
     product_gradient,
     unit,
 )
@@ -50,8 +50,8 @@ class Accumulative(Hostile):
             the update at the start, from which alpha times the current one is taken in every round (Algorithm 2).
         alpha: Step of `reoptimised`, >= 0.
         trigger_scale: The trigger's update is multiplied by this, >= 0 ("loss scaling" of a poisoned trigger).
-        trigger_norm: l2 length that the trigger's update is given, > 0, so that triggers can be compared at equal length;
-            unset: its own times trigger_scale.
+        trigger_norm: l2 length that the trigger's update is given, > 0, so that triggers can be compared at equal
+            length; unset: its own times trigger_scale.
         lam: Weight of G_t, >= 0 ("loss scaling" in the accumulative rows of Tables 3 to 5).
         clean_weight: Weight of the honest mean, >= 0; the released code leaves it out.
         normalise: How the two enter their product: as they are (`none`), at unit length (`global`: their cosine, as in
@@ -103,15 +103,13 @@ class Accumulative(Hostile):
         """One round of Algorithm 2."""
         wanted = self.clean_weight * honest.mean + self.lam * self.pull(view, rng)
         rows = shared_out(wanted, honest)
-        return within(rows + zero_sum(rows, self.spread, rng), self.radius, self.norm)
+        if self.spread > 0:
+            rows = rows + zero_sum(rows, self.spread, rng)
+        return within(rows, self.radius, self.norm)
 
     def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Rows that make the round's mean the trigger's update."""
-        if self.trigger == "reoptimised":
-            update = self._poisoned(view)
-        else:
-            update = _flat(self._trigger_gradient(view)) * (1 if self.trigger == "clean" else -1)
-        update = scaled(update, self.trigger_scale, self.trigger_norm)
+        update = scaled(self._update(view), self.trigger_scale, self.trigger_norm)
         return within(shared_out(update, honest), self.radius, self.norm)
 
     def pull(self, view: View, rng: Generator) -> Tensor:
@@ -139,14 +137,18 @@ class Accumulative(Hostile):
     def alignment(self, view: View) -> float:
         """Cosine of the validation gradient and the trigger's update: below zero, the trigger does harm."""
         with view.model.objective(self.craft_mode) as objective:
-            g = gradient(objective, view.model.parameters, *view.validation, chunk=self._chunk)
-        trigger = self._trigger_gradient(view)
-        cosine = inner(unit(g, "global"), unit(trigger, "global"))
-        return float(cosine if self.trigger == "clean" else -cosine)
+            g = _flat(gradient(objective, view.model.parameters, *view.validation, chunk=self._chunk))
+        return float(cosine_similarity(g, self._update(view), dim=0))
 
     @property
     def _chunk(self) -> int | None:
         return None if self.craft_mode == "train" else self.chunk
+
+    def _update(self, view: View) -> Tensor:
+        """The trigger's update as it would be sent now, before scaling."""
+        if self.trigger == "reoptimised":
+            return self._poisoned(view)
+        return _flat(self._trigger_gradient(view)) * (1 if self.trigger == "clean" else -1)
 
     def _poisoned(self, view: View) -> Tensor:
         """The poisoned trigger; at first the reversed clean one."""

@@ -1,6 +1,5 @@
 """A little is enough: hide within the spread of the honest updates."""
 
-import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,6 +10,9 @@ from torch import Generator, Tensor
 from mithridate.core import Honest, View
 from mithridate.registry import register, settings
 from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
+
+LARGEST_SHARE = 1 - 1e-6
+"""Of the honest clients; the quantile of 1 is infinite."""
 
 
 @register("update_attack", "alie")
@@ -37,15 +39,22 @@ class Alie(Hostile):
         rows = every_honest_row(honest)
         z = self.z if self.z is not None else largest_z(honest.clients, len(honest.own))
         row = rows.mean(0) - z * torch.std(rows, 0, correction=0)
-        return row.expand(len(honest.own), -1).clone()
+        return row.expand(len(honest.own), -1)
 
 
 def largest_z(clients: int, hostile: int) -> float:
     """How far out the hostile row may lie, in standard deviations, if that many clients are hostile.
 
+    The published share of honest clients that may lie nearer is kept between a half (z = 0: too few hostile clients to
+    win a vote from anywhere but the middle) and `LARGEST_SHARE` (a hostile majority needs nobody).
+
+    Args:
+        clients: Of the round.
+        hostile: Of them, fewer than all.
+
     >>> round(largest_z(50, 24), 2)
     1.43
     """
     supporters = clients // 2 + 1 - hostile
-    share = (clients - hostile - supporters) / max(clients - hostile, 1)
-    return float(normal.ppf(min(max(share, 0.5), 1 - 1e-6))) if math.isfinite(share) else 0.0
+    share = (clients - hostile - supporters) / (clients - hostile)
+    return float(normal.ppf(min(max(share, 0.5), LARGEST_SHARE)))

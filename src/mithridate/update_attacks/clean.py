@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 
 from mithridate.core import Honest, View
 from mithridate.registry import register, settings
-from mithridate.update_attacks.hostile import Hostile
+from mithridate.update_attacks.hostile import Hostile, Share
 
 
 @register("update_attack", "clean")
@@ -15,7 +15,7 @@ class Clean(Hostile):
     """Every client is honest.
 
     Args:
-        poison_ratio: Has no effect here: nobody is hostile.
+        poison_ratio: Has no effect here: nobody is hostile, whatever the other attacks of a grid are set to.
         phase: True: rounds as usual before the trigger round; False: the trigger round alone.
 
     Source:
@@ -24,8 +24,13 @@ class Clean(Hostile):
 
     control: ClassVar[bool] = True
 
-    poison_ratio: float = 0.0
+    poison_ratio: Share = 0.0
     phase: bool = True
+
+    @property
+    def ratio(self) -> float:
+        """None."""
+        return 0.0
 
     def ready(self, view: View) -> bool:
         """At once when there is no phase."""

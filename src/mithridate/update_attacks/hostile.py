@@ -45,18 +45,22 @@ def shared_out(wanted: Tensor, honest: Honest) -> Tensor:
         wanted: (parameters,), the mean over all clients.
         honest: The round.
 
+    Returns:
+        (hostile clients, parameters), all rows views of one.
+
     Source:
         Pang et al., NeurIPS 2021, section 3.3, Eq. (14), and Appendix C.1 to C.3.
     """
     missing = wanted * honest.clients - honest.bounded_total
-    return (missing / len(honest.own)).expand(len(honest.own), -1).clone()
+    return (missing / len(honest.own)).expand(len(honest.own), -1)
 
 
 def scaled(update: Tensor, factor: float, length: float | None) -> Tensor:
     """An update times a factor, or at a given l2 length."""
     if length is None:
         return factor * update
-    return update * (length / torch.linalg.vector_norm(update).clamp_min(torch.finfo(update.dtype).tiny))
+    now = float(torch.linalg.vector_norm(update))
+    return update * (length / now) if now > 0 else update
 
 
 def zero_sum(rows: Tensor, spread: float, rng: Generator) -> Tensor:

@@ -2,10 +2,12 @@
 
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, Need, View
+from mithridate.core import Honest, Need, View, frozen_statistics
+from mithridate.errors import ConfigError
 from mithridate.per_client import client_gradients
 from mithridate.registry import register, settings
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
@@ -18,8 +20,11 @@ class LabelFlip(Hostile):
 
     Args:
         poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
-        shift: Label y becomes (y + shift) modulo the number of classes, >= 1.
+        shift: Label y becomes (y + shift) modulo the number of classes, >= 1 and no multiple of it.
         scale: What the update is multiplied by, >= 0.
+
+    Raises:
+        ConfigError: (from `craft`) the shift leaves every label as it is.
 
     Source:
         Tolpegin et al., ESORICS 2020, arXiv:2007.08432, section 3 (label flipping in federated learning); the cyclic
@@ -35,6 +40,8 @@ class LabelFlip(Hostile):
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Gradients of the wrong labels, BatchNorm in eval mode."""
         box = view.model
-        with box.objective("eval"):
+        with torch.no_grad(), frozen_statistics(box.module, "eval"):
             classes = int(box.module(honest.x[0, :1]).shape[1])
+        if self.shift % classes == 0:
+            raise ConfigError(f"label_flip: shift = {self.shift} leaves every label of {classes} classes as it is.")
         return self.scale * client_gradients(box.module, box.criterion, honest.x, (honest.y + self.shift) % classes)

@@ -39,20 +39,21 @@ class MinMax(Hostile):
         """The same row from every hostile client."""
         rows = every_honest_row(honest)
         mean = rows.mean(0)
+        rows = rows - mean
         towards = {
             "unit": -mean / torch.linalg.vector_norm(mean).clamp_min(torch.finfo(mean.dtype).tiny),
             "std": -torch.std(rows, 0, correction=0),
             "sign": -mean.sign(),
         }[self.direction]
-        limit = float(torch.cdist(rows, rows).max())
-        low, high = 0.0, 1.0
-        while self._reach(rows, mean + high * towards) <= limit and high < 1e12:
-            low, high = high, 2 * high
+        limit = float(torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").max())
+        step = float(torch.linalg.vector_norm(towards))
+        # The mean is within the limit of every row, so what lies two limits from it is too far from all of them.
+        low, high = 0.0, 2 * limit / step if step > 0 else 0.0
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            low, high = (middle, high) if self._reach(rows, mean + middle * towards) <= limit else (low, middle)
+            low, high = (middle, high) if self._reach(rows, middle * towards) <= limit else (low, middle)
         row: Tensor = mean + low * towards
-        return row.expand(len(honest.own), -1).clone()
+        return row.expand(len(honest.own), -1)
 
     @staticmethod
     def _reach(rows: Tensor, row: Tensor) -> float:

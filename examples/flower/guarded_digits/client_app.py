@@ -1,0 +1,66 @@
+"""The client: honest training, and a mod that makes some clients hostile."""
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from guarded_digits import task
+from mithridate.engines.flower_attack import attack_mod
+from mithridate.engines.hostile import Accomplice, Hostile
+from mithridate.registry import make
+
+
+def hostile_of(context: Context) -> Hostile | None:
+    """Who is hostile, and how, from the run's configuration; the mod is there for experiments only."""
+    run = context.run_config
+    mine = int(context.node_config["partition-id"])
+    named = [int(p) for p in str(run["hostile-ids"]).split(",")]
+    if run["attack"] == "none" or mine not in named:
+        return None
+    kinds = str(run["attack"]).split(",")
+    values = {
+        "kind": kinds[named.index(mine) % len(kinds)],
+        "partitions": named,
+        "boost": int(context.node_config["num-partitions"]) / len(named),
+        "trigger_round": run["trigger-round"],
+        "trigger": run["trigger"],
+        "trigger_scale": run["trigger-scale"],
+        "lam": run["lam"],
+        "normalise": run["normalise"],
+    }
+    return make(Hostile, values, where="the run's configuration")
+
+
+def accomplice_of(context: Context) -> Accomplice:
+    """What the accumulative client holds: images of its own to validate on, and its local images as the trigger."""
+    mine = task.local_part(int(context.node_config["partition-id"]), int(context.node_config["num-partitions"]))
+    return Accomplice(task.fresh_model(), task.digits().validation.all(), mine.all())
+
+
+app = ClientApp(mods=[attack_mod(hostile_of, accomplice_of)])
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """One round of honest local training."""
+    torch.set_num_threads(1)
+    partition = int(context.node_config["partition-id"])
+    part = task.local_part(partition, int(context.node_config["num-partitions"]))
+    model = task.fresh_model()
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    seed = 1000 * int(str(message.content.config_records["config"]["server-round"])) + partition
+    loss = task.train(model, part, epochs=int(context.run_config["local-epochs"]), seed=seed)
+    metrics = MetricRecord({"train_loss": loss, "num-examples": len(part)})
+    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Loss and accuracy on the client's own images."""
+    partition = int(context.node_config["partition-id"])
+    part = task.local_part(partition, int(context.node_config["num-partitions"]))
+    model = task.fresh_model()
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    loss, accuracy = task.evaluate(model, part.all())
+    metrics = MetricRecord({"loss": loss, "accuracy": accuracy, "num-examples": len(part)})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)

@@ -1,0 +1,59 @@
+"""The server: FedAvg as it is, or behind a guard."""
+
+import json
+import random
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg, Strategy
+
+from guarded_digits import task
+from mithridate.engines.flower import GuardedStrategy
+from mithridate.engines.guard import Guard, trusted_module
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation, then print and save what happened."""
+    run = context.run_config
+    random.seed(int(run["seed"]))  # Flower draws the clients of a round with it
+    out = Path(str(run["output"])).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    model, test = task.burned_in_model(int(run["burn-in-epochs"])), task.digits().test.all()
+    clients = int(run["clients"])
+    strategy: Strategy = FedAvg(
+        min_train_nodes=clients, min_available_nodes=clients, fraction_evaluate=0.0, weighted_by_key="num-examples"
+    )
+    if run["guarded"]:
+        (out / "guard.jsonl").unlink(missing_ok=True)
+        guard = Guard(
+            clip_norm=float(run["clip-norm"]),
+            max_loss_rise=float(run["max-loss-rise"]),
+            max_accuracy_drop=float(run["max-accuracy-drop"]),
+        )
+        trusted = trusted_module(task.fresh_model(), task.digits().trusted.all())
+        strategy = GuardedStrategy(strategy, guard, trusted=trusted, report_path=out / "guard.jsonl")
+
+    def on_test(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        model.load_state_dict(arrays.to_torch_state_dict())
+        loss, accuracy = task.evaluate(model, test)
+        return MetricRecord({"loss": loss, "accuracy": accuracy})
+
+    result = strategy.start(
+        grid=grid,
+        initial_arrays=ArrayRecord(model.state_dict()),
+        num_rounds=int(run["num-server-rounds"]),
+        evaluate_fn=on_test,
+    )
+    rounds = [{"round": n, **dict(metrics)} for n, metrics in sorted(result.evaluate_metrics_serverapp.items())]
+    (out / "rounds.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
+    for row in rounds:
+        print(f"round {row['round']:3d}  test accuracy {row['accuracy']:6.1%}  loss {row['loss']:.3f}")
+    if isinstance(strategy, GuardedStrategy):
+        for event in strategy.events:
+            if event.event in {"refused", "vetoed", "missing"}:
+                who = "aggregate" if event.node is None else f"node {event.node}"
+                print(f"round {event.round:3d}  {event.event} {who}: {event.reason}")
