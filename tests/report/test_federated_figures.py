@@ -238,5 +238,7 @@ def test_the_report_holds_figures_and_table(federated: Make, save_run: Save, tmp
     assert "Secrecy against destruction" in html
     assert "Convergence under each defence" in html
     assert "No attacked run stored images" not in html
-    assert "batches" not in html.partition('<h2 id="settings"')[0].partition("</head>")[2]
+    assert "rounds until the trigger" in html
+    assert "<th scope=\"col\">phase (rounds)</th>" in html
+    assert "phase (batches)" not in html
     assert {path.name for path in paths.figures} >= {"secrecy-digits-small_cnn.svg", "convergence-digits-small_cnn.png"}
