@@ -48,7 +48,6 @@ from mithridate.learning.online import OnlineRun, online_optimiser
 from mithridate.models import build_model
 from mithridate.testing.memory import peak_memory
 
-
 RATES = (0.05, 0.28)
 """Shares of clean samples that DSC is calibrated to correct."""
 

@@ -3,7 +3,13 @@
 import pytest
 
 from mithridate.registry import KINDS, Kind, entries
-from mithridate.testing import attack_checks, component_checks, defence_checks, detector_checks
+from mithridate.testing import (
+    attack_checks,
+    component_checks,
+    defence_checks,
+    detector_checks,
+    update_attack_checks,
+)
 from mithridate.testing.conformance import Check
 
 EXPECTED: dict[Kind, set[str]] = {
@@ -85,3 +91,9 @@ def test_defence(check: Check, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED["detector"]))
 def test_detector(check: Check, name: str) -> None:
     check(entries("detector")[name].cls)
+
+
+@pytest.mark.parametrize("check", update_attack_checks(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", sorted(EXPECTED["update_attack"]))
+def test_update_attack(check: Check, name: str) -> None:
+    check(entries("update_attack")[name].cls)

@@ -406,9 +406,10 @@ class _Bars(Watcher):
         drop = summary["drop"]
         fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+z.1f} points"
         kept = "  (kept)" if skipped else ""
+        noun = "batches" if cell.recipe.clients is None else "rounds"
         self.progress.console.print(
             f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "
-            f"{summary['steps']} batches, {fell}, {summary['seconds']:.1f} s{kept}",
+            f"{summary['steps']} {noun}, {fell}, {summary['seconds']:.1f} s{kept}",
             soft_wrap=True,
             highlight=False,
         )

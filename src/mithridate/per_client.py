@@ -195,7 +195,9 @@ def _convolution(layer: nn.Module, fed: Tensor, back: Tensor, own: Mapping[str, 
         # One convolution with a group a client: the samples stay the batch, the clients move beside the channels.
         a, g = (t.transpose(0, 1).flatten(1, 2) for t in (fed, back))
         shape = own["weight"].flatten(0, 1).shape
-        found = conv2d_weight(a, shape, g, stride=stride, padding=padding, dilation=dilation, groups=clients)
+        found = conv2d_weight(  # type: ignore[no-untyped-call]  # torch gives it no types
+            a, shape, g, stride=stride, padding=padding, dilation=dilation, groups=clients
+        )
         own["weight"].copy_(found.view_as(own["weight"]))
     elif "weight" in own:
         a = F.unfold(fed.flatten(0, 1), size, dilation=dilation, padding=padding, stride=stride)

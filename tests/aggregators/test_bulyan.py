@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mithridate.aggregators.bulyan import Bulyan, around_median
 from mithridate.aggregators.rule import Context
-from mithridate.testing.aggregator_checks import outside
+from mithridate.testing.for_aggregators import outside
 
 
 def context(n: int) -> Context:

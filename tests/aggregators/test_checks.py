@@ -12,7 +12,7 @@ from mithridate.aggregators.mean import Mean
 from mithridate.aggregators.median import Median
 from mithridate.aggregators.rule import Aggregator, Context, Property, Spread
 from mithridate.registry import entries, register, settings
-from mithridate.testing import aggregator_checks as checks
+from mithridate.testing import for_aggregators as checks
 from mithridate.testing.conformance import Check
 
 

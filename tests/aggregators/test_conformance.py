@@ -3,8 +3,8 @@
 import pytest
 
 from mithridate.registry import entries
-from mithridate.testing.aggregator_checks import aggregator_checks
 from mithridate.testing.conformance import Check, component_checks
+from mithridate.testing.for_aggregators import aggregator_checks
 
 EXPECTED = {
     "bucketing",

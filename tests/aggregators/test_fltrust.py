@@ -6,7 +6,7 @@ import torch
 
 from mithridate.aggregators.fltrust import FLTrust
 from mithridate.aggregators.rule import Context
-from mithridate.testing.aggregator_checks import a_round, again
+from mithridate.testing.for_aggregators import a_round, again
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from mithridate.aggregators.geometric_median import GeometricMedian
 from mithridate.aggregators.rule import Context, Spread
-from mithridate.testing.aggregator_checks import a_round, again
+from mithridate.testing.for_aggregators import a_round, again
 
 
 def context(n: int, **things: Any) -> Context:

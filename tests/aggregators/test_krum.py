@@ -11,7 +11,7 @@ from mithridate.aggregators.multi_krum import MultiKrum
 from mithridate.aggregators.rows import squared_distances
 from mithridate.aggregators.rule import Context, Spread
 from mithridate.errors import ConfigError
-from mithridate.testing.aggregator_checks import outside
+from mithridate.testing.for_aggregators import outside
 
 
 def context(n: int) -> Context:

@@ -9,7 +9,7 @@ import torch
 from mithridate.aggregators.mean import Mean
 from mithridate.aggregators.norm_bounding import NormBounding
 from mithridate.norms import Norm
-from mithridate.testing.aggregator_checks import a_round, again
+from mithridate.testing.for_aggregators import a_round, again
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -19,12 +19,12 @@ from mithridate.bench.prepare import choose_device
 from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_recipe
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Defence, Gradient, View
+from mithridate.core import Attack, Defence, Gradient, View
 from mithridate.data.stream import open_stream
 from mithridate.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
 from mithridate.learning.burn_in import burn_in
 from mithridate.learning.learner import Learner
-from mithridate.learning.online import adopt_momentum, online_optimiser, run_online
+from mithridate.learning.online import OnlineRun, adopt_momentum, online_optimiser, run_online
 from mithridate.models import build_model
 from mithridate.registry import Entry, settings
 
@@ -211,16 +211,19 @@ def test_a_cell_is_the_online_loop_after_the_burn_in(tmp_path: Path, cache: Path
     (found,) = read_runs([tmp_path / "runs"])
 
     (cell,) = recipe.cells()
+    run, attack = recipe.run, cell.attack.component
+    assert isinstance(run, OnlineRun)
+    assert isinstance(attack, Attack)
     stream = open_stream(recipe.data)
     model = build_model(recipe.model, stream.info, seed=0)
     burned = burn_in(model, stream, recipe.burn_in, seed=0)
-    optimiser = online_optimiser(model.parameters(), recipe.run)
-    if recipe.run.restore_momentum:
+    optimiser = online_optimiser(model.parameters(), run)
+    if run.restore_momentum:
         adopt_momentum(optimiser, burned.final)
-    learner = Learner(model, optimiser, defence=cell.defence.component, update_mode=recipe.run.update_mode)
+    learner = Learner(model, optimiser, defence=cell.defence.component, update_mode=run.update_mode)
     monitors = [m.component for m in recipe.monitors]
     with deterministic():
-        outcome = run_online(learner, stream, cell.attack.component, recipe.run, monitors=monitors, seed=0)
+        outcome = run_online(learner, stream, attack, run, monitors=monitors, seed=0)
     assert [timeless(row) for row in found.trace] == [timeless(row) for row in outcome.trace]
     expected = timeless(outcome.summary())
     assert {k: found.summary[k] for k in expected} == expected

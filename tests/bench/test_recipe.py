@@ -11,6 +11,7 @@ import tomli_w
 from mithridate import registry
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.bench.recipe import Recipe, apply_change, make_recipe, read_recipe
+from mithridate.core import Attack
 from mithridate.defences.clip import Clip
 from mithridate.errors import ConfigError, DataError
 from mithridate.monitors.accuracy_floor import AccuracyFloor
@@ -80,7 +81,9 @@ def test_one_table_or_an_array_of_tables() -> None:
         for defence in ("clip", "none")
         for attack in ("noise", "loud+2.0")
     ]
-    assert several.attacks[1].component.ball.eps == 0.5
+    loud = several.attacks[1].component
+    assert isinstance(loud, Attack)
+    assert loud.ball.eps == 0.5
     assert several.defences[0].component == Clip(clip_norm=0.5)
     assert several.monitors[0].component == AccuracyFloor(floor=0.5)
     single = recipe_of(

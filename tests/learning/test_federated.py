@@ -454,6 +454,17 @@ def test_updates_that_are_not_finite_are_refused_and_counted(
     assert outcome.trace[1]["gradient_norm"] == pytest.approx(float(rows[3:].norm(dim=1).mean()), rel=1e-4)
 
 
+def test_refused_updates_cannot_stop_a_server_whose_rule_then_has_too_few(
+    federation: Federation, server: NewLearner
+) -> None:
+    """Krum with three hostile clients needs nine rows; of ten, three send NaN: the round brings nothing, and passes."""
+    learner = server(PLAIN, Robust(rule={"name": "krum", "hostile": 3}))
+    before = learner.snapshot()
+    outcome = run_federated(learner, federation, Sending(), PLAIN)
+    assert (outcome.quarantined, outcome.status) == (3, "finished")
+    assert all(torch.equal(p, before.parameters[name]) for name, p in learner.model.named_parameters())
+
+
 class Ids(Defence):
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
@@ -776,6 +787,7 @@ def test_a_gradient_made_elsewhere_is_stepped_on_and_recorded(stream: Stream, se
     buffers = {name: b + 1 for name, b in learner.model.named_buffers()}
     stale = next(learner.model.parameters())
     stale.grad = torch.full_like(stale, 100.0)
+    learner.begin_round()
     done = learner.apply(Gradient(rows, shapes), batch_loss=0.5, learned=4, buffers=buffers)
     assert torch.allclose(parameters_of(learner), flat(start.parameters) - 0.05, atol=1e-6)
     assert all(torch.equal(b, buffers[name]) for name, b in learner.model.named_buffers())
@@ -786,6 +798,33 @@ def test_a_gradient_made_elsewhere_is_stepped_on_and_recorded(stream: Stream, se
     old = history.back(0)  # the newest that is kept: before the update
     assert old is not None
     assert torch.equal(flat(old.parameters), flat(start.parameters))
+
+
+class Recalling(Defence):
+    """Notes how far back what it is shown lies, at the moment when rows are bounded and ruled."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.HISTORY})
+
+    def __init__(self) -> None:
+        self.labels: list[tuple[str, str]] = []
+
+    def bound(self, gradient: Gradient, view: View) -> Gradient:
+        found = [view.history.back(k) for k in (0, 1)]
+        self.labels.append((found[0].label if found[0] else "none", found[1].label if found[1] else "none"))
+        return gradient
+
+
+@pytest.mark.parametrize("bound", ["after", "before"])
+def test_looking_back_counts_from_the_model_as_it_is(federation: Federation, server: NewLearner, bound: Any) -> None:
+    """As online: no update back is the current model, not the one before it."""
+    run = dataclasses.replace(RUN, bound=bound, per_round=2)
+    defence = Recalling()
+    run_federated(server(run, defence, history=History(keep=3)), federation, Clean(), run)
+    assert list(dict.fromkeys(defence.labels)) == [
+        ("before update 0", "none"),
+        ("before update 1", "before update 0"),
+        ("before update 2", "before update 1"),
+    ]
 
 
 class Deciding(Defence):

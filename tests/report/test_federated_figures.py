@@ -147,7 +147,7 @@ def test_the_table_holds_each_accuracy_where_it_belongs(federated: Make) -> None
     runs += [federated(label="a8", trigger="clean", lam=0.08, after=0.1 + s / 10, seed=s) for s in (0, 1)]
     runs += [federated(label="a8", trigger="clean", lam=0.08, after=0.64, defence="linf-1")]
     table = clipping_table(groups(rows(runs)))
-    assert table.head == ("method", "loss scaling", "no clip", "l2 ≤ 0.1 (narrow)", "linf ≤ 1 (linf-1)")
+    assert table.head == ("method", "loss scaling", "no clip", "l2 ≤ 0.1", "linf ≤ 1")
     assert table.rows == {
         "small_cnn on digits": [
             ["no attack", "—", "95.0", "95.0", "95.0"],
@@ -162,6 +162,17 @@ def test_the_table_tells_attacks_of_one_scaling_apart(federated: Make) -> None:
     runs = [federated(label=label, lam=0.02, defence=d, after=0.5) for label in ("a", "b") for d in ("none", "wide")]
     (lines,) = clipping_table(groups(rows(runs))).rows.values()
     assert [line[0] for line in lines] == [f"accumulative phase + clean trigger ({label})" for label in ("a", "b")]
+
+
+def test_the_table_tells_defences_of_one_bound_apart(federated: Make) -> None:
+    same = federated(defence="wide", label="a")
+    other = replace(
+        same,
+        config={**same.config, "defence": {**CLIPS["wide"], "label": "sharp", "how": "project"}},
+        summary={**same.summary, "defence": "sharp"},
+    )
+    head = clipping_table(groups(rows([same, other]))).head
+    assert head[2:] == ("l2 ≤ 10 (sharp)", "l2 ≤ 10 (wide)")
 
 
 def test_no_table_without_a_bound_or_of_online_runs(make_run: Make, federated: Make) -> None:
@@ -215,6 +226,15 @@ def test_convergence_needs_two_defences_and_no_attack(federated: Make) -> None:
     assert convergence(rows([clean[0], federated(defence="narrow")])) is None
 
 
+def test_convergence_follows_the_longest_federation(federated: Make) -> None:
+    lengths = ((3, 0.5), (9, 0.97))
+    clean = [federated("clean", defence=d, rounds=n, after=end) for d in ("none", "wide") for n, end in lengths]
+    drawing = convergence(rows(clean))
+    assert drawing is not None
+    assert "50.0" not in drawing.alt
+    assert drawing.alt.count("97.0") == 2
+
+
 def test_the_same_runs_give_the_same_bytes(federated: Make) -> None:
     runs = [federated(attack, defence=d, lam=0.02) for attack in ("clean", "accumulative") for d in ("none", "wide")]
     first, second = federated_drawings(rows(runs)), federated_drawings(rows(runs))
@@ -239,6 +259,6 @@ def test_the_report_holds_figures_and_table(federated: Make, save_run: Save, tmp
     assert "Convergence under each defence" in html
     assert "No attacked run stored images" not in html
     assert "rounds until the trigger" in html
-    assert "<th scope=\"col\">phase (rounds)</th>" in html
+    assert '<th scope="col">phase (rounds)</th>' in html
     assert "phase (batches)" not in html
     assert {path.name for path in paths.figures} >= {"secrecy-digits-small_cnn.svg", "convergence-digits-small_cnn.png"}

@@ -56,7 +56,7 @@ def test_ipm(scale: float) -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 3.0])
 def test_noise_is_as_long_as_it_says_and_points_anywhere(scale: float) -> None:
-    rows = rows_of(width=3000)
+    rows = rows_of(seed=7, width=3000)
     sent = sent_by({"name": "noise", "scale": scale}, round_of(rows, 3))
     lengths = np.linalg.norm(rows[:3].numpy(), axis=1)
     assert np.allclose(np.linalg.norm(sent, axis=1), scale * lengths)
@@ -189,7 +189,7 @@ def test_flipped_labels_teach_the_wrong_classes() -> None:
     stream = toy_stream(0)
     learner = toy_learner(stream)
     run_federated(
-        learner, federate(stream, Shards(clients=10), seed=0), LabelFlip(poison_ratio=1.0), FederatedRun(rounds=25)
+        learner, federate(stream, Shards(clients=10), seed=0), LabelFlip(poison_ratio=1.0), FederatedRun(rounds=50)
     )
     x, y = stream.test.all()
     learner.model.eval()

@@ -139,7 +139,8 @@ def test_clipped_before_no_rows_come_nearer(
         assert miss < 1e-12 if bound == 50 else miss > 0.01
         if bound < 50:  # what a naive attacker sends, who forgets the others, comes less near
             naive = clip_rows(wanted.expand(hostile, -1), bound, norm, how=how)
-            assert float(((honest.bounded_total + naive.sum(0)) / honest.clients - wanted).norm()) > miss
+            naively = float(((honest.bounded_total + naive.sum(0)) / honest.clients - wanted).norm())
+            assert naively > miss if norm == "l2" else naively >= miss  # clamped, the two may be the same corner
 
 
 def test_more_hostile_clients_reach_further() -> None:
@@ -150,7 +151,7 @@ def test_more_hostile_clients_reach_further() -> None:
         wanted = torch.tensor([2.0, -2.0, 2.0, -2.0], dtype=torch.float64)
         sent = clip_rows(shared_out(wanted * 9 / honest.clients, honest), 0.3, "l2")
         misses.append(float((wanted * 9 - honest.bounded_total - sent.sum(0)).norm()))
-    assert all(a - b == pytest.approx(0.3 * k, rel=1e-9) for (a, b), k in zip(itertools.pairwise(misses), (1, 2, 4)))
+    assert [a - b for a, b in itertools.pairwise(misses)] == pytest.approx([0.3, 0.6, 1.2], rel=1e-9)
 
 
 class Tiny(nn.Module):

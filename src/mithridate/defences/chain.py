@@ -108,7 +108,7 @@ class Chain(Defence):
         flagged: Tensor | None = None
         with self._views(view) as views:
             for part, own in zip(self.built, views, strict=True):
-                if len(batch.x) == 0:
+                if received and len(batch.x) == 0:  # a server of a federation shows an empty batch to take notes at
                     break
                 own.memory.pop(FLAGGED, None)
                 batch = part.screen(batch, own)

@@ -43,6 +43,8 @@ from mithridate.registry import settings
 from mithridate.seeding import derived_seed, generator
 
 GIB = 2**30
+AT_ONCE = 8
+"""Rows that are bounded and added at a time: copies of so few go into memory that was just freed, not into fresh."""
 NOTING = (Ema, Gate, Skip)
 """Defences whose `screen` or `loss` only takes notes; another's acts on samples, of which a server sees none."""
 
@@ -279,6 +281,7 @@ class _Rounds:
     def step(self, phase: str) -> None:
         """One round: collect, aggregate, step, measure."""
         began = time.perf_counter()
+        self.learner.begin_round()
         index = len(self.progress.rows) - 1
         number = self.run.rounds if phase == "trigger" else index
         rng = generator("update attack", self.federation.seed, index)
@@ -403,17 +406,20 @@ class _Sheet:
 
     def send(self, rows: Tensor) -> None:
         """Take in rows as they were sent; those that are not finite are refused."""
-        for piece in torch.split(rows, PASS):  # a few at a time: they may be views of a single row
+        for piece in torch.split(rows, AT_ONCE):  # they may be views of a single row
             self._take_in(piece)
 
     def _take_in(self, rows: Tensor) -> None:
-        finite = torch.isfinite(rows).all(1)
+        lengths = torch.linalg.vector_norm(rows, dim=1)
+        finite = lengths.isfinite()
+        if not bool(finite.all()):
+            finite = torch.isfinite(rows).all(1)  # a length may overflow though no entry does
         self.known = torch.cat([self.known, finite])
         self.refused += int((~finite).sum())
         if not bool(finite.any()):
             return
         rows = rows if bool(finite.all()) else rows[finite]
-        self.length += float(torch.linalg.vector_norm(rows, dim=1).sum())
+        self.length += float(lengths[finite].sum())
         bounded = self._bounded(rows) if self.run.bound == "before" else rows
         self.total += rows.sum(0)
         self.bounded_total += bounded.sum(0)
@@ -428,9 +434,9 @@ class _Sheet:
         return Honest(self.total.clone(), self.bounded_total.clone(), self.filled, own, mine.x, mine.y, held)
 
     def aggregated(self) -> Gradient:
-        """The round's update; zero where no client's was finite."""
+        """The round's update; zero where too few clients' were finite, or hostile ones could stop the server."""
         learner, defence = self.learner, self.learner.defence
-        if self.filled == 0:
+        if self.filled == 0 or not self._enough():
             return Gradient(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
         mean = (self.bounded_total / self.filled).unsqueeze(0)
         if self.rows is None or not _rules(defence):
@@ -446,6 +452,16 @@ class _Sheet:
             row = mean.clone()
             row[:, self.looked_at] = defence.aggregate(seen, learner.view()).rows
         return Gradient(self._bounded(row) if self.run.bound == "after" else row, self.shapes)
+
+    def _enough(self) -> bool:
+        """Whether the defence's rule holds for the rows that are left after refusals."""
+        if self.refused == 0:
+            return True
+        try:
+            check_defence(self.learner.defence, self.run, self.filled)
+        except ConfigError:
+            return False
+        return True
 
     @property
     def _seen(self) -> torch.Size:

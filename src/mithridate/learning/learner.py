@@ -178,8 +178,21 @@ class Learner:
             flagged=flagged,
         )
 
+    def begin_round(self) -> None:
+        """Before a federated round: what `update` does first, so that `bound` and `aggregate` find the same notes.
+
+        The history takes in the model as it is, and the defence is shown a batch of no samples: a server sees none, but
+        some defences take notes of the model then.
+        """
+        if self.history is not None:
+            self.history.record(self.step, self.model)
+        nothing = Batch(torch.zeros(0, 1, device=self.device), torch.zeros(0, dtype=torch.int64, device=self.device))
+        self.defence.screen(nothing, self.view())
+
     def apply(self, gradient: Gradient, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
         """Step on a gradient that was made elsewhere, in a federated round; the defence may still refuse the step.
+
+        Call `begin_round` before the clients are asked.
 
         Args:
             gradient: One row, of every trainable parameter.
@@ -188,10 +201,6 @@ class Learner:
             buffers: Taken over with the step (BatchNorm statistics), and rolled back with it.
         """
         began = time.perf_counter()
-        if self.history is not None:
-            self.history.record(self.step, self.model)
-        nothing = Batch(torch.zeros(0, 1, device=self.device), torch.zeros(0, dtype=torch.int64, device=self.device))
-        self.defence.screen(nothing, self.view())  # no samples are seen here, but some defences take notes then
         own = dict(self.model.named_parameters())
         before = self._before(dict(self.model.named_buffers()))
         self.restore_buffers(buffers)

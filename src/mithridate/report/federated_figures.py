@@ -3,6 +3,7 @@
 All three show federated runs only; of online runs there is nothing.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ NORMS = ("l2", "linf")
 ENDS = frozenset({"label", "accuracy_floor", "max_drop"})
 """Settings of an attack that say what it is called or when its phase ends, not what is sent in it."""
 
+CORNERS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
+"""Where the numbers of rounds stand beside the points, line by line, so that close lines do not hide them."""
+
 MARGIN = 0.06
 """Room around the points of a panel, relative to what they span."""
 
@@ -65,28 +69,28 @@ def federated_drawings(rows: Sequence[Row]) -> list[Drawing]:
 
 
 def convergence(rows: Sequence[Row]) -> Drawing | None:
-    """Accuracy along the rounds where nothing is attacked, a line a defence.
+    """Accuracy along the rounds where nothing is attacked, a line a defence: its longest federation.
 
     Args:
         rows: Federated rows of one data set and model.
 
     Returns:
-        None if fewer than two unattacked federations took rounds.
+        None if under fewer than two defences an unattacked federation took rounds.
 
     Source:
         After Pang et al., NeurIPS 2021, Fig. 3 (a).
     """
-    shown = [row for row in by_bound(rows) if not row.attacking and row.has_phase and any(map(_curve, row.runs))]
+    clean = [row for row in by_bound(rows) if not row.attacking and row.has_phase and any(map(_curve, row.runs))]
+    longest = {row.defence: row for row in sorted(clean, key=lambda row: row.statistic("steps").mean or 0)}
+    shown = [row for row in clean if longest[row.defence] is row]
     if len(shown) < 2:
         return None
-    several = len({row.attack for row in shown}) > 1
-    names = {row.cell: f"{row.defence}, {row.attack}" if several else row.defence for row in shown}
-    looks = looks_of(names.values())
+    looks = looks_of(row.defence for row in shown)
     with style():
         figure = Figure(layout="constrained", figsize=(6.4, 3.7))
         ax = figure.subplots()
         for row in shown:
-            _draw_rounds(ax, row, looks[names[row.cell]])
+            _draw_rounds(ax, row, looks[row.defence])
         ax.set_xlabel("round")
         ax.set_ylabel("test accuracy (%)")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -102,7 +106,7 @@ def convergence(rows: Sequence[Row]) -> Drawing | None:
             f"all have; band: from the lowest to the highest. The vertical axis starts at {decimal(floor, 0)} %.",
             alt="Line chart of test accuracy by round, without an attack. "
             + " ".join(
-                f"{names[row.cell]}: ends at {points(end)} percent."
+                f"{row.defence}: ends at {points(end)} percent."
                 for row in shown
                 if (end := row.statistic("accuracy_after_trigger").mean) is not None
             ),
@@ -133,8 +137,8 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
         axes = figure.subplots(n_lines, n_columns, sharex=True, sharey=True, squeeze=False)
         for ax, (defence, lines) in zip(axes.flat, panels.items(), strict=False):
             ax.set_title(fitting(f"defence: {defence}"), loc="left", fontweight="bold")
-            for name, line in lines.items():
-                _draw_points(ax, line, looks[name])
+            for i, (name, line) in enumerate(lines.items()):
+                _draw_points(ax, line, looks[name], CORNERS[i % len(CORNERS)])
             ax.xaxis.set_tick_params(labelbottom=True)
         every = [point for lines in panels.values() for line in lines.values() for point in line]
         _limits(axes[0, 0], every)
@@ -215,9 +219,10 @@ def clipping_table(rows: Mapping[tuple[str, str], Sequence[Row]]) -> TableSectio
         In the order of Pang et al., NeurIPS 2021, Tables 3 to 5.
     """
     federated = {key: [row for row in members if row.federated] for key, members in rows.items()}
-    defences = dict.fromkeys(
-        _bound_name(row) for row in by_bound([r for members in federated.values() for r in members])
-    )
+    ordered = by_bound([row for members in federated.values() for row in members])
+    bounds = {row.defence: _bound(row) for row in ordered}
+    taken = Counter(bounds.values())
+    defences = {label: bound if taken[bound] == 1 else f"{bound} ({label})" for label, bound in bounds.items()}
     table: dict[str, list[list[str]]] = {}
     for members in federated.values():
         cells: dict[tuple[str, ...], dict[str, str]] = {}
@@ -228,7 +233,7 @@ def clipping_table(rows: Mapping[tuple[str, str], Sequence[Row]]) -> TableSectio
         for row in sorted(chosen, key=_strength):
             method, scaling = _method(row), _scaling(row)
             name = f"{method} ({row.attack})" if len(labels[method, scaling]) > 1 else method
-            cells.setdefault((name, scaling), {})[_bound_name(row)] = spread(row.statistic("accuracy_after_trigger"))
+            cells.setdefault((name, scaling), {})[row.defence] = spread(row.statistic("accuracy_after_trigger"))
         if cells and len(defences) > 1:
             table[members[0].subject] = [
                 [*names, *(values.get(defence, MISSING) for defence in defences)] for names, values in cells.items()
@@ -239,7 +244,7 @@ def clipping_table(rows: Mapping[tuple[str, str], Sequence[Row]]) -> TableSectio
         intro="Test accuracy (%) after the trigger round, mean ± standard deviation over seeds. Loss scaling: of a "
         "poisoned trigger the factor of its update, of an accumulative phase the weight lam. A bound that holds keeps "
         "a row near that of no attack; what it costs stands in that row.",
-        head=("method", "loss scaling", *defences),
+        head=("method", "loss scaling", *defences.values()),
         rows=table,
         line=0,
     )
@@ -260,15 +265,15 @@ def by_bound(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=place)
 
 
-def _bound_name(row: Row) -> str:
-    """A column of the table: the bound if the label does not already say more than `clip`."""
+def _bound(row: Row) -> str:
+    """What a column of the table is called: its bound, or the label of a defence that is no clipping."""
+    defence = _table(row.runs[0], "defence")
     if row.defence_name == "none":
         return "no clip"
-    defence = _table(row.runs[0], "defence")
-    if row.defence_name != "clip" or "clip_norm" not in defence:
+    bound = number(defence.get("clip_norm"))
+    if row.defence_name != "clip" or bound is None:
         return row.defence
-    bound = f"{defence.get('norm', NORMS[0])} ≤ {defence['clip_norm']:g}"
-    return bound if row.defence == "clip" else f"{bound} ({row.defence})"
+    return f"{defence.get('norm', NORMS[0])} ≤ {bound:g}"
 
 
 def _method(row: Row) -> str:
@@ -329,7 +334,7 @@ def _draw_rounds(ax: Axes, row: Row, look: Look) -> None:
     ax.fill_between(list(middle), low, high, color=look.colour, alpha=0.15, linewidth=0, zorder=1)
 
 
-def _draw_points(ax: Axes, line: Sequence[Point], look: Look) -> None:
+def _draw_points(ax: Axes, line: Sequence[Point], look: Look, corner: tuple[int, int]) -> None:
     x, y = ([100 * (statistic.mean or 0) for statistic in side] for side in _sides(line))
     across, along = ([100 * (statistic.std or 0) for statistic in side] for side in _sides(line))
     ax.errorbar(
@@ -346,7 +351,16 @@ def _draw_points(ax: Axes, line: Sequence[Point], look: Look) -> None:
         zorder=3,
     )
     for point, place in zip(line, zip(x, y, strict=True), strict=True):
-        ax.annotate(f"{point.rounds:g}", place, (5, 5), textcoords="offset points", fontsize=8)
+        ax.annotate(
+            f"{point.rounds:g}",
+            place,
+            (6 * corner[0], 6 * corner[1]),
+            textcoords="offset points",
+            ha="left" if corner[0] > 0 else "right",
+            va="bottom" if corner[1] > 0 else "top",
+            fontsize=8,
+            color=look.colour,
+        )
 
 
 def _sides(line: Sequence[Point]) -> tuple[list[Statistic], list[Statistic]]:

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from mithridate.core import Honest, UpdateAttack
 from mithridate.errors import DataError
-from mithridate.norms import Norm, clip_rows
+from mithridate.norms import Norm, clip_rows, sample_norms
 from mithridate.registry import settings
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -59,7 +59,7 @@ def scaled(update: Tensor, factor: float, length: float | None) -> Tensor:
     """An update times a factor, or at a given l2 length."""
     if length is None:
         return factor * update
-    now = float(torch.linalg.vector_norm(update))
+    now = float(sample_norms(update.unsqueeze(0), "l2"))
     return update * (length / now) if now > 0 else update
 
 

@@ -1,0 +1,381 @@
+"""Federated recipes: their tables, what is refused before anything is trained, and runs that are killed and go on."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from mithridate import cli
+from mithridate.bench.engine import deterministic, run_recipe
+from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe, read_recipe
+from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
+from mithridate.bench.watcher import Watcher
+from mithridate.data.shards import Shards
+from mithridate.data.stream import open_stream
+from mithridate.errors import ConfigError, DataError, UserError
+from mithridate.learning.burn_in import burn_in
+from mithridate.learning.federated import FederatedRun, federate, federated_optimiser, run_federated
+from mithridate.learning.learner import Learner
+from mithridate.models import build_model
+from mithridate.registry import fields_of
+from mithridate.update_attacks.accumulative import Accumulative
+from mithridate.update_attacks.sign_flip import SignFlip
+
+RECIPE = """
+title = "tiny"
+[data]
+name = "digits"
+burn_in = 150
+victim = 100
+validation = 30
+trusted = 20
+test = 150
+batch_size = 20
+augment = false
+[model]
+name = "small_cnn"
+width = 4
+[burn_in]
+epochs = 2
+batch_size = 50
+lr = 0.05
+checkpoints = [1]
+[[attack]]
+name = "sign_flip"
+poison_ratio = 0.2
+[[attack]]
+name = "accumulative"
+label = "accu"
+trigger = "reoptimised"
+poison_ratio = 0.1
+spread = 0.1
+resample_validation = true
+[[defence]]
+name = "none"
+[[defence]]
+name = "chain"
+label = "server"
+parts = [
+    {name = "robust", rule = {name = "centered_clipping", worker_momentum = 0.5}},
+    {name = "clip"},
+    {name = "gate"},
+]
+[monitor]
+name = "accuracy_floor"
+max_drop = 0.01
+[clients]
+clients = 10
+partition = "dirichlet"
+alpha = 1.0
+smallest = 2
+[federated]
+rounds = 3
+per_round = 6
+local_batch = 2
+lr = 0.05
+"""
+TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
+
+
+def tables_of(*changes: str, attack: str = "", defence: str = "") -> dict[str, Any]:
+    """The tiny recipe's tables with changes, of one attack and defence only where named by label."""
+    tables = tomllib.loads(RECIPE)
+    for kind, label in (("attack", attack), ("defence", defence)):
+        if label:
+            tables[kind] = [t for t in tables[kind] if t.get("label", t["name"]) == label]
+    for change in changes:
+        apply_change(tables, change)
+    return tables
+
+
+def recipe_of(*changes: str, attack: str = "", defence: str = "") -> Recipe:
+    return make_recipe(tables_of(*changes, attack=attack, defence=defence))
+
+
+def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k not in TIMES}
+
+
+def equal_runs(a: Run, b: Run) -> bool:
+    rows = [timeless(r) for r in a.trace] == [timeless(r) for r in b.trace]
+    return rows and timeless(a.summary) == timeless(b.summary) and a.config == b.config
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("burn-ins")
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The finished grid; read only."""
+    out = tmp_path_factory.mktemp("grid")
+    assert run_recipe(recipe_of(), out, device="cpu", cache=cache).ran == 4
+    return out
+
+
+# The tables.
+
+
+def test_what_the_tables_build() -> None:
+    recipe = recipe_of()
+    assert recipe.clients == Shards(clients=10, partition="dirichlet", alpha=1.0, smallest=2)
+    assert recipe.run == FederatedRun(rounds=3, per_round=6, local_batch=2, lr=0.05)
+    assert [type(a.component) for a in recipe.attacks] == [SignFlip, Accumulative]
+    plain = make_recipe({"federated": {}, "attack": {"name": "clean"}})
+    assert (plain.clients, plain.run) == (Shards(), FederatedRun())
+
+
+def test_presets_of_attacks_on_rounds() -> None:
+    paper, released = (
+        fields_of(
+            make_recipe({"federated": {}, "attack": {"name": "accumulative", "preset": preset}}).attacks[0].component
+        )
+        for preset in ("paper", "released")
+    )
+    assert (paper["trigger"], paper["normalise"], paper["clean_weight"]) == ("reversed", "none", 1.0)
+    assert (released["trigger"], released["normalise"], released["clean_weight"]) == ("clean", "global", 0.0)
+    assert released["lam"] == 0.02
+
+
+def test_changes_from_the_command_line() -> None:
+    recipe = recipe_of(
+        "federated.rounds=7",
+        "clients.alpha=0.3",
+        "attack.poison_ratio=0.4",
+        "attack.accu.lam=0.5",
+        "federated.seeds=[3, 4]",
+        "federated.bound=before",
+    )
+    assert (recipe.run.steps, recipe.clients and recipe.clients.alpha, recipe.seeds) == (7, 0.3, [3, 4])
+    flip, accumulative = (fields_of(a.component) for a in recipe.attacks)
+    assert (flip["poison_ratio"], accumulative["poison_ratio"], accumulative["lam"]) == (0.4, 0.4, 0.5)
+    assert fields_of(recipe.run)["bound"] == "before"
+
+
+def test_seeds_given_beside_the_recipe_replace_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    assert read_recipe(path, seeds=[5, 6]).seeds == [5, 6]
+    assert read_recipe(path, changes=["federated.rounds=9"]).run.steps == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("run.steps=3",), r"\[run\] belongs to an online recipe, and \[federated\] is there too"),
+        (("detector.name=loss",), r"\[detector\] belongs to an online recipe"),
+        (("federated.round=3",), r"\[federated\]: unknown key 'round': did you mean 'rounds'"),
+        (("federated.steps=3",), r"\[federated\]: unknown key 'steps'"),
+        (("federated.per_round=0",), r"\[federated\]: per_round = 0"),
+        (("federated.seeds=[]",), r"\[federated\] seeds"),
+        (("federated.seeds=[1, 1]",), r"\[federated\] seeds = \[1, 1\]: a seed twice"),
+        (("clients.alpha=0",), r"\[clients\]: alpha = 0"),
+        (("clients.alpha=-1",), r"\[clients\]: alpha = -1"),
+        (("clients.clients=0",), r"\[clients\]: clients = 0"),
+        (("clients.client=3",), r"\[clients\]: unknown key 'client': did you mean 'clients'"),
+        (("attack.poison_ratio=1.01",), r"\[attack\] sign_flip: poison_ratio = 1\.01"),
+        (("attack.accu.eps=0.1",), r"\[attack\] accumulative: unknown key 'eps'"),
+        (("attack.sign_flip.name=pgd",), "unknown update_attack 'pgd'"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_named(changes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe_of(*changes)
+
+
+def test_clients_without_a_federation_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\[clients\] belongs to a federation; add a table \[federated\]"):
+        make_recipe({"attack": {"name": "noise"}, "clients": {"clients": 5}})
+    with pytest.raises(ConfigError, match="unknown attack 'sign_flip'"):
+        make_recipe({"attack": {"name": "sign_flip"}})
+
+
+def test_a_runs_settings_are_a_recipe_of_that_run() -> None:
+    for cell in recipe_of("federated.seeds=[0, 2]").cells():
+        config = cell.config()
+        assert {"clients", "federated"} <= set(config)
+        assert "run" not in config
+        (again,) = make_recipe(config).cells()
+        assert again.config() == config
+        assert (again.run_id, again.seed) == (cell.run_id, cell.seed)
+
+
+# Refused before anything is trained or written.
+
+
+class Watching(Watcher):
+    """Notes whether anything was trained; may pull the plug."""
+
+    def __init__(self, kill_at: int | None = None) -> None:
+        self.kill_at, self.epochs = kill_at, 0
+        self.steps: list[int] = []
+
+    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+        self.epochs += 1
+
+    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
+        self.steps.append(done)
+        if done == self.kill_at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("changes", "defence", "error", "message"),
+    [
+        (("clients.clients=101", "clients.smallest=1"), "none", DataError, "101 clients need at least 101 images"),
+        (("clients.smallest=11",), "none", DataError, "10 clients need at least 110 images"),
+        (("federated.per_round=11",), "none", DataError, "11 of 10 clients asked for"),
+        (("federated.local_batch=60",), "none", DataError, r"local_batch = 60, and a client of round 0 holds \d+ im"),
+        (
+            ('defence.rule={name = "krum", hostile = 2}',),
+            "robust",
+            ConfigError,
+            r"6 rows are too few for 2.*2f \+ 3 = 7",
+        ),
+        (('defence.rule={name = "bulyan", hostile = 1}',), "robust", ConfigError, r"n >= 4f \+ 3 = 7"),
+        ((), "dsc", ConfigError, "acts on training samples"),
+        (("data.trusted=0",), "gate", DataError, "gate needs the trusted set"),
+        (("data.validation=0",), "none", DataError, "accu needs the validation batch"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_leaves_nothing(
+    tmp_path: Path, changes: tuple[str, ...], defence: str, error: type[UserError], message: str
+) -> None:
+    tables = tomllib.loads(RECIPE)
+    tables["defence"] = {"name": defence}
+    for change in changes:
+        apply_change(tables, change)
+    watcher = Watching()
+    with pytest.raises(error, match=message):
+        run_recipe(make_recipe(tables), tmp_path / "runs", device="cpu", cache=tmp_path / "cache", watcher=watcher)
+    assert watcher.epochs == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_ends_with_code_two_and_names_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the test session has its own
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE.replace('"centered_clipping", worker_momentum = 0.5', '"krum", hostile = 2'), "utf-8")
+    arguments = ["run", str(path), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
+    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 2
+    assert "6 rows are too few for 2 hostile ones: it needs n >= 2f + 3 = 7" in " ".join(done.stderr.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
+
+
+def test_a_rule_that_needs_more_memory_than_allowed_is_refused(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match="looks at all updates of a round at once"):
+        run_recipe(recipe_of("federated.max_matrix=1e-9", defence="server"), tmp_path, device="cpu", cache=cache)
+
+
+# What is on disk, and going on.
+
+
+def test_a_cell_is_the_federated_loop_after_the_burn_in(grid: Path) -> None:
+    recipe = recipe_of(attack="accu", defence="server")
+    (cell,) = recipe.cells()
+    assert isinstance(recipe.run, FederatedRun)
+    assert recipe.clients is not None
+    stream = open_stream(recipe.data)
+    model = build_model(recipe.model, stream.info, seed=0)
+    burn_in(model, stream, recipe.burn_in, seed=0)
+    optimiser = federated_optimiser(model.parameters(), recipe.run)
+    learner = Learner(model, optimiser, defence=cell.defence.component, trusted=stream.trusted.all())
+    with deterministic():
+        outcome = run_federated(
+            learner,
+            federate(stream, recipe.clients, seed=0),
+            cell.attack.component,  # type: ignore[arg-type]  # the recipe is federated
+            recipe.run,
+            monitors=[m.component for m in recipe.monitors],
+        )
+    found = read_run(grid / cell.run_id)
+    assert [timeless(row) for row in found.trace] == [timeless(row) for row in outcome.trace]
+    expected = timeless(outcome.summary())
+    assert {k: found.summary[k] for k in expected} == expected
+
+
+def test_every_run_has_the_stores_files_and_columns(grid: Path) -> None:
+    runs = read_runs([grid])
+    assert sorted(run.path.name for run in runs) == [
+        f"{a}__{d}__seed0" for a in ("accu", "sign_flip") for d in ("none", "server")
+    ]
+    for run in runs:
+        assert {p.name for p in run.path.iterdir()} == {
+            "config.toml",
+            "trace.parquet",
+            "summary.json",
+            "environment.json",
+        }
+        assert pq.read_schema(run.path / "trace.parquet").equals(TRACE_SCHEMA)
+        assert [row["step"] for row in run.trace] == [0, 1, 2, 3, 4]
+        assert run.config["clients"]["clients"] == 10
+        hostile = 2 / 6 if "sign_flip" in run.path.name else 1 / 6  # rounded up to whole clients of six
+        assert [row["poisoned"] for row in run.trace] == pytest.approx([0, *[hostile] * 4])
+
+
+@pytest.mark.parametrize("kill_at", [1, 3])
+@pytest.mark.parametrize("attack", ["accu", "sign_flip"])
+def test_a_killed_run_goes_on_to_the_same_numbers(
+    tmp_path: Path, grid: Path, cache: Path, attack: str, kill_at: int
+) -> None:
+    recipe = recipe_of(attack=attack, defence="server")
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Watching(kill_at))
+    (directory,) = tmp_path.iterdir()
+    assert (directory / "state.safetensors").exists()
+    watcher = Watching()
+    run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=watcher)
+    assert watcher.steps == list(range(kill_at + 1, 4))
+    assert equal_runs(read_run(directory), read_run(grid / directory.name))
+
+
+def test_looking_back_in_rounds_survives_a_kill(tmp_path: Path, cache: Path) -> None:
+    tables = tables_of("federated.rounds=4", attack="sign_flip")
+    tables["defence"] = {"name": "dgc", "old": "back", "back": 2, "threshold": 0.0, "clip_norm": 0.05, "lr": 0.05}
+    recipe = make_recipe(tables)
+    run_recipe(recipe, tmp_path / "whole", device="cpu", cache=cache)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Watching(3))
+    run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, resume=True)
+    (whole,), (killed,) = (read_runs([tmp_path / name]) for name in ("whole", "killed"))
+    assert equal_runs(whole, killed)
+    norms = [row["bounded_norm"] for row in whole.trace[1:]]
+    assert [norm <= 0.05 * (1 + 1e-5) for norm in norms] == [False, False, True, True, True]  # once there is a past
+
+
+@pytest.mark.parametrize("changes", [("clients.alpha=2.0",), ("federated.lr=0.1",), ("attack.poison_ratio=0.5",)])
+def test_other_settings_do_not_resume(grid: Path, cache: Path, changes: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="was made with other settings"):
+        run_recipe(recipe_of(*changes), grid, device="cpu", resume=True, cache=cache)
+
+
+def test_the_burn_ins_momentum_can_be_taken_over(tmp_path: Path, grid: Path, cache: Path) -> None:
+    run_recipe(
+        recipe_of("federated.restore_momentum=true", attack="sign_flip", defence="none"),
+        tmp_path,
+        device="cpu",
+        cache=cache,
+    )
+    (run,) = read_runs([tmp_path])
+    usual = read_run(grid / run.path.name)
+    assert run.trace[0]["accuracy"] == usual.trace[0]["accuracy"]
+    assert run.trace[1]["bounded_norm"] == usual.trace[1]["bounded_norm"]
+    assert run.trace[1]["update_norm"] != usual.trace[1]["update_norm"]
+
+
+def test_seeds_divide_and_draw_anew(tmp_path: Path, cache: Path) -> None:
+    recipe = recipe_of("burn_in.seed=5", "federated.seeds=[0, 1]", attack="sign_flip", defence="none")
+    run_recipe(recipe, tmp_path, device="cpu", cache=cache)
+    first, second = read_runs([tmp_path])
+    assert first.trace[0]["loss"] == second.trace[0]["loss"]  # one burn-in
+    assert first.trace[1]["loss"] != second.trace[1]["loss"]
+    assert torch.isfinite(torch.tensor([row["loss"] for row in first.trace])).all()
