@@ -22,8 +22,6 @@ from mithridate.core import (
     Honest,
     Monitor,
     Need,
-    Reading,
-    Snapshot,
     UpdateAttack,
     View,
     frozen_statistics,
@@ -37,7 +35,17 @@ from mithridate.defences.robust import Robust
 from mithridate.defences.skip import Skip
 from mithridate.errors import ConfigError, DataError
 from mithridate.learning.learner import Learner, Update
-from mithridate.learning.online import EVALUATION_BATCH, Outcome, Progress, Row, outcome_of, phase_end, start_row
+from mithridate.learning.online import (
+    EVALUATION_BATCH,
+    Outcome,
+    Progress,
+    Row,
+    accuracy_with_buffers_alone,
+    alarms_of,
+    outcome_of,
+    phase_end,
+    start_row,
+)
 from mithridate.per_client import PASS, client_gradients
 from mithridate.registry import settings
 from mithridate.seeding import derived_seed, generator
@@ -301,12 +309,8 @@ class _Rounds:
         row |= {"accuracy": score.accuracy, "loss": score.loss}
         row |= {"craft_seconds": made - began, "update_seconds": updated - made, "alarms": ""}
         self.progress.rows.append(row)
-        row["alarms"] = "; ".join(self._alarms())
+        row["alarms"] = "; ".join(alarms_of(self.monitors, self.progress.rows))
         row["seconds"] = time.perf_counter() - began
-
-    def _alarms(self) -> list[str]:
-        readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in self.progress.rows]
-        return [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
 
     def _collect(self, number: int, phase: str, rng: torch.Generator) -> Collected:
         """Every client's update, the hostile ones' replaced, to one row."""
@@ -350,20 +354,6 @@ class _Rounds:
                 f"GiB, more than max_matrix = {self.run.max_matrix:g}; use fewer clients a round, or raise it."
             )
         return False
-
-    def accuracy_with_buffers_alone(self, before: Snapshot) -> float | None:
-        """Test accuracy with the parameters from before the last step and the buffers from after it.
-
-        None where another model than the one that learns is served: its buffers are not this step's.
-        """
-        if self.learner.defence.serve(self.learner.view()) is not None:
-            return None
-        after = self.learner.snapshot()
-        self.learner.restore(before)
-        self.learner.restore_buffers(after.buffers)
-        score = self.learner.evaluate(self.test)
-        self.learner.restore(after)
-        return score.accuracy
 
 
 class _Sheet:
@@ -608,5 +598,5 @@ def run_federated(
     if not halted:
         before = learner.snapshot()
         loop.step("trigger")
-        after_buffers = loop.accuracy_with_buffers_alone(before)
+        after_buffers = accuracy_with_buffers_alone(learner, loop.test, before)
     return outcome_of(progress, stopped_by, halted, after_buffers)

@@ -259,7 +259,7 @@ class _Loop:
         row["craft_seconds"] = crafted - began + adapted - updated
         row["update_seconds"] = updated - scored
         self.progress.rows.append(row)
-        row["alarms"] = "; ".join(self._alarms())
+        row["alarms"] = "; ".join(alarms_of(self.monitors, self.progress.rows))
         row["seconds"] = time.perf_counter() - began
 
     def _score(self, step: int, clean: Batch, sent: Batch) -> None:
@@ -268,10 +268,6 @@ class _Loop:
             sources[OOD] = self.ood[(step - 1) % len(self.ood)]
         self.progress.scores |= score_batches(self.scorers, self.learner, step, sources)
         self.progress.changed[str(step)] = _changed(clean, sent).cpu()
-
-    def _alarms(self) -> list[str]:
-        readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in self.progress.rows]
-        return [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
 
     def _picture(self, phase: str, clean: Batch, sent: Batch) -> None:
         if f"{phase}.clean" not in self.progress.images and self.run.images:
@@ -283,19 +279,32 @@ class _Loop:
         rows, run = self.progress.rows, self.run
         return phase_end(rows, run.steps, run.on_alarm, lambda: self.attack.ready(self.view()))
 
-    def accuracy_with_buffers_alone(self, before: Snapshot) -> float | None:
-        """Test accuracy with the parameters from before the last step and the buffers from after it.
 
+def alarms_of(monitors: Sequence[Monitor], rows: Sequence[Row]) -> list[str]:
+    """What monitors say of a trace so far."""
+    readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in rows]
+    return [text for monitor in monitors if (text := monitor.alarm(readings)) is not None]
+
+
+def accuracy_with_buffers_alone(learner: Learner, test: Sequence[Batch], before: Snapshot) -> float | None:
+    """Test accuracy with the parameters from before the last step and the buffers from after it.
+
+    Args:
+        learner: After the step; comes back as it was.
+        test: What accuracy is measured on.
+        before: The learner before the step.
+
+    Returns:
         None where another model than the one that learns is served: its buffers are not this step's.
-        """
-        if self.learner.defence.serve(self.learner.view()) is not None:
-            return None
-        after = self.learner.snapshot()
-        self.learner.restore(before)
-        self.learner.restore_buffers(after.buffers)
-        score = self.learner.evaluate(self.test)
-        self.learner.restore(after)
-        return score.accuracy
+    """
+    if learner.defence.serve(learner.view()) is not None:
+        return None
+    after = learner.snapshot()
+    learner.restore(before)
+    learner.restore_buffers(after.buffers)
+    score = learner.evaluate(test)
+    learner.restore(after)
+    return score.accuracy
 
 
 def run_online(
@@ -346,7 +355,7 @@ def run_online(
     if not halted:
         before = learner.snapshot()
         loop.step("trigger")
-        after_buffers = loop.accuracy_with_buffers_alone(before)
+        after_buffers = accuracy_with_buffers_alone(learner, loop.test, before)
     return outcome_of(progress, stopped_by, halted, after_buffers)
 
 
