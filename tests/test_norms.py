@@ -53,6 +53,13 @@ def test_projection_lies_inside_and_stays_there(delta: Tensor, norm: Norm, eps: 
     assert_close(ball.project(once), once, rtol=1e-6, atol=0)
 
 
+def test_a_length_equal_to_the_radius_is_inside() -> None:
+    delta = torch.zeros(1, 2, 3)
+    delta[0, 0, 0] = 1.14453125
+    assert torch.equal(Ball("l2", 1.14453125).project(delta), delta)
+    assert torch.equal(clip_rows(delta.flatten(1), 1.14453125, "l2"), delta.flatten(1))
+
+
 @settings(deadline=None)
 @given(images, norms, radii)
 def test_projection_leaves_the_inside_alone(delta: Tensor, norm: Norm, eps: float) -> None:

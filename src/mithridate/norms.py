@@ -29,6 +29,11 @@ def _as_factor(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.view(-1, *[1] * (like.ndim - 1))
 
 
+def _shrink(lengths: Tensor, bound: float) -> Tensor:
+    """What takes each length down to a bound; exactly 1 for those within, where a quotient would be rounded."""
+    return torch.where(lengths > bound, bound / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0).clamp(max=1.0)
+
+
 @dataclass(frozen=True)
 class Ball:
     """The perturbations that an attack may use on one image.
@@ -46,8 +51,7 @@ class Ball:
         if self.norm == "linf":
             return delta.clamp(-self.eps, self.eps)
         lengths = sample_norms(delta, "l2")
-        shrink = (self.eps / lengths.clamp_min(torch.finfo(delta.dtype).tiny)).clamp(max=1.0)
-        return delta * _as_factor(shrink, delta)
+        return delta * _as_factor(_shrink(lengths, self.eps), delta)
 
     def holds(self, delta: Tensor) -> bool:
         """Whether every sample's perturbation lies inside, up to rounding."""
@@ -93,5 +97,4 @@ def clip_rows(rows: Tensor, bound: float, norm: Norm, *, how: Literal["scale", "
     if how == "project" and norm == "linf":
         return rows.clamp(-bound, bound)
     lengths = sample_norms(rows, norm)
-    shrink = (bound / lengths.clamp_min(torch.finfo(rows.dtype).tiny)).clamp(max=1.0)
-    return rows * shrink.unsqueeze(1)
+    return rows * _shrink(lengths, bound).unsqueeze(1)
