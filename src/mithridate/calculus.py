@@ -38,7 +38,7 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch's
 
 
 @contextmanager
@@ -46,12 +46,12 @@ def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
     """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
     _load_forward_mode()
     with Instead(FOR_SECOND), forward_ad.dual_level():
-        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]
+        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]  # torch's
 
 
 def _along(t: Tensor) -> Tensor:
     """The derivative that a tensor carries."""
-    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]  # torch's
     return torch.zeros_like(t) if tangent is None else tangent
 
 
@@ -132,7 +132,7 @@ def hessian_vector_product(
             found = _backward(objective(moving, piece_x, piece_y), leaves)
             term = {name: _along(t) for name, t in found.items()}
         total = _accumulate(total, share, term)
-    assert total is not None  # noqa: S101
+    assert total is not None  # noqa: S101  (as above)
     return total
 
 

@@ -148,7 +148,7 @@ def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     Raises:
         ConfigError: Unknown key (names the nearest), missing key, wrong type or range.
     """
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # settings
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, known)}")
