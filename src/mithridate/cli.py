@@ -235,13 +235,14 @@ def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
 ) -> None:
     """Show the components by name: what each is, where it comes from, its settings and their defaults."""
-    from mithridate.registry import entries
+    from mithridate.registry import KINDS, entries
 
+    kinds = {f"{kind}s": kind for kind in KINDS}
     for shelf in [what] if what else list(Shelf):
         if shelf is Shelf.datasets:
             _list_datasets()
             continue
-        found = entries(shelf.value.removesuffix("s"))  # type: ignore[arg-type]  # a shelf is a kind and an s
+        found = entries(kinds[shelf.value])
         longest = max(len(key) for entry in found.values() for key in entry.fields)  # a key is never broken
         table = Table(title=shelf.value, title_justify="left", show_lines=True)
         for column in ("name", "what it is", "settings and defaults", "source"):

@@ -48,7 +48,8 @@ class VGG(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]  # torch types bias as a module
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def features(self, x: Tensor) -> Tensor:
         """Averages over the last maps: (n, 8 * width)."""
