@@ -1,7 +1,9 @@
 """Per-client gradients: both ways against separate backward passes, and what cannot be done layer by layer."""
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from mithridate import per_client
 from mithridate.core import BatchNormMode
 from mithridate.errors import ConfigError, DataError
 from mithridate.models import build_model
-from mithridate.per_client import Way, client_gradients
+from mithridate.per_client import Way, client_gradients, summed_gradients
 from mithridate.testing.toy import CLASSES, TOY
 
 MODELS: dict[str, Mapping[str, Any]] = {
@@ -162,6 +164,95 @@ def test_a_users_module_of_known_layers_goes_the_layered_way(cls: type[nn.Module
     assert close(client_gradients(model, F.cross_entropy, x, y, way="mapped"), oracle)
 
 
+# Lengths and sums, no row being formed.
+
+SUMMABLE: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(made, name) for name in MODELS},
+    "tokens": lambda: Tokens().double(),
+    "in place": lambda: InPlace().double(),
+    "few places": lambda: nn.Sequential(
+        nn.Conv2d(1, 40, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(40, 50, (3, 2), padding=(2, 1), dilation=(2, 1), bias=False),
+        nn.Tanh(),
+        nn.Conv2d(50, 60, 3, stride=(1, 2)),
+        nn.Flatten(),
+        nn.Linear(240, CLASSES),
+    ).double(),
+}
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("name", SUMMABLE)
+def test_lengths_and_sums_are_those_of_the_rows(name: str, samples: int) -> None:
+    torch.manual_seed(0)
+    model = SUMMABLE[name]()
+    x, y = samples_of(5, samples)
+    rows = one_by_one(model, x, y)
+    lengths = rows.norm(dim=1)
+    found = summed_gradients(model, F.cross_entropy, x, y)
+    assert not isinstance(found, str)
+    assert close(found.total, rows.sum(0))
+    assert close(found.lengths, lengths)
+    assert found.plain is None
+    losses = torch.stack([F.cross_entropy(model.eval()(a), b) for a, b in zip(x, y, strict=True)])
+    assert close(found.losses, losses.detach())
+    weights = torch.linspace(0.1, 2, 5, dtype=torch.float64)
+    given: list[Tensor] = []
+
+    def factors(seen: Tensor) -> Tensor:
+        given.append(seen)
+        return weights
+
+    apart = {next(n for n, _ in model.named_parameters())}
+    kept = torch.cat([torch.full((p.numel(),), n not in apart) for n, p in model.named_parameters()])
+    weighted = summed_gradients(model, F.cross_entropy, x, y, factors=factors, apart=apart, plain=True)
+    assert not isinstance(weighted, str)
+    assert weighted.plain is not None
+    assert close(weighted.plain, rows.sum(0))
+    assert close(weighted.total, torch.where(kept, weights @ rows, rows.sum(0)))
+    assert close(given[0], rows[:, kept].norm(dim=1))
+    assert close(weighted.lengths, lengths)
+
+
+def test_the_deep_layers_of_a_resnet_form_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_rows: list[int] = []
+    rows = per_client._Rows
+
+    def noting(entries: Tensor) -> object:
+        made_rows.append(entries.shape[1])
+        return rows(entries)
+
+    monkeypatch.setattr(per_client, "_Rows", noting)
+    model = build_model({"name": "resnet18", "width": 8}, TOY, seed=0)
+    x, y = samples_of(4, 1)
+    assert not isinstance(summed_gradients(model, F.cross_entropy, x.float(), y), str)
+    assert sum(made_rows) < 0.2 * sum(p.numel() for p in model.parameters())
+
+
+def test_another_criterion_is_asked_client_by_client() -> None:
+    model = made("small_cnn, none")
+    x, y = samples_of(4, 3)
+
+    def squared(logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits - F.one_hot(labels, CLASSES)).square().mean()
+
+    found = summed_gradients(model, squared, x, y)
+    assert not isinstance(found, str)
+    assert close(found.lengths, client_gradients(model, squared, x, y, way="layered").norm(dim=1))
+
+
+def test_parameters_that_are_not_trained_or_not_used_are_not_counted() -> None:
+    model = made("small_cnn, none")
+    model.get_parameter("fc1.weight").requires_grad_(False)
+    x, y = samples_of(3, 2)
+    found = summed_gradients(model, F.cross_entropy, x, y, plain=True)
+    assert not isinstance(found, str)
+    rows = one_by_one(model, x, y)
+    assert close(found.total, rows.sum(0))
+    assert close(found.lengths, rows.norm(dim=1))
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -253,6 +344,7 @@ def test_what_cannot_be_done_layer_by_layer_is_mapped_and_said(name: str) -> Non
         assert close(client_gradients(model, F.cross_entropy, x, y, way=way), oracle)
     with pytest.raises(ConfigError, match=message):
         client_gradients(model, F.cross_entropy, x, y, way="layered")
+    assert re.search(message, str(summed_gradients(model, F.cross_entropy, x, y)))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -435,32 +436,43 @@ class Attack(ABC):
         return mask
 
 
-class Honest(NamedTuple):
+@dataclass(frozen=True)
+class Honest:
     """What the honest part of a federated round looks like to an attacker who sees every update.
 
     Args:
         total: (parameters,), sum of the honest clients' rows.
         bounded_total: The same after the server's bound on single rows; equal to `total` where it bounds none.
         n_honest: How many honest clients there are.
-        own: (hostile clients, parameters), what the hostile clients' own data would give.
-        x: Their own pixels (hostile clients, samples, channels, height, width).
+        x: The hostile clients' own pixels (hostile clients, samples, channels, height, width).
         y: Their own labels (hostile clients, samples).
-        rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. None where
-            the round is too large to be held at once.
+        rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. Held only
+            for an attack that declares `every_row`, else None.
+        make_own: Makes `own`.
     """
 
     total: Tensor
     bounded_total: Tensor
     n_honest: int
-    own: Tensor
     x: Tensor
     y: Tensor
     rows: Tensor | None
+    make_own: Callable[[], Tensor]
+
+    @cached_property
+    def own(self) -> Tensor:
+        """(hostile clients, parameters), what the hostile clients' own data would give; made when first looked at."""
+        return self.make_own()
+
+    @property
+    def hostile(self) -> int:
+        """How many hostile clients there are."""
+        return len(self.x)
 
     @property
     def clients(self) -> int:
         """All clients of the round."""
-        return self.n_honest + len(self.own)
+        return self.n_honest + self.hostile
 
     @property
     def mean(self) -> Tensor:
@@ -554,6 +566,16 @@ class Defence:
         """Between gradient and step: bound or refuse it, each client's row by itself."""
         return gradient
 
+    def factors(self, lengths: Tensor) -> Tensor | None:
+        """What `bound` multiplies rows by, if their l2 lengths are all that it looks at; None if it looks at more.
+
+        With it a server bounds many clients' updates without forming them. Whoever overrides `bound` may leave it.
+
+        Args:
+            lengths: (clients,), l2.
+        """
+        return torch.ones_like(lengths)
+
     def aggregate(self, gradient: Gradient, view: View) -> Gradient:
         """Of a federated round: all clients' rows to one; the mean by default."""
         return gradient.with_rows(gradient.rows.mean(0, keepdim=True))
@@ -565,6 +587,15 @@ class Defence:
     def serve(self, view: View) -> Weights | None:
         """The model that answers queries, where it is another than the one that learns; None if it is that one."""
         return None
+
+
+def row_factors(defence: Defence, lengths: Tensor) -> Tensor | None:
+    """What a defence's `bound` multiplies rows of these l2 lengths by; None if that does not follow from the lengths.
+
+    A class that overrides `bound` and not `factors` is taken at its `bound`, whatever it inherits.
+    """
+    owner = next(cls for cls in type(defence).__mro__ if "bound" in vars(cls))
+    return defence.factors(lengths) if "factors" in vars(owner) else None
 
 
 class Observed(NamedTuple):

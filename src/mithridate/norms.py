@@ -29,7 +29,7 @@ def _as_factor(per_sample: Tensor, like: Tensor) -> Tensor:
     return per_sample.view(-1, *[1] * (like.ndim - 1))
 
 
-def _shrink(lengths: Tensor, bound: float) -> Tensor:
+def shrink(lengths: Tensor, bound: float) -> Tensor:
     """What takes each length down to a bound; exactly 1 for those within, where a quotient would be rounded."""
     return torch.where(lengths > bound, bound / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0).clamp(max=1.0)
 
@@ -51,7 +51,7 @@ class Ball:
         if self.norm == "linf":
             return delta.clamp(-self.eps, self.eps)
         lengths = sample_norms(delta, "l2")
-        return delta * _as_factor(_shrink(lengths, self.eps), delta)
+        return delta * _as_factor(shrink(lengths, self.eps), delta)
 
     def holds(self, delta: Tensor) -> bool:
         """Whether every sample's perturbation lies inside, up to rounding."""
@@ -97,4 +97,4 @@ def clip_rows(rows: Tensor, bound: float, norm: Norm, *, how: Literal["scale", "
     if how == "project" and norm == "linf":
         return rows.clamp(-bound, bound)
     lengths = sample_norms(rows, norm)
-    return rows * _shrink(lengths, bound).unsqueeze(1)
+    return rows * shrink(lengths, bound).unsqueeze(1)

@@ -47,13 +47,14 @@ from mithridate.learning.federated import (
     check_defence,
     federate,
     federated_optimiser,
+    hostile_clients,
     run_federated,
 )
 from mithridate.learning.history import History
 from mithridate.learning.learner import Learner, Update
 from mithridate.learning.online import Outcome, Progress, run_online
 from mithridate.models.norm_layers import norm_layer
-from mithridate.per_client import client_gradients
+from mithridate.per_client import client_gradients, summed_gradients
 from mithridate.registry import build, make
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.update_attacks.accumulative import Accumulative
@@ -274,22 +275,43 @@ def test_a_bound_acts_after_or_before_the_aggregation(
     assert not torch.allclose(expected["after"], expected["before"], atol=1e-3)
 
 
+@pytest.mark.parametrize("defence", [None, Robust(rule={"name": "median"})], ids=["sums", "rows"])
+@pytest.mark.parametrize("attack", [Clean(), SignFlip(poison_ratio=0.3)])
 @pytest.mark.parametrize("samples", [1, 7])
-def test_batch_norm_synchronised_records_the_union(federation: Federation, server: NewLearner, samples: int) -> None:
+def test_batch_norm_synchronised_records_the_union(
+    federation: Federation,
+    server: NewLearner,
+    samples: int,
+    attack: UpdateAttack,
+    defence: Defence | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for place, name in (("learning.federated", "SUMMED_PASS"), ("learning.federated", "EVALUATION_BATCH")):
+        monkeypatch.setattr(f"mithridate.{place}.{name}", 15)  # a few clients at a time
     run = FederatedRun(rounds=0, local_batch=samples)
-    learner, by_hand = server(run), server(run)
+    learner = server(run, defence)
     flags = [m.training for m in learner.model.modules()]
-    run_federated(learner, federation, Clean(), run)
+    run_federated(learner, federation, attack, run)
     assert [m.training for m in learner.model.modules()] == flags
-    by_hand.model.train()
+    fed: dict[str, Tensor] = {}
+    with_hooks = server().model.eval()
+    for name, module in with_hooks.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, x, name=name: fed.update({name: x[0]}))
     with torch.no_grad():
-        by_hand.model(federation.round(0, run)[1].x.flatten(0, 1))
-    found, expected = learner.snapshot().buffers, by_hand.snapshot().buffers
-    start = server().snapshot().buffers
-    assert all(torch.allclose(found[n].double(), expected[n].double(), atol=1e-6) for n in expected)
-    assert any(not torch.equal(found[n], start[n]) for n in found if "running" in n)
-    rows = rows_of(server(), federation.round(0, run)[1])  # gradients use the running statistics from before
-    assert torch.allclose(learner.applied[0].rows[0], rows.mean(0), atol=1e-6)
+        with_hooks(federation.round(0, run)[1].x.flatten(0, 1))
+    assert len(fed) == 4
+    found, start = learner.snapshot().buffers, server().snapshot().buffers
+    for name, x in fed.items():
+        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3))
+        assert torch.allclose(
+            found[f"{name}.running_mean"], 0.9 * start[f"{name}.running_mean"] + 0.1 * mean, atol=1e-6
+        )
+        assert torch.allclose(found[f"{name}.running_var"], 0.9 * start[f"{name}.running_var"] + 0.1 * var, atol=1e-6)
+        assert found[f"{name}.num_batches_tracked"] == start[f"{name}.num_batches_tracked"] + 1
+    if isinstance(attack, Clean) and defence is None:
+        rows = rows_of(server(), federation.round(0, run)[1])  # gradients use the running statistics from before
+        assert torch.allclose(learner.applied[0].rows[0], rows.mean(0), atol=1e-6)
 
 
 def test_batch_norm_averaged_is_the_mean_over_clients(
@@ -374,34 +396,90 @@ def test_norm_parameters_can_be_left_out_of_distances(federation: Federation, se
 
 
 def test_normalisation_layers_are_known_by_type() -> None:
-    from mithridate.learning.federated import _looked_at
+    from mithridate.learning.federated import _apart
 
     model = nn.Sequential(
         nn.Linear(2, 2), nn.LayerNorm(3), norm_layer("group", 4, 2), nn.InstanceNorm1d(5, affine=True), nn.RMSNorm(6)
     )
-    seen = _looked_at(model, FederatedRun(distances="without_norm"))
-    assert seen.tolist() == [True] * 6 + [False] * (6 + 8 + 10 + 6)
-    assert bool(_looked_at(model, FederatedRun()).all())
+    names = {name for name, _ in model.named_parameters()}
+    assert names - _apart(model, FederatedRun(distances="without_norm")) == {"0.weight", "0.bias"}
+    assert _apart(model, FederatedRun()) == frozenset()
 
 
-STREAMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
+SUMMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
     "honest": (Clean(), None, RUN),
     "accumulative": (Accumulative(poison_ratio=0.3, lam=0.5, spread=0.1), Clip(clip_norm=0.3), RUN),
-    "sign_flip": (SignFlip(), Clip(clip_norm=0.05), dataclasses.replace(RUN, bound="before", distances="without_norm")),
-    "a chain": (SignFlip(), chain(Clip(clip_norm=0.1), BoundUpdate(clip_norm=0.01)), RUN),
+    "accumulative, all": (Accumulative(poison_ratio=1.0, lam=0.5), Clip(clip_norm=0.3), RUN),
+    "a clip after": (SignFlip(), Clip(clip_norm=0.1, norm="linf"), RUN),
+    "a clip before": (SignFlip(), Clip(clip_norm=0.05), dataclasses.replace(RUN, bound="before")),
+    "apart": (Direct(), Clip(clip_norm=0.05), dataclasses.replace(RUN, bound="before", distances="without_norm")),
+    "a chain": (
+        SignFlip(),
+        chain(Clip(clip_norm=0.2), Clip(clip_norm=0.1), BoundUpdate(clip_norm=0.01)),
+        dataclasses.replace(RUN, bound="before", local_batch=3),
+    ),
 }
 
 
-@pytest.mark.parametrize("name", STREAMED)
-def test_a_matrix_too_large_to_be_held_gives_the_same_bits(
-    federation: Federation, server: NewLearner, name: str
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_are_those_of_the_rows(
+    federation: Federation, server: NewLearner, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attack, defence, run = STREAMED[name]
-    held, streamed = server(run, defence), server(run, defence)
-    first = run_federated(held, federation, attack, run)
-    second = run_federated(streamed, federation, attack, dataclasses.replace(run, max_matrix=1e-9))
-    assert timeless(first.trace) == timeless(second.trace)
-    assert equal_bits(held.snapshot(), streamed.snapshot())
+    attack, defence, run = SUMMED[name]
+    calls: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls.append(len(args[2]))
+        return summed_gradients(*args, **options)
+
+    monkeypatch.setattr("mithridate.learning.federated.SUMMED_PASS", 4)  # a few clients at a time
+    monkeypatch.setattr("mithridate.learning.federated.summed_gradients", counted)
+    summed, by_rows = server(run, defence), server(run, defence)
+    first = run_federated(summed, federation, attack, run)
+    honest = 10 - hostile_clients(attack, 10)
+    assert sum(calls) == 3 * honest  # every honest client of three rounds, none by rows
+    monkeypatch.setattr("mithridate.learning.federated.summed_gradients", lambda *_, **__: "not today")
+    second = run_federated(by_rows, federation, attack, run)
+    for one, other in zip(timeless(first.trace), timeless(second.trace), strict=True):
+        for key, value in one.items():
+            assert value == (pytest.approx(other[key], rel=1e-3, abs=1e-6) if isinstance(value, float) else other[key])
+    moved = float((parameters_of(by_rows) - parameters_of(server())).norm())
+    assert torch.allclose(parameters_of(summed), parameters_of(by_rows), atol=1e-3 * moved)
+    ours, theirs = summed.snapshot().buffers, by_rows.snapshot().buffers
+    assert all(torch.allclose(ours[n].double(), theirs[n].double(), atol=1e-4) for n in ours)
+
+
+class Halving(Clip):
+    """A user's: overrides the bound of a defence that tells it by factors."""
+
+    def bound(self, gradient: Gradient, view: View) -> Gradient:
+        return gradient.with_rows(gradient.rows / 2)
+
+
+def test_a_bound_that_factors_do_not_tell_sees_rows(federation: Federation, server: NewLearner) -> None:
+    run = dataclasses.replace(PLAIN, bound="before")
+    learner = server(run, Halving(clip_norm=1e-3))
+    run_federated(learner, federation, Clean(), run)
+    rows = rows_of(server(), federation.round(0, run)[1])
+    assert torch.allclose(learner.applied[0].rows[0], rows.mean(0) / 2, atol=1e-6)
+
+
+def test_an_update_that_is_not_finite_is_refused_where_rows_are_not_formed(
+    federation: Federation, server: NewLearner
+) -> None:
+    learner = server(PLAIN)
+    data = federation.round(0, PLAIN)[1]
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        broken = torch.equal(labels, data.y[2])
+        return F.cross_entropy(logits, labels) * (math.inf if broken else 1.0)
+
+    learner.criterion = loss
+    outcome = run_federated(learner, federation, Clean(), PLAIN)
+    assert outcome.trace[1]["quarantined"] == 1
+    rows = rows_of(server(), data)
+    kept = torch.arange(10) != 2
+    assert torch.allclose(learner.applied[0].rows[0], rows[kept].mean(0), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -510,6 +588,7 @@ def test_hostile_clients_are_rounded_up(federation: Federation, server: NewLearn
 class Spying(Hostile):
     """Sends the honest rows; keeps what it was shown."""
 
+    every_row: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
     shown: ClassVar[list[Honest]] = []
     views: ClassVar[list[View]] = []

@@ -62,7 +62,7 @@ def honest_of(learner: Learner, clients: int = 10, hostile: int = 3) -> Honest:
     rows = torch.randn(clients, width, generator=rng(), dtype=torch.float64)
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
     total = rows[hostile:].sum(0)
-    return Honest(total, total.clone(), clients - hostile, rows[:hostile], *nothing, rows[hostile:])
+    return Honest(total, total.clone(), clients - hostile, *nothing, rows[hostile:], lambda: rows[:hostile])
 
 
 def pieces(box: WhiteBox) -> list[int]:

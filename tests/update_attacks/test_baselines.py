@@ -1,6 +1,7 @@
 """Each simple attack on a round against numpy."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from mithridate.update_attacks.min_max import MinMax
 def round_of(rows: Tensor, hostile: int) -> Honest:
     own, honest = rows[:hostile], rows[hostile:]
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
-    return Honest(honest.sum(0), honest.sum(0), len(honest), own, *nothing, honest)
+    return Honest(honest.sum(0), honest.sum(0), len(honest), *nothing, honest, lambda: own)
 
 
 def rows_of(seed: int = 0, n: int = 10, width: int = 6, scale: float = 1.0) -> Tensor:
@@ -153,7 +154,7 @@ def test_who_hides_among_honest_rows_needs_some(name: str) -> None:
     attack: UpdateAttack = build("update_attack", {"name": name})
     assert attack.every_row
     rows = rows_of()
-    for honest in (round_of(rows, 10), round_of(rows, 3)._replace(rows=None)):
+    for honest in (round_of(rows, 10), replace(round_of(rows, 3), rows=None)):
         with pytest.raises(DataError, match="there is none to look at"):
             attack.craft(honest, View(), torch.Generator())
 
@@ -167,7 +168,7 @@ def test_label_flip_is_the_gradient_of_shifted_labels(shift: int) -> None:
     learner = toy_learner(stream)
     _, data = federate(stream, Shards(clients=5), seed=0).round(0, FederatedRun())
     rows = torch.zeros(5, sum(p.numel() for p in learner.model.parameters()))
-    honest = round_of(rows, 2)._replace(x=data.x[:2], y=data.y[:2])
+    honest = replace(round_of(rows, 2), x=data.x[:2], y=data.y[:2])
     view = View(0, {}, {Need.MODEL: WhiteBox(learner.model, F.cross_entropy)}, LabelFlip.needs)
     sent = LabelFlip(shift=shift, scale=2.0).craft(honest, view, torch.Generator())
     learner.model.eval()

@@ -100,7 +100,7 @@ def a_round(seed: int, *, hostile: int, bound: float, norm: Norm, how: Literal["
     own = torch.randn(hostile, 4, generator=rng, dtype=torch.float64)
     bounded = clip_rows(rows, bound, norm, how=how)
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
-    return Honest(rows.sum(0), bounded.sum(0), 5, own, *nothing, bounded)
+    return Honest(rows.sum(0), bounded.sum(0), 5, *nothing, bounded, lambda: own)
 
 
 def best_miss(honest: Honest, wanted: Tensor, bound: float, norm: Norm) -> float:
@@ -186,7 +186,7 @@ def test_a_whole_round_with_a_bound_before_comes_as_near_as_can_be(stream: Strea
     run_federated(learner, federation, Direct(poison_ratio=0.25, trigger_scale=3.0), run)
     wanted = -3 * rows.mean(0)
     bounded = clip_rows(rows[2:], bound, norm, how=how)
-    honest = Honest(rows[2:].sum(0), bounded.sum(0), 6, rows[:2], data.x[:2], data.y[:2], bounded)
+    honest = Honest(rows[2:].sum(0), bounded.sum(0), 6, data.x[:2], data.y[:2], bounded, lambda: rows[:2])
     miss = float((learner.applied[0].double() - wanted).norm())
     assert miss == pytest.approx(best_miss(honest, wanted, bound, norm), rel=1e-4)
     assert miss > 0.01  # out of reach

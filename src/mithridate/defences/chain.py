@@ -19,6 +19,7 @@ from mithridate.core import (
     Verdict,
     View,
     Weights,
+    row_factors,
 )
 from mithridate.errors import ConfigError
 from mithridate.registry import build, config_of, register, settings
@@ -142,6 +143,16 @@ class Chain(Defence):
             for part, own in zip(self.built, views, strict=True):
                 gradient = part.bound(gradient, own)
         return gradient
+
+    def factors(self, lengths: Tensor) -> Tensor | None:
+        """All parts' factors, each part's from the lengths that those before it leave."""
+        total = torch.ones_like(lengths)
+        for part in self.built:
+            own = row_factors(part, lengths * total)
+            if own is None:
+                return None
+            total = total * own
+        return total
 
     def aggregate(self, gradient: Gradient, view: View) -> Gradient:
         """What the last part makes of a round that has a rule of its own, or the mean."""

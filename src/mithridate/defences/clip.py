@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from mithridate.core import Defence, Gradient, View
-from mithridate.norms import Norm, clip_rows
+from mithridate.norms import Norm, clip_rows, shrink
 from mithridate.registry import register, settings
 
 
@@ -36,3 +37,7 @@ class Clip(Defence):
     def bound(self, gradient: Gradient, view: View) -> Gradient:
         """Shorten each client's row."""
         return gradient.with_rows(clip_rows(gradient.rows, self.clip_norm, self.norm, how=self.how))
+
+    def factors(self, lengths: Tensor) -> Tensor | None:
+        """The bound over the length, where that is longer."""
+        return shrink(lengths, self.clip_norm) if self.norm == "l2" else None

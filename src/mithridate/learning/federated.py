@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.optim import SGD
 
+from mithridate.batch_statistics import Seen, recorded, watched
 from mithridate.core import (
     Batch,
     BatchNormMode,
@@ -25,6 +28,7 @@ from mithridate.core import (
     UpdateAttack,
     View,
     frozen_statistics,
+    row_factors,
 )
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
@@ -46,7 +50,7 @@ from mithridate.learning.online import (
     phase_end,
     start_row,
 )
-from mithridate.per_client import PASS, client_gradients
+from mithridate.per_client import PASS, SUMMED_PASS, client_gradients, summed_gradients
 from mithridate.registry import settings
 from mithridate.seeding import derived_seed, generator
 
@@ -75,13 +79,13 @@ class FederatedRun:
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
         bound: Where the defence's `bound` (clipping) acts: on the aggregate (`after`, threat model C.2), or on each
             client's row (`before`, C.3).
-        batch_norm: Statistics of BatchNorm. `synchronised`: gradients use the global running statistics, which take in
-            the round's samples as one batch; `averaged`: each client uses its own batch's, and the clients' running
-            statistics are averaged; `frozen`: nothing is recorded.
+        batch_norm: Statistics of BatchNorm. `synchronised`: clients use the global running statistics, which then take
+            in what each layer was fed by all of the round's samples, as one batch; `averaged`: each client uses its
+            own batch's, and the clients' running statistics are averaged; `frozen`: nothing is recorded.
         distances: Which parameters a robust rule and a bound look at: `all`, or all but those of normalisation layers
             (`without_norm`), which then follow the mean, unbounded.
-        max_matrix: Largest (client, parameter) matrix that is held at once, in GiB, > 0. A larger round is summed
-            client by client, which only the mean and bounds of single rows allow.
+        max_matrix: Largest (client, parameter) matrix that is held at once, in GiB, > 0. Only a robust rule, or an
+            attack that looks at every update, has it held.
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
         save_every: Rounds between resume points.
@@ -318,10 +322,11 @@ class _Rounds:
         n = len(data.y)
         hostile = hostile_clients(self.attack, n)
         clients = torch.from_numpy(who).to(self.learner.device)
-        sheet = _Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self.keep)
+        sheet = _Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self.keep, attacked=hostile > 0)
         sheet.add(data.x[hostile:], data.y[hostile:])
+        mine = Batch(data.x[:hostile], data.y[:hostile])
+        sheet.notes.take(mine.x, mine.y)
         if hostile:
-            mine = Batch(data.x[:hostile], data.y[:hostile])
             honest = sheet.honest(mine)
             craft = self.attack.craft_trigger if phase == "trigger" else self.attack.craft
             sheet.send(craft(honest, self.view(), rng))
@@ -331,47 +336,108 @@ class _Rounds:
             refused=sheet.refused,
             lengths=sheet.length / max(sheet.filled, 1),
             hostile=hostile / n,
-            loss=_loss(self.learner, data),
-            buffers=_buffers(self.learner, data, self.run),
+            loss=sheet.notes.loss,
+            buffers=sheet.notes.buffers(data.x),
         )
 
     def _keeps(self, n: int) -> bool:
-        """Whether all rows of a round are held at once.
+        """Whether all rows of a round are held at once, because somebody looks at them.
 
         Raises:
-            ConfigError: They have to be, and are too many.
+            ConfigError: They are too many.
         """
+        defence = self.learner.defence
+        attacked = self.attack.every_row and hostile_clients(self.attack, n) > 0
+        if not _rules(defence) and not attacked:
+            return False
         trained = [p for p in self.learner.model.parameters() if p.requires_grad]
         width = sum(p.numel() for p in trained)
         size = n * width * trained[0].element_size() / GIB
-        if size <= self.run.max_matrix:
-            return True
-        defence = self.learner.defence
-        if _rules(defence) or self.attack.every_row:
-            who = type(defence).__name__ if not self.attack.every_row else type(self.attack).__name__
+        if size > self.run.max_matrix:
+            who = type(self.attack if attacked else defence).__name__
             raise ConfigError(
                 f"{who} looks at all updates of a round at once: {n} clients of {width:,} parameters are {size:.1f} "
                 f"GiB, more than max_matrix = {self.run.max_matrix:g}; use fewer clients a round, or raise it."
             )
-        return False
+        return True
+
+
+class _Notes:
+    """What a server learns of a round's samples beside gradients: their loss, and BatchNorm statistics."""
+
+    def __init__(self, learner: Learner, run: FederatedRun) -> None:
+        self.learner, self.run = learner, run
+        self.seen: Seen = {}
+        self.total, self.samples = 0.0, 0
+
+    @property
+    def loss(self) -> float:
+        """Mean over samples."""
+        return self.total / self.samples
+
+    @contextmanager
+    def watched(self) -> Iterator[Seen]:
+        """Note what BatchNorm layers are fed, if that is recorded."""
+        if self.run.batch_norm != "synchronised":
+            yield {}
+            return
+        with watched(self.learner.model) as seen:
+            yield seen
+
+    def add(self, seen: Seen, losses: Tensor, samples: int) -> None:
+        """Add some clients, each with so many samples."""
+        for name, moments in seen.items():
+            if name in self.seen:
+                self.seen[name].take(moments)
+            else:
+                self.seen[name] = moments
+        self.total += float(losses.double().sum()) * samples
+        self.samples += len(losses) * samples
+
+    @torch.no_grad()
+    def take(self, x: Tensor, y: Tensor) -> None:
+        """Look at samples (clients, samples, ...), in eval mode."""
+        learner, size = self.learner, max(1, EVALUATION_BATCH // y.shape[1])
+        for pixels, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+            if len(labels) == 0:
+                continue
+            with self.watched() as seen, frozen_statistics(learner.model, "eval"):
+                loss = learner.criterion(learner.model(pixels.flatten(0, 1)), labels.flatten())
+            self.add(seen, loss.expand(len(labels)), labels.shape[1])
+
+    def buffers(self, x: Tensor) -> dict[str, Tensor]:
+        """The model's buffers after the round; the model itself is left alone."""
+        if self.run.batch_norm == "averaged":
+            return _averaged_buffers(self.learner, x)
+        return recorded(self.learner.model, self.seen)
 
 
 class _Sheet:
-    """The (client, parameter) matrix of a round: held whole, or only its sums, made a few clients at a time."""
+    """A round's updates: the whole (client, parameter) matrix if somebody looks at it, else only sums."""
 
-    def __init__(self, learner: Learner, run: FederatedRun, clients: Tensor, *, keep: bool) -> None:
+    def __init__(self, learner: Learner, run: FederatedRun, clients: Tensor, *, keep: bool, attacked: bool) -> None:
         """Clients are named in the order in which their rows will come."""
         self.learner, self.run, self.clients = learner, run, clients
         trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trained.items()}
         self.width = sum(p.numel() for p in trained.values())
-        self.looked_at = _looked_at(learner.model, run).to(learner.device)
+        self.apart = _apart(learner.model, run)
+        pieces = [torch.full((p.numel(),), name not in self.apart) for name, p in trained.items()]
+        self.looked_at = torch.cat(pieces).to(learner.device)
         first = next(iter(trained.values()))
         self.total = torch.zeros(self.width, dtype=first.dtype, device=first.device)
-        self.bounded_total = torch.zeros_like(self.total)
+        # What an attacker sees: the sum before the bound on single rows.
+        self.plain = torch.zeros_like(self.total) if attacked and run.bound == "before" else self.total
         self.rows = torch.empty(len(clients), self.width, dtype=first.dtype, device=first.device) if keep else None
         self.known = torch.zeros(0, dtype=torch.bool, device=first.device)
         self.filled, self.refused, self.length = 0, 0, 0.0
+        self.notes = _Notes(learner, run)
+        # Whether lengths and sums will do, so that no row need be formed.
+        self.summable = (
+            not keep
+            and run.batch_norm != "averaged"
+            and (run.bound == "after" or row_factors(learner.defence, torch.ones(1)) is not None)
+        )
         self._buffer: Tensor | None = None
 
     @property
@@ -387,48 +453,89 @@ class _Sheet:
         return client_gradients(learner.model, learner.criterion, x, y, mode=self.mode, out=self._buffer[: len(x)])
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in honest clients' updates."""
-        if len(y) == 0:
-            return
-        chunk = max(1, PASS // y.shape[1])
-        for start in range(0, len(y), chunk):
-            self.send(self.gradients(x[start : start + chunk], y[start : start + chunk]))
+        """Take in honest clients' updates, and note their samples."""
+        size = max(1, SUMMED_PASS // y.shape[1])
+        for pixels, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+            if len(labels) and not (self.summable and self._add_sums(pixels, labels)):
+                few = max(1, PASS // y.shape[1])
+                for some, theirs in zip(torch.split(pixels, few), torch.split(labels, few), strict=True):
+                    self.send(self.gradients(some, theirs))
+                self.notes.take(pixels, labels)
+
+    def _add_sums(self, x: Tensor, y: Tensor) -> bool:
+        """The same without rows; False if the model or a value that is not finite forbids it, nothing being added."""
+        learner = self.learner
+        with self.notes.watched() as seen:
+            found = summed_gradients(
+                learner.model,
+                learner.criterion,
+                x,
+                y,
+                factors=partial(row_factors, learner.defence) if self.run.bound == "before" else None,
+                apart=self.apart,
+                plain=self.plain is not self.total,
+            )
+        if isinstance(found, str):
+            self.summable = False
+            return False
+        if not bool(found.lengths.isfinite().all()):
+            return False
+        self.notes.add(seen, found.losses, y.shape[1])
+        self.total += found.total
+        if found.plain is not None:
+            self.plain += found.plain
+        self.known = torch.cat([self.known, torch.ones_like(found.lengths, dtype=torch.bool)])
+        self.length += float(found.lengths.sum())
+        self.filled += len(x)
+        return True
 
     def send(self, rows: Tensor) -> None:
         """Take in rows as they were sent; those that are not finite are refused."""
-        for piece in torch.split(rows, AT_ONCE):  # they may be views of a single row
+        if len(rows) > 1 and rows.stride(0) == 0 and self.rows is None:  # all are views of a single row
+            self._take_in(rows[:1], times=len(rows))
+            return
+        for piece in torch.split(rows, AT_ONCE):
             self._take_in(piece)
 
-    def _take_in(self, rows: Tensor) -> None:
+    def _take_in(self, rows: Tensor, times: int = 1) -> None:
+        """Rows, each of them sent so many times."""
         lengths = torch.linalg.vector_norm(rows, dim=1)
         finite = lengths.isfinite()
         if not bool(finite.all()):
             finite = torch.isfinite(rows).all(1)  # a length may overflow though no entry does
-        self.known = torch.cat([self.known, finite])
-        self.refused += int((~finite).sum())
+        self.known = torch.cat([self.known, finite.repeat_interleave(times)])
+        self.refused += int((~finite).sum()) * times
         if not bool(finite.any()):
             return
         rows = rows if bool(finite.all()) else rows[finite]
-        self.length += float(lengths[finite].sum())
+        self.length += float(lengths[finite].sum()) * times
         bounded = self._bounded(rows) if self.run.bound == "before" else rows
-        self.total += rows.sum(0)
-        self.bounded_total += bounded.sum(0)
+        self.total.add_(bounded.sum(0), alpha=times)
+        if self.plain is not self.total:
+            self.plain.add_(rows.sum(0), alpha=times)
         if self.rows is not None:
             self.rows[self.filled : self.filled + len(rows)] = bounded
-        self.filled += len(rows)
+        self.filled += len(rows) * times
 
     def honest(self, mine: Batch) -> Honest:
         """What an attacker who sees every update sees before it sends its own."""
-        held = self.rows[: self.filled] if self.rows is not None else None
-        own = client_gradients(self.learner.model, self.learner.criterion, mine.x, mine.y, mode=self.mode)
-        return Honest(self.total.clone(), self.bounded_total.clone(), self.filled, own, mine.x, mine.y, held)
+        learner, mode = self.learner, self.mode
+        return Honest(
+            total=self.plain.clone(),
+            bounded_total=self.total.clone(),
+            n_honest=self.filled,
+            x=mine.x,
+            y=mine.y,
+            rows=self.rows[: self.filled] if self.rows is not None else None,
+            make_own=lambda: client_gradients(learner.model, learner.criterion, mine.x, mine.y, mode=mode),
+        )
 
     def aggregated(self) -> Gradient:
         """The round's update; zero where too few clients' were finite, or hostile ones could stop the server."""
         learner, defence = self.learner, self.learner.defence
         if self.filled == 0 or not self._enough():
             return Gradient(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
-        mean = (self.bounded_total / self.filled).unsqueeze(0)
+        mean = (self.total / self.filled).unsqueeze(0)
         if self.rows is None or not _rules(defence):
             row = mean
         else:
@@ -468,65 +575,39 @@ class _Sheet:
         return out
 
 
-def _looked_at(model: torch.nn.Module, run: FederatedRun) -> Tensor:
-    """(parameters,) bool, the entries that distances and bounds look at."""
+def _apart(model: torch.nn.Module, run: FederatedRun) -> frozenset[str]:
+    """Names of the parameters that distances and bounds do not look at."""
+    if run.distances == "all":
+        return frozenset()
     norms = (torch.nn.modules.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)
-    apart = {name for name, module in model.named_modules() if isinstance(module, norms)}
-    pieces = [
-        torch.full((p.numel(),), not (run.distances == "without_norm" and name.rpartition(".")[0] in apart))
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    ]
-    return torch.cat(pieces)
+    layers = {name for name, module in model.named_modules() if isinstance(module, norms)}
+    return frozenset(name for name, _ in model.named_parameters() if name.rpartition(".")[0] in layers)
 
 
 @torch.no_grad()
-def _loss(learner: Learner, data: Batch) -> float:
-    """Mean loss of the round's samples, as received by honest clients, in eval mode."""
-    x, y = data.x.flatten(0, 1), data.y.flatten()
-    total = 0.0
-    with frozen_statistics(learner.model, "eval"):
-        for pixels, labels in zip(torch.split(x, EVALUATION_BATCH), torch.split(y, EVALUATION_BATCH), strict=True):
-            total += float(learner.criterion(learner.model(pixels), labels)) * len(labels)
-    return total / len(y)
-
-
-@torch.no_grad()
-def _buffers(learner: Learner, data: Batch, run: FederatedRun) -> dict[str, Tensor]:
-    """The model's buffers after a round; the model itself is left alone."""
+def _averaged_buffers(learner: Learner, x: Tensor) -> dict[str, Tensor]:
+    """Means over the clients of the statistics that each would have recorded from its own batch."""
     model = learner.model
     before = {name: b.clone() for name, b in model.named_buffers()}
-    if run.batch_norm == "frozen" or not before:
-        return before
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    sums = {name: torch.zeros_like(b, dtype=torch.float64) for name, b in before.items()}
+
+    def forward(buffers: dict[str, Tensor], own: Tensor) -> Tensor:
+        answer: Tensor = functional_call(model, {**parameters, **buffers}, (own,))
+        return answer
+
     flags = {name: m.training for name, m in model.named_modules()}
     model.train()
     try:
-        if run.batch_norm == "synchronised":
-            model(data.x.flatten(0, 1))
-            after = {name: b.clone() for name, b in model.named_buffers()}
-        else:
-            after = _averaged_buffers(model, before, data.x)
+        for pixels in torch.split(x, max(1, PASS // x.shape[1])):
+            held = {name: b.expand(len(pixels), *b.shape).clone() for name, b in before.items()}
+            vmap(forward, randomness="error")(held, pixels)
+            for name, own in held.items():
+                sums[name] += own.double().sum(0)
     finally:
         for name, module in model.named_modules():
             module.training = flags[name]
         learner.restore_buffers(before)
-    return after
-
-
-def _averaged_buffers(model: torch.nn.Module, before: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-    """Means over the clients of the statistics that each would have recorded from its own batch."""
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
-    sums: dict[str, Tensor] = {}
-    for pixels in torch.split(x, max(1, PASS // x.shape[1])):
-        held = {name: b.expand(len(pixels), *b.shape).clone() for name, b in before.items()}
-
-        def forward(buffers: dict[str, Tensor], own: Tensor) -> Tensor:
-            answer: Tensor = functional_call(model, {**parameters, **buffers}, (own,))
-            return answer
-
-        vmap(forward, randomness="error")(held, pixels)
-        for name, recorded in held.items():
-            sums[name] = sums.get(name, torch.zeros_like(before[name], dtype=torch.float64)) + recorded.double().sum(0)
     return {name: (total / len(x)).to(before[name].dtype) for name, total in sums.items()}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import Attack, Batch, Defence, Detector, Memory, Need, View, Weights
+from mithridate.core import Attack, Batch, Defence, Detector, Gradient, Memory, Need, View, Weights, row_factors
 from mithridate.data.stream import Stream
 from mithridate.errors import ConfigError, UserError
 from mithridate.features import observe
@@ -66,6 +66,7 @@ def defence_checks() -> Sequence[Check]:
         check_defence_leaves_the_batch_alone,
         check_learns_from_one,
         check_declares_views,
+        check_factors,
     )
 
 
@@ -409,6 +410,24 @@ def check_learns_from_one(cls: type) -> None:
     batch = stream.victim_batch(0, 0)
     done = learner.update(Batch(batch.x[:1], batch.y[:1]))
     assert math.isfinite(done.update_norm), f"{name} breaks on a batch of one"
+
+
+def check_factors(cls: type) -> None:
+    """Where `bound` is said to follow from the lengths of rows, it does, in every setting."""
+    kind, name = _kind_and_name(cls)
+    settings: list[dict[str, Any]] = [dict(cls.neutral), dict(cls.active)]  # type: ignore[attr-defined]
+    settings += [{**settings[1], field: choice} for field, choice in _choices(cls)]
+    stream = _stream(0)
+    rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.0, 1e-3, 0.1, 1, 9, 1e3]]).T
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    for values in settings:
+        defence: Defence = build(kind, {"name": name, **values})
+        factors = row_factors(defence, lengths)
+        if factors is None:
+            continue
+        learner = toy_learner(stream, defence=defence)
+        bounded = defence.bound(Gradient(rows, {"all": torch.Size([4])}), learner.view()).rows
+        assert torch.allclose(bounded, rows * factors.unsqueeze(1)), f"{defence}: `factors` is not what `bound` does"
 
 
 def check_declares_views(cls: type) -> None:

@@ -78,7 +78,7 @@ def _round(learner: Learner, hostile: int, dtype: torch.dtype = torch.float32) -
     rows = client_gradients(learner.model, learner.criterion, x, y)
     honest = rows[hostile:]
     total = honest.sum(0)
-    seen = Honest(total, total.clone(), len(honest), rows[:hostile], x[:hostile], y[:hostile], honest)
+    seen = Honest(total, total.clone(), len(honest), x[:hostile], y[:hostile], honest, lambda: rows[:hostile])
     validation = federation.stream.validation.all()
     things = {
         Need.MODEL: learner.white_box,
@@ -127,8 +127,8 @@ def check_leaves_the_round_alone(cls: type) -> None:
         attack.ready(view) if Need.ACCURACY in attack.needs else None
         _all_sent(attack, honest, view)
         after = learner.snapshot()
-        for field, old in kept._asdict().items():
-            now = getattr(honest, field)
+        for field in ("total", "bounded_total", "n_honest", "x", "y", "rows", "own"):
+            old, now = getattr(kept, field), getattr(honest, field)
             same = torch.equal(old, now) if isinstance(old, Tensor) else old == now
             assert same, f"{attack} changed `{field}` of what it was shown"
         for what in ("parameters", "buffers"):

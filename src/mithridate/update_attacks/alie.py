@@ -37,9 +37,9 @@ class Alie(Hostile):
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """The same row from every hostile client."""
         rows = every_honest_row(honest)
-        z = self.z if self.z is not None else largest_z(honest.clients, len(honest.own))
+        z = self.z if self.z is not None else largest_z(honest.clients, honest.hostile)
         row = rows.mean(0) - z * torch.std(rows, 0, correction=0)
-        return row.expand(len(honest.own), -1)
+        return row.expand(honest.hostile, -1)
 
 
 def largest_z(clients: int, hostile: int) -> float:

@@ -52,7 +52,7 @@ def shared_out(wanted: Tensor, honest: Honest) -> Tensor:
         Pang et al., NeurIPS 2021, section 3.3, Eq. (14), and Appendix C.1 to C.3.
     """
     missing = wanted * honest.clients - honest.bounded_total
-    return (missing / len(honest.own)).expand(len(honest.own), -1)
+    return (missing / honest.hostile).expand(honest.hostile, -1)
 
 
 def scaled(update: Tensor, factor: float, length: float | None) -> Tensor:

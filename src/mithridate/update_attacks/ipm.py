@@ -26,4 +26,4 @@ class InnerProductManipulation(Hostile):
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """The same row from every hostile client."""
         mean = honest.total / max(honest.n_honest, 1)
-        return (-self.scale * mean).expand(len(honest.own), -1)
+        return (-self.scale * mean).expand(honest.hostile, -1)

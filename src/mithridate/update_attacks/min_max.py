@@ -53,7 +53,7 @@ class MinMax(Hostile):
             middle = (low + high) / 2
             low, high = (middle, high) if self._reach(rows, middle * towards) <= limit else (low, middle)
         row: Tensor = mean + low * towards
-        return row.expand(len(honest.own), -1)
+        return row.expand(honest.hostile, -1)
 
     @staticmethod
     def _reach(rows: Tensor, row: Tensor) -> float:
