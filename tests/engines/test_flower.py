@@ -4,14 +4,19 @@ import copy
 import json
 import math
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
@@ -170,6 +175,21 @@ def pickled() -> bytes:
     return buffer.getvalue()
 
 
+def claiming(shape: tuple[int, ...]) -> bytes:
+    """The header of an array of any shape, and nothing behind it."""
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def as_type(message: Message, dtype: str) -> Message:
+    return with_arrays(message, lambda s: {**s, "weight": s["weight"].astype(dtype)})
+
+
+def with_error(message: Message, reason: str) -> Message:
+    return Message(Error(code=1, reason=reason), reply_to=message)
+
+
 def renamed(message: Message) -> Message:
     """The arrays in a record of another name."""
     arrays = message.content["arrays"]
@@ -177,7 +197,17 @@ def renamed(message: Message) -> Message:
 
 
 GARBAGE: dict[str, tuple[Spoil, str]] = {
-    "an error": (lambda m: Message(Error(code=1, reason="out of memory"), reply_to=m), "error: out of memory"),
+    "an error": (lambda m: with_error(m, "out of memory"), "error: out of memory"),
+    "an error that forges lines": (lambda m: with_error(m, "a\nINFO: b\x1b[2J"), "error: a INFO: b [2J"),
+    "arrays, but none in it": (lambda m: with_arrays(m, lambda s: {}), "is missing, and 2 more"),
+    "integers": (lambda m: as_type(m, "int32"), "is int32, not float32"),
+    "complex numbers": (lambda m: as_type(m, "complex64"), "is complex64, not float32"),
+    "text": (lambda m: as_type(m, "U8"), "not float32"),
+    "numbers wider than torch's": (lambda m: as_type(m, "longdouble"), "not float32"),
+    "bytes the other way round": (lambda m: as_type(m, ">f4"), "is >f4, not float32"),
+    "a claim of a trillion numbers": (lambda m: with_data(m, claiming((10**12,))), "unreadable"),
+    "a claim of the right shape, but no numbers": (lambda m: with_data(m, claiming((4, 3))), "unreadable"),
+    "a negative shape": (lambda m: with_data(m, claiming((-4, -3))), "unreadable"),
     "NaN": (lambda m: with_arrays(m, lambda s: s["weight"].fill(np.nan)), "NaN or infinite"),
     "one infinity": (lambda m: with_arrays(m, lambda s: s["bias"].__setitem__(0, np.inf)), "holds 1 of 4"),
     "1e30": (lambda m: with_arrays(m, lambda s: s["weight"].fill(1e30)), "limit 1e+09"),
@@ -196,6 +226,8 @@ GARBAGE: dict[str, tuple[Spoil, str]] = {
     "a megabyte": (lambda m: with_data(m, bytes(10**6)), "takes 1000000 bytes, for 12 numbers"),
     "a foreign format": (lambda m: with_data(m, b"", "torch.pickle"), "unreadable (TypeError)"),
     "no number of examples": (lambda m: with_metrics(m, num_examples=None), "no metric 'num-examples'"),
+    "an infinite number": (lambda m: with_metrics(m, num_examples=math.inf), "number of examples is inf"),
+    "a loss without bound": (lambda m: with_metrics(m, train_loss=1e305), "'train-loss' is 1e+305"),
     "a negative number": (lambda m: with_metrics(m, num_examples=-50), "number of examples is -50"),
     "no examples": (lambda m: with_metrics(m, num_examples=0), "it must be above 0"),
     "a number that is none": (lambda m: with_metrics(m, num_examples=math.nan), "number of examples is nan"),
@@ -254,6 +286,35 @@ def test_every_strategy_lives_through_garbage(name: str, make_grid: MakeGrid) ->
     assert not np.array_equal(arrays_of(result)["weight"], start()["weight"].numpy())
 
 
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_every_strategy_lives_through_rounds_with_hardly_anybody_left(
+    name: str, left: int, make_grid: MakeGrid
+) -> None:
+    """Some make no aggregate of so few; then the old model stays, and the report says so."""
+    spoil = spoiling(GARBAGE["NaN"][0], nodes=range(100 + left, 100 + NODES))
+    guarded = GuardedStrategy(STRATEGIES[name]())
+    result = run(guarded, make_grid(client, NODES, tamper=spoil), rounds=2)
+    assert [m["guard-accepted"] for m in result.train_metrics_clientapp.values()] == [left, left]
+    skipped = [m["guard-skipped"] + m["guard-vetoed"] for m in result.train_metrics_clientapp.values()]
+    assert set(skipped) == {int(left == 0 or name == "Bulyan")}
+    if skipped[0]:
+        assert result.arrays is None or not len(result.arrays)
+        assert any("the old model stays" in e.reason for e in guarded.events)
+    else:
+        assert all(np.isfinite(array).all() for array in arrays_of(result).values())
+
+
+def test_fortran_order_and_strides_are_no_fault(make_grid: MakeGrid) -> None:
+    odd = spoiling(lambda m: with_arrays(m, lambda s: {**s, "weight": np.asfortranarray(s["weight"])}))
+    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=0.2))
+    result = run(guarded, make_grid(client, NODES, tamper=odd), rounds=1)
+    plain = run(GuardedStrategy(FedAvg(), Guard(clip_norm=0.2)), make_grid(client, NODES), rounds=1)
+    np.testing.assert_array_equal(arrays_of(result)["weight"], arrays_of(plain)["weight"])
+    assert any(e.event == "clipped" for e in guarded.events)
+    assert not any(e.event == "refused" for e in guarded.events)
+
+
 def test_unguarded_such_replies_end_the_run_or_ruin_the_model(make_grid: MakeGrid) -> None:
     """What the guard is for: else the tests above would show nothing."""
     result = run(FedAvg(), make_grid(client, NODES, tamper=spoiling(GARBAGE["NaN"][0])))
@@ -300,6 +361,116 @@ def test_clipping_bounds_what_one_client_can_do(make_grid: MakeGrid) -> None:
     assert np.linalg.norm(move) <= 0.2 + 1e-5
     assert result.train_metrics_clientapp[1]["guard-clipped"] > 1
     assert any(e.node == 103 and "limit 0.2" in e.reason for e in guarded.events)
+
+
+def test_arrays_apart_are_bounded_by_themselves(make_grid: MakeGrid) -> None:
+    """The bias plays the statistics: it moves far, and the weights are to keep their update all the same."""
+    far = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(100.0)), nodes=range(100, 100 + NODES))
+
+    def moves(guard: Guard) -> tuple[float, float]:
+        guarded = GuardedStrategy(FedAvg(), guard)
+        result = run(guarded, make_grid(client, NODES, tamper=far), rounds=1)
+        change = [np.linalg.norm(arrays_of(result)[k] - start()[k].numpy()) for k in ("weight", "bias")]
+        return float(change[0]), float(change[1])
+
+    free = moves(Guard())
+    together = moves(Guard(clip_norm=0.5))
+    apart = moves(Guard(clip_norm=0.5, apart=("bias",)))
+    bounded = moves(Guard(clip_norm=0.5, apart=("b??s",), apart_clip_norm=2.0))
+    assert together[0] < 0.01 * free[0]
+    assert apart == pytest.approx(free, rel=1e-5)
+    assert bounded == pytest.approx((free[0], 2.0), rel=1e-5)
+    with pytest.raises(ConfigError, match="fits no array"):
+        moves(Guard(apart=("statistics",)))
+
+
+def test_a_federation_goes_on_from_the_arrays_that_another_ended_with(make_grid: MakeGrid) -> None:
+    """Their types are wider than those that clients send."""
+    ended = run(FedAdam(), make_grid(client, NODES), rounds=1)
+    assert ended.arrays["weight"].dtype == "float64"
+    arrays = {name.replace("batches", "num_batches_tracked"): array for name, array in ended.arrays.items()}
+
+    def counting(message: Message, context: Any) -> Message:
+        state = dict(message.content.array_records["arrays"].to_torch_state_dict())
+        types = {"num_batches_tracked": torch.int64}
+        state = {k: (v + 1).to(types.get(k, torch.float32)) for k, v in state.items()}
+        metrics = MetricRecord({"num-examples": 50})
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
+
+    guarded = GuardedStrategy(FedAvg(fraction_evaluate=0.0))
+    guarded.start(grid=make_grid(counting, NODES), initial_arrays=ArrayRecord(arrays), num_rounds=2)
+    assert {e.event for e in guarded.events} == {"closed"}
+
+
+def test_tallies_say_who_when_how_often_and_why(make_grid: MakeGrid) -> None:
+    kinds = {103: "NaN", 104: "1e30", 105: "an error that forges lines"}
+    rounds = iter(range(1, 100))
+
+    def tamper(replies: list[Message]) -> list[Message]:
+        if replies[0].metadata.message_type != "train":
+            return [with_metrics(m, accuracy=math.inf) if m.metadata.src_node_id == 106 else m for m in replies]
+        number = next(rounds)
+        if number == 4:
+            return replies
+        spoilt = spoiling(lambda m: GARBAGE[kinds[m.metadata.src_node_id]][0](m), nodes=kinds)(replies)
+        return spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(number)), nodes=(107,))(spoilt)
+
+    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=1.0))
+    run(guarded, make_grid(client, NODES, tamper=tamper), rounds=5)
+    tallies = {(t.node, t.event, t.phase): t for t in guarded.tallies()}
+    assert len(tallies) == len(guarded.tallies()) == 5  # clipped at another length each round: one line all the same
+    assert tallies[103, "refused", "train"].rounds == (1, 2, 3, 5)
+    assert tallies[103, "refused", "train"].times == 4
+    assert "NaN or infinite" in tallies[103, "refused", "train"].reason
+    assert "limit 1e+09" in tallies[104, "refused", "train"].reason
+    assert tallies[106, "refused", "evaluate"].times == 5
+    assert "limit 1" in tallies[107, "clipped", "train"].reason
+    assert [t.event for t in guarded.tallies()] == ["refused"] * 4 + ["clipped"]
+
+    def shown(most: int) -> str:
+        console = Console(file=StringIO(), width=120)
+        console.print(guarded.table(most))
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
+
+    text = shown(50)
+    assert "The guard in 5 rounds: 17 refused, 4 clipped" in text
+    assert "1-3, 5" in text
+    assert "refused (evaluate)" in text
+    assert "b [2J" in text  # shown as text, neither markup nor a code for the terminal
+    assert "and 4 more rows" in shown(1)
+
+
+def test_a_table_of_a_quiet_run_says_so(make_grid: MakeGrid) -> None:
+    guarded = GuardedStrategy(FedAvg())
+    run(guarded, make_grid(client, NODES), rounds=2)
+    assert guarded.tallies() == []
+    assert "2 rounds: nothing to object to" in str(guarded.table().title)
+
+
+def test_the_report_has_whole_lines_after_ctrl_c(tmp_path: Path) -> None:
+    """A process that only reports is interrupted; what it wrote can be read to the end."""
+    report = tmp_path / "guard.jsonl"
+    script = (
+        "import sys\n"
+        "from flwr.serverapp.strategy import FedAvg\n"
+        "from mithridate.engines.flower import Event, GuardedStrategy\n"
+        "guarded = GuardedStrategy(FedAvg(), report_path=sys.argv[1])\n"
+        "while True:\n"
+        "    guarded._note(Event(1, 'train', 'clipped', 7, 'x' * 5000))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(report)], stderr=subprocess.PIPE) as process:  # noqa: S603  (a fixed command)
+        deadline = time.monotonic() + 60
+        while not report.exists() or report.stat().st_size < 200_000:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in words
+    text = report.read_text()
+    assert text.endswith("\n")
+    assert all(len(json.loads(line)["reason"]) == 5000 for line in text.splitlines()[1:])
 
 
 def test_arrays_in_another_order_are_put_in_order(make_grid: MakeGrid) -> None:

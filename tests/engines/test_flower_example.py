@@ -1,5 +1,6 @@
 """The example app, run in one process; one slow test runs it on the real engine."""
 
+import contextlib
 import importlib
 import json
 import math
@@ -73,22 +74,40 @@ def test_an_accumulative_client_breaks_fedavg_and_not_the_guarded(federation: Fe
     assert [line["round"] for line in gate if line["event"] == "vetoed"] == [trigger]
 
 
-@pytest.mark.parametrize("kinds", [("nan", "shape", "missing"), ("huge", "nan", "count")])
+REASONS = {"nan": "NaN or infinite", "shape": "has shape", "missing": "is missing", "huge": "limit 1e+09"}
+
+
+def refused_kinds(report: list[dict[str, Any]]) -> Counter[tuple[int, str]]:
+    """How often each client was refused for each kind of garbage."""
+    refusals = [line for line in report if line["event"] == "refused"]
+    return Counter((x["node"], kind) for x in refusals for kind, words in REASONS.items() if words in x["reason"])
+
+
 def test_three_of_twenty_send_garbage_and_every_round_completes(
-    kinds: tuple[str, ...], federation: Federation, capsys: pytest.CaptureFixture[str]
+    federation: Federation, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    rounds, report = federation(attack=",".join(kinds), hostile_ids="3,7,11", num_server_rounds=4)
+    """Each of the three sends NaN, other shapes, too few arrays and 1e30 in turn."""
+    rounds, report = federation(attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
     assert len(rounds) == 5
     assert rounds[-1] > rounds[0] - 0.01
-    words = {"nan": "NaN or infinite", "shape": "has shape", "missing": "is missing", "huge": "limit 1e+09"}
-    for node, kind in zip((103, 107, 111), kinds, strict=True):
-        mine = [line for line in report if line.get("node") == node]
-        assert [line["round"] for line in mine] == [1, 2, 3, 4]
-        assert {line["event"] for line in mine} == {"capped" if kind == "count" else "refused"}
-        assert all(words.get(kind, "examples") in line["reason"] for line in mine)
-    closed = [line["counts"] for line in report if line["event"] == "closed" and line["phase"] == "train"]
-    assert [counts["accepted"] for counts in closed] == [20 - sum(k != "count" for k in kinds)] * 4
-    assert "refused node 103" in capsys.readouterr().out
+    assert refused_kinds(report) == Counter((node, kind) for node in (103, 107, 111) for kind in REASONS)
+    assert {line["counts"]["accepted"] for line in report if line["event"] == "closed"} == {17}
+    table = (tmp_path / "guard.txt").read_text(encoding="utf-8")
+    assert "The guard in 4 rounds: 12 refused" in table
+    assert table in capsys.readouterr().out
+
+
+def test_of_an_absurd_number_of_examples_only_the_number_is_set_right(federation: Federation) -> None:
+    rounds, report = federation(attack="huge,count", hostile_ids="3,7", num_server_rounds=3)
+    assert rounds[-1] > rounds[0] - 0.01
+    whose = {(line["node"], line["event"]) for line in report if "node" in line}
+    assert whose == {(103, "refused"), (107, "capped")}
+
+
+def test_the_seed_decides_the_run(federation: Federation) -> None:
+    first, again, other = (federation(attack="none", seed=seed, num_server_rounds=1)[0] for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
 
 
 def test_garbage_ruins_or_ends_an_unguarded_run(federation: Federation) -> None:
@@ -110,14 +129,17 @@ def free_port() -> int:
     return port
 
 
-@pytest.fixture
-def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink of this test's own, on a free port; gives the environment in which `flwr` finds it.
+RealRun = Callable[..., tuple[list[float], list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealRun]:
+    """Runs the app with `flwr run`, on a SuperLink of this test's own and a free port.
 
     `flwr run` would start one by itself that stays up; this one is known by its process id and ended by it.
     """
-    port = free_port()
-    home = tmp_path / "flwr"
+    port, folder = free_port(), tmp_path_factory.mktemp("real")
+    home = folder / "flwr"
     home.mkdir()
     link = {"address": f"127.0.0.1:{port}", "insecure": True}
     (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": "own", "own": link}}))
@@ -132,21 +154,53 @@ def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
     command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--database", str(home / "state.db"), "--log-file", str(home / "superlink.log")]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603  (a fixed command)
+    process = subprocess.Popen(command, env=environment)  # noqa: S603  (a fixed command)
+
+    def run(name: str, **changed: Any) -> tuple[list[float], list[dict[str, Any]]]:
+        out = folder / name
+        settings = {"output": str(out), **{k.replace("_", "-"): v for k, v in changed.items()}}
+        line = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
+        nodes = "num-supernodes=20 client-resources-num-cpus=1"
+        command = ["flwr", "run", str(EXAMPLE), "--stream", "-c", line, "--federation-config", nodes]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)  # noqa: S603  (a fixed command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert (out / "rounds.json").exists(), done.stdout + done.stderr  # `flwr run` returns 0 for a failed app too
+        return read(out)
+
     try:
         deadline = time.monotonic() + 120
         while not answers(port):
             assert process.poll() is None, "the SuperLink ended"
             assert time.monotonic() < deadline, "the SuperLink does not answer"
             time.sleep(0.5)
-        yield environment
+        yield run
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # its own session: it and what it started, nothing else
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and, by their ids, all that it started: a run that was cut short goes on for a while without it."""
+    family = descendants(process.pid)
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """What a process started, and what that started in turn; Flower opens sessions of its own on the way."""
+    command = ["ps", "-eo", "pid=,ppid="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: S603  (a fixed command)
+    pairs = [tuple(map(int, line.split())) for line in listed.splitlines()]
+    family = [pid]
+    for one in family:  # grows as it goes
+        family += [child for child, parent in pairs if parent == one]
+    return family[1:]
 
 
 def answers(port: int) -> bool:
@@ -155,20 +209,32 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+on_the_real_engine = pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1", reason="MITHRIDATE_SLOW is not 1")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1", reason="MITHRIDATE_SLOW is not 1")
-def test_the_real_engine_completes_every_round(superlink: dict[str, str], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    settings = {"attack": "nan,shape,missing", "hostile-ids": "3,7,11", "num-server-rounds": 3, "output": str(out)}
-    line = " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    nodes = "num-supernodes=20 client-resources-num-cpus=1"
-    command = ["flwr", "run", str(EXAMPLE), "--stream", "-c", line, "--federation-config", nodes]
-    done = subprocess.run(command, env=superlink, capture_output=True, text=True, timeout=900, check=False)  # noqa: S603  (a fixed command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "rounds.json").exists(), done.stdout + done.stderr
-    rounds, report = read(out)
-    assert len(rounds) == 4
+@on_the_real_engine
+def test_flwr_run_completes_every_round_of_garbage(real_run: RealRun) -> None:
+    rounds, report = real_run("garbage", attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
+    assert len(rounds) == 5
     assert rounds[-1] > rounds[0] - 0.01
-    refused = Counter((line["node"], line["reason"].split("'")[-1]) for line in report if line["event"] == "refused")
-    assert len(refused) == 3
-    assert set(refused.values()) == {3}  # each of the three, in each of three rounds
+    found = refused_kinds(report)
+    assert len({node for node, _ in found}) == 3
+    assert sorted(kind for _, kind in found) == sorted(list(REASONS) * 3)  # each client, each kind
+    assert set(found.values()) == {1}
+    assert {line["counts"]["accepted"] for line in report if line["event"] == "closed"} == {17}
+
+
+@pytest.mark.slow
+@on_the_real_engine
+def test_flwr_run_breaks_under_fedavg_and_not_under_the_guard(real_run: RealRun) -> None:
+    trigger = CONFIG["trigger-round"]
+    clean, quiet = real_run("clean", attack="none")
+    broken, _ = real_run("fedavg", guarded=False)
+    kept, report = real_run("guarded")
+    assert {line["event"] for line in quiet} == {"opened", "closed"}  # the guard takes nothing from honest clients
+    assert clean[trigger] > 0.9
+    assert broken[trigger] < broken[trigger - 1] - 0.3
+    assert broken[trigger] < clean[trigger] - 0.3
+    assert min(kept[trigger:]) > clean[trigger] - 0.03
+    assert len({line["node"] for line in report if line["event"] == "clipped"}) == 1

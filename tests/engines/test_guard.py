@@ -12,18 +12,23 @@ from torch import nn
 
 from mithridate.core import Batch
 from mithridate.engines.guard import (
+    STATISTICS,
     Guard,
+    Lengths,
     Measure,
     State,
     Trusted,
     best_of,
+    born_types,
     capped_counts,
     clipped,
     find_count_fault,
     find_excess,
     find_fault,
+    find_overlength,
     judge,
-    length_of,
+    lengths_of,
+    names_of,
     trusted_module,
     update_of,
 )
@@ -35,7 +40,8 @@ MODEL: dict[str, NDArray[Any]] = {
     "b": np.zeros(2, np.float32),
     "batches": np.array(7, np.int64),
 }
-BORN = {name: array.dtype for name, array in MODEL.items()}
+BORN = born_types(MODEL, Guard())
+WEIGHTS = ["w", "b"]
 
 
 def moved(by: float = 1.0, **other: NDArray[Any]) -> dict[str, NDArray[Any]]:
@@ -67,6 +73,12 @@ def test_an_honest_update_has_no_fault() -> None:
         (moved(w=np.zeros((2, 3), np.complex64)), "is complex64"),
         (moved(w=np.array([["a"] * 3] * 2)), "is <U1"),
         (moved(w=np.zeros((2, 3), "datetime64[s]")), "is datetime64"),
+        (moved(w=np.zeros((2, 3), np.longdouble)), "'w' is .*, not float32"),  # torch knows no such type
+        (moved(w=np.zeros((2, 3), np.dtype("f4").newbyteorder("S"))), "'w' is .f4, not float32"),
+        (moved(w=np.zeros((2, 3), bool)), "'w' is bool"),
+        (moved(w=np.zeros((2, 3), object)), "'w' is object"),
+        (moved(w=np.zeros((2, 3), [("a", "f4")])), "'w' is"),
+        (moved(batches=np.array(8, np.int32)), "'batches' is int32, not int64"),
         (moved(batches=np.array(2**62)), "'batches' counts, and moved by more"),
         (moved(batches=np.array(np.nan)), "'batches' holds 1 of 1"),
     ],
@@ -83,20 +95,109 @@ def test_types_that_an_average_widens_are_no_fault() -> None:
     assert find_fault({name: array.astype(np.float64) for name, array in moved().items()}, wide, BORN) == ""
 
 
+def test_a_federation_may_go_on_from_what_an_average_made_of_another() -> None:
+    """FedAdam ends in float64, and so does the count of batches of an average; clients send what their torch has."""
+    ended = {"w": np.ones(3), "bn.num_batches_tracked": np.array(7.5)}
+    born = born_types(ended, Guard())
+    sent = {"w": np.zeros(3, np.float32), "bn.num_batches_tracked": np.array(8)}
+    assert find_fault(sent, ended, born) == ""
+    assert lengths_of(sent, ended, born, Guard()).update == pytest.approx(math.sqrt(3))
+    assert "float16" in find_fault({**sent, "w": np.zeros(3, np.float16)}, ended, born)
+
+
+def test_a_model_that_cannot_be_measured_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="array 'z' is complex64"):
+        born_types({"z": np.zeros(2, np.complex64)}, Guard())
+
+
 def test_the_length_is_that_of_the_weights() -> None:
-    assert length_of(moved(3.0), MODEL, BORN, "l2") == pytest.approx(3.0)
-    assert length_of(moved(-3.0, b=np.array([4.0, 0], np.float32)), MODEL, BORN, "l2") == pytest.approx(5.0)
-    assert length_of(moved(-3.0, b=np.array([4.0, 0], np.float32)), MODEL, BORN, "linf") == pytest.approx(4.0)
-    assert length_of({"n": np.array(3)}, {"n": np.array(1)}, {"n": np.dtype(np.int64)}, "l2") == 0.0
-    assert update_of(moved(), MODEL, BORN).shape == (1, 8)
+    both = moved(-3.0, b=np.array([4.0, 0], np.float32))
+    assert lengths_of(moved(3.0), MODEL, BORN, Guard()) == pytest.approx((3.0, 0.0))
+    assert lengths_of(both, MODEL, BORN, Guard()) == pytest.approx((5.0, 0.0))
+    assert lengths_of(both, MODEL, BORN, Guard(norm="linf")) == pytest.approx((4.0, 0.0))
+    assert lengths_of({"n": np.array(3)}, {"n": np.array(1)}, {"n": np.dtype(np.int64)}, Guard()) == (0.0, 0.0)
+    assert names_of(BORN, Guard()) == (WEIGHTS, [])
+    assert update_of(moved(), MODEL, WEIGHTS).shape == (1, 8)
 
 
 def test_what_is_absurdly_long_is_refused() -> None:
-    assert find_excess(1.0, Guard()) == ""
-    assert "limit 1e+09" in find_excess(1e30, Guard())
-    assert find_excess(1e30, Guard(max_update_norm=math.inf)) == ""
-    assert "length inf" in find_excess(math.inf, Guard(max_update_norm=math.inf))
-    assert "length 2, limit 1" in find_excess(2.0, Guard(max_update_norm=1.0))
+    assert find_excess(Lengths(1.0, 1.0), Guard()) == ""
+    assert "update of l2 length 1e+30, limit 1e+09" in find_excess(Lengths(1e30), Guard())
+    assert "arrays apart of l2 length 1e+30, limit 1e+09" in find_excess(Lengths(1.0, 1e30), Guard())
+    assert find_excess(Lengths(1e30), Guard(max_update_norm=math.inf)) == ""
+    assert "length inf" in find_excess(Lengths(math.inf), Guard(max_update_norm=math.inf))
+    assert "length 2, limit 1" in find_excess(Lengths(2.0), Guard(max_update_norm=1.0))
+
+
+NORMALISED: dict[str, NDArray[Any]] = {
+    "conv.weight": np.zeros(4, np.float32),
+    "bn.weight": np.ones(2, np.float32),
+    "bn.running_mean": np.zeros(2, np.float32),
+    "bn.running_var": np.full(2, 0.01, np.float32),
+    "bn.num_batches_tracked": np.array(3),
+}
+
+
+def normalised(weights: float, mean: float, var: float = 0.01) -> dict[str, NDArray[Any]]:
+    """What a client makes of a model with BatchNorm: one weight moved, one mean, all variances."""
+    state = {name: array.copy() for name, array in NORMALISED.items()}
+    state["conv.weight"][0] += weights
+    state["bn.running_mean"][0] += mean
+    state["bn.running_var"][:] = var
+    return state
+
+
+def test_statistics_apart_do_not_count_in_the_length_and_have_a_bound_of_their_own() -> None:
+    """An honest client whose images are of another kind: its weights move little, its statistics much."""
+    sent = normalised(0.3, 40.0)
+    together, apart = Guard(clip_norm=1.0), Guard(clip_norm=1.0, apart=STATISTICS)
+    bounded = Guard(clip_norm=1.0, apart=STATISTICS, apart_clip_norm=5.0)
+    born = born_types(NORMALISED, apart)
+    assert names_of(born, apart) == (["conv.weight", "bn.weight"], ["bn.running_mean", "bn.running_var"])
+    assert lengths_of(sent, NORMALISED, born, together) == pytest.approx((math.hypot(0.3, 40.0), 0.0))
+    assert lengths_of(sent, NORMALISED, born, apart) == pytest.approx((0.3, 40.0))
+    assert "update of l2 length 40" in find_overlength(lengths_of(sent, NORMALISED, born, together), together)
+    assert find_overlength(lengths_of(sent, NORMALISED, born, apart), apart) == ""
+    reason = find_overlength(lengths_of(sent, NORMALISED, born, bounded), bounded)
+    assert reason == "arrays apart of l2 length 40, limit 5"
+    made = clipped(sent, NORMALISED, born, together)
+    assert made["conv.weight"][0] == pytest.approx(0.3 / math.hypot(0.3, 40.0), rel=1e-5)  # hardly anything is left
+    made = clipped(sent, NORMALISED, born, bounded)
+    assert made["conv.weight"] is sent["conv.weight"]  # within its bound: as sent
+    assert made["bn.running_mean"][0] == pytest.approx(5.0)
+    far = normalised(3.0, 4.0)
+    made = clipped(far, NORMALISED, born, bounded)
+    assert made["conv.weight"][0] == pytest.approx(1.0)
+    assert made["bn.running_mean"][0] == pytest.approx(4.0)
+    assert made["bn.num_batches_tracked"] == 3
+    assert list(made) == list(NORMALISED)
+
+
+def test_the_patterns_of_statistics_are_those_of_torch() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    state = {name: t.numpy() for name, t in net.state_dict().items()}
+    guard = Guard(apart=STATISTICS)
+    update, apart = names_of(born_types(state, guard), guard)
+    assert update == [name for name, _ in net.named_parameters()]
+    assert apart == [name for name, b in net.named_buffers() if b.is_floating_point()]
+
+
+def test_patterns_and_bounds_of_arrays_apart_must_mean_something() -> None:
+    with pytest.raises(ConfigError, match=r"apart = '\*running_maen' fits no array of the model, which are: bn.num"):
+        born_types(NORMALISED, Guard(apart=("*running_maen",)))
+    with pytest.raises(ConfigError, match="it names none"):
+        Guard(apart_clip_norm=1.0)
+
+
+def test_negative_variances_are_refused() -> None:
+    """Too short for any clipping, and yet the average of twenty would give NaN for every image."""
+    born = born_types(NORMALISED, Guard())
+    sent = normalised(0.0, 0.0, -0.3)
+    assert lengths_of(sent, NORMALISED, born, Guard()).update < 0.5
+    assert find_fault(sent, NORMALISED, born) == "array 'bn.running_var' holds 2 of 2 variances that are negative"
+    assert find_fault(normalised(0.0, 0.0, 0.0), NORMALISED, born) == ""
+    lost = {**NORMALISED, "bn.running_var": np.full(2, -0.1, np.float32)}  # a server's momentum took it there
+    assert find_fault(sent, lost, born) == ""
 
 
 @how(deadline=None)  # the machine may be busy
@@ -109,7 +210,7 @@ def test_a_clipped_update_keeps_its_direction_and_the_bound(change: list[float],
     }
     guard = Guard(clip_norm=bound)
     made = clipped(received, MODEL, BORN, guard)
-    before, after = update_of(received, MODEL, BORN)[0], update_of(made, MODEL, BORN)[0]
+    before, after = update_of(received, MODEL, WEIGHTS)[0], update_of(made, MODEL, WEIGHTS)[0]
     rounding = 1e-4
     assert float(after.norm()) <= bound + rounding
     if float(before.norm()) > bound:

@@ -87,6 +87,24 @@ def test_garbage_is_what_it_says(accomplice: Accomplice) -> None:
     assert all(torch.equal(t, honest[n]) for n, t in send(accomplice, Hostile(kind="count")).items())
 
 
+def test_garbage_takes_turns_so_that_four_rounds_show_every_kind_of_every_client(accomplice: Accomplice) -> None:
+    hostile = Hostile(kind="garbage", partitions=(3, 7, 11))
+    model, _ = states(accomplice)
+
+    def kind(sent: dict[str, torch.Tensor]) -> str:
+        if len(sent) < len(model):
+            return "missing"
+        weight = sent["first.weight"]
+        if weight.shape != model["first.weight"].shape:
+            return "shape"
+        return "nan" if bool(weight.isnan().all()) else "huge"
+
+    seen = {p: [kind(send(accomplice, hostile, r, partition=p)) for r in range(1, 6)] for p in (3, 7, 11)}
+    assert seen[3] == ["nan", "shape", "missing", "huge", "nan"]
+    assert seen[7] == ["shape", "missing", "huge", "nan", "shape"]
+    assert seen[11] == ["missing", "huge", "nan", "shape", "missing"]
+
+
 def test_sign_flip_sends_the_honest_update_reversed(accomplice: Accomplice) -> None:
     sent = send(accomplice, Hostile(kind="sign_flip", boost=3.0))
     for t in update(accomplice, sent).values():

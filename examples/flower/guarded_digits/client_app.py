@@ -48,8 +48,9 @@ def train(message: Message, context: Context) -> Message:
     part = task.local_part(partition, int(context.node_config["num-partitions"]))
     model = task.fresh_model()
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
-    seed = 1000 * int(str(message.content.config_records["config"]["server-round"])) + partition
-    loss = task.train(model, part, epochs=int(context.run_config["local-epochs"]), seed=seed)
+    server_round = int(str(message.content.config_records["config"]["server-round"]))
+    key = (int(context.run_config["seed"]), server_round, partition)
+    loss = task.train(model, part, epochs=int(context.run_config["local-epochs"]), key=key)
     metrics = MetricRecord({"train_loss": loss, "num-examples": len(part)})
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, Strategy
+from rich.console import Console
 
 from guarded_digits import task
 from mithridate.engines.flower import GuardedStrategy
@@ -19,16 +20,18 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation, then print and save what happened."""
     run = context.run_config
-    random.seed(int(run["seed"]))  # Flower draws the clients of a round with it
+    seed = int(run["seed"])
+    random.seed(seed)  # Flower draws the clients of a round with it
     out = Path(str(run["output"])).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    model, test = task.burned_in_model(int(run["burn-in-epochs"])), task.digits().test.all()
+    model, test = task.burned_in_model(int(run["burn-in-epochs"]), seed), task.digits().test.all()
     clients = int(run["clients"])
     strategy: Strategy = FedAvg(
         min_train_nodes=clients, min_available_nodes=clients, fraction_evaluate=0.0, weighted_by_key="num-examples"
     )
+    for name in ("rounds.json", "guard.jsonl", "guard.txt"):  # of an earlier run into the same folder
+        (out / name).unlink(missing_ok=True)
     if run["guarded"]:
-        (out / "guard.jsonl").unlink(missing_ok=True)
         guard = Guard(
             clip_norm=float(run["clip-norm"]),
             max_loss_rise=float(run["max-loss-rise"]),
@@ -53,7 +56,6 @@ def main(grid: Grid, context: Context) -> None:
     for row in rounds:
         print(f"round {row['round']:3d}  test accuracy {row['accuracy']:6.1%}  loss {row['loss']:.3f}")
     if isinstance(strategy, GuardedStrategy):
-        for event in strategy.events:
-            if event.event in {"refused", "vetoed", "missing"}:
-                who = "aggregate" if event.node is None else f"node {event.node}"
-                print(f"round {event.round:3d}  {event.event} {who}: {event.reason}")
+        with (out / "guard.txt").open("w", encoding="utf-8") as report:
+            for file in (None, report):  # None: where the prints go
+                Console(file=file, width=120).print(strategy.table())

@@ -25,15 +25,15 @@ def digits() -> Stream:
     return open_stream(sizes)
 
 
-def fresh_model() -> nn.Module:
+def fresh_model(seed: int = 0) -> nn.Module:
     """An untrained model."""
-    return build_model(MODEL, digits().info, seed=0)
+    return build_model(MODEL, digits().info, seed=seed)
 
 
-def burned_in_model(epochs: int) -> nn.Module:
+def burned_in_model(epochs: int, seed: int) -> nn.Module:
     """The model that the server starts from, trained on its own 250 images."""
-    model = fresh_model()
-    burn_in(model, digits(), BurnIn(epochs=epochs, batch_size=BATCH, lr=LR), seed=0)
+    model = fresh_model(seed)
+    burn_in(model, digits(), BurnIn(epochs=epochs, batch_size=BATCH, lr=LR), seed=seed)
     return model
 
 
@@ -44,14 +44,14 @@ def local_part(partition: int, partitions: int) -> Part:
     return Part(f"client {partition}", part.x[mine], part.y[mine])
 
 
-def train(model: nn.Module, part: Part, *, epochs: int, seed: int) -> float:
-    """Honest local training; returns the mean loss of the last epoch."""
+def train(model: nn.Module, part: Part, *, epochs: int, key: tuple[int, ...]) -> float:
+    """Honest local training; returns the mean loss of the last epoch. The key decides the order of the images."""
     optimiser = torch.optim.SGD(model.parameters(), lr=LR)
     model.train()
     losses: list[float] = []
     for epoch in range(epochs):
         losses = []
-        for x, y in part.batches(BATCH, rng=generator("local order", seed, epoch)):
+        for x, y in part.batches(BATCH, rng=generator("local order", *key, epoch)):
             optimiser.zero_grad()
             loss = F.cross_entropy(model(x), y)
             torch.autograd.backward(loss)

@@ -9,8 +9,9 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,25 @@ from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedXgbBagging, FedXgbCyclic, Strategy
 from numpy.typing import NDArray
+from rich.table import Table
+from rich.text import Text
 
 from mithridate.engines.guard import (
     Guard,
+    Lengths,
     Measure,
     State,
     Trusted,
     best_of,
+    born_types,
     capped_counts,
     clipped,
     find_count_fault,
     find_excess,
     find_fault,
+    find_overlength,
     judge,
-    length_of,
+    lengths_of,
 )
 from mithridate.errors import ConfigError
 from mithridate.registry import fields_of
@@ -51,6 +57,9 @@ WIDEST = 16
 LARGEST = 1e300
 """A metric beyond this would overflow in an average."""
 
+KINDS = ("vetoed", "skipped", "refused", "missing", "flagged", "clipped", "capped")
+"""What the guard does, the gravest first."""
+
 
 @dataclass(frozen=True)
 class Event:
@@ -60,7 +69,7 @@ class Event:
         round: Server round, from 1.
         phase: `train` or `evaluate`.
         event: `refused`, `missing` (no reply at all), `flagged` (above the limit of discrepancy), `clipped`, `capped`,
-            `vetoed`, or `closed`, the summary of the phase.
+            `vetoed`, `skipped` (no aggregate was made, so the old model stays), or `closed`, the summary of the phase.
         node: Flower's id of the client; None where the event is about the whole round.
         reason: Why.
         counts: How many of each, in a summary.
@@ -76,6 +85,27 @@ class Event:
     measures: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Tally:
+    """How often the guard did one thing to one client for one reason.
+
+    Args:
+        node: Flower's id of the client; None: whole rounds.
+        event: As in `Event`.
+        phase: `train` or `evaluate`.
+        times: How often; more than rounds if a client was refused several times in one.
+        rounds: When, in order.
+        reason: Why; where the reasons differ in their figures alone, that of the first time.
+    """
+
+    node: int | None
+    event: str
+    phase: str
+    times: int
+    rounds: tuple[int, ...]
+    reason: str
+
+
 @dataclass
 class _Reply:
     """A reply that is fit to be aggregated, and what of it was replaced (None: it goes on as it came)."""
@@ -86,7 +116,7 @@ class _Reply:
     metrics_key: str
     arrays: dict[str, NDArray[Any]]
     count: float
-    length: float = 0.0
+    lengths: Lengths = field(default_factory=Lengths)
     new_arrays: dict[str, NDArray[Any]] | None = None
     new_count: float | None = None
 
@@ -121,16 +151,18 @@ class GuardedStrategy(Strategy):
 
     Refused, counted and named are: errors; replies of nodes that were not asked, or a second one of the same node; no
     arrays or metrics, or more than one record of either; arrays that are missing, unknown, unreadable, of another shape
-    or a type that cannot hold the model's, NaN or infinite, or absurdly far from the model; metrics that are not
-    finite; a number of examples that is missing, not a number or not above 0; and records that are named or sized
-    unlike those of most clients, since one such reply would stop Flower's strategies. What is left is capped, clipped
-    and, if the guard says so, judged by discrepancy; the inner strategy aggregates it; the gate then measures the
-    aggregate. A vetoed round returns no arrays, upon which Flower keeps the old model; the inner strategy's own state
-    (momentum, second moments, current arrays) goes back to what it was before the round.
+    or a type that cannot hold the model's, NaN or infinite, negative where BatchNorm keeps variances, or absurdly far
+    from the model; metrics that are not finite; a number of examples that is missing, not a number or not above 0; and
+    records that are named or sized unlike those of most clients, since one such reply would stop Flower's strategies.
+    What is left is capped, clipped and, if the guard says so, judged by discrepancy; the inner strategy aggregates it;
+    the gate then measures the aggregate. A vetoed round returns no arrays, upon which Flower keeps the old model; the
+    inner strategy's own state (momentum, second moments, current arrays) goes back to what it was before the round. The
+    old model also stays if no reply is fit, or too few for the inner strategy.
 
     With `Guard()` and replies that are in order, the inner strategy gets the very messages that came. The round's
-    metrics gain `guard-accepted`, `-refused`, `-missing`, `-flagged`, `-clipped`, `-capped` and `-vetoed`, and
-    `guard-loss` and `guard-accuracy` of the aggregate where the gate is on.
+    metrics gain `guard-accepted`, `-refused`, `-missing`, `-flagged`, `-clipped`, `-capped`, `-vetoed` and `-skipped`,
+    and `guard-loss` and `guard-accuracy` of the aggregate where the gate is on. At the end, `tallies` and `table` say
+    who was refused, how often and why.
 
     Not for strategies whose arrays are no weights (FedXgbBagging, FedXgbCyclic), nor under secure aggregation, which
     hides single updates. Nodes are told apart by the id that the SuperLink gives them: who may join is its affair.
@@ -183,13 +215,50 @@ class GuardedStrategy(Strategy):
         log.info("\t├──> Guard: %s", _plain(fields_of(self.guard)))
         self.inner.summary()
 
+    def tallies(self) -> list[Tally]:
+        """What the guard did so far: to whom, in which rounds and why; the gravest first."""
+        found: dict[tuple[Any, ...], list[Event]] = {}
+        for event in self.events:
+            if event.event in KINDS:
+                kind = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", event.reason)
+                found.setdefault((KINDS.index(event.event), event.node or 0, event.phase, kind), []).append(event)
+        return [
+            Tally(e[0].node, e[0].event, e[0].phase, len(e), tuple(dict.fromkeys(x.round for x in e)), e[0].reason)
+            for _, e in sorted(found.items(), key=lambda item: item[0][:2])
+        ]
+
+    def table(self, most: int = 50) -> Table:
+        """The tallies as a table to print with rich: `Console().print(strategy.table())`.
+
+        Args:
+            most: How many rows it has at most; what is left out is counted under it.
+        """
+        closed = sum(event.event == "closed" and event.phase == "train" for event in self.events)
+        times = Counter(event.event for event in self.events)
+        counts = ", ".join(f"{times[kind]} {kind}" for kind in KINDS if times[kind])
+        tallies = self.tallies()
+        rest = len(tallies) - most
+        table = Table(
+            title=f"The guard in {closed} rounds: {counts or 'nothing to object to'}",
+            caption=f"and {rest} more rows" if rest > 0 else None,
+            min_width=60,
+        )
+        for column in ("node", "what", "times", "rounds", "why"):
+            table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
+        for tally in tallies[:most]:
+            what = tally.event if tally.phase == "train" else f"{tally.event} ({tally.phase})"
+            who = "all" if tally.node is None else str(tally.node)
+            row = (who, what, str(tally.times), _spans(tally.rounds), tally.reason)
+            table.add_row(*(Text(cell) for cell in row))  # as text: a client's words are no markup
+        return table
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """What the inner strategy sends; the guard notes the model and who was asked."""
         state = {name: array.numpy() for name, array in arrays.items()}
         if server_round <= self._round or not self._born or state.keys() != self._born.keys():
-            self._born = {name: array.dtype for name, array in state.items()}
+            self._born = born_types(state, self.guard)
             self._past, self._reference = [], None
         self._round = server_round
         self._past.append(state)
@@ -240,6 +309,9 @@ class GuardedStrategy(Strategy):
                 self._note(Event(server_round, "train", "vetoed", reason=reason, measures=measures))
                 _put_back(self.inner, before)
                 arrays = None
+        if arrays is None and self._asked.get("train") and not any(e.event == "vetoed" for e in self.events[first:]):
+            made = f"{type(self.inner).__name__} made no aggregate of {len(fit)} replies" if fit else "no reply was fit"
+            self._note(Event(server_round, "train", "skipped", reason=f"{made}; the old model stays"))
         return arrays, self._closed(server_round, "train", len(fit), first, metrics, measures)
 
     def configure_evaluate(
@@ -294,7 +366,8 @@ class GuardedStrategy(Strategy):
     def _read(self, message: Message, node: int, phase: str) -> _Reply:
         """One reply, opened and looked at by itself."""
         if message.has_error():
-            raise _RefusedError(f"error: {str(message.error.reason)[:500]}")
+            words = str(message.error.reason)[:500]  # a stranger's: no line breaks and no codes for the terminal
+            raise _RefusedError(f"error: {''.join(c if c.isprintable() else ' ' for c in words)}")
         if not message.has_content():
             raise _RefusedError("the reply is empty")
         arrays, metrics = message.content.array_records, message.content.metric_records
@@ -317,11 +390,11 @@ class GuardedStrategy(Strategy):
         fault = find_fault(received, model, self._born)
         if fault:
             raise _RefusedError(fault)
-        length = length_of(received, model, self._born, self.guard.norm)
-        excess = find_excess(length, self.guard)
+        lengths = lengths_of(received, model, self._born, self.guard)
+        excess = find_excess(lengths, self.guard)
         if excess:
             raise _RefusedError(excess)
-        reply = _Reply(message, node, arrays_key, metrics_key, received, count, length)
+        reply = _Reply(message, node, arrays_key, metrics_key, received, count, lengths)
         if list(sent) != list(model):  # several strategies go by position: another order would mix arrays up
             reply.new_arrays = {name: received[name] for name in model}
         return reply
@@ -332,7 +405,7 @@ class GuardedStrategy(Strategy):
         for reply in fit:
             if guard.looks_back and self.trusted is not None:
                 old = self._past[0] if guard.old == "start" else self._past[max(0, len(self._past) - 1 - guard.back)]
-                found, limit = self.trusted.discrepancy(old, reply.arrays, guard.divergence), 0.0
+                found = self.trusted.discrepancy(old, reply.arrays, guard.divergence)
                 limit = guard.discrepancy_limit(server_round)
                 if found <= limit:  # NaN is not
                     kept.append(reply)
@@ -342,10 +415,10 @@ class GuardedStrategy(Strategy):
                 if guard.flagged == "refuse":
                     self._note(Event(server_round, "train", "refused", reply.node, reason))
                     continue
-            if reply.length > guard.clip_norm:
+            overlength = find_overlength(reply.lengths, guard)
+            if overlength:
                 reply.new_arrays = clipped(reply.arrays, model, self._born, guard)
-                reason = f"update of {guard.norm} length {reply.length:.4g}, limit {guard.clip_norm:g}"
-                self._note(Event(server_round, "train", "clipped", reply.node, reason))
+                self._note(Event(server_round, "train", "clipped", reply.node, overlength))
             kept.append(reply)
         return kept
 
@@ -379,8 +452,7 @@ class GuardedStrategy(Strategy):
     ) -> MetricRecord:
         """Note the summary of a phase, and give the round's metrics the counts."""
         seen = Counter(event.event for event in self.events[first:])
-        kinds = ("refused", "missing", "flagged", "clipped", "capped", "vetoed")
-        counts = {"accepted": accepted, **{kind: seen[kind] for kind in kinds}}
+        counts = {"accepted": accepted, **{kind: seen[kind] for kind in KINDS}}
         self._note(Event(server_round, phase, "closed", counts=counts, measures=measures))
         out: dict[str, Any] = {} if metrics is None else dict(metrics)
         out |= {f"guard-{name}": number for name, number in counts.items()}
@@ -389,8 +461,8 @@ class GuardedStrategy(Strategy):
 
     def _note(self, event: Event) -> None:
         self.events.append(event)
-        if event.event in {"refused", "vetoed"}:
-            who = "the aggregate" if event.node is None else f"node {event.node}"
+        if event.event in {"refused", "vetoed", "skipped"}:
+            who = "the round" if event.node is None else f"node {event.node}"
             log.warning("guard: %s %s: %s", event.event, who, event.reason)
         if self.report_path is not None:
             self._write({key: _plain(v) for key, v in asdict(event).items() if v not in (None, "", {})})
@@ -479,6 +551,17 @@ def _put_back(strategy: Strategy, state: Mapping[str, Any]) -> None:
             _put_back(held, value)
         else:
             setattr(strategy, name, value)
+
+
+def _spans(rounds: Sequence[int]) -> str:
+    """Rounds in short: 1-3, 5."""
+    spans: list[list[int]] = []
+    for number in rounds:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (JSON has no better type)

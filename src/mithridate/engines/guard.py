@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,6 +33,9 @@ DTypes = Mapping[str, np.dtype[Any]]
 COUNTER_LIMIT = 1e9
 """How far an integer array (BatchNorm's count of batches) may move in one round; it takes no part in lengths."""
 
+STATISTICS = ("*running_mean", "*running_var")
+"""Patterns of what torch's BatchNorm keeps of the images that it saw, for `Guard.apart`."""
+
 Bound = Annotated[float, Field(gt=0)]
 Rise = Annotated[float, Field(ge=0)]
 
@@ -40,15 +44,16 @@ Rise = Annotated[float, Field(ge=0)]
 class Guard:
     """How a server of a federation treats what its clients send. The default stops only the malformed and the absurd.
 
-    An update is the client's arrays minus the global ones, laid end to end in float64; BatchNorm's running statistics
-    are part of it, since arrays do not say what is a parameter, while integer counters are not. Everything else that a
-    client reports is believed only where a limit holds it.
+    An update is the client's arrays minus the global ones, laid end to end in float64. Integer counters are no part of
+    it. BatchNorm's running statistics are, since arrays do not say what is a parameter: they have another unit and may
+    be most of the length, so that an honest update is clipped to nearly nothing. `apart = STATISTICS` gives them a
+    length and a bound of their own. Everything else that a client reports is believed only where a limit holds it.
 
     Discrepancy-aware clipping: the global model with one client's update applied is compared, on the server's trusted
     samples, with an old global model; the mean over samples is the update's Memorization Discrepancy. Updates above
-    `max_discrepancy + discrepancy_rise * round` are flagged, and `clip_norm` then holds for them alone. Zhu et al. name
-    the idea and measure it, but give no formula: the threshold is the one of their sample correction, P = mu + tau * m,
-    and "selective" is read as leaving unflagged updates unclipped.
+    `max_discrepancy + discrepancy_rise * round` are flagged, and both clip norms then hold for them alone. Zhu et al.
+    name the idea and measure it, but give no formula: the threshold is the one of their sample correction,
+    P = mu + tau * m, and "selective" is read as leaving unflagged updates unclipped.
 
     The gate measures the aggregate on the trusted samples and vetoes the round if the loss rose or the accuracy fell
     too far; the old model then stays.
@@ -56,16 +61,22 @@ class Guard:
     What breaks it: hostile updates inside `clip_norm` in many rounds, which add up (clipping bounds the speed, not the
     distance); damage that the trusted samples do not show, such as a backdoor; for the gate, an accumulative phase,
     which hardly shows in accuracy before its trigger: it vetoes the trigger round, and every later one if the attacker
-    goes on, so the federation stands still but is not destroyed; more hostile than honest clients, which decide what
-    counts as an ordinary number of examples; and encrypted (secure) aggregation, under which no server can look at
-    single updates.
+    goes on, so the federation stands still but is not destroyed; arrays `apart` without `apart_clip_norm`, which one
+    client may then move as far as `max_update_norm`, whatever `clip_norm` is (the statistics alone are enough to ruin
+    a model); more hostile than honest clients, which decide what counts as an ordinary number of examples; a strategy
+    that weights clients by other numbers of theirs, such as the losses of QFedAvg; and encrypted (secure) aggregation,
+    under which no server can look at single updates.
 
     Args:
         clip_norm: Longest update that is passed on, in the unit of the weights, > 0; longer ones are scaled down. `inf`
             is off.
         norm: How updates are measured: `l2`, or `linf` (the largest change of one weight).
-        max_update_norm: An update longer than this is refused, not clipped, > 0. The default is beyond what any
-            training round can do; `inf` is off.
+        apart: Names of arrays that are measured by themselves, not with the rest of the update; `*` and `?` stand for
+            any text, as in names of files, and each pattern must fit some array. Empty: all arrays are one update.
+        apart_clip_norm: Longest change of the arrays `apart`, all together, in their own unit, > 0; a longer one is
+            scaled down. `inf` is off: only `max_update_norm` and the gate then stand behind them.
+        max_update_norm: An update longer than this, or arrays `apart` that moved farther, are refused, not clipped,
+            > 0. The default is beyond what any training round can do; `inf` is off.
         max_examples: The largest number of examples that a client's report counts for, >= 1; unset: no fixed cap.
         max_examples_ratio: A reported number counts for at most so many times the median of the round, >= 1; `inf` is
             off. On by default: the number is the client's weight in the average, and nobody else can check it.
@@ -81,7 +92,8 @@ class Guard:
             up), or the `start`.
 
     Raises:
-        ConfigError: Flagged updates are to be clipped, but `clip_norm` is off.
+        ConfigError: Flagged updates are to be clipped, but `clip_norm` is off; or `apart_clip_norm` is set, but no
+            array is `apart`.
 
     Source:
         Clipping before aggregation: Pang et al., NeurIPS 2021, Appendix C.3. Discrepancy: Zhu et al., ICML 2023,
@@ -90,6 +102,8 @@ class Guard:
 
     clip_norm: Bound = math.inf
     norm: Norm = "l2"
+    apart: tuple[str, ...] = ()
+    apart_clip_norm: Bound = math.inf
     max_update_norm: Bound = 1e9
     max_examples: Annotated[int, Field(ge=1)] | None = None
     max_examples_ratio: Annotated[float, Field(ge=1)] = 10.0
@@ -108,6 +122,11 @@ class Guard:
             raise ConfigError(
                 "guard: max_discrepancy flags updates that are then clipped, but clip_norm is off, so nothing would "
                 'happen; set clip_norm, or flagged = "refuse".'
+            )
+        if not self.apart and not math.isinf(self.apart_clip_norm):
+            raise ConfigError(
+                "guard: apart_clip_norm bounds the arrays that `apart` names, but it names none; name some, such as "
+                f"BatchNorm's statistics, {list(STATISTICS)}, or take apart_clip_norm out."
             )
 
     @property
@@ -188,6 +207,32 @@ def trusted_module(module: nn.Module, batch: Batch) -> Trusted:
     return Trusted(logits, batch.y)
 
 
+def born_types(state: State, guard: Guard) -> dict[str, np.dtype[Any]]:
+    """The type of each array when the federation begins. BatchNorm's count is whole, whatever an average made of it.
+
+    Args:
+        state: The global arrays; perhaps those that an earlier federation ended with.
+        guard: Its `apart` must fit them.
+
+    Raises:
+        ConfigError: An array holds no real numbers, or a pattern of `apart` fits no array.
+    """
+    for name, array in state.items():
+        if array.dtype.kind not in "biuf":
+            raise ConfigError(
+                f"guard: the model's array '{name}' is {array.dtype}, and only real numbers can be measured; send its "
+                "real and imaginary parts as two arrays, or leave the guard out."
+            )
+    for pattern in guard.apart:
+        if not any(fnmatchcase(name, pattern) for name in state):
+            raise ConfigError(
+                f"guard: apart = '{pattern}' fits no array of the model, which are: {', '.join(sorted(state))[:500]}; "
+                "correct the pattern, or take it out."
+            )
+    whole = np.dtype(np.int64)
+    return {name: whole if _last(name) == "num_batches_tracked" else array.dtype for name, array in state.items()}
+
+
 def find_fault(received: State, model: State, born: DTypes) -> str:
     """What makes arrays unfit to be averaged with those of the model; empty if nothing does.
 
@@ -195,21 +240,25 @@ def find_fault(received: State, model: State, born: DTypes) -> str:
         received: What a client sent.
         model: The global arrays that it was sent.
         born: Types of the global arrays when the federation began. An array must be able to hold what that type holds:
-            server optimisers and averages widen types, and a narrower one would lose precision for everybody.
+            server optimisers and averages widen types, and a narrower one would lose precision for everybody; float32
+            does for float64. No wider than 64 bits and in the machine's own order of bytes, as torch wants it.
     """
     missing, extra = sorted(model.keys() - received.keys()), sorted(received.keys() - model.keys())
     if missing:
         return f"array '{missing[0]}' is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else "")
     if extra:
         return f"unknown array {extra[0][:80]!r}" + (f", and {len(extra) - 1} more" if len(extra) > 1 else "")
-    faults = (_array_fault(received[name], expected, born[name]) for name, expected in model.items())
+    faults = (
+        _array_fault(received[name], expected, born[name]) or _variance_fault(received[name], expected, name)
+        for name, expected in model.items()
+    )
     return next((f"array '{name}' {fault}" for name, fault in zip(model, faults, strict=True) if fault), "")
 
 
 def _array_fault(array: NDArray[Any], expected: NDArray[Any], born: np.dtype[Any]) -> str:
     if array.shape != expected.shape:
         return f"has shape {array.shape}, not {expected.shape}"
-    if array.dtype.kind not in "biuf" or not np.can_cast(born, array.dtype, "safe"):
+    if not _holds(array.dtype, born):
         return f"is {array.dtype}, not {born}"
     finite = np.isfinite(array)
     if not _counts(born):
@@ -222,46 +271,88 @@ def _array_fault(array: NDArray[Any], expected: NDArray[Any], born: np.dtype[Any
     return ""
 
 
+def _variance_fault(array: NDArray[Any], expected: NDArray[Any], name: str) -> str:
+    """A variance below zero makes every answer NaN, and takes but a short update where variances are small."""
+    if _last(name) != "running_var" or (expected < 0).any() or not (array < 0).any():
+        return ""
+    return f"holds {int((array < 0).sum())} of {array.size} variances that are negative"
+
+
+def _holds(dtype: np.dtype[Any], born: np.dtype[Any]) -> bool:
+    if dtype.kind not in "biuf" or dtype.itemsize > 8 or not dtype.isnative:
+        return False
+    return np.can_cast(born, dtype, "safe") or (born == np.float64 and dtype == np.float32)
+
+
 def _counts(dtype: np.dtype[Any]) -> bool:
     return dtype.kind != "f"
 
 
-def update_of(received: State, model: State, born: DTypes) -> Tensor:
-    """A client's update: (1, weights) float64, the arrays' differences laid end to end, counters left out."""
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+class Lengths(NamedTuple):
+    """How long a client's update is, and the change of the arrays that are measured apart; 0 where there are none."""
+
+    update: float = 0.0
+    apart: float = 0.0
+
+
+def names_of(born: DTypes, guard: Guard) -> tuple[list[str], list[str]]:
+    """The arrays that are measured: those of the update, and those apart; counters are in neither."""
+    measured = [name for name, dtype in born.items() if not _counts(dtype)]
+    apart = [name for name in measured if any(fnmatchcase(name, pattern) for pattern in guard.apart)]
+    return [name for name in measured if name not in apart], apart
+
+
+def update_of(received: State, model: State, names: Sequence[str]) -> Tensor:
+    """What a client changed: (1, weights) float64, the differences of the arrays of these names laid end to end."""
     with np.errstate(over="ignore"):  # an infinite difference has an infinite length, and is refused for it
         pieces = [
-            torch.from_numpy(np.subtract(received[name], model[name], dtype=np.float64).reshape(-1))
-            for name in model
-            if not _counts(born[name])
+            torch.from_numpy(np.subtract(received[name], model[name], dtype=np.float64).reshape(-1)) for name in names
         ]
     return torch.cat([torch.empty(0, dtype=torch.float64), *pieces]).unsqueeze(0)
 
 
-def length_of(received: State, model: State, born: DTypes, norm: Norm) -> float:
+def lengths_of(received: State, model: State, born: DTypes, guard: Guard) -> Lengths:
     """How long a client's update is; 0 for a model without weights."""
-    update = update_of(received, model, born)
-    return float(sample_norms(update, norm)) if update.numel() else 0.0
+    rows = [update_of(received, model, names) for names in names_of(born, guard)]
+    return Lengths(*(float(sample_norms(row, guard.norm)) if row.numel() else 0.0 for row in rows))
 
 
-def find_excess(length: float, guard: Guard) -> str:
-    """Why an update of that length is refused; empty if it is not."""
-    if math.isfinite(length) and length <= guard.max_update_norm:
-        return ""
-    return f"update of {guard.norm} length {length:.3g}, limit {guard.max_update_norm:g}"
+def find_excess(lengths: Lengths, guard: Guard) -> str:
+    """Why an update of these lengths is refused; empty if it is not."""
+    return _beyond(lengths, Lengths(guard.max_update_norm, guard.max_update_norm), guard)
+
+
+def find_overlength(lengths: Lengths, guard: Guard) -> str:
+    """Why an update of these lengths is clipped; empty if it is not."""
+    return _beyond(lengths, Lengths(guard.clip_norm, guard.apart_clip_norm), guard)
+
+
+def _beyond(lengths: Lengths, limits: Lengths, guard: Guard) -> str:
+    return "; ".join(
+        f"{what} of {guard.norm} length {length:.4g}, limit {limit:g}"
+        for what, length, limit in zip(("update", "arrays apart"), lengths, limits, strict=True)
+        if not (math.isfinite(length) and length <= limit)
+    )
 
 
 def clipped(received: State, model: State, born: DTypes, guard: Guard) -> dict[str, NDArray[Any]]:
-    """The client's arrays moved towards the model's until the update keeps to `clip_norm`; counters as sent."""
-    row = clip_rows(update_of(received, model, born), guard.clip_norm, guard.norm)[0].numpy()
-    made: dict[str, NDArray[Any]] = {}
-    start = 0
-    for name, now in model.items():
-        if _counts(born[name]):
-            made[name] = received[name]
+    """The client's arrays moved towards the model's until they keep to `clip_norm`, those apart to `apart_clip_norm`.
+
+    What keeps to its bound, and counters, are as sent.
+    """
+    made = {name: received[name] for name in model}
+    for names, bound in zip(names_of(born, guard), (guard.clip_norm, guard.apart_clip_norm), strict=True):
+        row = update_of(received, model, names)
+        if not row.numel() or float(sample_norms(row, guard.norm)) <= bound:
             continue
-        piece = row[start : start + now.size].reshape(now.shape)
-        made[name] = np.asarray(now + piece).astype(received[name].dtype)
-        start += now.size
+        pieces = torch.split(clip_rows(row, bound, guard.norm)[0], [model[name].size for name in names])
+        for name, piece in zip(names, pieces, strict=True):
+            now = model[name]
+            made[name] = np.asarray(now + piece.numpy().reshape(now.shape)).astype(received[name].dtype)
     return made
 
 

@@ -30,14 +30,17 @@ from mithridate.norms import Norm, clip_rows
 from mithridate.registry import settings
 from mithridate.seeding import generator
 
-Kind = Literal["accumulative", "sign_flip", "nan", "huge", "shape", "missing", "count"]
+Kind = Literal["accumulative", "sign_flip", "nan", "huge", "shape", "missing", "count", "garbage"]
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Tensors = Mapping[str, Tensor]
 Memory = dict[str, Tensor]
 """What the client remembers between rounds: its velocity and its trigger."""
 
-GARBAGE: tuple[Kind, ...] = ("nan", "huge", "shape", "missing", "count")
+CYCLE: tuple[Kind, ...] = ("nan", "shape", "missing", "huge")
+"""What `garbage` sends in turn."""
+
+GARBAGE: tuple[Kind, ...] = (*CYCLE, "count", "garbage")
 """Kinds that only break things; they need neither model nor data."""
 
 HUGE = 1e30
@@ -69,7 +72,8 @@ class Hostile:
     Args:
         kind: `accumulative`; `sign_flip` (the honest update reversed, times `boost`); or garbage: `nan`, `huge` (1e30
             in every weight), `shape` (every array of another shape), `missing` (one array left out), `count` (an honest
-            model and an absurd number of examples).
+            model and an absurd number of examples), `garbage` (`nan`, `shape`, `missing`, `huge` in turn, one a round;
+            each hostile client begins one later in that order than the one before it in `partitions`).
         partitions: Numbers of the hostile clients (`partition-id` of the node).
         trigger_round: Server round of the trigger, from 1; earlier ones are accumulative.
         trigger: `optimised`, `reverse` or `clean`, see above.
@@ -150,12 +154,13 @@ def hostile_state(
         honest: Its state after honest local training.
         hostile: Settings.
         server_round: From 1.
-        partition: Which of the hostile clients it is.
+        partition: Which of the hostile clients it is; one of `hostile.partitions`.
         memory: Its notes; written to.
         accomplice: Gives what the accumulative attack needs; not called by other kinds.
     """
     if hostile.kind in GARBAGE:
-        return _garbage(honest, hostile.kind)
+        turn = server_round - 1 + hostile.partitions.index(partition)
+        return _garbage(honest, CYCLE[turn % len(CYCLE)] if hostile.kind == "garbage" else hostile.kind)
     floats = [name for name, t in honest.items() if t.is_floating_point()]
     if hostile.kind == "sign_flip":
         update = {name: -hostile.boost * (honest[name] - model[name].to(honest[name])) for name in floats}
