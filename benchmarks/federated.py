@@ -2,15 +2,18 @@
 
 Measured on a CPU, in one run, on the same model (burnt in for a few steps) and the same images:
 
-- seconds to sum the clipped updates of all clients of a round, three ways, which take turns, the order changing from
+- seconds to sum the clipped updates of all clients of a round, four ways, which take turns, the order changing from
   repetition to repetition: `separate` backward passes as anybody would write them (one client after the other: zero the
-  gradients, `backward`, lay them end to end, clip, add), and the two of `mithridate.per_client`, `layered` and
-  `mapped`, as many clients at a time as a round takes, their rows clipped and added by one product of a vector and a
-  matrix. All three keep the running sum, not the rows. Beside wall-clock time stands the processor time of all threads,
-  which other work on the machine spoils less. The three sums must agree;
+  gradients, `backward`, lay them end to end, clip, add); `summed`, what a round takes whose server needs no single
+  update (`mithridate.per_client.summed_gradients`); and the two that form every client's row, as a round with a robust
+  rule needs them, `layered` and `mapped`, as many clients at a time as a round takes, their rows clipped and added by
+  one product of a vector and a matrix. All keep the running sum, not the rows. Beside wall-clock time stands the
+  processor time of all threads, which other work on the machine spoils less. The sums must agree;
+- the same for a whole round of `run_federated` with its bookkeeping (sampling, loss, BatchNorm statistics, step), one
+  image a client, every update clipped before the mean, without the evaluation of the model that follows a round;
 - peak memory and seconds of a whole round of `run_federated`, one image a client, every update clipped before the mean
-  (`bound = "before"`) and none kept, for more and more clients: once with BatchNorm statistics frozen, and once
-  synchronised, which takes all images of the round through the model at once. Each in a process of its own: after a
+  (`bound = "before"`), for more and more clients: once with BatchNorm statistics frozen, and once synchronised. Each in
+  a process of its own: after a
   round of two clients, the kernel's high-water mark of resident memory is reset, the round is made, and the rise of the
   mark above what was resident before is the round's memory (Linux only).
 
@@ -18,6 +21,7 @@ Measured on a CPU, in one run, on the same model (burnt in for a few steps) and 
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -37,7 +41,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mithridate.core import Batch
+from mithridate.core import Batch, row_factors
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings, open_stream
@@ -46,20 +50,21 @@ from mithridate.errors import DataError
 from mithridate.learning.federated import FederatedRun, federate, federated_optimiser, run_federated
 from mithridate.learning.learner import Learner
 from mithridate.models import build_model
-from mithridate.per_client import PASS, Way, client_gradients
+from mithridate.per_client import PASS, SUMMED_PASS, Way, client_gradients, summed_gradients
 from mithridate.testing.memory import peak_memory
 from mithridate.update_attacks.clean import Clean
 
 DATA = "cifar10"
 TRAINING_STEPS, TRAINING_BATCH = 20, 100
-AGREEMENT = 1e-3
-"""Largest distance of two sums, relative to their length: float32 lengths of a million entries differ by 1e-4."""
+AGREEMENT = 1e-2
+"""Largest distance of two sums, relative to their length. Most lie within 1e-3, as float32 lengths of a million entries
+do; a ReLU at its kink may fall to either side when images go through the model in other company."""
 
 STATISTICS: tuple[Literal["frozen", "synchronised"], ...] = ("frozen", "synchronised")
 """What becomes of BatchNorm statistics in the rounds whose memory is measured."""
 
-NOTHING_KEPT = 1e-6
-"""Of `max_matrix`, in GiB: no model is small enough for its updates to be held at once."""
+TEST = 10
+"""Images that a whole round is tested on: next to none."""
 
 
 def arguments() -> argparse.Namespace:
@@ -131,28 +136,65 @@ def together(way: Way, model: nn.Module, x: Tensor, y: Tensor, clip: float) -> T
     return total
 
 
+def summed(model: nn.Module, x: Tensor, y: Tensor, clip: float) -> Tensor:
+    """The same without a client's row, as in a round whose server needs none."""
+    clients = max(1, SUMMED_PASS // y.shape[1])
+    total = torch.zeros(sum(p.numel() for p in model.parameters()))
+    factors = partial(row_factors, Clip(clip_norm=clip))
+    for pixels, labels in zip(torch.split(x, clients), torch.split(y, clients), strict=True):
+        found = summed_gradients(model, F.cross_entropy, pixels, labels, factors=factors)
+        if isinstance(found, str):
+            raise TypeError(found)
+        total += found.total
+    return total
+
+
 Sum = Callable[[nn.Module, Tensor, Tensor, float], Tensor]
 
 WAYS: Mapping[str, Sum] = {
     "separate": separate,
+    "summed": summed,
     "layered": partial(together, "layered"),
     "mapped": partial(together, "mapped"),
 }
 
 
-def speed(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def whole_round(model: nn.Module, clients: int, clip: float) -> Callable[[], Tensor]:
+    """A round of a federation whose clients hold the stream's images, one each; gives the sum that it came to."""
+    stream = open_stream(StreamSettings(name=DATA, burn_in=1, victim=clients, trusted=0, validation=0, test=TEST))
+    federation = federate(stream, Shards(clients=clients, partition="one"), seed=0)
+    run = FederatedRun(rounds=0, bound="before", momentum=0.0)
+
+    def go() -> Tensor:
+        own = copy.deepcopy(model)
+        learner = Learner(own, federated_optimiser(own.parameters(), run), defence=Clip(clip_norm=clip))
+        run_federated(learner, federation, Clean(), run)
+        moved = [p.detach() - q.detach() for p, q in zip(model.parameters(), own.parameters(), strict=True)]
+        return torch.cat([m.flatten() for m in moved]) * (clients / run.lr)
+
+    return go
+
+
+def speed(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace, source: str) -> dict[str, dict[str, Any]]:
     """Seconds of each way, the ways in turn, and how far its sum is from that of separate passes."""
-    own = WAYS["separate"](model, x, y, args.clip)  # also warms up
-    differences = {name: float((way(model, x, y, args.clip) - own).norm() / own.norm()) for name, way in WAYS.items()}
-    if max(differences.values()) > AGREEMENT:
+    ways: dict[str, Callable[[], Tensor]] = {name: partial(way, model, x, y, args.clip) for name, way in WAYS.items()}
+    own = ways["separate"]()  # also warms up
+    differences: dict[str, float | None] = {
+        name: float((way() - own).norm() / own.norm()) for name, way in ways.items()
+    }
+    if max(d for d in differences.values() if d is not None) > AGREEMENT:
         raise RuntimeError(f"the sums differ, relative to the first: {differences}; this is a defect, report it")
-    wall: dict[str, list[float]] = {name: [] for name in WAYS}
-    cpu: dict[str, list[float]] = {name: [] for name in WAYS}
-    names = list(WAYS)
+    if source == DATA and args.samples == 1:
+        ways["a whole round"] = whole_round(model, args.clients, args.clip)
+        ways["a whole round"]()
+        differences["a whole round"] = None  # of other images
+    wall: dict[str, list[float]] = {name: [] for name in ways}
+    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
     for repeat in range(args.repeats):
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             start, used = time.perf_counter(), time.process_time()
-            WAYS[name](model, x, y, args.clip)
+            ways[name]()
             wall[name].append(time.perf_counter() - start)
             cpu[name].append(time.process_time() - used)
     return {
@@ -161,7 +203,7 @@ def speed(model: nn.Module, x: Tensor, y: Tensor, args: argparse.Namespace) -> d
             "wall": against(wall[name], wall["separate"]),
             "cpu": against(cpu[name], cpu["separate"]),
         }
-        for name in WAYS
+        for name in ways
     }
 
 
@@ -188,7 +230,7 @@ def round_of(clients: int, batch_norm: Literal["frozen", "synchronised"], args: 
     model = build_model({"name": args.model, "width": args.width, "norm": args.norm}, stream.info, seed=0)
     train(model, stream.burn_in.all())
     federation = federate(stream, Shards(clients=clients, partition="one"), seed=0)
-    run = FederatedRun(rounds=0, bound="before", batch_norm=batch_norm, max_matrix=NOTHING_KEPT)
+    run = FederatedRun(rounds=0, bound="before", batch_norm=batch_norm)
     learner = Learner(model, federated_optimiser(model.parameters(), run), defence=Clip(clip_norm=args.clip))
     run_federated(learner, federation, Clean(), replace(run, per_round=2))
     start, used = time.perf_counter(), time.process_time()
@@ -226,9 +268,10 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
                 f"{clock['times_faster']:.2f} ({clock['least']:.2f} to {clock['most']:.2f})",
             )
         ]
-        table.add_row(name, *pairs, f"{f['difference']:.0e}")
+        apart = "" if f["difference"] is None else f"{f['difference']:.0e}"
+        table.add_row(name, *pairs, apart)
     console.print(table)
-    table = Table(title="A whole round, above what was resident before; no update is kept", title_justify="left")
+    table = Table(title="A whole round: memory above what was resident before", title_justify="left")
     for column in ("BatchNorm statistics", "clients", "MiB", "wall (s)", "processor (s)"):
         table.add_column(column, justify="left" if column.startswith("Batch") else "right")
     for batch_norm, rounds in figures["memory"].items():
@@ -253,7 +296,7 @@ def main() -> None:
     x = data.x.view(args.clients, args.samples, *info.shape)
     console = Console()
     figures: dict[str, Any] = {
-        "speed": speed(model, x, data.y.view(args.clients, args.samples), args),
+        "speed": speed(model, x, data.y.view(args.clients, args.samples), args, source),
         "memory": memory(args) if sys.platform == "linux" and source == DATA else {},
         "setting": {
             **{key: value for key, value in vars(args).items() if key not in {"json", "memory_of"}},

@@ -16,16 +16,24 @@ if TYPE_CHECKING:
     from mithridate.core import Attack as Attack
     from mithridate.core import Batch as Batch
     from mithridate.core import Defence as Defence
+    from mithridate.core import Detector as Detector
+    from mithridate.core import Honest as Honest
     from mithridate.core import Monitor as Monitor
     from mithridate.core import Need as Need
     from mithridate.core import Snapshot as Snapshot
+    from mithridate.core import UpdateAttack as UpdateAttack
     from mithridate.core import View as View
+    from mithridate.data.shards import Shards as Shards
     from mithridate.data.stream import StreamSettings as StreamSettings
     from mithridate.data.stream import open_stream as open_stream
     from mithridate.defences.clip import Clip as Clip
     from mithridate.errors import UserError as UserError
     from mithridate.learning.burn_in import BurnIn as BurnIn
     from mithridate.learning.burn_in import burn_in as burn_in
+    from mithridate.learning.federated import FederatedRun as FederatedRun
+    from mithridate.learning.federated import federate as federate
+    from mithridate.learning.federated import federated_optimiser as federated_optimiser
+    from mithridate.learning.federated import run_federated as run_federated
     from mithridate.learning.learner import Learner as Learner
     from mithridate.learning.online import OnlineRun as OnlineRun
     from mithridate.learning.online import Outcome as Outcome
@@ -43,11 +51,24 @@ _HOME = {
     "bench.engine": ["run_recipe"],
     "bench.recipe": ["read_recipe"],
     "bench.store": ["read_runs"],
-    "core": ["Attack", "Batch", "Defence", "Monitor", "Need", "Snapshot", "View"],
+    "core": [
+        "Attack",
+        "Batch",
+        "Defence",
+        "Detector",
+        "Honest",
+        "Monitor",
+        "Need",
+        "Snapshot",
+        "UpdateAttack",
+        "View",
+    ],
+    "data.shards": ["Shards"],
     "data.stream": ["StreamSettings", "open_stream"],
     "defences.clip": ["Clip"],
     "errors": ["UserError"],
     "learning.burn_in": ["BurnIn", "burn_in"],
+    "learning.federated": ["FederatedRun", "federate", "federated_optimiser", "run_federated"],
     "learning.learner": ["Learner"],
     "learning.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
     "models": ["build_model"],

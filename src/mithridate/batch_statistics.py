@@ -60,9 +60,9 @@ def watched(model: nn.Module) -> Iterator[Seen]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             fed = inputs[0].detach()
             others = [d for d in range(fed.ndim) if d != 1]
-            variance, mean = torch.var_mean(fed, others, correction=0)
-            count = fed.numel() // fed.shape[1]
-            more = Moments(count, mean.double(), variance.double() * count)
+            mean = fed.mean(others, keepdim=True)
+            apart = torch.linalg.vector_norm(fed - mean, dim=others)  # torch.var takes eight times as long on a CPU
+            more = Moments(fed.numel() // fed.shape[1], mean.flatten().double(), apart.double().square())
             if name in seen:
                 seen[name].take(more)
             else:

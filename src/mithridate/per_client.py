@@ -31,6 +31,9 @@ Way = Literal["auto", "layered", "mapped"]
 PASS = 64
 """Samples that go through the model at once, unless one client has more: bounds memory."""
 
+FEW_CHANNELS = 8
+"""A CPU's convolutions take channels eight at a time; with fewer, what makes weight gradients is slow."""
+
 SUMMED_PASS = 128
 """The same where no rows are formed, which leaves memory for more."""
 
@@ -407,9 +410,9 @@ def _between_patches(layer: nn.Conv2d, fed: Tensor, back: Tensor) -> Tensor:
     rows, columns = back.shape[3:]
     total = each.new_zeros(clients, samples, rows, columns, samples, rows, columns)
     for i in range(layer.kernel_size[0]):
-        across = slice(i * layer.dilation[0], i * layer.dilation[0] + rows)
+        across = _steps(i * layer.dilation[0], rows, 1)
         for j in range(layer.kernel_size[1]):
-            along = slice(j * layer.dilation[1], j * layer.dilation[1] + columns)
+            along = _steps(j * layer.dilation[1], columns, 1)
             total += each[:, :, across, along, :, across, along]
     return total.flatten(4).flatten(1, 3)
 
@@ -435,19 +438,37 @@ def _linear(layer: nn.Module, fed: Tensor, back: Tensor, own: Mapping[str, Tenso
 
 def _convolution(layer: nn.Module, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
     assert isinstance(layer, nn.Conv2d)  # noqa: S101  (chosen by type)
-    if "weight" in own and fed.device.type == "cpu" and back[0, 0, 0].numel() >= layer.out_channels:
+    if "weight" in own and layer.in_channels < FEW_CHANNELS:
+        _by_offsets(layer, fed, back, own["weight"])
+    elif "weight" in own and fed.device.type == "cpu" and back[0, 0, 0].numel() >= layer.out_channels:
         # One convolution with a group a client: the samples stay the batch, the clients move beside the channels.
         a, g = (t.transpose(0, 1).flatten(1, 2) for t in (fed, back))
-        shape = own["weight"].flatten(0, 1).shape
-        found = conv2d_weight(  # type: ignore[no-untyped-call]  # torch gives it no types
-            a, shape, g, stride=layer.stride, padding=_padding(layer), dilation=layer.dilation, groups=len(fed)
-        )
+        shape, how = own["weight"].flatten(0, 1).shape, (layer.stride, _padding(layer), layer.dilation, len(fed))
+        found = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
         own["weight"].copy_(found.view_as(own["weight"]))
     elif "weight" in own:
         a, g = _unfolded(layer, fed, back)
         torch.bmm(g, a.transpose(1, 2), out=own["weight"].flatten(2))
     if "bias" in own:
         torch.sum(back, (1, 3, 4), out=own["bias"])
+
+
+def _by_offsets(layer: nn.Conv2d, fed: Tensor, back: Tensor, weight: Tensor) -> None:
+    """A convolution's weight gradients, one entry of the kernel after the other: for the few channels of an image."""
+    down, right = _padding(layer)
+    padded = F.pad(fed, (right, right, down, down))
+    rows, columns = back.shape[3:]
+    g = back.transpose(1, 2).flatten(2).transpose(1, 2)  # (clients, places, outputs)
+    for i in range(layer.kernel_size[0]):
+        across = _steps(i * layer.dilation[0], rows, layer.stride[0])
+        for j in range(layer.kernel_size[1]):
+            along = _steps(j * layer.dilation[1], columns, layer.stride[1])
+            a = padded[..., across, along].transpose(1, 2).flatten(2)
+            weight[..., i, j].copy_(torch.bmm(a, g).transpose(1, 2))
+
+
+def _steps(start: int, number: int, step: int) -> slice:
+    return slice(start, start + step * (number - 1) + 1, step)
 
 
 def _batch_norm(layer: nn.Module, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:

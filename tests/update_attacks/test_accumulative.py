@@ -1,6 +1,7 @@
 """The accumulative attack on rounds: its direction against double backward, its trigger, and what it comes to."""
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -239,6 +240,12 @@ def test_the_phase_ends_when_it_is_about_to_be_noticed(
 ) -> None:
     view = View(0, {}, {Need.ACCURACY: accuracy}, GRANTED)
     assert Accumulative(**fields).ready(view) is ready
+
+
+def test_the_phase_ends_after_its_rounds(view: View) -> None:
+    for step, ready in ((0, False), (6, False), (7, True)):
+        assert Accumulative(max_rounds=7).ready(dataclasses.replace(view, step=step)) is ready
+    assert Accumulative(max_rounds=0).ready(view)
 
 
 @pytest.mark.parametrize(

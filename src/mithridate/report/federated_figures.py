@@ -33,7 +33,7 @@ from mithridate.report.wording import MISSING, decimal, file_stem, listed, numbe
 NORMS = ("l2", "linf")
 """The norms of clipping, in the order of the paper's tables."""
 
-ENDS = frozenset({"label", "accuracy_floor", "max_drop"})
+ENDS = frozenset({"label", "max_rounds", "accuracy_floor", "max_drop"})
 """Settings of an attack that say what it is called or when its phase ends, not what is sent in it."""
 
 CORNERS = ((1, 1), (-1, -1), (1, -1), (-1, 1))

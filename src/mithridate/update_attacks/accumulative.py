@@ -61,6 +61,7 @@ class Accumulative(Hostile):
         norm: In which norm: `l2`, or `linf` (every entry).
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
+        max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
         accuracy_floor: End the phase once published accuracy is below this fraction; unset: no such floor.
         max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
             no such limit.
@@ -88,13 +89,16 @@ class Accumulative(Hostile):
     norm: Norm = "l2"
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
+    max_rounds: Annotated[int, Field(ge=0)] | None = None
     accuracy_floor: Share | None = None
     max_drop: Share | None = None
     craft_mode: BatchNormMode = "train"
     chunk: Annotated[int, Field(ge=1)] = 100
 
     def ready(self, view: View) -> bool:
-        """Once published accuracy has left the range that keeps the phase secret."""
+        """After the rounds that it was given, or once published accuracy has left the range that keeps it secret."""
+        if self.max_rounds is not None and view.step >= self.max_rounds:
+            return True
         start, now = view.accuracy
         below = self.accuracy_floor is not None and now < self.accuracy_floor
         return below or (self.max_drop is not None and start - now > self.max_drop)

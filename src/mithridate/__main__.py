@@ -1,0 +1,5 @@
+"""`python -m mithridate` is the command line."""
+
+from mithridate.cli import main
+
+main()
