@@ -549,6 +549,15 @@ class Defence:
     active: ClassVar[Mapping[str, Any]] = {}
     """Settings under which it surely acts on a toy stream; equal to `neutral` only for a defence that never acts."""
 
+    notes_only: ClassVar[bool] = False
+    """Whether its `screen` and `loss` only take notes and hand on what they are given, so that it may stand before a
+    federation, whose server sees no samples."""
+
+    @property
+    def observes_loss(self) -> bool:
+        """Whether its `loss` is the plain one, noted, so that it may stand beside a defence that changes the loss."""
+        return self.notes_only
+
     @property
     def lookback(self) -> int:
         """How many updates back it looks in the model's history; 0 if only at burn-in checkpoints or not at all."""

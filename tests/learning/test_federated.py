@@ -342,6 +342,17 @@ def test_batch_norm_averaged_is_the_mean_over_clients(
     assert torch.allclose(learner.applied[0].rows[0], rows.mean(0), atol=1e-6)
 
 
+def test_dropout_and_statistics_of_each_clients_own_are_refused(federation: Federation, server: NewLearner) -> None:
+    run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.1))
+    learner = Watched(model, federated_optimiser(model.parameters(), run))
+    with pytest.raises(ConfigError, match="dropout would draw anew"):
+        run_federated(learner, federation, Clean(), run)
+    run_federated(
+        learner, federation, Clean(), dataclasses.replace(run, batch_norm="frozen")
+    )  # eval mode draws nothing
+
+
 def test_batch_norm_frozen_is_not_touched(federation: Federation, server: NewLearner) -> None:
     learner, start = server(), server().snapshot()
     run_federated(learner, federation, Clean(), dataclasses.replace(RUN, batch_norm="frozen"))
@@ -755,6 +766,24 @@ def test_without_a_phase_the_same_trigger_comes_first(
 
 
 # Defences in a round.
+
+
+class Counting(Defence):
+    """A user's: counts batches, changes nothing."""
+
+    notes_only: ClassVar[bool] = True
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        view.memory["batches"] = view.memory.get("batches", torch.zeros(())) + 1
+        return batch
+
+
+def test_a_defence_that_only_takes_notes_may_stand_before_a_federation(
+    federation: Federation, server: NewLearner
+) -> None:
+    learner = server(RUN, Counting())
+    run_federated(learner, federation, Clean(), RUN)
+    assert learner.memory["batches"] == 3
 
 
 def test_a_gate_rolls_back_parameters_statistics_and_momentum(

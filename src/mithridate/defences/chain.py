@@ -210,7 +210,7 @@ def _changes_loss(part: Defence) -> bool:
     """Whether the part's loss may be another than the plain one."""
     if isinstance(part, Chain):
         return any(_changes_loss(inner) for inner in part.built)
-    return _overrides(part, "loss") and not getattr(part, "observes_loss", False)
+    return _overrides(part, "loss") and not part.observes_loss
 
 
 def _under(prefix: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:

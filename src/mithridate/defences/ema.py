@@ -40,6 +40,7 @@ class Ema(Defence):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
     neutral: ClassVar[Mapping[str, Any]] = {"decay": 0.0}
     active: ClassVar[Mapping[str, Any]] = {"decay": 0.9}
+    notes_only: ClassVar[bool] = True
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
 

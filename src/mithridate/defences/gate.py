@@ -65,6 +65,7 @@ class Gate(Defence):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.TRUSTED})
     neutral: ClassVar[Mapping[str, Any]] = {"max_loss_rise": math.inf, "max_accuracy_drop": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"max_loss_rise": 0.0, "max_accuracy_drop": 0.0, "reference": "best"}
+    notes_only: ClassVar[bool] = True
 
     max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
     max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1

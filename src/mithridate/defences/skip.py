@@ -57,8 +57,7 @@ class Skip(Defence):
 
     neutral: ClassVar[Mapping[str, Any]] = {"threshold": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"threshold": 0.0, "warmup": 1}
-    observes_loss: ClassVar[bool] = True
-    """Its `loss` is the plain one, noted; a chain may combine it with a part that changes the loss."""
+    notes_only: ClassVar[bool] = True
 
     window: Annotated[int, Field(ge=2)] = 50
     threshold: Annotated[float, Field(ge=0)] = 4.0

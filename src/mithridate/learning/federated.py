@@ -33,8 +33,6 @@ from mithridate.core import (
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
 from mithridate.defences.chain import Chain
-from mithridate.defences.ema import Ema
-from mithridate.defences.gate import Gate
 from mithridate.defences.robust import Robust
 from mithridate.defences.skip import Skip
 from mithridate.errors import ConfigError, DataError
@@ -57,8 +55,6 @@ from mithridate.seeding import derived_seed, generator
 GIB = 2**30
 AT_ONCE = 8
 """Rows that are bounded and added at a time: copies of so few go into memory that was just freed, not into fresh."""
-NOTING = (Ema, Gate, Skip)
-"""Defences whose `screen` or `loss` only takes notes; another's acts on samples, of which a server sees none."""
 
 
 @settings
@@ -200,7 +196,7 @@ def check_defence(defence: Defence, run: FederatedRun, clients: int) -> None:
     for part in _parts(defence):
         cls = type(part)
         acts = cls.screen is not Defence.screen or cls.loss is not Defence.loss
-        if acts and not isinstance(part, NOTING):
+        if acts and not part.notes_only:
             raise ConfigError(
                 f"{cls.__name__} acts on training samples, and the server of a federation sees none, so it would do "
                 "nothing; take one that acts on updates (clip, dgc, robust) or on the model (gate, bound_update, ema)."
@@ -212,6 +208,16 @@ def check_defence(defence: Defence, run: FederatedRun, clients: int) -> None:
             )
         if isinstance(part, Robust):
             part.check(clients)
+
+
+def _check_model(model: torch.nn.Module, run: FederatedRun) -> None:
+    """Refuse a model whose clients would draw random numbers in train mode."""
+    dropout = (m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
+    if run.batch_norm == "averaged" and any(m.p > 0 for m in dropout):
+        raise ConfigError(
+            'batch_norm = "averaged" computes gradients in train mode, in which the model\'s dropout would draw anew for '
+            'every client and no run could be repeated; use "synchronised" or "frozen".'
+        )
 
 
 def _parts(defence: Defence) -> list[Defence]:
@@ -270,6 +276,7 @@ class _Rounds:
         federation.require(run)
         clients = run.per_round or len(federation.shards)
         check_defence(learner.defence, run, clients)
+        _check_model(learner.model, run)
         self.keep = self._keeps(clients)
         self.test = list(stream.test.batches(EVALUATION_BATCH, device=device))
         _, trigger = federation.round(run.rounds, run, device)
