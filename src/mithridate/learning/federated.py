@@ -215,8 +215,8 @@ def _check_model(model: torch.nn.Module, run: FederatedRun) -> None:
     dropout = (m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
     if run.batch_norm == "averaged" and any(m.p > 0 for m in dropout):
         raise ConfigError(
-            'batch_norm = "averaged" computes gradients in train mode, in which the model\'s dropout would draw anew for '
-            'every client and no run could be repeated; use "synchronised" or "frozen".'
+            'batch_norm = "averaged" computes gradients in train mode, in which the model\'s dropout would draw anew '
+            'for every client and no run could be repeated; use "synchronised" or "frozen".'
         )
 
 
