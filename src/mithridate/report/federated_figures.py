@@ -39,6 +39,9 @@ ENDS = frozenset({"label", "max_rounds", "accuracy_floor", "max_drop"})
 CORNERS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 """Where the numbers of rounds stand beside the points, line by line, so that close lines do not hide them."""
 
+FAINT = 0.25
+"""Opacity of bars, which overlap where phases are about as secret as each other."""
+
 MARGIN = 0.06
 """Room around the points of a panel, relative to what they span."""
 
@@ -154,10 +157,11 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
             rows[0],
             stem=file_stem("secrecy", *rows[0].group),
             heading="Secrecy against destruction",
-            caption="One point an accumulative phase, with the number of its rounds; lines join phases of one weight "
-            "lam. Towards the right the phase is more secret (less accuracy lost before the trigger round), towards "
-            "the bottom the trigger round destroys more: towards the bottom right is worse for the model. On the "
-            "dotted line the trigger round changes nothing. Means over seeds; bars: one standard deviation.",
+            caption="One point an accumulative phase; lines join phases of one weight lam, the shortest and the "
+            "longest with the number of their rounds. Towards the right the phase is more secret (less accuracy lost "
+            "before the trigger round), towards the bottom the trigger round destroys more: towards the bottom right "
+            "is worse for the model. On the dotted line the trigger round changes nothing. Means over seeds; bars: one "
+            "standard deviation.",
             alt="Scatter plot of accuracy after the trigger round by accuracy before it. "
             + " ".join(
                 f"{defence}, {name}: "
@@ -337,7 +341,7 @@ def _draw_rounds(ax: Axes, row: Row, look: Look) -> None:
 def _draw_points(ax: Axes, line: Sequence[Point], look: Look, corner: tuple[int, int]) -> None:
     x, y = ([100 * (statistic.mean or 0) for statistic in side] for side in _sides(line))
     across, along = ([100 * (statistic.std or 0) for statistic in side] for side in _sides(line))
-    ax.errorbar(
+    drawn = ax.errorbar(
         x,
         y,
         xerr=across if any(across) else None,
@@ -350,7 +354,11 @@ def _draw_points(ax: Axes, line: Sequence[Point], look: Look, corner: tuple[int,
         markersize=6,
         zorder=3,
     )
-    for point, place in zip(line, zip(x, y, strict=True), strict=True):
+    for bar in drawn[2]:
+        bar.set_alpha(FAINT)
+    for i, (point, place) in enumerate(zip(line, zip(x, y, strict=True), strict=True)):
+        if 0 < i < len(line) - 1:
+            continue  # between the two that are named
         ax.annotate(
             f"{point.rounds:g}",
             place,
@@ -375,6 +383,6 @@ def _limits(ax: Axes, every: Sequence[Point]) -> None:
 
 
 def _span(side: Sequence[Statistic]) -> tuple[float, float]:
-    ends = [100 * ((s.mean or 0) + sign * (s.std or 0)) for s in side for sign in (-1, 1)]
+    ends = [min(100.0, max(0.0, 100 * ((s.mean or 0) + sign * (s.std or 0)))) for s in side for sign in (-1, 1)]
     pad = max(1.0, MARGIN * (max(ends) - min(ends)))
     return min(ends) - pad, max(ends) + 1.5 * pad
