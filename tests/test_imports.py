@@ -13,7 +13,8 @@ SRC = Path(__file__).parents[1] / "src"
 ROOT = SRC / "mithridate"
 
 PURE = {"elementary", "errors", "files", "seeding", "calculus", "norms", "divergence", "ascent"}
-CORE = PURE | {"core", "registry", "discrepancy", "features", "per_client"}
+PER_CLIENT = {"layer_gradients", "per_client", "per_client_sums", "batch_statistics"}
+CORE = PURE | PER_CLIENT | {"core", "registry", "discrepancy", "features"}
 COMPONENTS = {"models", "attacks", "update_attacks", "defences", "monitors", "detectors", "aggregators"}
 LEARNING = CORE | COMPONENTS | {"data", "learning"}
 EVERYTHING = LEARNING | {"bench", "bench.store", "report", "testing"}
@@ -31,7 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "core": {"errors", "calculus", "norms"},
     "discrepancy": {"core", "divergence", "errors", "registry"},
     "features": {"core", "errors"},
-    "per_client": {"core", "errors"},
+    "batch_statistics": {"errors"},
+    "layer_gradients": {"core"},
+    "per_client": {"core", "errors", "layer_gradients"},
+    "per_client_sums": {"core", "layer_gradients"},
     "data": CORE,
     **dict.fromkeys(COMPONENTS, CORE),
     "defences": CORE | {"aggregators"},
@@ -43,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "files", "bench.store"},
     "testing": LEARNING,
     "cli": EVERYTHING | {"mithridate"},
+    "__main__": {"cli"},
     "mithridate": EVERYTHING,
 }
 """Room to the rooms that it may import, itself apart. A new room is a line here: a deliberate act."""

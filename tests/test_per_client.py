@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from mithridate import per_client
+from mithridate import per_client, per_client_sums
 from mithridate.core import BatchNormMode
 from mithridate.errors import ConfigError, DataError
 from mithridate.models import build_model
-from mithridate.per_client import Way, client_gradients, summed_gradients
+from mithridate.per_client import Way, client_gradients
+from mithridate.per_client_sums import summed_gradients
 from mithridate.testing.toy import CLASSES, TOY
 
 MODELS: dict[str, Mapping[str, Any]] = {
@@ -217,13 +218,13 @@ def test_lengths_and_sums_are_those_of_the_rows(name: str, samples: int) -> None
 
 def test_the_deep_layers_of_a_resnet_form_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     made_rows: list[int] = []
-    rows = per_client._Rows
+    rows = per_client_sums._Rows
 
     def noting(entries: Tensor) -> object:
         made_rows.append(entries.shape[1])
         return rows(entries)
 
-    monkeypatch.setattr(per_client, "_Rows", noting)
+    monkeypatch.setattr(per_client_sums, "_Rows", noting)
     model = build_model({"name": "resnet18", "width": 8}, TOY, seed=0)
     x, y = samples_of(4, 1)
     assert not isinstance(summed_gradients(model, F.cross_entropy, x.float(), y), str)

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from mithridate.errors import UserError as UserError
     from mithridate.learning.burn_in import BurnIn as BurnIn
     from mithridate.learning.burn_in import burn_in as burn_in
-    from mithridate.learning.federated import FederatedRun as FederatedRun
-    from mithridate.learning.federated import federate as federate
     from mithridate.learning.federated import federated_optimiser as federated_optimiser
     from mithridate.learning.federated import run_federated as run_federated
+    from mithridate.learning.federation import FederatedRun as FederatedRun
+    from mithridate.learning.federation import federate as federate
     from mithridate.learning.learner import Learner as Learner
     from mithridate.learning.online import OnlineRun as OnlineRun
     from mithridate.learning.online import Outcome as Outcome
@@ -68,7 +68,8 @@ _HOME = {
     "defences.clip": ["Clip"],
     "errors": ["UserError"],
     "learning.burn_in": ["BurnIn", "burn_in"],
-    "learning.federated": ["FederatedRun", "federate", "federated_optimiser", "run_federated"],
+    "learning.federated": ["federated_optimiser", "run_federated"],
+    "learning.federation": ["FederatedRun", "federate"],
     "learning.learner": ["Learner"],
     "learning.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
     "models": ["build_model"],

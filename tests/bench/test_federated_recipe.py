@@ -19,7 +19,8 @@ from mithridate.data.shards import Shards
 from mithridate.data.stream import open_stream
 from mithridate.errors import ConfigError, DataError, UserError
 from mithridate.learning.burn_in import burn_in
-from mithridate.learning.federated import FederatedRun, federate, federated_optimiser, run_federated
+from mithridate.learning.federated import federated_optimiser, run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.learning.learner import Learner
 from mithridate.models import build_model
 from mithridate.registry import fields_of

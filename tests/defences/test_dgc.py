@@ -17,7 +17,8 @@ from mithridate.defences.clip import Clip
 from mithridate.defences.dgc import DGC
 from mithridate.discrepancy import memorization_discrepancy
 from mithridate.errors import ConfigError
-from mithridate.learning.federated import FederatedRun, federate, run_federated
+from mithridate.learning.federated import run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.learning.history import History
 from mithridate.learning.learner import Learner
 from mithridate.norms import clip_rows

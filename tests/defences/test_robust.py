@@ -19,7 +19,8 @@ from mithridate.defences.clip import Clip
 from mithridate.defences.gate import Gate
 from mithridate.defences.robust import Robust
 from mithridate.errors import ConfigError, ThreatModelError
-from mithridate.learning.federated import FederatedRun, federate, federated_optimiser, run_federated
+from mithridate.learning.federated import federated_optimiser, run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import Outcome
 from mithridate.registry import build, config_of

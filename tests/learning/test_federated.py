@@ -41,20 +41,14 @@ from mithridate.defences.robust import Robust
 from mithridate.defences.skip import Skip
 from mithridate.defences.trades import Trades
 from mithridate.errors import CheckpointError, ConfigError, DataError, ThreatModelError
-from mithridate.learning.federated import (
-    FederatedRun,
-    Federation,
-    check_defence,
-    federate,
-    federated_optimiser,
-    hostile_clients,
-    run_federated,
-)
+from mithridate.learning.federated import federated_optimiser, hostile_clients, run_federated
+from mithridate.learning.federation import FederatedRun, Federation, check_defence, federate
 from mithridate.learning.history import History
 from mithridate.learning.learner import Learner, Update
 from mithridate.learning.online import Outcome, Progress, run_online
 from mithridate.models.norm_layers import norm_layer
-from mithridate.per_client import client_gradients, summed_gradients
+from mithridate.per_client import client_gradients
+from mithridate.per_client_sums import summed_gradients
 from mithridate.registry import build, make
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.update_attacks.accumulative import Accumulative
@@ -286,8 +280,8 @@ def test_batch_norm_synchronised_records_the_union(
     defence: Defence | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for place, name in (("learning.federated", "SUMMED_PASS"), ("learning.federated", "EVALUATION_BATCH")):
-        monkeypatch.setattr(f"mithridate.{place}.{name}", 15)  # a few clients at a time
+    for name in ("SUMMED_PASS", "EVALUATION_BATCH"):
+        monkeypatch.setattr(f"mithridate.learning.sheet.{name}", 15)  # a few clients at a time
     run = FederatedRun(rounds=0, local_batch=samples)
     learner = server(run, defence)
     flags = [m.training for m in learner.model.modules()]
@@ -317,7 +311,7 @@ def test_batch_norm_synchronised_records_the_union(
 def test_batch_norm_averaged_is_the_mean_over_clients(
     federation: Federation, server: NewLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mithridate.learning.federated.PASS", 12)  # some clients at a time
+    monkeypatch.setattr("mithridate.learning.sheet.PASS", 12)  # some clients at a time
     run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=4)
     learner = server(run)
     run_federated(learner, federation, Clean(), run)
@@ -407,14 +401,14 @@ def test_norm_parameters_can_be_left_out_of_distances(federation: Federation, se
 
 
 def test_normalisation_layers_are_known_by_type() -> None:
-    from mithridate.learning.federated import _apart
+    from mithridate.learning.sheet import apart
 
     model = nn.Sequential(
         nn.Linear(2, 2), nn.LayerNorm(3), norm_layer("group", 4, 2), nn.InstanceNorm1d(5, affine=True), nn.RMSNorm(6)
     )
     names = {name for name, _ in model.named_parameters()}
-    assert names - _apart(model, FederatedRun(distances="without_norm")) == {"0.weight", "0.bias"}
-    assert _apart(model, FederatedRun()) == frozenset()
+    assert names - apart(model, FederatedRun(distances="without_norm")) == {"0.weight", "0.bias"}
+    assert apart(model, FederatedRun()) == frozenset()
 
 
 SUMMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
@@ -443,13 +437,13 @@ def test_sums_are_those_of_the_rows(
         calls.append(len(args[2]))
         return summed_gradients(*args, **options)
 
-    monkeypatch.setattr("mithridate.learning.federated.SUMMED_PASS", 4)  # a few clients at a time
-    monkeypatch.setattr("mithridate.learning.federated.summed_gradients", counted)
+    monkeypatch.setattr("mithridate.learning.sheet.SUMMED_PASS", 4)  # a few clients at a time
+    monkeypatch.setattr("mithridate.learning.sheet.summed_gradients", counted)
     summed, by_rows = server(run, defence), server(run, defence)
     first = run_federated(summed, federation, attack, run)
     honest = 10 - hostile_clients(attack, 10)
     assert sum(calls) == 3 * honest  # every honest client of three rounds, none by rows
-    monkeypatch.setattr("mithridate.learning.federated.summed_gradients", lambda *_, **__: "not today")
+    monkeypatch.setattr("mithridate.learning.sheet.summed_gradients", lambda *_, **__: "not today")
     second = run_federated(by_rows, federation, attack, run)
     for one, other in zip(timeless(first.trace), timeless(second.trace), strict=True):
         for key, value in one.items():

@@ -17,7 +17,8 @@ from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.errors import ConfigError
 from mithridate.learning.burn_in import BurnIn, burn_in
-from mithridate.learning.federated import FederatedRun, federate, run_federated
+from mithridate.learning.federated import run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import Outcome
 from mithridate.models import build_model

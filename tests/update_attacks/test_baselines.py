@@ -15,7 +15,8 @@ from torch import Tensor
 from mithridate.core import Honest, Need, UpdateAttack, View, WhiteBox
 from mithridate.data.shards import Shards
 from mithridate.errors import ConfigError, DataError
-from mithridate.learning.federated import FederatedRun, federate, run_federated
+from mithridate.learning.federated import run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.registry import build
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.update_attacks.alie import LARGEST_SHARE, largest_z

@@ -18,7 +18,8 @@ from mithridate.core import Defence, Gradient, Honest
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
-from mithridate.learning.federated import FederatedRun, federate, federated_optimiser, run_federated
+from mithridate.learning.federated import federated_optimiser, run_federated
+from mithridate.learning.federation import FederatedRun, federate
 from mithridate.learning.learner import Learner, Update
 from mithridate.norms import Norm, clip_rows
 from mithridate.registry import build

@@ -23,7 +23,8 @@ from mithridate.files import cache_directory
 from mithridate.learning.burn_in import BurnInResult
 from mithridate.learning.calibrate import Calibration, calibrated
 from mithridate.learning.checkpoint import load_snapshot, save_snapshot
-from mithridate.learning.federated import FederatedRun, check_defence, federate, run_federated
+from mithridate.learning.federated import run_federated
+from mithridate.learning.federation import FederatedRun, check_defence, federate
 from mithridate.learning.learner import Learner
 from mithridate.learning.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.models import build_model

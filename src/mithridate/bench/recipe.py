@@ -15,7 +15,7 @@ from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings
 from mithridate.errors import ConfigError, nearest
 from mithridate.learning.burn_in import BurnIn
-from mithridate.learning.federated import FederatedRun
+from mithridate.learning.federation import FederatedRun
 from mithridate.learning.online import OnlineRun
 from mithridate.registry import Kind, config_of, fields_of, make, settings
 

@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from mithridate.core import Batch, Honest, Need, UpdateAttack, View
 from mithridate.data.shards import Shards
 from mithridate.errors import UserError
-from mithridate.learning.federated import FederatedRun, Federation, federate, run_federated
+from mithridate.learning.federated import run_federated
+from mithridate.learning.federation import FederatedRun, Federation, federate
 from mithridate.learning.learner import Learner
 from mithridate.norms import Norm, sample_norms
 from mithridate.per_client import client_gradients
