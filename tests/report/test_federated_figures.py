@@ -164,6 +164,22 @@ def test_the_table_tells_attacks_of_one_scaling_apart(federated: Make) -> None:
     assert [line[0] for line in lines] == [f"accumulative phase + clean trigger ({label})" for label in ("a", "b")]
 
 
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"trigger_scale": 1.0}, "accumulative phase + clean trigger"),
+        ({"trigger_scale": 10.0}, "accumulative phase + clean trigger, 10 times its length"),
+        ({"trigger_scale": 10.0, "trigger_norm": 2.0}, "accumulative phase + clean trigger"),
+    ],
+)
+def test_the_table_says_how_long_the_trigger_of_a_phase_is(
+    federated: Make, settings: dict[str, float], name: str
+) -> None:
+    runs = [federated(label="a", trigger="clean", lam=0.02, defence=d, **settings) for d in ("none", "wide")]
+    (lines,) = clipping_table(groups(rows(runs))).rows.values()
+    assert [line[0] for line in lines] == [name]
+
+
 def test_the_table_tells_defences_of_one_bound_apart(federated: Make) -> None:
     same = federated(defence="wide", label="a")
     other = replace(

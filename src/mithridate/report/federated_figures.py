@@ -246,7 +246,8 @@ def clipping_table(rows: Mapping[tuple[str, str], Sequence[Row]]) -> TableSectio
         id="clipping",
         heading="After the trigger round, by bound",
         intro="Test accuracy (%) after the trigger round, mean ± standard deviation over seeds. Loss scaling: of a "
-        "poisoned trigger the factor of its update, of an accumulative phase the weight lam. A bound that holds keeps "
+        "poisoned trigger the factor of its update, of an accumulative phase the weight lam (the factor of its "
+        "trigger stands behind the name). A bound that holds keeps "
         "a row near that of no attack; what it costs stands in that row.",
         head=("method", "loss scaling", *defences.values()),
         rows=table,
@@ -283,7 +284,9 @@ def _bound(row: Row) -> str:
 def _method(row: Row) -> str:
     """What a row of the table is called; empty for attacks that the paper's tables do not have."""
     if row.attack_name == "accumulative":
-        return f"accumulative phase + {_setting(row, 'trigger') or 'clean'} trigger"
+        times = _setting(row, "trigger_scale")
+        longer = "" if times in {"", "1"} or _setting(row, "trigger_norm") else f", {times} times its length"
+        return f"accumulative phase + {_setting(row, 'trigger') or 'clean'} trigger{longer}"
     return {"clean": "no attack", "direct": "poisoned trigger"}.get(row.attack_name, "")
 
 
