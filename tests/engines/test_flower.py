@@ -452,7 +452,8 @@ def test_the_report_has_whole_lines_after_ctrl_c(tmp_path: Path) -> None:
     """A process that only reports is interrupted; what it wrote can be read to the end."""
     report = tmp_path / "guard.jsonl"
     script = (
-        "import sys\n"
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a background job
         "from flwr.serverapp.strategy import FedAvg\n"
         "from mithridate.engines.flower import Event, GuardedStrategy\n"
         "guarded = GuardedStrategy(FedAvg(), report_path=sys.argv[1])\n"
