@@ -14,6 +14,7 @@ from mithridate.models import build_model, check_model
 from mithridate.models.resnet import ResNet18
 from mithridate.registry import config_of, entries
 from mithridate.seeding import generator
+from mithridate.testing.toy import TOY
 
 CONFIGS: list[dict[str, Any]] = [
     {"name": "resnet18", "width": 4},
@@ -226,3 +227,18 @@ def test_small_cnn_learns_the_digits_in_fifteen_epochs() -> None:
     model.eval()
     test = stream.test.all()
     assert (model(test.x).argmax(1) == test.y).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_pooling_with_channels_last_gives_the_same_numbers(norm: str) -> None:
+    model = build_model({"name": "resnet18", "width": 8, "norm": norm, "groups": 4}, TOY, seed=0).eval()
+    x = torch.rand(5, *TOY.shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for flag in (False, True):  # the model's own flag alone chooses the layout; its layers stay in eval mode
+        model.training = flag
+        logits = model(x)
+        gradients = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+        found.append((logits, torch.cat([g.flatten() for g in gradients])))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    assert norm == "group" or torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-4, atol=1e-5 * float(found[0][1].abs().max()))
