@@ -67,7 +67,7 @@ class ResNet(nn.Module):
         """Averages over the last maps: (n, 8 * width)."""
         x = self.conv1(self.normalise(x))
         if self.stem_pool and not self.training and x.device.type == "cpu":
-            # With channels last, a CPU pools several times faster; BatchNorm gives the same bits, GroupNorm rounds anew.
+            # With channels last a CPU pools several times faster; BatchNorm gives the same bits, GroupNorm rounds anew.
             x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         x = F.relu(self.bn1(x))
         if self.stem_pool:
