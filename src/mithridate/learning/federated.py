@@ -21,6 +21,7 @@ from mithridate.learning.online import (
     Row,
     accuracy_with_buffers_alone,
     alarms_of,
+    attack_view,
     outcome_of,
     phase_end,
     start_row,
@@ -90,9 +91,7 @@ class _Rounds:
 
     def view(self) -> View:
         """What the attack sees now."""
-        rows = self.progress.rows
-        now = {**self.things, Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
-        return View(self.learner.step, self.progress.memory, now, self.attack.needs, type(self.attack).__name__)
+        return attack_view(self.attack, self.learner, self.progress, self.things)
 
     def start(self) -> None:
         """The row of the state before the first round."""

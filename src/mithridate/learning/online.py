@@ -13,7 +13,19 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from mithridate.core import Attack, Batch, BatchNormMode, Memory, Monitor, Need, Reading, Snapshot, View, WhiteBox
+from mithridate.core import (
+    Attack,
+    Batch,
+    BatchNormMode,
+    Memory,
+    Monitor,
+    Need,
+    Reading,
+    Snapshot,
+    UpdateAttack,
+    View,
+    WhiteBox,
+)
 from mithridate.data.stream import Stream
 from mithridate.errors import ConfigError
 from mithridate.learning.learner import Learner, Score, Update
@@ -222,9 +234,7 @@ class _Loop:
 
     def view(self) -> View:
         """What the attack sees now."""
-        rows = self.progress.rows
-        now = {**self.things, Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
-        return View(self.learner.step, self.progress.memory, now, self.attack.needs, type(self.attack).__name__)
+        return attack_view(self.attack, self.learner, self.progress, self.things)
 
     def start(self) -> None:
         """The row of the state before the stream."""
@@ -278,6 +288,15 @@ class _Loop:
         """What ends the accumulative phase now, if anything does."""
         rows, run = self.progress.rows, self.run
         return phase_end(rows, run.steps, run.on_alarm, lambda: self.attack.ready(self.view()))
+
+
+def attack_view(
+    attack: Attack | UpdateAttack, learner: Learner, progress: Progress, things: Mapping[Need, Any]
+) -> View:
+    """What an attack sees now: what it declares of the things, and the accuracies published so far."""
+    rows = progress.rows
+    now = {**things, Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
+    return View(learner.step, progress.memory, now, attack.needs, type(attack).__name__)
 
 
 def alarms_of(monitors: Sequence[Monitor], rows: Sequence[Row]) -> list[str]:
