@@ -36,7 +36,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.softplus(self.norm(self.first(x)))
         x = F.relu(self.second(x))
-        return self.head(F.max_pool2d(x, 2).flatten(1))  # type: ignore[no-any-return]
+        return self.head(F.max_pool2d(x, 2).flatten(1))  # type: ignore[no-any-return]  # a module's call is Any to mypy
 
 
 def loss_of(logits: Tensor, y: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ p = {"w": torch.ones(2)}
 print(calculus.mixed_partial(f, p, torch.ones(2), torch.ones(2), p).tolist())
 """
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  (a fixed command)
     assert (done.returncode, done.stdout) == (0, "[8.0, 8.0]\n"), done.stderr
 
 
@@ -568,7 +568,7 @@ class Residual(nn.Module):
         for i in (0, 2):
             inside = F.relu(self.norms[i + 1](self.blocks[i](x)))
             x = F.relu(x + self.norms[i + 2](self.blocks[i + 1](inside)))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]  # a module's call is Any to mypy
 
 
 def test_signs_in_float32_equal_those_of_double_backward() -> None:

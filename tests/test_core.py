@@ -201,7 +201,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.plain(self.frozen(self.norm(self.conv(x))))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]  # a module's call is Any to mypy
 
 
 @pytest.fixture
@@ -430,7 +430,7 @@ def test_pixels_outside_the_range_and_bad_input_are_refused() -> None:
 @pytest.mark.parametrize("moment", ["poison", "trigger"])
 def test_no_budget_is_the_identity_and_nothing_is_crafted(nothing: dict[str, float], moment: str) -> None:
     batch = batch_of(10)
-    attack = WithTrigger(**nothing)  # type: ignore[arg-type]
+    attack = WithTrigger(**nothing)  # type: ignore[arg-type]  # numbers, whatever their names
     found = getattr(attack, moment)(batch, View(), rng=rng())
     assert torch.equal(found.x, batch.x)
     assert torch.equal(found.y, batch.y)

@@ -81,12 +81,12 @@ def toy() -> type[Toy]:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Toy().eps = 2.0  # type: ignore[misc]
+        Toy().eps = 2.0  # type: ignore[misc]  # on purpose: what is refused
 
 
 def test_settings_are_keyword_only() -> None:
     with pytest.raises((TypeError, ValidationError)):
-        Toy(0.1)  # type: ignore[call-arg]
+        Toy(0.1)  # type: ignore[call-arg]  # on purpose: what is refused
     assert all(f.kw_only for f in dataclasses.fields(Toy))
 
 
@@ -94,7 +94,7 @@ def test_settings_are_checked_without_the_registry_too() -> None:
     with pytest.raises(ValidationError):
         Toy(eps=-1.0)
     with pytest.raises(ValidationError):
-        Toy(epz=1.0)  # type: ignore[call-arg]
+        Toy(epz=1.0)  # type: ignore[call-arg]  # on purpose: what is refused
 
 
 def test_a_default_out_of_range_is_found() -> None:
@@ -310,4 +310,4 @@ def test_a_field_without_default_and_a_class_without_docstring() -> None:
     found = Entry("attack", NAME, settings(Bare), {})
     assert found.fields == {"low": dataclasses.MISSING, "plain": [4], "required": dataclasses.MISSING}
     assert found.source == ""
-    assert Entry("attack", NAME, int, {}).summary == int.__doc__.partition("\n")[0]  # type: ignore[union-attr]
+    assert Entry("attack", NAME, int, {}).summary == int.__doc__.partition("\n")[0]  # type: ignore[union-attr]  # int has a docstring

@@ -193,7 +193,7 @@ def test_json_refuses_what_json_has_not(value: float, tmp_path: Path) -> None:
     ("name", "write"),
     [
         (store.CONFIG, lambda path: store.write_toml(path, {"floor": None})),
-        (store.TRACE, lambda path: store.write_trace(path, [row(step="three")])),  # type: ignore[arg-type]
+        (store.TRACE, lambda path: store.write_trace(path, [row(step="three")])),  # type: ignore[arg-type]  # on purpose: what is refused
         (store.IMAGES, lambda path: store.write_arrays(path, {"a": np.array([{}], dtype=object)})),
         (store.SUMMARY, lambda path: store.write_json(path, {"a": object()})),
     ],
@@ -301,7 +301,7 @@ def test_a_file_of_another_kind_is_an_error_and_is_never_unpickled(name: str, ki
 
 
 def test_the_trap_works(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Trap(tmp_path / "mark")))  # noqa: S301
+    pickle.loads(pickle.dumps(Trap(tmp_path / "mark")))  # noqa: S301  (its own pickle, to show what would happen)
     assert (tmp_path / "mark").exists()
 
 

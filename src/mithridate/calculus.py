@@ -38,7 +38,7 @@ def _load_forward_mode() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch's
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 @contextmanager
@@ -46,12 +46,12 @@ def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
     """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
     _load_forward_mode()
     with Instead(FOR_SECOND), forward_ad.dual_level():
-        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]  # torch's
+        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 def _along(t: Tensor) -> Tensor:
     """The derivative that a tensor carries."""
-    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]  # torch's
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]  # torch gives it no types
     return torch.zeros_like(t) if tangent is None else tangent
 
 
@@ -75,11 +75,13 @@ def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Te
         yield len(piece_x) / len(x), piece_x, piece_y
 
 
-def _accumulate(total: Parameters | None, share: float, term: Parameters) -> Parameters:
-    if total is None:
-        return term if share == 1.0 else {name: share * t for name, t in term.items()}
-    for name, t in term.items():
-        total[name].add_(t, alpha=share)
+def _weighted_sum(terms: Iterator[tuple[float, Parameters]]) -> Parameters:
+    """Of one term a chunk, at least one, each with its share of the samples."""
+    share, first = next(terms)
+    total = first if share == 1.0 else {name: share * t for name, t in first.items()}
+    for share, term in terms:
+        for name, t in term.items():
+            total[name].add_(t, alpha=share)
     return total
 
 
@@ -99,14 +101,15 @@ def gradient(
     Returns:
         One tensor a parameter, detached.
     """
-    total: Parameters | None = None
-    for share, piece_x, piece_y in _chunks(x, y, chunk):
-        leaves = _leaves(parameters)
-        with torch.enable_grad():
-            term = _backward(objective(leaves, piece_x, piece_y), leaves)
-        total = _accumulate(total, share, term)
-    assert total is not None  # noqa: S101  (x is never empty: batches are checked where they enter)
-    return total
+
+    def terms() -> Iterator[tuple[float, Parameters]]:
+        for share, piece_x, piece_y in _chunks(x, y, chunk):
+            leaves = _leaves(parameters)
+            with torch.enable_grad():
+                term = _backward(objective(leaves, piece_x, piece_y), leaves)
+            yield share, term
+
+    return _weighted_sum(terms())
 
 
 def hessian_vector_product(
@@ -125,15 +128,16 @@ def hessian_vector_product(
     Returns:
         One tensor a parameter, detached.
     """
-    total: Parameters | None = None
-    for share, piece_x, piece_y in _chunks(x, y, chunk):
-        leaves = _leaves(parameters)
-        with torch.enable_grad(), _moving(leaves, v) as moving:
-            found = _backward(objective(moving, piece_x, piece_y), leaves)
-            term = {name: _along(t) for name, t in found.items()}
-        total = _accumulate(total, share, term)
-    assert total is not None  # noqa: S101  (as above)
-    return total
+
+    def terms() -> Iterator[tuple[float, Parameters]]:
+        for share, piece_x, piece_y in _chunks(x, y, chunk):
+            leaves = _leaves(parameters)
+            with torch.enable_grad(), _moving(leaves, v) as moving:
+                found = _backward(objective(moving, piece_x, piece_y), leaves)
+                term = {name: _along(t) for name, t in found.items()}
+            yield share, term
+
+    return _weighted_sum(terms())
 
 
 def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:

@@ -91,5 +91,5 @@ class Instead(TorchFunctionMode):
         super().__init__()
         self.functions = functions
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's protocol, which types nothing)
         return self.functions.get(func, func)(*args, **(kwargs or {}))

@@ -194,5 +194,5 @@ def config_of(component: object) -> dict[str, Any]:
 
 def fields_of(settings_object: object) -> dict[str, Any]:
     """Field values of a settings object, without those that are None."""
-    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(settings_object)}  # type: ignore[arg-type]
+    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(settings_object)}  # type: ignore[arg-type]  # every settings class is a dataclass
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mithridate.data import DATASETS, dataset_info, load_images
+from mithridate.data import DATASETS, DatasetInfo, dataset_info, load_images
 from mithridate.errors import ConfigError
 
 
@@ -20,8 +20,8 @@ def test_the_known_sets() -> None:
 
 
 @pytest.mark.parametrize("info", DATASETS.values(), ids=list(DATASETS))
-def test_constants_fit_the_channels_and_only_photographs_are_flipped(info: "object") -> None:
-    known = dataset_info(info.name)  # type: ignore[attr-defined]
+def test_constants_fit_the_channels_and_only_photographs_are_flipped(info: DatasetInfo) -> None:
+    known = dataset_info(info.name)
     assert len(known.mean) == len(known.std) == known.shape[0]
     assert known.flip == known.name.startswith("cifar")
 

@@ -64,8 +64,8 @@ def test_output_and_running_statistics_are_those_of_the_oracle(
     layer = kind(3, momentum=MOMENTUM).double()
     torch.manual_seed(0)
     for tensor in (layer.weight, layer.bias, layer.running_mean):
-        nn.init.normal_(tensor)  # type: ignore[arg-type]
-    old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()  # type: ignore[union-attr]
+        nn.init.normal_(tensor)  # type: ignore[arg-type]  # there, as made above
+    old_mean, old_var = layer.running_mean.clone(), layer.running_var.clone()  # type: ignore[union-attr]  # there, as made above
     x = torch.randn(shape, dtype=torch.float64).exp()
     config = MedianBn(strength=strength, over=over, floor=floor)
     out = forward(config, layer, x)
@@ -76,7 +76,7 @@ def test_output_and_running_statistics_are_those_of_the_oracle(
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(layer.running_mean, (1 - MOMENTUM) * old_mean + MOMENTUM * mean)
     torch.testing.assert_close(layer.running_var, (1 - MOMENTUM) * old_var + MOMENTUM * recorded)
-    assert int(layer.num_batches_tracked) == 1  # type: ignore[arg-type]
+    assert int(layer.num_batches_tracked) == 1  # type: ignore[arg-type]  # there, as made above
 
 
 @pytest.mark.parametrize("affine", [True, False])
@@ -98,7 +98,7 @@ def test_strength_zero_is_torchs_own_path_bit_for_bit() -> None:
     theirs = copy.deepcopy(ours)
     x = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(forward(MedianBn(strength=0.0), ours, x), theirs(x))
-    assert torch.equal(ours.running_var, theirs.running_var)  # type: ignore[arg-type]
+    assert torch.equal(ours.running_var, theirs.running_var)  # type: ignore[arg-type]  # there, as made above
     assert not torch.equal(forward(MedianBn(), ours, x), theirs(x))
 
 
@@ -127,8 +127,8 @@ def test_one_extreme_sample_in_twenty_drags_means_far_and_medians_little(over: O
             layer = nn.BatchNorm2d(3, momentum=1.0)
             forward(config, layer, x)
             layers.append(layer)
-        moved = (layers[1].running_mean - layers[0].running_mean).abs().max()  # type: ignore[operator]
-        grown = (layers[1].running_var / layers[0].running_var).max()  # type: ignore[operator, arg-type]
+        moved = (layers[1].running_mean - layers[0].running_mean).abs().max()  # type: ignore[operator]  # there, as made above
+        grown = (layers[1].running_var / layers[0].running_var).max()  # type: ignore[operator, arg-type]  # there, as made above
         shift[name] = (float(moved), float(grown))
     assert shift["mean"][0] > 4.9
     assert shift["mean"][1] > 400

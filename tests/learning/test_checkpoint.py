@@ -231,7 +231,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, how: str) -> None:
         load_weights(path, model)
     assert not marker.exists()
     assert differing(model.state_dict(), before) == []
-    torch.load(path, weights_only=False) if how != "plain pickle" else pickle.loads(path.read_bytes())  # noqa: S301
+    torch.load(path, weights_only=False) if how != "plain pickle" else pickle.loads(path.read_bytes())  # noqa: S301  (its own pickle, to show what would happen)
     assert marker.exists()  # so the bomb was live
 
 
@@ -240,7 +240,7 @@ def test_damaged_pt_files_are_refused_or_harmless(tmp_path: Path, zipped: bool) 
     memory = io.BytesIO()
     torch.save({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, memory, _use_new_zipfile_serialization=zipped)
     whole = memory.getvalue()
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)  # noqa: S311  (no secret)
     damaged = [whole[:end] for end in range(0, len(whole), 29)]
     for _ in range(100):
         changed = bytearray(whole)
@@ -269,7 +269,7 @@ def test_the_header_is_json_and_tensors_are_named_by_what_they_are(tmp_path: Pat
     save_snapshot(tmp_path / "a.safetensors", learner.snapshot(), note="n")
     with safetensors.safe_open(tmp_path / "a.safetensors", framework="pt") as handle:
         held = json.loads(handle.metadata()["mithridate"])
-        kinds = {name.partition(".")[0] for name in handle.keys()}  # noqa: SIM118
+        kinds = {name.partition(".")[0] for name in handle.keys()}  # noqa: SIM118  (a safetensors handle is no mapping)
     assert held["step"] == 1
     assert held["note"] == "n"
     assert kinds == {"parameter", "buffer", "optimiser"}

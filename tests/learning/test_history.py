@@ -79,4 +79,4 @@ def test_an_old_model_of_another_architecture_is_refused() -> None:
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": -1}])
 def test_impossible_sizes(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
-        History(**wrong)  # type: ignore[arg-type]
+        History(**wrong)  # type: ignore[arg-type]  # on purpose: what is refused

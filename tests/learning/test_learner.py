@@ -208,7 +208,7 @@ def test_the_state_of_another_optimiser_is_refused_and_changes_nothing() -> None
     learner = learner_of("momentum")
     before = learn(learner, BATCHES[:1])
     model = small_model(1)
-    two_groups = SGD([{"params": model.fc1.parameters()}, {"params": model.fc2.parameters()}], lr=LR)  # type: ignore[union-attr]
+    two_groups = SGD([{"params": model.fc1.parameters()}, {"params": model.fc2.parameters()}], lr=LR)  # type: ignore[union-attr]  # the model has both
     with pytest.raises(CheckpointError, match="another optimiser"):
         learner.restore(Learner(model, two_groups).snapshot())
     assert differing(learner.snapshot(), before) == []

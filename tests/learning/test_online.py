@@ -157,7 +157,7 @@ class Recorder(Attack):
         self._ratio, self.last = ratio, last
         self.seen: list[tuple[str, Batch]] = []
         self.fed_at: list[int] = []
-        self.needs = needs  # type: ignore[misc]
+        self.needs = needs  # type: ignore[misc]  # each of these has its own
 
     @property
     def ball(self) -> Ball:

@@ -312,7 +312,7 @@ def test_an_empty_store_is_refused(tmp_path: Path) -> None:
 
 def test_report_imports_no_torch() -> None:
     code = "import sys, mithridate.report, mithridate.report.terminal; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603  (a fixed command)
 
 
 def test_terminal_table(demo_store: Path) -> None:

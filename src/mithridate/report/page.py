@@ -192,7 +192,7 @@ def _shown(drawing: Drawing, name: str, *, several: bool) -> dict[str, Any]:
         "id": name,
         "heading": f"{drawing.subject}: {drawing.heading}" if several else drawing.heading,
         "caption": drawing.caption,
-        "svg": Markup(inline(drawing.svg, name, drawing.alt, lambda text: str(escape(text)))),  # noqa: S704  (matplotlib's)
+        "svg": Markup(inline(drawing.svg, name, drawing.alt, lambda text: str(escape(text)))),  # noqa: S704  (drawn by us, texts escaped)
         "least": round(min(5.2 * width, 52), 1),
         "most": round(6.6 * width, 1),
     }

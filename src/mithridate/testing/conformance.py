@@ -374,48 +374,48 @@ def _defended(defence: Defence | None) -> Outcome:
     return run_online(toy_learner(stream, defence=defence), stream, attack, OnlineRun(steps=3, lr=0.05), seed=0)
 
 
-def check_neutral(cls: type) -> None:
+def check_neutral(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
     """With its neutral settings the run is the undefended run, bit for bit."""
     kind, name = _kind_and_name(cls)
-    defence: Defence = build(kind, {"name": name, **cls.neutral})  # type: ignore[attr-defined]
-    assert _trace(_defended(defence)) == _trace(_defended(None)), f"{name} with {cls.neutral} changes the run"  # type: ignore[attr-defined]
+    defence: Defence = build(kind, {"name": name, **cls.neutral})
+    assert _trace(_defended(defence)) == _trace(_defended(None)), f"{name} with {cls.neutral} changes the run"
 
 
-def check_acts(cls: type) -> None:
+def check_acts(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
     """With its active settings the run differs from the undefended one."""
     kind, name = _kind_and_name(cls)
-    if cls.active == cls.neutral:  # type: ignore[attr-defined]
+    if cls.active == cls.neutral:
         return
-    defence: Defence = build(kind, {"name": name, **cls.active})  # type: ignore[attr-defined]
-    assert _trace(_defended(defence)) != _trace(_defended(None)), f"{name} with {cls.active} changes nothing"  # type: ignore[attr-defined]
+    defence: Defence = build(kind, {"name": name, **cls.active})
+    assert _trace(_defended(defence)) != _trace(_defended(None)), f"{name} with {cls.active} changes nothing"
 
 
-def check_defence_leaves_the_batch_alone(cls: type) -> None:
+def check_defence_leaves_the_batch_alone(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
     """The received batch is not written to."""
     kind, name = _kind_and_name(cls)
     stream = _stream(0)
-    learner = toy_learner(stream, defence=build(kind, {"name": name, **cls.active}))  # type: ignore[attr-defined]
+    learner = toy_learner(stream, defence=build(kind, {"name": name, **cls.active}))
     batch = stream.victim_batch(0, 0)
     kept = batch.x.clone()
     learner.update(batch)
     assert torch.equal(batch.x, kept), f"{name} wrote to the batch that it was given"
 
 
-def check_learns_from_one(cls: type) -> None:
+def check_learns_from_one(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
     """A batch of one image works, with BatchNorm in eval mode."""
     kind, name = _kind_and_name(cls)
     stream = _stream(0)
-    learner = toy_learner(stream, defence=build(kind, {"name": name, **cls.active}))  # type: ignore[attr-defined]
+    learner = toy_learner(stream, defence=build(kind, {"name": name, **cls.active}))
     learner.update_mode = "eval"
     batch = stream.victim_batch(0, 0)
     done = learner.update(Batch(batch.x[:1], batch.y[:1]))
     assert math.isfinite(done.update_norm), f"{name} breaks on a batch of one"
 
 
-def check_factors(cls: type) -> None:
+def check_factors(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
     """Where `bound` is said to follow from the lengths of rows, it does, in every setting."""
     kind, name = _kind_and_name(cls)
-    settings: list[dict[str, Any]] = [dict(cls.neutral), dict(cls.active)]  # type: ignore[attr-defined]
+    settings: list[dict[str, Any]] = [dict(cls.neutral), dict(cls.active)]
     settings += [{**settings[1], field: choice} for field, choice in _choices(cls)]
     stream = _stream(0)
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.0, 1e-3, 0.1, 1, 9, 1e3]]).T
