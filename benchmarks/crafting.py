@@ -1,4 +1,4 @@
-"""Speed and memory of crafting: forward-over-reverse (`mithridate.calculus`) against double backward.
+"""Speed and memory of crafting: forward-over-reverse (`mithridate.maths.calculus`) against double backward.
 
 Measured on a CPU, in one run, on the same model and the same images:
 
@@ -43,12 +43,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mithridate import calculus
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.attacks.alignment import turn_towards
-from mithridate.calculus import Normalise, Objective, Parameters
-from mithridate.core import Batch, WhiteBox
+from mithridate.core.model import Batch, WhiteBox
 from mithridate.data import DatasetInfo, dataset_info, load_images
+from mithridate.maths import calculus
+from mithridate.maths.alignment import turn_towards
+from mithridate.maths.calculus import Normalise, Objective, Parameters
 from mithridate.models import build_model
 from mithridate.testing.memory import peak_memory
 

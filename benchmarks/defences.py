@@ -36,17 +36,17 @@ from rich.table import Table
 from torch import nn
 
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.core import Batch, Defence, Need, View, Weights
+from mithridate.core.model import Batch, Defence, Need, View, Weights
 from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
-from mithridate.learning.burn_in import BurnIn, burn_in
-from mithridate.learning.calibrate import Calibration, calibrate
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, online_optimiser
 from mithridate.models import build_model
+from mithridate.simulation.online import OnlineRun, online_optimiser
 from mithridate.testing.memory import peak_memory
+from mithridate.training.burn_in import BurnIn, burn_in
+from mithridate.training.calibrate import Calibration, calibrate
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 RATES = (0.05, 0.28)
 """Shares of clean samples that DSC is calibrated to correct."""

@@ -5,7 +5,7 @@ Measured on a CPU, in one run, on the same model (burnt in for a few steps) and 
 - seconds to sum the clipped updates of all clients of a round, four ways, which take turns, the order changing from
   repetition to repetition: `separate` backward passes as anybody would write them (one client after the other: zero the
   gradients, `backward`, lay them end to end, clip, add); `summed`, what a round takes whose server needs no single
-  update (`mithridate.per_client_sums`); and the two that form every client's row, as a round with a robust rule needs
+  update (`simulation.per_client.sums`); and the two that form every client's row, as a round with a robust rule needs
   them, `layered` and `mapped`, as many clients at a time as a round takes, their rows clipped and added by one product
   of a vector and a matrix. All keep the running sum, not the rows. Beside wall-clock time stands the
   processor time of all threads, which other work on the machine spoils less. The sums must agree;
@@ -41,19 +41,19 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mithridate.core import Batch, row_factors
+from mithridate.core.errors import DataError
+from mithridate.core.model import Batch, row_factors
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings, open_stream
 from mithridate.defences.clip import Clip
-from mithridate.errors import DataError
-from mithridate.learning.federated import federated_optimiser, run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.learner import Learner
 from mithridate.models import build_model
-from mithridate.per_client import PASS, Way, client_gradients
-from mithridate.per_client_sums import SUMMED_PASS, summed_gradients
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.simulation.per_client.gradients import PASS, Way, client_gradients
+from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
 from mithridate.testing.memory import peak_memory
+from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import Clean
 
 DATA = "cifar10"

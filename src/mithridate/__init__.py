@@ -13,37 +13,37 @@ if TYPE_CHECKING:
     from mithridate.bench.engine import run_recipe as run_recipe
     from mithridate.bench.recipe import read_recipe as read_recipe
     from mithridate.bench.store import read_runs as read_runs
-    from mithridate.core import Attack as Attack
-    from mithridate.core import Batch as Batch
-    from mithridate.core import Defence as Defence
-    from mithridate.core import Detector as Detector
-    from mithridate.core import Honest as Honest
-    from mithridate.core import Monitor as Monitor
-    from mithridate.core import Need as Need
-    from mithridate.core import Snapshot as Snapshot
-    from mithridate.core import UpdateAttack as UpdateAttack
-    from mithridate.core import View as View
+    from mithridate.core.errors import UserError as UserError
+    from mithridate.core.model import Attack as Attack
+    from mithridate.core.model import Batch as Batch
+    from mithridate.core.model import Defence as Defence
+    from mithridate.core.model import Detector as Detector
+    from mithridate.core.model import Honest as Honest
+    from mithridate.core.model import Monitor as Monitor
+    from mithridate.core.model import Need as Need
+    from mithridate.core.model import Snapshot as Snapshot
+    from mithridate.core.model import UpdateAttack as UpdateAttack
+    from mithridate.core.model import View as View
+    from mithridate.core.registry import build as build
+    from mithridate.core.registry import register as register
+    from mithridate.core.registry import settings as settings
     from mithridate.data.shards import Shards as Shards
     from mithridate.data.stream import StreamSettings as StreamSettings
     from mithridate.data.stream import open_stream as open_stream
     from mithridate.defences.clip import Clip as Clip
-    from mithridate.errors import UserError as UserError
-    from mithridate.learning.burn_in import BurnIn as BurnIn
-    from mithridate.learning.burn_in import burn_in as burn_in
-    from mithridate.learning.federated import federated_optimiser as federated_optimiser
-    from mithridate.learning.federated import run_federated as run_federated
-    from mithridate.learning.federation import FederatedRun as FederatedRun
-    from mithridate.learning.federation import federate as federate
-    from mithridate.learning.learner import Learner as Learner
-    from mithridate.learning.online import OnlineRun as OnlineRun
-    from mithridate.learning.online import Outcome as Outcome
-    from mithridate.learning.online import online_optimiser as online_optimiser
-    from mithridate.learning.online import run_online as run_online
     from mithridate.models import build_model as build_model
-    from mithridate.registry import build as build
-    from mithridate.registry import register as register
-    from mithridate.registry import settings as settings
     from mithridate.report import build_report as build_report
+    from mithridate.simulation.clients import FederatedRun as FederatedRun
+    from mithridate.simulation.clients import federate as federate
+    from mithridate.simulation.federated import federated_optimiser as federated_optimiser
+    from mithridate.simulation.federated import run_federated as run_federated
+    from mithridate.simulation.online import OnlineRun as OnlineRun
+    from mithridate.simulation.online import Outcome as Outcome
+    from mithridate.simulation.online import online_optimiser as online_optimiser
+    from mithridate.simulation.online import run_online as run_online
+    from mithridate.training.burn_in import BurnIn as BurnIn
+    from mithridate.training.burn_in import burn_in as burn_in
+    from mithridate.training.learner import Learner as Learner
 
 _HOME = {
     "attacks.accumulative": ["Accumulative"],
@@ -51,7 +51,7 @@ _HOME = {
     "bench.engine": ["run_recipe"],
     "bench.recipe": ["read_recipe"],
     "bench.store": ["read_runs"],
-    "core": [
+    "core.model": [
         "Attack",
         "Batch",
         "Defence",
@@ -66,14 +66,14 @@ _HOME = {
     "data.shards": ["Shards"],
     "data.stream": ["StreamSettings", "open_stream"],
     "defences.clip": ["Clip"],
-    "errors": ["UserError"],
-    "learning.burn_in": ["BurnIn", "burn_in"],
-    "learning.federated": ["federated_optimiser", "run_federated"],
-    "learning.federation": ["FederatedRun", "federate"],
-    "learning.learner": ["Learner"],
-    "learning.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
+    "core.errors": ["UserError"],
+    "training.burn_in": ["BurnIn", "burn_in"],
+    "simulation.federated": ["federated_optimiser", "run_federated"],
+    "simulation.clients": ["FederatedRun", "federate"],
+    "training.learner": ["Learner"],
+    "simulation.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
     "models": ["build_model"],
-    "registry": ["build", "register", "settings"],
+    "core.registry": ["build", "register", "settings"],
     "report": ["build_report"],
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

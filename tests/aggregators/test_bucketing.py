@@ -6,8 +6,8 @@ import torch
 from mithridate.aggregators.bucketing import Bucketing
 from mithridate.aggregators.centered_clipping import CENTRE
 from mithridate.aggregators.median import Median
-from mithridate.aggregators.rule import Context
-from mithridate.errors import ConfigError
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import ConfigError
 
 
 def context(n: int, seed: int = 0) -> Context:

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from mithridate.aggregators.bulyan import Bulyan, around_median
-from mithridate.aggregators.rule import Context
+from mithridate.core.aggregator import Context
 from mithridate.testing.for_aggregators import outside
 
 

@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mithridate.aggregators.centered_clipping import CENTRE, CenteredClipping
-from mithridate.aggregators.rule import Context
-from mithridate.core import Memory
-from mithridate.errors import CheckpointError
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import CheckpointError
+from mithridate.core.model import Memory
 
 
 def normal(n: int, width: int, seed: int = 0) -> Tensor:

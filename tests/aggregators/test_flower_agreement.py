@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mithridate.aggregators.rule import Context
-from mithridate.registry import build
+from mithridate.core.aggregator import Context
+from mithridate.core.registry import build
 
 theirs = pytest.importorskip(
     "flwr.server.strategy.aggregate", reason="the extra 'flower' is not installed", exc_type=ImportError

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mithridate.aggregators.fltrust import FLTrust
-from mithridate.aggregators.rule import Context
+from mithridate.core.aggregator import Context
 from mithridate.testing.for_aggregators import a_round, again
 
 

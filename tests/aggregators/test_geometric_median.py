@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from mithridate.aggregators.geometric_median import GeometricMedian
-from mithridate.aggregators.rule import Context, Spread
+from mithridate.core.aggregator import Context, Spread
 from mithridate.testing.for_aggregators import a_round, again
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mithridate.aggregators.krum import Krum, ranking, reach, sums
 from mithridate.aggregators.multi_krum import MultiKrum
-from mithridate.aggregators.rows import squared_distances
-from mithridate.aggregators.rule import Context, Spread
-from mithridate.errors import ConfigError
+from mithridate.core.aggregator import Context, Spread
+from mithridate.core.errors import ConfigError
+from mithridate.maths.rows import squared_distances
 from mithridate.testing.for_aggregators import outside
 
 

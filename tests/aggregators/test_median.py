@@ -7,7 +7,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mithridate.aggregators.median import Median
-from mithridate.aggregators.rule import Context
+from mithridate.core.aggregator import Context
 
 
 @hypothesis_settings(deadline=None, max_examples=60)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mithridate.aggregators.krum import Krum
 from mithridate.aggregators.nnm import NearestNeighbourMixing
-from mithridate.aggregators.rule import Context
-from mithridate.errors import ConfigError
-from mithridate.registry import build, config_of
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import build, config_of
 
 
 def context(n: int) -> Context:

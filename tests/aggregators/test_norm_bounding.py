@@ -8,7 +8,7 @@ import torch
 
 from mithridate.aggregators.mean import Mean
 from mithridate.aggregators.norm_bounding import NormBounding
-from mithridate.norms import Norm
+from mithridate.maths.norms import Norm
 from mithridate.testing.for_aggregators import a_round, again
 
 

@@ -10,10 +10,10 @@ from scipy.stats import trim_mean
 
 from mithridate.aggregators.mean import Mean
 from mithridate.aggregators.median import Median
-from mithridate.aggregators.rule import Context
 from mithridate.aggregators.trimmed_mean import TrimmedMean
-from mithridate.errors import ConfigError
-from mithridate.registry import build
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import build
 
 
 def context(n: int) -> Context:

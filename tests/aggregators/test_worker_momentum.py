@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mithridate.aggregators.rule import Context
 from mithridate.aggregators.worker_momentum import CLIENTS, ROWS, with_momentum
-from mithridate.core import Memory
-from mithridate.errors import CheckpointError
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import CheckpointError
+from mithridate.core.model import Memory
 
 
 def context(clients: list[int], memory: Memory) -> Context:

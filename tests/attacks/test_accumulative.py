@@ -13,12 +13,12 @@ from torch.optim import SGD
 
 from mithridate.attacks.accumulative import TRIGGER, Accumulative
 from mithridate.attacks.vanilla import Vanilla
-from mithridate.calculus import Normalise
-from mithridate.core import Batch, BatchNormMode, Need, View, WhiteBox
-from mithridate.learning.learner import Learner
-from mithridate.norms import Norm
-from mithridate.registry import build
+from mithridate.core.model import Batch, BatchNormMode, Need, View, WhiteBox
+from mithridate.core.registry import build
+from mithridate.maths.calculus import Normalise
+from mithridate.maths.norms import Norm
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 EPS = 0.1
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")

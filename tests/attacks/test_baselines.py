@@ -13,12 +13,12 @@ from mithridate.attacks.fgsm import FGSM
 from mithridate.attacks.mim import MIM
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
-from mithridate.core import Attack, Batch, Need, View
+from mithridate.core.model import Attack, Batch, Need, View
+from mithridate.core.registry import build
 from mithridate.data.stream import Stream
-from mithridate.learning.learner import Learner
-from mithridate.norms import Norm
-from mithridate.registry import build
+from mithridate.maths.norms import Norm
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 EPS = 0.1
 DELUSIVE: dict[str, Callable[..., Attack]] = {"fgsm": FGSM, "pgd": PGD, "mim": MIM}

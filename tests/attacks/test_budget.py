@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mithridate.core import Attack, Batch, Need, View, WhiteBox
-from mithridate.errors import ConfigError, ThreatModelError
-from mithridate.learning.learner import Learner
-from mithridate.registry import build, config_of
+from mithridate.core.errors import ConfigError, ThreatModelError
+from mithridate.core.model import Attack, Batch, Need, View, WhiteBox
+from mithridate.core.registry import build, config_of
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
 BATCH = STREAM.victim_batch(0, 0)

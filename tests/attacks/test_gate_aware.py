@@ -12,13 +12,13 @@ from mithridate.attacks import gate_aware
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.gate_aware import GateAware, measured, rehearsed
 from mithridate.attacks.pgd import PGD
-from mithridate.core import Batch, Need, View, WhiteBox
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Need, View, WhiteBox
+from mithridate.core.registry import build, config_of
 from mithridate.defences.gate import Gate
-from mithridate.errors import ConfigError
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, Outcome, Progress, run_online
-from mithridate.registry import build, config_of
+from mithridate.simulation.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
 VALIDATION = STREAM.validation.all()

@@ -14,13 +14,13 @@ from torch.optim import SGD
 
 from mithridate.attacks.accumulative import TRIGGER, Accumulative
 from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, steer
-from mithridate.calculus import Normalise
-from mithridate.core import Batch, Need, View, Weights
-from mithridate.discrepancy import memorization_discrepancy
-from mithridate.errors import ConfigError
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
+from mithridate.core.discrepancy import memorization_discrepancy
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Need, View, Weights
+from mithridate.maths.calculus import Normalise
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 EPS = 0.1
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")

@@ -14,12 +14,12 @@ from mithridate.attacks.losses import NUDGE, Loss, by_targets, margin, nudged, t
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
 from mithridate.attacks.vanilla import Vanilla
-from mithridate.calculus import Normalise, gradient, input_gradient
-from mithridate.core import Attack, Batch, Need, View
-from mithridate.learning.learner import Learner
-from mithridate.norms import Ball
-from mithridate.registry import build
+from mithridate.core.model import Attack, Batch, Need, View
+from mithridate.core.registry import build
+from mithridate.maths.calculus import Normalise, gradient, input_gradient
+from mithridate.maths.norms import Ball
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 EPS = 0.1
 LOSSES: tuple[Loss, ...] = ("ce", "kl", "cw")

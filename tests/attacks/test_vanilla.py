@@ -10,14 +10,14 @@ from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.vanilla import Vanilla
-from mithridate.calculus import Normalise
-from mithridate.core import Attack, Batch, Need, View
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Attack, Batch, Need, View
+from mithridate.core.registry import build
 from mithridate.data.stream import Stream
-from mithridate.errors import ConfigError
-from mithridate.learning.learner import Learner
-from mithridate.norms import Norm
-from mithridate.registry import build
+from mithridate.maths.calculus import Normalise
+from mithridate.maths.norms import Norm
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 EPS = 0.15
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")

@@ -13,20 +13,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mithridate import registry
 from mithridate.bench.engine import deterministic, run_recipe
 from mithridate.bench.prepare import choose_device
 from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_recipe
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Attack, Defence, Gradient, View
+from mithridate.core import registry
+from mithridate.core.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
+from mithridate.core.model import Attack, Defence, Gradient, View
+from mithridate.core.registry import Entry, settings
 from mithridate.data.stream import open_stream
-from mithridate.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
-from mithridate.learning.burn_in import burn_in
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, adopt_momentum, online_optimiser, run_online
 from mithridate.models import build_model
-from mithridate.registry import Entry, settings
+from mithridate.simulation.online import OnlineRun, adopt_momentum, online_optimiser, run_online
+from mithridate.training.burn_in import burn_in
+from mithridate.training.learner import Learner
 
 RECIPE = """
 title = "tiny"

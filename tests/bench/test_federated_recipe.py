@@ -10,20 +10,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from mithridate import cli
 from mithridate.bench.engine import deterministic, run_recipe
 from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe, read_recipe
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher
+from mithridate.cli import app as cli
+from mithridate.core.errors import ConfigError, DataError, UserError
+from mithridate.core.registry import fields_of
 from mithridate.data.shards import Shards
 from mithridate.data.stream import open_stream
-from mithridate.errors import ConfigError, DataError, UserError
-from mithridate.learning.burn_in import burn_in
-from mithridate.learning.federated import federated_optimiser, run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.learner import Learner
 from mithridate.models import build_model
-from mithridate.registry import fields_of
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.training.burn_in import burn_in
+from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import Accumulative
 from mithridate.update_attacks.sign_flip import SignFlip
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import tomli_w
 
-from mithridate import registry
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.bench.recipe import Recipe, apply_change, make_recipe, read_recipe
-from mithridate.core import Attack
+from mithridate.core import registry
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Attack
+from mithridate.core.registry import Kind, entries
 from mithridate.defences.clip import Clip
-from mithridate.errors import ConfigError, DataError
 from mithridate.monitors.accuracy_floor import AccuracyFloor
-from mithridate.registry import Kind, entries
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
 

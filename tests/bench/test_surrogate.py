@@ -9,7 +9,7 @@ import pytest
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import make_recipe
 from mithridate.bench.store import Run, read_run
-from mithridate.errors import ConfigError
+from mithridate.core.errors import ConfigError
 
 ATTACK: dict[str, Any] = {"name": "accumulative", "eps": 0.2, "steps": 2, "trigger_update": "after_step"}
 BLIND: dict[str, Any] = {**ATTACK, "model_access": "surrogate"}

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mithridate.core.seeding import generator
 from mithridate.data import crop_and_flip
-from mithridate.seeding import generator
 
 
 def windows(image: Tensor, padding: int) -> list[Tensor]:

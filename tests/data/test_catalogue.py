@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mithridate.core.errors import ConfigError
 from mithridate.data import DATASETS, DatasetInfo, dataset_info, load_images
-from mithridate.errors import ConfigError
 
 
 def test_the_known_sets() -> None:

@@ -15,9 +15,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from mithridate.core.errors import ConfigError, DataError
 from mithridate.data import images as module
 from mithridate.data import load_images
-from mithridate.errors import ConfigError, DataError
 
 Write = Callable[..., Path]
 

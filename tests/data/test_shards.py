@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.registry import make
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Part
-from mithridate.errors import ConfigError, DataError
-from mithridate.registry import make
 from mithridate.testing import toy_stream
 
 PARTITIONS = ("iid", "dirichlet", "one")

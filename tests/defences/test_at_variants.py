@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.core import FLAGGED, Batch, Defence, Need, View
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import FLAGGED, Batch, Defence, Need, View
+from mithridate.core.registry import build
+from mithridate.defences.adversarial_loss import NUDGE, AdversariallyLearned
 from mithridate.defences.at import AT
 from mithridate.defences.fat import Fat
 from mithridate.defences.mart import Mart, doubt, rivalry
 from mithridate.defences.mma import Mma
-from mithridate.defences.surroundings import NUDGE, AdversariallyLearned
 from mithridate.defences.trades import Trades
-from mithridate.divergence import divergence
-from mithridate.errors import ConfigError
-from mithridate.learning.learner import Learner
-from mithridate.norms import Norm, sample_norms
-from mithridate.registry import build
+from mithridate.maths.divergence import divergence
+from mithridate.maths.norms import Norm, sample_norms
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
 BATCH = STREAM.victim_batch(0, 0)

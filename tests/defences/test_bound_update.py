@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from mithridate.core import Batch, Defence, Gradient, View
+from mithridate.core.model import Batch, Defence, Gradient, View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
-from mithridate.learning.learner import Learner
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 
 @pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)

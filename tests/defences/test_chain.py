@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import Batch, Criterion, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.errors import ConfigError, DataError, ThreatModelError
+from mithridate.core.model import Batch, Criterion, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.registry import build, config_of
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
 from mithridate.defences.chain import Chain, chain
@@ -22,12 +24,10 @@ from mithridate.defences.gate import Gate
 from mithridate.defences.median_bn import MedianBn
 from mithridate.defences.none import Standard
 from mithridate.defences.skip import Skip
-from mithridate.errors import ConfigError, DataError, ThreatModelError
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, run_online
-from mithridate.registry import build, config_of
+from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 TIMES = {"seconds", "craft_seconds", "update_seconds"}
 PARTS: dict[str, Defence] = {

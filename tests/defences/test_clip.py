@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import Batch, Defence, Gradient, View
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Defence, Gradient, View
+from mithridate.core.registry import build
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.defences.none import Standard
-from mithridate.errors import ConfigError
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, Outcome, run_online
-from mithridate.registry import build
+from mithridate.simulation.online import OnlineRun, Outcome, run_online
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 RUN = OnlineRun(steps=3, images=0)
 TIMES = {"seconds", "craft_seconds", "update_seconds"}

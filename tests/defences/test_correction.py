@@ -9,16 +9,16 @@ import torch
 from torch.nn import functional as F
 
 from mithridate.attacks.pgd import PGD
-from mithridate.core import Batch, Need, View
+from mithridate.core.discrepancy import memorization_discrepancy
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Batch, Need, View
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
-from mithridate.discrepancy import memorization_discrepancy
-from mithridate.divergence import Divergence
-from mithridate.errors import ConfigError, DataError
-from mithridate.learning.calibrate import calibrate
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
+from mithridate.maths.divergence import Divergence
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.calibrate import calibrate
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
 LOOK_BACK = DSC(old="back", back=2, mu=0.05, tau=0.0, eps=0.2, steps=10)

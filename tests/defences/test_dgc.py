@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from mithridate.core import Defence, Gradient, View, Weights
+from mithridate.core.discrepancy import memorization_discrepancy
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Defence, Gradient, View, Weights
+from mithridate.core.registry import build
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.dgc import DGC
-from mithridate.discrepancy import memorization_discrepancy
-from mithridate.errors import ConfigError
-from mithridate.learning.federated import run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
-from mithridate.norms import clip_rows
-from mithridate.per_client import client_gradients
-from mithridate.registry import build
+from mithridate.maths.norms import clip_rows
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.per_client.gradients import client_gradients
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 LR = 0.2
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import ADMITTED, Batch, Snapshot, Verdict, View
+from mithridate.core.model import ADMITTED, Batch, Snapshot, Verdict, View
 from mithridate.data.stream import Stream
 from mithridate.defences.ema import Ema
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, run_online
+from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 
 @pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mithridate.core import FLAGGED, Batch, Need, Snapshot
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import FLAGGED, Batch, Need, Snapshot
+from mithridate.core.registry import build, config_of
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.filter import FITTED, THRESHOLD, Filter
-from mithridate.errors import ConfigError, DataError
-from mithridate.learning.learner import Learner
-from mithridate.registry import build, config_of
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from mithridate.core import Batch, Snapshot, Verdict, View
+from mithridate.core.errors import DataError
+from mithridate.core.model import Batch, Snapshot, Verdict, View
 from mithridate.data.stream import Stream
 from mithridate.defences.gate import MEASURED, SEEN, Gate, Measure
-from mithridate.errors import DataError
-from mithridate.learning.learner import Learner
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 
 @pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.core import Batch, View
+from mithridate.core.model import Batch, View
 from mithridate.defences.median_bn import MAD_TO_STD, MedianBn
-from mithridate.learning.learner import Learner
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 Over = Literal["samples", "values"]
 MOMENTUM = 0.3

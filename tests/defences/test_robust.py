@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mithridate.aggregators.rule import Context
-from mithridate.core import Batch, Defence, Gradient, Need, View
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import ConfigError, ThreatModelError
+from mithridate.core.model import Batch, Defence, Gradient, Need, View
+from mithridate.core.registry import build, config_of
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
@@ -18,14 +20,12 @@ from mithridate.defences.chain import Chain, chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.gate import Gate
 from mithridate.defences.robust import Robust
-from mithridate.errors import ConfigError, ThreatModelError
-from mithridate.learning.federated import federated_optimiser, run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import Outcome
-from mithridate.registry import build, config_of
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.simulation.online import Outcome
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 RUN = FederatedRun(rounds=3, lr=0.05)
 RULES: list[dict[str, Any]] = [

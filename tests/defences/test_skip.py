@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from mithridate.core import Batch, Gradient, Snapshot, Verdict, View
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Gradient, Snapshot, Verdict, View
+from mithridate.core.registry import build
 from mithridate.data.stream import Stream
 from mithridate.defences.skip import LEAST_SPREAD, LOSS, WINDOW, Skip
-from mithridate.errors import ConfigError
-from mithridate.learning.learner import Learner
-from mithridate.registry import build
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check
+from mithridate.training.learner import Learner
 
 
 @pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mithridate.core import Batch, Detector, Memory, Need, Observed, View, WhiteBox
-from mithridate.features import observe
+from mithridate.core.features import observe
+from mithridate.core.model import Batch, Detector, Memory, Need, Observed, View, WhiteBox
 
 SIZE, CLASSES = 6, 3
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from mithridate.core import Need, Weights
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Need, Weights
 from mithridate.detectors.discrepancy import Discrepancy
-from mithridate.errors import ConfigError
-from mithridate.learning.history import History
+from mithridate.training.history import History
 
 if TYPE_CHECKING:
     from tests.detectors.conftest import World

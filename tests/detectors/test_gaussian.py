@@ -11,11 +11,11 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.covariance import EmpiricalCovariance
 
-from mithridate.core import Detector, Observed
+from mithridate.core.errors import DataError
+from mithridate.core.model import Detector, Observed
+from mithridate.core.registry import build
 from mithridate.detectors.gda import GDA
 from mithridate.detectors.gmm import GMM
-from mithridate.errors import DataError
-from mithridate.registry import build
 
 if TYPE_CHECKING:
     from tests.detectors.conftest import World

@@ -8,10 +8,10 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import KernelDensity as SklearnDensity
 
-from mithridate.core import Batch, Observed
+from mithridate.core.errors import DataError
+from mithridate.core.model import Batch, Observed
+from mithridate.core.registry import build
 from mithridate.detectors.kd import KernelDensity
-from mithridate.errors import DataError
-from mithridate.registry import build
 
 if TYPE_CHECKING:
     from tests.detectors.conftest import World

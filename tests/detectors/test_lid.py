@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from mithridate.core import Batch
+from mithridate.core.errors import DataError
+from mithridate.core.model import Batch
+from mithridate.core.registry import build
 from mithridate.detectors.lid import LID, RESOLUTION, dimensionality
-from mithridate.errors import DataError
-from mithridate.registry import build
 
 if TYPE_CHECKING:
     from tests.detectors.conftest import World

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mithridate.core import Batch, Need, View, Weights, WhiteBox
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Batch, Need, View, Weights, WhiteBox
 from mithridate.detectors.loss import Loss
-from mithridate.errors import ConfigError, DataError
-from mithridate.learning.history import History
+from mithridate.training.history import History
 
 if TYPE_CHECKING:
     from tests.detectors.conftest import World

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional as F
 
-from mithridate.calculus import mixed_partial, mixed_partial_of_curvature
-from mithridate.core import WhiteBox
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import WhiteBox
+from mithridate.core.registry import config_of, entries
+from mithridate.core.seeding import generator
 from mithridate.data import DATASETS, StreamSettings, open_stream
-from mithridate.errors import ConfigError
+from mithridate.maths.calculus import mixed_partial, mixed_partial_of_curvature
 from mithridate.models import build_model, check_model
 from mithridate.models.resnet import ResNet18
-from mithridate.registry import config_of, entries
-from mithridate.seeding import generator
 from mithridate.testing.toy import TOY
 
 CONFIGS: list[dict[str, Any]] = [

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from mithridate.core import Monitor, Reading
-from mithridate.errors import ConfigError
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Monitor, Reading
+from mithridate.core.registry import build
 from mithridate.monitors.accuracy_floor import AccuracyFloor
 from mithridate.monitors.loss_amplification import LossAmplification
-from mithridate.registry import build
 
 
 def of_accuracy(*accuracies: float) -> list[Reading]:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from mithridate.bench.store import Run, read_runs
-from mithridate.errors import StoreError
+from mithridate.core.errors import StoreError
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.page import TableSection
 from mithridate.report.page import page as render

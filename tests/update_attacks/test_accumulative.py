@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim import SGD
 
-from mithridate.core import Batch, Honest, Need, View, WhiteBox, frozen_statistics
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Honest, Need, View, WhiteBox, frozen_statistics
+from mithridate.core.registry import build
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream, StreamSettings, open_stream
-from mithridate.errors import ConfigError
-from mithridate.learning.burn_in import BurnIn, burn_in
-from mithridate.learning.federated import run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import Outcome
 from mithridate.models import build_model
-from mithridate.registry import build
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.online import Outcome
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.burn_in import BurnIn, burn_in
+from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import TRIGGER, Accumulative
 
 GRANTED = Accumulative.needs
@@ -64,7 +64,7 @@ def honest_of(learner: Learner, clients: int = 10, hostile: int = 3) -> Honest:
     rows = torch.randn(clients, width, generator=rng(), dtype=torch.float64)
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
     total = rows[hostile:].sum(0)
-    return Honest(total, total.clone(), clients - hostile, *nothing, rows[hostile:], lambda: rows[:hostile])
+    return Honest(total, total.clone(), clients - hostile, *nothing, rows[hostile:], lambda x, y: rows[:hostile])
 
 
 def pieces(box: WhiteBox) -> list[int]:

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from scipy.stats import norm as normal
 from torch import Tensor
 
-from mithridate.core import Honest, Need, UpdateAttack, View, WhiteBox
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Honest, Need, UpdateAttack, View, WhiteBox
+from mithridate.core.registry import build
 from mithridate.data.shards import Shards
-from mithridate.errors import ConfigError, DataError
-from mithridate.learning.federated import run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.registry import build
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.per_client.gradients import client_gradients
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.update_attacks.alie import LARGEST_SHARE, largest_z
 from mithridate.update_attacks.label_flip import LabelFlip
@@ -27,7 +28,7 @@ from mithridate.update_attacks.min_max import MinMax
 def round_of(rows: Tensor, hostile: int) -> Honest:
     own, honest = rows[:hostile], rows[hostile:]
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
-    return Honest(honest.sum(0), honest.sum(0), len(honest), *nothing, honest, lambda: own)
+    return Honest(honest.sum(0), honest.sum(0), len(honest), *nothing, honest, lambda x, y: own)
 
 
 def rows_of(seed: int = 0, n: int = 10, width: int = 6, scale: float = 1.0) -> Tensor:
@@ -169,7 +170,12 @@ def test_label_flip_is_the_gradient_of_shifted_labels(shift: int) -> None:
     learner = toy_learner(stream)
     _, data = federate(stream, Shards(clients=5), seed=0).round(0, FederatedRun())
     rows = torch.zeros(5, sum(p.numel() for p in learner.model.parameters()))
-    honest = replace(round_of(rows, 2), x=data.x[:2], y=data.y[:2])
+    honest = replace(
+        round_of(rows, 2),
+        x=data.x[:2],
+        y=data.y[:2],
+        gradients=lambda x, y: client_gradients(learner.model, F.cross_entropy, x, y),
+    )
     view = View(0, {}, {Need.MODEL: WhiteBox(learner.model, F.cross_entropy)}, LabelFlip.needs)
     sent = LabelFlip(shift=shift, scale=2.0).craft(honest, view, torch.Generator())
     learner.model.eval()

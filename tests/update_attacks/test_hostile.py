@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from mithridate.core import Defence, Gradient, Honest
+from mithridate.core.model import Defence, Gradient, Honest
+from mithridate.core.registry import build
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
-from mithridate.learning.federated import federated_optimiser, run_federated
-from mithridate.learning.federation import FederatedRun, federate
-from mithridate.learning.learner import Learner, Update
-from mithridate.norms import Norm, clip_rows
-from mithridate.registry import build
+from mithridate.maths.norms import Norm, clip_rows
+from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.federated import federated_optimiser, run_federated
 from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.direct import Direct
 from mithridate.update_attacks.hostile import scaled, shared_out, within, zero_sum
 
@@ -101,7 +101,7 @@ def a_round(seed: int, *, hostile: int, bound: float, norm: Norm, how: Literal["
     own = torch.randn(hostile, 4, generator=rng, dtype=torch.float64)
     bounded = clip_rows(rows, bound, norm, how=how)
     nothing = torch.zeros(hostile, 1, 1, 1, 1), torch.zeros(hostile, 1, dtype=torch.int64)
-    return Honest(rows.sum(0), bounded.sum(0), 5, *nothing, bounded, lambda: own)
+    return Honest(rows.sum(0), bounded.sum(0), 5, *nothing, bounded, lambda x, y: own)
 
 
 def best_miss(honest: Honest, wanted: Tensor, bound: float, norm: Norm) -> float:
@@ -187,7 +187,7 @@ def test_a_whole_round_with_a_bound_before_comes_as_near_as_can_be(stream: Strea
     run_federated(learner, federation, Direct(poison_ratio=0.25, trigger_scale=3.0), run)
     wanted = -3 * rows.mean(0)
     bounded = clip_rows(rows[2:], bound, norm, how=how)
-    honest = Honest(rows[2:].sum(0), bounded.sum(0), 6, data.x[:2], data.y[:2], bounded, lambda: rows[:2])
+    honest = Honest(rows[2:].sum(0), bounded.sum(0), 6, data.x[:2], data.y[:2], bounded, lambda x, y: rows[:2])
     miss = float((learner.applied[0].double() - wanted).norm())
     assert miss == pytest.approx(best_miss(honest, wanted, bound, norm), rel=1e-4)
     assert miss > 0.01  # out of reach

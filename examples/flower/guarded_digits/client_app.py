@@ -5,9 +5,9 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from guarded_digits import task
-from mithridate.engines.flower_attack import attack_mod
-from mithridate.engines.hostile import Accomplice, Hostile
-from mithridate.registry import make
+from mithridate.core.registry import make
+from mithridate.guard.flower_attack import attack_mod
+from mithridate.guard.hostile_client import Accomplice, Hostile
 
 
 def hostile_of(context: Context) -> Hostile | None:

@@ -10,8 +10,8 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from rich.console import Console
 
 from guarded_digits import task
-from mithridate.engines.flower import GuardedStrategy
-from mithridate.engines.guard import Guard, trusted_module
+from mithridate.guard.federation import Guard, trusted_module
+from mithridate.guard.flower import GuardedStrategy
 
 app = ServerApp()
 

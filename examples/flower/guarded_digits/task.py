@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mithridate.core import Batch
+from mithridate.core.model import Batch
+from mithridate.core.seeding import generator
 from mithridate.data import Part, Stream, StreamSettings, open_stream
-from mithridate.learning.burn_in import BurnIn, burn_in
 from mithridate.models import build_model
-from mithridate.seeding import generator
+from mithridate.training.burn_in import BurnIn, burn_in
 
 MODEL = {"name": "small_cnn", "width": 8, "norm": "group", "groups": 4}
 LR = 0.05

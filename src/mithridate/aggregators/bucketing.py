@@ -6,12 +6,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.front import Front, inner_context
-from mithridate.aggregators.rows import mixtures
-from mithridate.aggregators.rule import Context, Spread
+from mithridate.aggregators.mixing import Front, inner_context
 from mithridate.aggregators.worker_momentum import Beta
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Context, Spread
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import mixtures
 
 
 @register("aggregator", "bucketing")

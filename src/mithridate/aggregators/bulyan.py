@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mithridate.aggregators.krum import ranking
-from mithridate.aggregators.rows import by_column, middle, squared_distances
-from mithridate.aggregators.rule import Bounded, Context, Hostile, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import by_column, middle, squared_distances
 
 
 @register("aggregator", "bulyan")

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rows import columns, lengths
-from mithridate.aggregators.rule import Aggregator, Context, Property, Spread
 from mithridate.aggregators.worker_momentum import Beta, with_momentum
-from mithridate.errors import CheckpointError
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Property, Spread
+from mithridate.core.errors import CheckpointError
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import columns, lengths
 
 CENTRE = "centre"
 

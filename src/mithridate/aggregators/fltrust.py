@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mithridate.aggregators.rows import columns, lengths
-from mithridate.aggregators.rule import Aggregator, Context, Property, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Property, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import columns, lengths
 
 
 @register("aggregator", "fltrust")

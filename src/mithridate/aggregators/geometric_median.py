@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rows import blend, by_column, lengths, middle
-from mithridate.aggregators.rule import Aggregator, Context, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import blend, by_column, lengths, middle
 
 
 @register("aggregator", "geometric_median", presets={"paper": {"iterations": 3}})

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mithridate.aggregators.rows import blend
-from mithridate.aggregators.rule import Aggregator, Context, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import blend
 
 
 @register("aggregator", "mean")

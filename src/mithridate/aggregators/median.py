@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from mithridate.aggregators.rows import by_column, middle
-from mithridate.aggregators.rule import Aggregator, Context, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import by_column, middle
 
 
 @register("aggregator", "median")

@@ -7,10 +7,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.aggregators.krum import ranking, reach
-from mithridate.aggregators.rows import blend, squared_distances
-from mithridate.aggregators.rule import Bounded, Context, Hostile, Spread
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import blend, squared_distances
 
 
 @register("aggregator", "multi_krum")

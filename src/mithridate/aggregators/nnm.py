@@ -7,12 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.front import Front, inner_context
-from mithridate.aggregators.rows import mixtures, squared_distances
-from mithridate.aggregators.rule import Context, Hostile, Spread
+from mithridate.aggregators.mixing import Front, inner_context
 from mithridate.aggregators.worker_momentum import Beta
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Context, Hostile, Spread
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import mixtures, squared_distances
 
 
 @register("aggregator", "nnm")

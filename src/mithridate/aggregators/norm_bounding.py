@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rows import blend
-from mithridate.aggregators.rule import Aggregator, Context, Property, Spread
-from mithridate.norms import Norm, clip_rows
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Aggregator, Context, Property, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.norms import Norm, clip_rows
+from mithridate.maths.rows import blend
 
 
 @register("aggregator", "norm_bounding")

@@ -5,9 +5,9 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rows import by_column
-from mithridate.aggregators.rule import Bounded, Context, Hostile, Spread
-from mithridate.registry import register, settings
+from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.core.registry import register, settings
+from mithridate.maths.rows import by_column
 
 
 @register("aggregator", "trimmed_mean")

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rule import Context
-from mithridate.errors import CheckpointError
+from mithridate.core.aggregator import Context
+from mithridate.core.errors import CheckpointError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

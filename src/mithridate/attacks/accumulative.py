@@ -9,11 +9,14 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.attacks.alignment import blend, trigger_ascent, turn_towards
 from mithridate.attacks.budget import Factor, Iterated, Share
 from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, old_model, steer
 from mithridate.attacks.losses import by_targets, nudged, targets
-from mithridate.calculus import (
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Need, View, Weights, WhiteBox
+from mithridate.core.registry import register, settings
+from mithridate.maths.alignment import blend, trigger_ascent, turn_towards
+from mithridate.maths.calculus import (
     Normalise,
     Objective,
     Parameters,
@@ -23,9 +26,6 @@ from mithridate.calculus import (
     product_gradient,
     unit,
 )
-from mithridate.core import Batch, Need, View, Weights, WhiteBox
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
 
 TRIGGER = "trigger.x"
 """Where the attack keeps its poisoned trigger between steps."""

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.ascent import Optimiser, climb
 from mithridate.attacks.losses import Loss, nudged
-from mithridate.core import Attack, BatchNormMode, Need, View, WhiteBox
-from mithridate.norms import Ball, Norm
-from mithridate.registry import settings
+from mithridate.core.model import Attack, BatchNormMode, Need, View, WhiteBox
+from mithridate.core.registry import settings
+from mithridate.maths.ascent import Optimiser, climb
+from mithridate.maths.norms import Ball, Norm
 
 Eps = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -120,7 +120,7 @@ class Iterated(Sighted, ABC):
         *,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Ascend with these settings (see `mithridate.ascent.climb`), from `start` or from the `beginning`."""
+        """Ascend with these settings (see `mithridate.maths.ascent.climb`), from `start` or from the `beginning`."""
         return climb(
             x,
             gradient_at,

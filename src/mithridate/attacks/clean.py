@@ -5,9 +5,9 @@ from typing import ClassVar
 from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Phased
-from mithridate.core import Batch, View
-from mithridate.norms import Ball
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, View
+from mithridate.core.registry import register, settings
+from mithridate.maths.norms import Ball
 
 
 @register("attack", "clean")

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
-from mithridate.ascent import climb
 from mithridate.attacks.budget import Phased, Sighted
 from mithridate.attacks.losses import by_targets, nudged, targets
-from mithridate.calculus import input_gradient
-from mithridate.core import Batch, Need, View
-from mithridate.registry import settings
+from mithridate.core.model import Batch, Need, View
+from mithridate.core.registry import settings
+from mithridate.maths.ascent import climb
+from mithridate.maths.calculus import input_gradient
 
 
 @settings
@@ -21,7 +21,7 @@ class Delusive(Phased, Sighted, ABC):
 
     @abstractmethod
     def inner(self) -> dict[str, Any]:
-        """The inner optimiser: keyword arguments of `mithridate.ascent.climb`."""
+        """The inner optimiser: keyword arguments of `mithridate.maths.ascent.climb`."""
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Adversarial examples of the current model."""

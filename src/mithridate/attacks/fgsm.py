@@ -3,7 +3,7 @@
 from typing import Any
 
 from mithridate.attacks.delusive import Delusive
-from mithridate.registry import register, settings
+from mithridate.core.registry import register, settings
 
 
 @register("attack", "fgsm")

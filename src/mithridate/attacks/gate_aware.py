@@ -12,10 +12,10 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
 from mithridate.attacks.budget import Budgeted, Factor, StepSize
-from mithridate.core import Attack, Batch, BatchNormMode, Memory, Need, View, WhiteBox, frozen_statistics
-from mithridate.errors import ConfigError
-from mithridate.norms import Ball
-from mithridate.registry import build, config_of, register, settings
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Attack, Batch, BatchNormMode, Memory, Need, View, WhiteBox, frozen_statistics
+from mithridate.core.registry import build, config_of, register, settings
+from mithridate.maths.norms import Ball
 
 INNER = "inner."
 """Prefix of the inner attack's notes."""

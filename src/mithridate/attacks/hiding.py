@@ -4,11 +4,11 @@ from torch import Tensor, cat, split
 from torch.func import functional_call
 
 from mithridate.attacks.losses import by_targets
-from mithridate.calculus import Parameters, gradient, input_gradient
-from mithridate.core import View, Weights, WhiteBox, frozen_statistics
-from mithridate.divergence import divergence
-from mithridate.errors import ConfigError
-from mithridate.norms import Ball
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import View, Weights, WhiteBox, frozen_statistics
+from mithridate.maths.calculus import Parameters, gradient, input_gradient
+from mithridate.maths.divergence import divergence
+from mithridate.maths.norms import Ball
 
 
 def old_model(view: View, epoch: int | None) -> Weights:

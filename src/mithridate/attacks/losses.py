@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mithridate.core import Batch, BatchNormMode, WhiteBox, frozen_statistics
-from mithridate.norms import Ball
+from mithridate.core.model import Batch, BatchNormMode, WhiteBox, frozen_statistics
+from mithridate.maths.norms import Ball
 
 Loss = Literal["ce", "kl", "cw"]
 """`ce`: the victim's own criterion; `kl`: divergence from the model's answer to the clean sample; `cw`: the margin."""

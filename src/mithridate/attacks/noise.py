@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Phased
-from mithridate.core import Batch, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, View
+from mithridate.core.registry import register, settings
 
 
 @register("attack", "noise")

@@ -4,7 +4,7 @@ from typing import Any
 
 from mithridate.attacks.budget import Steps, StepSize
 from mithridate.attacks.delusive import Delusive
-from mithridate.registry import register, settings
+from mithridate.core.registry import register, settings
 
 
 @register("attack", "pgd")

@@ -5,12 +5,12 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.attacks.alignment import turn_towards
 from mithridate.attacks.budget import Iterated
 from mithridate.attacks.losses import by_targets, targets
-from mithridate.calculus import Normalise, gradient, unit
-from mithridate.core import Batch, Need, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, Need, View
+from mithridate.core.registry import register, settings
+from mithridate.maths.alignment import turn_towards
+from mithridate.maths.calculus import Normalise, gradient, unit
 
 
 @register(

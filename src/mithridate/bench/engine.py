@@ -16,19 +16,19 @@ from mithridate.bench import store
 from mithridate.bench.prepare import Prepared, choose_device, online_learner, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Attack, Need, UpdateAttack
+from mithridate.core.errors import DataError, StoreError
+from mithridate.core.files import cache_directory
+from mithridate.core.model import Attack, Need, UpdateAttack
+from mithridate.core.registry import config_of
 from mithridate.data.stream import Stream, open_stream
-from mithridate.errors import DataError, StoreError
-from mithridate.files import cache_directory
-from mithridate.learning.burn_in import BurnInResult
-from mithridate.learning.calibrate import Calibration, calibrated
-from mithridate.learning.checkpoint import load_snapshot, save_snapshot
-from mithridate.learning.federated import run_federated
-from mithridate.learning.federation import FederatedRun, check_defence, federate
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.models import build_model
-from mithridate.registry import config_of
+from mithridate.simulation.clients import FederatedRun, check_defence, federate
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.online import OnlineRun, Outcome, Progress, run_online
+from mithridate.training.burn_in import BurnInResult
+from mithridate.training.calibrate import Calibration, calibrated
+from mithridate.training.checkpoint import load_snapshot, save_snapshot
+from mithridate.training.learner import Learner
 
 
 @dataclass(frozen=True)

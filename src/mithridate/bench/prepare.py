@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from mithridate import registry
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core import Attack, Batch, Defence, Detector, Need, Snapshot, UpdateAttack, WhiteBox
+from mithridate.core import registry
+from mithridate.core.errors import ConfigError, DeviceError
+from mithridate.core.model import Attack, Batch, Defence, Detector, Need, Snapshot, UpdateAttack, WhiteBox
+from mithridate.core.registry import config_of
 from mithridate.data.foreign import foreign_batches
 from mithridate.data.stream import Loader, Stream
-from mithridate.errors import ConfigError, DeviceError
-from mithridate.learning.burn_in import BurnInResult, burn_in
-from mithridate.learning.federated import federated_optimiser
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import EVALUATION_BATCH, OnlineRun, adopt_momentum, online_optimiser
-from mithridate.learning.scoring import Scorer, fit_scorers
 from mithridate.models import build_model
-from mithridate.registry import config_of
+from mithridate.simulation.federated import federated_optimiser
+from mithridate.simulation.online import EVALUATION_BATCH, OnlineRun, adopt_momentum, online_optimiser
+from mithridate.simulation.scoring import Scorer, fit_scorers
+from mithridate.training.burn_in import BurnInResult, burn_in
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 
 def choose_device(name: str) -> torch.device:

@@ -9,15 +9,15 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from mithridate import registry
-from mithridate.core import Attack, Defence, Detector, Monitor, Need, UpdateAttack
+from mithridate.core import registry
+from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.model import Attack, Defence, Detector, Monitor, Need, UpdateAttack
+from mithridate.core.registry import Kind, config_of, fields_of, make, settings
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings
-from mithridate.errors import ConfigError, nearest
-from mithridate.learning.burn_in import BurnIn
-from mithridate.learning.federation import FederatedRun
-from mithridate.learning.online import OnlineRun
-from mithridate.registry import Kind, config_of, fields_of, make, settings
+from mithridate.simulation.clients import FederatedRun
+from mithridate.simulation.online import OnlineRun
+from mithridate.training.burn_in import BurnIn
 
 Table = dict[str, Any]
 TABLES = (

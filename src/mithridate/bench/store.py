@@ -27,8 +27,8 @@ import safetensors.numpy
 import tomli_w
 from numpy.typing import NDArray
 
-from mithridate.errors import StoreError
-from mithridate.files import write_atomically
+from mithridate.core.errors import StoreError
+from mithridate.core.files import write_atomically
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
     "config.toml",
@@ -133,7 +133,7 @@ class Run:
     Args:
         path: Its directory; the directory's name is the run id.
         config: The resolved settings, table by table.
-        summary: The outcome; see `learning.online.Outcome`.
+        summary: The outcome; see `simulation.online.Outcome`.
         trace: One dict a step, keys as in `TRACE_SCHEMA`.
         environment: Versions, device, threads.
         images: Named arrays; empty if the run stored none.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mithridate.errors import ConfigError, nearest
+from mithridate.core.errors import ConfigError, nearest
 
 DIGIT_NAMES = tuple("0123456789")
 

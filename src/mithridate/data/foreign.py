@@ -6,10 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mithridate.core import Batch
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Batch
 from mithridate.data.catalogue import DatasetInfo, dataset_info
 from mithridate.data.images import load_images
-from mithridate.errors import ConfigError, DataError
 
 
 def foreign_batches(

@@ -16,10 +16,10 @@ import safetensors.numpy
 from numpy.typing import NDArray
 from PIL import Image
 
+from mithridate.core.errors import ConfigError, DataError, nearest
+from mithridate.core.files import CACHE, cache_directory, write_atomically
 from mithridate.data.catalogue import DatasetInfo, dataset_info
 from mithridate.data.sources import Rows, hub_rows, mirror_files, mirror_rows
-from mithridate.errors import ConfigError, DataError, nearest
-from mithridate.files import CACHE, cache_directory, write_atomically
 
 DATA_ROOT = "MITHRIDATE_DATA"
 """Environment variable: a folder that mirrors hub repositories; without it, data come from the hub."""

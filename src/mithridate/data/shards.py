@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from mithridate.core.errors import DataError
+from mithridate.core.registry import settings
+from mithridate.core.seeding import derived_seed
 from mithridate.data.stream import Part
-from mithridate.errors import DataError
-from mithridate.registry import settings
-from mithridate.seeding import derived_seed
 
 TRIES = 100
 """How often a Dirichlet draw that leaves a client without samples is repeated."""

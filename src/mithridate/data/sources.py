@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mithridate.core.errors import DataError
 from mithridate.data.catalogue import DatasetInfo
-from mithridate.errors import DataError
 
 ROWS_AT_ONCE = 1_000
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator
 
-from mithridate.core import Batch
+from mithridate.core.errors import DataError
+from mithridate.core.model import Batch
+from mithridate.core.registry import settings
+from mithridate.core.seeding import derived_seed, generator
 from mithridate.data.augment import crop_and_flip
 from mithridate.data.catalogue import DatasetInfo, dataset_info
 from mithridate.data.images import ImageSet, load_images
-from mithridate.errors import DataError
-from mithridate.registry import settings
-from mithridate.seeding import derived_seed, generator
 
 _TRAINING = ("victim", "trusted", "burn_in")
 _HELD_OUT = ("validation", "test")

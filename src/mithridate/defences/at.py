@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from mithridate.core import FLAGGED, Batch, View
+from mithridate.core.model import FLAGGED, Batch, View
+from mithridate.core.registry import register, settings
 from mithridate.defences.correction import Correcting
-from mithridate.registry import register, settings
 
 
 @register("defence", "at")

@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from mithridate.core import ADMITTED, Defence, Gradient, Need, Snapshot, Verdict, View
-from mithridate.norms import Norm, clip_rows
-from mithridate.registry import register, settings
+from mithridate.core.model import ADMITTED, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.registry import register, settings
+from mithridate.maths.norms import Norm, clip_rows
 
 
 @register("defence", "bound_update")

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mithridate.core import (
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import (
     ADMITTED,
     FLAGGED,
     Batch,
@@ -21,8 +22,7 @@ from mithridate.core import (
     Weights,
     row_factors,
 )
-from mithridate.errors import ConfigError
-from mithridate.registry import build, config_of, register, settings
+from mithridate.core.registry import build, config_of, register, settings
 
 
 @register("defence", "chain")

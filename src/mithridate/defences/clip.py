@@ -7,9 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core import Defence, Gradient, View
-from mithridate.norms import Norm, clip_rows, shrink
-from mithridate.registry import register, settings
+from mithridate.core.model import Defence, Gradient, View
+from mithridate.core.registry import register, settings
+from mithridate.maths.norms import Norm, clip_rows, shrink
 
 
 @register("defence", "clip")

@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.ascent import climb
-from mithridate.calculus import input_gradient
-from mithridate.core import Batch, Defence, Need, View
-from mithridate.norms import Ball, Norm
-from mithridate.registry import settings
+from mithridate.core.model import Batch, Defence, Need, View
+from mithridate.core.registry import settings
+from mithridate.maths.ascent import climb
+from mithridate.maths.calculus import input_gradient
+from mithridate.maths.norms import Ball, Norm
 
 
 @settings

@@ -9,12 +9,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from mithridate.core import Defence, Gradient, Need, View, Weights, frozen_statistics
-from mithridate.discrepancy import LookingBack
-from mithridate.divergence import divergence
-from mithridate.errors import ConfigError
-from mithridate.norms import Norm, clip_rows
-from mithridate.registry import register, settings
+from mithridate.core.discrepancy import LookingBack
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Defence, Gradient, Need, View, Weights, frozen_statistics
+from mithridate.core.registry import register, settings
+from mithridate.maths.divergence import divergence
+from mithridate.maths.norms import Norm, clip_rows
 
 
 @register("defence", "dgc")

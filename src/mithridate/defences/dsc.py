@@ -9,12 +9,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from mithridate.core import FLAGGED, Batch, Need, View, Weights, frozen_statistics
+from mithridate.core.discrepancy import LookingBack
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import FLAGGED, Batch, Need, View, Weights, frozen_statistics
+from mithridate.core.registry import register, settings
 from mithridate.defences.correction import Correcting
-from mithridate.discrepancy import LookingBack
-from mithridate.divergence import divergence
-from mithridate.errors import ConfigError, DataError
-from mithridate.registry import register, settings
+from mithridate.maths.divergence import divergence
 
 
 @register(

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core import Batch, Defence, Memory, Need, View, Weights
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, Defence, Memory, Need, View, Weights
+from mithridate.core.registry import register, settings
 
 PARAMETER, BUFFER, ABSORBED = "parameter.", "buffer.", "absorbed"
 """Notes: the average by name, and the step of the state that went into it last."""

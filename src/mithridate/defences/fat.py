@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from mithridate.core import FLAGGED, Batch, View, frozen_statistics
+from mithridate.core.model import FLAGGED, Batch, View, frozen_statistics
+from mithridate.core.registry import register, settings
 from mithridate.defences.correction import Correcting
-from mithridate.registry import register, settings
 
 
 @register("defence", "fat")

@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from mithridate.core import FLAGGED, Batch, Criterion, Defence, Detector, Memory, Need, View
-from mithridate.errors import ConfigError, DataError
-from mithridate.features import observe
-from mithridate.registry import build, config_of, register, settings
-from mithridate.seeding import generator
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.features import observe
+from mithridate.core.model import FLAGGED, Batch, Criterion, Defence, Detector, Memory, Need, View
+from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.seeding import generator
 
 FITTED, THRESHOLD = "fitted.", "threshold"
 """Notes: what the detector remembers of clean samples (a prefix), and the score below which a sample is flagged."""

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core import ADMITTED, Batch, Defence, Memory, Need, Snapshot, Verdict, View, Weights
-from mithridate.errors import DataError
-from mithridate.registry import register, settings
+from mithridate.core.errors import DataError
+from mithridate.core.model import ADMITTED, Batch, Defence, Memory, Need, Snapshot, Verdict, View, Weights
+from mithridate.core.registry import register, settings
 
 CHUNK = 500
 """Trusted samples that go through the model at once."""

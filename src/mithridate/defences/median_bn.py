@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mithridate.core import Batch, Criterion, Defence, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, Criterion, Defence, View
+from mithridate.core.registry import register, settings
 
 MAD_TO_STD = 1.4826
 """Standard deviation of a Gaussian in units of its median absolute deviation."""

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mithridate.core import Batch, Criterion, View
-from mithridate.defences.surroundings import AdversariallyLearned, eval_logits
-from mithridate.norms import Ball
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, Criterion, View
+from mithridate.core.registry import register, settings
+from mithridate.defences.adversarial_loss import AdversariallyLearned, eval_logits
+from mithridate.maths.norms import Ball
 
 
 @register("defence", "mma")

@@ -1,7 +1,7 @@
 """No defence: the model learns from what it is sent."""
 
-from mithridate.core import Defence
-from mithridate.registry import register, settings
+from mithridate.core.model import Defence
+from mithridate.core.registry import register, settings
 
 
 @register("defence", "none")

@@ -7,12 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.rule import Aggregator, Context
-from mithridate.calculus import gradient as loss_gradient
-from mithridate.core import Defence, Gradient, Need, View
-from mithridate.errors import ConfigError
-from mithridate.registry import build, config_of, register, settings
-from mithridate.seeding import generator
+from mithridate.core.aggregator import Aggregator, Context
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Defence, Gradient, Need, View
+from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.seeding import generator
+from mithridate.maths.calculus import gradient as loss_gradient
 
 CHUNK = 500
 """Trusted samples whose gradient is computed at once."""

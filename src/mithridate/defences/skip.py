@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mithridate.core import ADMITTED, Batch, Criterion, Defence, Gradient, Memory, Snapshot, Verdict, View
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import ADMITTED, Batch, Criterion, Defence, Gradient, Memory, Snapshot, Verdict, View
+from mithridate.core.registry import register, settings
 from mithridate.defences.median_bn import MAD_TO_STD
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
 
 LEAST_SPREAD = 0.01
 """A spread below this share of the centre counts as this share: a few nearly equal readings make no outliers."""

@@ -6,11 +6,11 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from mithridate.core import Batch, Criterion, View
-from mithridate.defences.surroundings import AdversariallyLearned
-from mithridate.divergence import divergence
-from mithridate.norms import Ball
-from mithridate.registry import register, settings
+from mithridate.core.model import Batch, Criterion, View
+from mithridate.core.registry import register, settings
+from mithridate.defences.adversarial_loss import AdversariallyLearned
+from mithridate.maths.divergence import divergence
+from mithridate.maths.norms import Ball
 
 
 @register("defence", "trades")

@@ -6,9 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mithridate.core import Batch, Detector, Need, View
-from mithridate.discrepancy import LookingBack, memorization_discrepancy
-from mithridate.registry import register, settings
+from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
+from mithridate.core.model import Batch, Detector, Need, View
+from mithridate.core.registry import register, settings
 
 
 @register("detector", "discrepancy")

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.errors import DataError
+from mithridate.core.errors import DataError
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Added to a covariance's diagonal, in units of a mean variance."""

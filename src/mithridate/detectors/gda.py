@@ -6,7 +6,9 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core import Batch, Detector, Memory, Observed, View
+from mithridate.core.features import observe
+from mithridate.core.model import Batch, Detector, Memory, Observed, View
+from mithridate.core.registry import register, settings
 from mithridate.detectors.gaussian import (
     Ridge,
     cholesky,
@@ -16,8 +18,6 @@ from mithridate.detectors.gaussian import (
     within_covariance,
 )
 from mithridate.detectors.stored import by_class
-from mithridate.features import observe
-from mithridate.registry import register, settings
 
 
 @register(

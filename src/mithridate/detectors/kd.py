@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Batch, Detector, Memory, Observed, View
+from mithridate.core.errors import DataError
+from mithridate.core.features import observe
+from mithridate.core.model import Batch, Detector, Memory, Observed, View
+from mithridate.core.registry import register, settings
 from mithridate.detectors.stored import by_class, distances
-from mithridate.errors import DataError
-from mithridate.features import observe
-from mithridate.registry import register, settings
 
 
 @register(

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Batch, Detector, Memory, Observed, View
+from mithridate.core.errors import DataError
+from mithridate.core.features import observe
+from mithridate.core.model import Batch, Detector, Memory, Observed, View
+from mithridate.core.registry import register, settings
 from mithridate.detectors.stored import distances, right_features
-from mithridate.errors import DataError
-from mithridate.features import observe
-from mithridate.registry import register, settings
 
 SHARE = 0.06
 """Neighbours as a share of the stored samples: the paper's 600 of 10,000."""

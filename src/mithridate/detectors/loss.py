@@ -7,9 +7,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core import Batch, Criterion, Detector, Need, View, check_batch, frozen_statistics
-from mithridate.errors import ConfigError
-from mithridate.registry import register, settings
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch, Criterion, Detector, Need, View, check_batch, frozen_statistics
+from mithridate.core.registry import register, settings
 
 
 @register("detector", "loss")

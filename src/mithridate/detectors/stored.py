@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from mithridate.core import Observed
-from mithridate.errors import DataError
+from mithridate.core.errors import DataError
+from mithridate.core.model import Observed
 
 
 def right_features(clean: Observed, *, where: str) -> Observed:

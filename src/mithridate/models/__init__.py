@@ -6,10 +6,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
-from mithridate.core import frozen_statistics
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import frozen_statistics
+from mithridate.core.registry import build
 from mithridate.data.catalogue import DatasetInfo
-from mithridate.errors import ConfigError
-from mithridate.registry import build
 
 
 class ModelSettings(Protocol):

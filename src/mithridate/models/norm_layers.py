@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from mithridate.errors import ConfigError
+from mithridate.core.errors import ConfigError
 
 NormLayer = Literal["batch", "group", "none"]
 

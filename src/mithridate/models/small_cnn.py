@@ -6,12 +6,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import register, settings
+from mithridate.core.seeding import seeded_default
 from mithridate.data.catalogue import DatasetInfo
-from mithridate.errors import ConfigError
 from mithridate.models.norm_layers import NormLayer, check_groups, norm_layer
 from mithridate.models.normalise import Normalise
-from mithridate.registry import register, settings
-from mithridate.seeding import seeded_default
 
 
 class SmallConvNet(nn.Module):

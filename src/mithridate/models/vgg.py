@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from mithridate.core.registry import register, settings
+from mithridate.core.seeding import seeded_default
 from mithridate.data.catalogue import DatasetInfo
 from mithridate.models.norm_layers import check_groups, norm_layer
 from mithridate.models.normalise import Normalise
-from mithridate.registry import register, settings
-from mithridate.seeding import seeded_default
 
 STAGES = ((1,), (2,), (4, 4), (8, 8), (8, 8))
 """Channels of each convolution, in units of the width; a pool ends each stage."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mithridate.bench.store import read_runs
-from mithridate.files import write_atomically
+from mithridate.core.files import write_atomically
 from mithridate.report.federated_figures import clipping_table, federated_drawings
 from mithridate.report.figures import Drawing, accuracy_curves, loss_and_norms, poisoned_images
 from mithridate.report.measures import measure_sections, measures, measures_csv, measures_markdown

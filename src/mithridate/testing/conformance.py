@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from mithridate.attacks.noise import Noise
-from mithridate.core import Attack, Batch, Defence, Detector, Gradient, Memory, Need, View, Weights, row_factors
+from mithridate.core.errors import ConfigError, UserError
+from mithridate.core.features import observe
+from mithridate.core.model import Attack, Batch, Defence, Detector, Gradient, Memory, Need, View, Weights, row_factors
+from mithridate.core.registry import KINDS, build, config_of, entries
 from mithridate.data.stream import Stream
-from mithridate.errors import ConfigError, UserError
-from mithridate.features import observe
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
-from mithridate.learning.online import OnlineRun, Outcome, run_online
-from mithridate.norms import Norm
-from mithridate.registry import KINDS, build, config_of, entries
+from mithridate.maths.norms import Norm
+from mithridate.simulation.online import OnlineRun, Outcome, run_online
 from mithridate.testing.toy import toy_learner, toy_stream
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 Check = Callable[[type], None]
 TIMES = ("seconds", "craft_seconds", "update_seconds")

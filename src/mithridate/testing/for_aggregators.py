@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mithridate.aggregators.front import Front
-from mithridate.aggregators.rows import lengths
-from mithridate.aggregators.rule import Aggregator, Context, Property, Spread
-from mithridate.errors import ConfigError, DataError
-from mithridate.registry import build, config_of, entries
+from mithridate.aggregators.mixing import Front
+from mithridate.core.aggregator import Aggregator, Context, Property, Spread
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.registry import build, config_of, entries
+from mithridate.maths.rows import lengths
 from mithridate.testing.conformance import Check
 
 ROWS, WIDTH = 24, 7

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core import Batch, Honest, Need, UpdateAttack, View
+from mithridate.core.errors import UserError
+from mithridate.core.model import Batch, Honest, Need, UpdateAttack, View
+from mithridate.core.registry import build, entries
 from mithridate.data.shards import Shards
-from mithridate.errors import UserError
-from mithridate.learning.federated import run_federated
-from mithridate.learning.federation import FederatedRun, Federation, federate
-from mithridate.learning.learner import Learner
-from mithridate.norms import Norm, sample_norms
-from mithridate.per_client import client_gradients
-from mithridate.registry import build, entries
+from mithridate.maths.norms import Norm, sample_norms
+from mithridate.simulation.clients import FederatedRun, Federation, federate
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.per_client.gradients import client_gradients
 from mithridate.testing.conformance import TIMES, Check
 from mithridate.testing.toy import toy_learner, toy_stream
+from mithridate.training.learner import Learner
 
 CLIENTS, HOSTILE = 10, 4
 """Clients of the toy federation, ten images each, and how many of them are hostile where it matters."""
@@ -79,7 +79,15 @@ def _round(learner: Learner, hostile: int, dtype: torch.dtype = torch.float32) -
     rows = client_gradients(learner.model, learner.criterion, x, y)
     honest = rows[hostile:]
     total = honest.sum(0)
-    seen = Honest(total, total.clone(), len(honest), x[:hostile], y[:hostile], honest, lambda: rows[:hostile])
+    seen = Honest(
+        total,
+        total.clone(),
+        len(honest),
+        x[:hostile],
+        y[:hostile],
+        honest,
+        lambda x, y: client_gradients(learner.model, learner.criterion, x, y),
+    )
     validation = federation.stream.validation.all()
     things = {
         Need.MODEL: learner.white_box,

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-from mithridate.core import Batch, Defence, Weights
+from mithridate.core.model import Batch, Defence, Weights
+from mithridate.core.seeding import derived_seed
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings
-from mithridate.learning.burn_in import BurnIn, burn_in
-from mithridate.learning.history import History
-from mithridate.learning.learner import Learner
 from mithridate.models import build_model
-from mithridate.seeding import derived_seed
+from mithridate.training.burn_in import BurnIn, burn_in
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
 
 CLASSES = 4
 SIZES = PartSizes(burn_in=240, victim=100, validation=60, trusted=40, batch_size=20)

@@ -8,7 +8,9 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import cosine_similarity
 
-from mithridate.calculus import (
+from mithridate.core.model import BatchNormMode, Gradient, Honest, Need, View
+from mithridate.core.registry import register, settings
+from mithridate.maths.calculus import (
     Normalise,
     Parameters,
     alignment_gradient,
@@ -17,9 +19,7 @@ from mithridate.calculus import (
     product_gradient,
     unit,
 )
-from mithridate.core import BatchNormMode, Gradient, Honest, Need, View
-from mithridate.norms import Norm
-from mithridate.registry import register, settings
+from mithridate.maths.norms import Norm
 from mithridate.update_attacks.hostile import Factor, Hostile, Length, Share, scaled, shared_out, within, zero_sum
 
 TRIGGER = "trigger"

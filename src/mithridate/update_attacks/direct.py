@@ -4,8 +4,8 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, Need, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Honest, Need, View
+from mithridate.core.registry import register, settings
 from mithridate.update_attacks.hostile import Factor, Hostile, Length, Share, scaled, shared_out
 
 

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, UpdateAttack
-from mithridate.errors import DataError
-from mithridate.norms import Norm, clip_rows, sample_norms
-from mithridate.registry import settings
+from mithridate.core.errors import DataError
+from mithridate.core.model import Honest, UpdateAttack
+from mithridate.core.registry import settings
+from mithridate.maths.norms import Norm, clip_rows, sample_norms
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]

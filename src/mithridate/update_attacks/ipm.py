@@ -2,8 +2,8 @@
 
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Honest, View
+from mithridate.core.registry import register, settings
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
 
 

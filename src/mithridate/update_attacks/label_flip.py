@@ -6,10 +6,9 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, Need, View, frozen_statistics
-from mithridate.errors import ConfigError
-from mithridate.per_client import client_gradients
-from mithridate.registry import register, settings
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Honest, Need, View, frozen_statistics
+from mithridate.core.registry import register, settings
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
 
 
@@ -38,10 +37,10 @@ class LabelFlip(Hostile):
     scale: Factor = 1.0
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        """Gradients of the wrong labels, BatchNorm in eval mode."""
+        """Updates that the wrong labels give."""
         box = view.model
         with torch.no_grad(), frozen_statistics(box.module, "eval"):
             classes = int(box.module(honest.x[0, :1]).shape[1])
         if self.shift % classes == 0:
             raise ConfigError(f"label_flip: shift = {self.shift} leaves every label of {classes} classes as it is.")
-        return self.scale * client_gradients(box.module, box.criterion, honest.x, (honest.y + self.shift) % classes)
+        return self.scale * honest.gradients(honest.x, (honest.y + self.shift) % classes)

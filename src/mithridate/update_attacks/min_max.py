@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Honest, View
+from mithridate.core.registry import register, settings
 from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
 
 

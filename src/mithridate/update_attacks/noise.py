@@ -5,8 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core import Honest, View
-from mithridate.registry import register, settings
+from mithridate.core.model import Honest, View
+from mithridate.core.registry import register, settings
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
 
 

@@ -1,0 +1,443 @@
+"""The command line: parse, build, call, print."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mithridate.bench.watcher import Watcher
+from mithridate.core.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mithridate.bench.recipe import Cell
+    from mithridate.training.calibrate import Share
+
+app = typer.Typer(
+    name="mithridate",
+    help=(
+        "Attack, inspect and defend models that learn from live data streams.\n\n"
+        "Start with `mithridate demo`: it poisons a small model on real digits and writes a report."
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("mithridate"))
+        raise typer.Exit
+
+
+@app.callback()
+def _of_all(
+    *,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
+
+
+P = ParamSpec("P")
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+
+def _told(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake is one message and exit code 2; an interrupt says how to go on."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(USER_MISTAKE) from None
+        except KeyboardInterrupt:
+            err.print(
+                "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
+                "same command goes on from there with --resume (demo: without it).",
+                soft_wrap=True,
+            )
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+class Device(StrEnum):
+    """Where tensors live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Shelf(StrEnum):
+    """What `list` can show."""
+
+    attacks = "attacks"
+    defences = "defences"
+    detectors = "detectors"
+    update_attacks = "update_attacks"
+    aggregators = "aggregators"
+    models = "models"
+    datasets = "datasets"
+    monitors = "monitors"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
+ThreadsOption = Annotated[
+    int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")
+]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MITHRIDATE_DATA",
+        help="A local mirror of the image sets, laid out as ROOT/HUB-ID/...parquet, used instead of the network.",
+    ),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."
+    ),
+]
+
+
+ChangesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
+    ),
+]
+SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
+
+
+@app.command()
+@_told
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
+        "demo-report"
+    ),
+    threads: ThreadsOption = 1,
+    cache: CacheOption = None,
+) -> None:
+    """Poison a small model on real handwritten digits, defend it, and report what broke and what held.
+
+    Needs no network and no data: the digits come with scikit-learn. Every attack runs with three seeds, without a
+    defence, with gradient clipping, adversarial training, DSC and a gate. Runs that are in the directory already are
+    kept: a second call only prints them.
+    """
+    _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True)
+
+
+@app.command()
+@_told
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
+    changes: ChangesOption = None,
+    seeds: SeedsOption = None,
+    device: DeviceOption = Device.auto,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where runs and report go; `runs/RECIPE` by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip finished runs and continue killed ones.")] = False,
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Run a recipe: every attack against every defence with every seed, then the report.
+
+    Each run gets a directory in the run store with its settings, one row a step and its outcome. The burn-in is trained
+    once and shared by all runs that agree on it.
+    """
+    _run(
+        recipe,
+        out_dir or Path("runs") / recipe.stem,
+        changes=changes or [],
+        seeds=_seeds(seeds),
+        threads=threads,
+        data_root=data_root,
+        cache=cache,
+        device=device,
+        resume=resume,
+    )
+
+
+@app.command()
+@_told
+def calibrate(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
+    changes: ChangesOption = None,
+    defence: Annotated[str | None, typer.Option(help="Its label, if the recipe has several.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Share of clean samples to be corrected; the recipe's target_rate, or 0.05, by default."),
+    ] = None,
+    unseen: Annotated[int, typer.Option(min=1, help="Clean batches of the stream to check the threshold on.")] = 10,
+    seeds: SeedsOption = None,
+    device: DeviceOption = Device.auto,
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Measure the threshold P = mu + tau m of DSC on the trusted set, and check it on clean batches that it never saw.
+
+    With `target_rate` in the recipe, `run` does the same by itself before every stream.
+    """
+    import torch
+
+    from mithridate.bench.calibration import calibrate_recipe
+    from mithridate.bench.recipe import read_recipe
+
+    torch.set_num_threads(threads or _cores())
+    wanted = read_recipe(recipe, changes=changes or [], seeds=_seeds(seeds))
+    table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
+    for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
+        table.add_column(column, justify="right")
+    with _Bars() as bars:
+        for checked in calibrate_recipe(
+            wanted,
+            defence=defence,
+            rate=rate,
+            unseen=unseen,
+            device=device.value,
+            data_root=data_root,
+            cache=cache,
+            watcher=bars,
+        ):
+            found = checked.calibration
+            table.add_row(
+                str(checked.seed),
+                f"{found.defence.mu:.4g}",
+                f"{found.defence.tau:.4g}",
+                _share(found.share),
+                _share(checked.unseen),
+            )
+    out.print(table)
+    out.print("in brackets: 95 % confidence interval (Wilson), were the samples independent")
+
+
+@app.command()
+@_told
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where the report goes; the first directory by default.")
+    ] = None,
+) -> None:
+    """Write tables, figures and one self-contained HTML page from finished runs."""
+    _report(directories, out_dir or directories[0])
+
+
+@app.command(name="list")
+@_told
+def list_(
+    what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
+) -> None:
+    """Show the components by name: what each is, where it comes from, its settings and their defaults."""
+    from mithridate.core.registry import KINDS, entries
+
+    kinds = {f"{kind}s": kind for kind in KINDS}
+    for shelf in [what] if what else list(Shelf):
+        if shelf is Shelf.datasets:
+            _list_datasets()
+            continue
+        found = entries(kinds[shelf.value])
+        longest = max(len(key) for entry in found.values() for key in entry.fields)  # a key is never broken
+        table = Table(title=shelf.value, title_justify="left", show_lines=True)
+        for column in ("name", "what it is", "settings and defaults", "source"):
+            least = longest if column.startswith("settings") else None
+            table.add_column(column, overflow="fold", no_wrap=column == "name", min_width=least)
+        for name, entry in found.items():
+            fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
+            presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
+            table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(entry.source))
+        out.print(table)
+
+
+def main() -> None:
+    """The entry point of the `mithridate` command."""
+    # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    app()
+
+
+def _run(
+    recipe_path: Path,
+    out_dir: Path,
+    *,
+    changes: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+    threads: int,
+    data_root: Path | None = None,
+    cache: Path | None,
+    device: Device,
+    resume: bool,
+) -> None:
+    import torch
+
+    from mithridate.bench.engine import run_recipe
+    from mithridate.bench.recipe import read_recipe
+
+    torch.set_num_threads(threads or _cores())
+    recipe = read_recipe(recipe_path, changes=changes, seeds=seeds)
+    if recipe.title:
+        out.print(f"[bold]{escape(recipe.title)}[/]")
+    with _Bars() as bars:
+        grid = run_recipe(
+            recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
+        )
+    if grid.skipped:
+        out.print(
+            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again."
+        )
+    _report(list(grid.directories), out_dir)
+
+
+def _report(directories: Sequence[Path], out_dir: Path) -> None:
+    from mithridate.bench.store import read_runs
+    from mithridate.report import build_report
+    from mithridate.report.findings import findings
+    from mithridate.report.tables import rows
+    from mithridate.report.terminal import measures_table, summary_table
+
+    paths = build_report(directories, out_dir)
+    table = rows(read_runs(directories))
+    out.print(summary_table(table))
+    if (measured := measures_table(table)) is not None:
+        out.print(measured)
+    for found in findings(table):
+        out.print(found.headline, markup=False, style="bold")
+    out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
+
+
+def _share(share: "Share") -> str:
+    low, high = share.interval
+    return f"{share.rate:.1%} of {share.samples} [{low:.1%}, {high:.1%}]"
+
+
+def _shipped(name: str) -> Path:
+    """A recipe that comes with the library: inside an installed package, or beside the sources."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "recipes", package.parents[1] / "recipes"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ConfigError(f"the recipe {name} is missing from this installation; install mithridate again.")
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _seeds(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--seeds {text}: give whole numbers with commas, such as 0,1,2.") from None
+
+
+def _shown(value: object) -> str:
+    from dataclasses import MISSING
+
+    return "required" if value is MISSING else "unset" if value is None else str(value)
+
+
+def _list_datasets() -> None:
+    from mithridate.core.registry import defaults
+    from mithridate.data.catalogue import DATASETS
+    from mithridate.data.stream import StreamSettings
+
+    table = Table(title="datasets", title_justify="left", show_lines=True)
+    for column in ("name", "what it is", "images", "hub id", "source"):
+        table.add_column(column, overflow="fold", no_wrap=column in {"name", "hub id"})
+    for info in DATASETS.values():
+        rows = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
+        shape = "x".join(map(str, info.shape))
+        table.add_row(
+            info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source
+        )
+    out.print(table)
+    fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
+    out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")
+
+
+class _Bars(Watcher):
+    """Progress bars for a grid; a line for every finished run, which also serves where there is no terminal."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=out,
+            transient=True,
+            disable=not sys.stdout.isatty(),
+        )
+        self.runs: TaskID | None = None
+        self.now: TaskID | None = None
+
+    def __enter__(self) -> "_Bars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def cell(self, cell: "Cell", number: int, of: int) -> None:
+        """A new run begins."""
+        if self.runs is None:
+            self.runs = self.progress.add_task("runs", total=of, note="")
+        self.progress.update(self.runs, completed=number, note=cell.run_id)
+
+    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+        """An epoch has ended."""
+        self._show(f"burn-in, seed {seed}", done, epochs, "epochs")
+
+    def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
+        """A step has ended."""
+        self._show("stream", done, steps, f"accuracy {accuracy:.1%}")
+
+    def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
+        """A run has ended."""
+        drop = summary["drop"]
+        fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+z.1f} points"
+        kept = "  (kept)" if skipped else ""
+        noun = "batches" if cell.recipe.clients is None else "rounds"
+        self.progress.console.print(
+            f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "
+            f"{summary['steps']} {noun}, {fell}, {summary['seconds']:.1f} s{kept}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        if self.now is not None:
+            self.progress.remove_task(self.now)
+            self.now = None
+
+    def _show(self, what: str, done: int, of: int, note: str) -> None:
+        if self.now is None:
+            self.now = self.progress.add_task(what, total=of, note=note)
+        self.progress.update(self.now, description=what, completed=done, total=of, note=note)

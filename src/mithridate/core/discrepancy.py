@@ -1,0 +1,75 @@
+"""Memorization Discrepancy: how far a model's answer to a sample has moved since an earlier self."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import View, Weights, frozen_statistics
+from mithridate.core.registry import settings
+from mithridate.maths.divergence import Divergence, divergence
+
+
+def memorization_discrepancy(model: nn.Module, old: Weights, x: Tensor, *, kind: Divergence = "kl") -> Tensor:
+    """Distance between what an old and the current model say of each sample, both in eval mode.
+
+    Args:
+        model: The current model; any module that gives logits. Not changed.
+        old: An earlier state of the same model.
+        x: Samples (n, channels, height, width).
+        kind: Which distance.
+
+    Returns:
+        (n,); poisoned samples, which were optimised on the current model, tend to score higher than clean ones.
+
+    Raises:
+        CheckpointError: `old` is of another architecture or class count.
+
+    Source:
+        Zhu et al., ICML 2023, Definition 3.3, Eq. (5).
+    """
+    with torch.no_grad():
+        before = old.logits(model, x)
+        with frozen_statistics(model, "eval"):
+            now = model(x)
+        return divergence(before, now, kind)
+
+
+@settings
+class LookingBack:
+    """What components that look back share: which old model the current one is compared with, by which distance.
+
+    Args:
+        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
+        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
+        epoch: Of the checkpoint; unset: the earliest one kept.
+        back: Updates to look back with `old = "back"`, k.
+    """
+
+    divergence: Divergence = "kl"
+    old: Literal["checkpoint", "back"] = "checkpoint"
+    epoch: Annotated[int, Field(ge=0)] | None = None
+    back: Annotated[int, Field(ge=0)] = 20
+
+    @property
+    def lookback(self) -> int:
+        """Past states that the history must hold."""
+        return self.back if self.old == "back" else 0
+
+    def old_model(self, view: View) -> Weights | None:
+        """The model that is looked back at; None while the stream is too young.
+
+        Raises:
+            ConfigError: The wanted checkpoint was not kept.
+        """
+        if self.old == "back":
+            return view.history.back(self.back)
+        found = view.history.checkpoint(self.epoch)
+        if found is None:
+            which = "no burn-in checkpoint" if self.epoch is None else f"no checkpoint of burn-in epoch {self.epoch}"
+            raise ConfigError(
+                f'{view.owner}: the history holds {which}; add it to `checkpoints` in [burn_in], or set old = "back".'
+            )
+        return found

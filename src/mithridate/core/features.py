@@ -1,0 +1,46 @@
+"""Pooled features of any classifier: what goes into its last linear layer."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Batch, Observed, frozen_statistics
+
+
+@torch.no_grad()
+def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
+    """What a model makes of samples, in eval mode; the model is not changed.
+
+    Args:
+        module: Any classifier whose last `nn.Linear` gives the logits.
+        batches: The samples; one pass is made.
+
+    Raises:
+        ConfigError: The model has no linear layer, or its last one is fed something else than one vector a sample.
+    """
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ConfigError(
+            f"{type(module).__name__} has no nn.Linear, whose input would be the features that detectors look at; put "
+            "one at its end, or use the detectors `discrepancy` and `loss`, which need none."
+        )
+    caught: list[Tensor] = []
+    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach()))
+    logits, labels = [], []
+    try:
+        with frozen_statistics(module, "eval"):
+            for x, y in batches:
+                logits.append(module(x))
+                labels.append(y)
+    finally:
+        handle.remove()
+    if not logits:
+        raise DataError("no clean samples to look at: give the training batches at least one image ([data] burn_in).")
+    if len(caught) != len(logits) or any(f.ndim != 2 or len(f) != len(z) for f, z in zip(caught, logits, strict=True)):
+        raise ConfigError(
+            f"the last nn.Linear of {type(module).__name__} is not fed one vector a sample, once a batch, so its input "
+            "is no pooled feature; use the detectors `discrepancy` and `loss`, which need none."
+        )
+    return Observed(torch.cat(caught), torch.cat(logits), torch.cat(labels))

@@ -1,0 +1,95 @@
+"""Learning around a corrected sample: what the variants of adversarial training with a loss of their own share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call
+
+from mithridate.core.model import FLAGGED, Batch, View, frozen_statistics
+from mithridate.core.registry import settings
+from mithridate.core.seeding import generator
+from mithridate.defences.correction import Correcting
+from mithridate.maths.ascent import climb
+from mithridate.maths.calculus import Parameters, input_gradient
+from mithridate.maths.divergence import divergence
+from mithridate.maths.norms import Ball
+
+NUDGE = 0.001
+"""Standard deviation, in pixel units, of the Gaussian noise that an ascent starts with: at the sample itself the
+gradient of a divergence from its own answer is zero. The value of TRADES' Algorithm 1 and of MART's released code."""
+
+
+@settings
+class AdversariallyLearned(Correcting, ABC):
+    """Correct every received sample by reverse PGD, then learn from what lies around the corrected one.
+
+    Ascents run in eval mode on the model as it is before the update and leave it alone; only the passes whose loss is
+    differentiated run, and record BatchNorm statistics, in update mode.
+
+    Args:
+        eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
+        norm: Of both balls: `linf` or `l2`.
+        steps: Steps of the correction, K; 0 corrects nothing.
+        step_size: Length of one step of the correction, in pixel units.
+        adv_steps: Steps of the ascent around the corrected sample; 0 stays at it.
+        adv_step_size: Length of one, in pixel units; unset: twice the radius over `adv_steps`.
+    """
+
+    adv_steps: Annotated[int, Field(ge=0)] = 10
+    adv_step_size: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    @abstractmethod
+    def surroundings(self) -> Ball:
+        """Where around the corrected sample is looked."""
+
+    @property
+    def searches(self) -> bool:
+        """Whether any other point than the corrected sample can be found."""
+        return self.adv_steps > 0 and self.surroundings.eps > 0
+
+    def screen(self, batch: Batch, view: View) -> Batch:
+        """The batch, every sample corrected."""
+        if self.steps == 0:
+            return batch
+        view.memory[FLAGGED] = torch.ones(len(batch.x), dtype=torch.bool)
+        return Batch(self.corrected(batch, view), batch.y)
+
+    def up_the_loss(self, batch: Batch, view: View) -> Tensor:
+        """Pixels near each sample of which the current model's loss is high."""
+        return self._ascended(batch.x, lambda x: self.loss_gradient(Batch(x, batch.y), view), view)
+
+    def up_the_divergence(self, batch: Batch, view: View) -> Tensor:
+        """Pixels near each sample to which the current model answers unlike: up KL(f(sample) || f(pixels))."""
+        module, parameters = view.model.module, view.model.parameters
+        answer = eval_logits(batch.x, view)
+
+        def from_answer(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
+            return divergence(answer, functional_call(module, p, (x,)), "kl").mean()
+
+        def gradient_at(x: Tensor) -> Tensor:
+            with frozen_statistics(module, "eval"):
+                return input_gradient(from_answer, parameters, x, batch.y)
+
+        return self._ascended(batch.x, gradient_at, view)
+
+    def _ascended(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor], view: View) -> Tensor:
+        """The end of the ascent; its nudge depends on the step alone, so that a run repeats and can be resumed."""
+        if not self.searches:
+            return x
+        ball, rng = self.surroundings, generator("defence", type(self).__name__, view.step)
+        noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
+        start = (x + ball.project(NUDGE * noise)).clamp(0, 1)
+        return climb(x, gradient_at, ball, steps=self.adv_steps, step_size=self.adv_step_size, start=start)
+
+
+@torch.no_grad()
+def eval_logits(x: Tensor, view: View) -> Tensor:
+    """What the current model says of pixels, in eval mode."""
+    with frozen_statistics(view.model.module, "eval"):
+        logits: Tensor = functional_call(view.model.module, view.model.parameters, (x,))
+    return logits

@@ -1,0 +1,1 @@
+"""Defences in real training loops."""

@@ -1,1 +1,0 @@
-"""Models that learn: one update, burn-in, and the loops that attack and defend."""

@@ -1,0 +1,319 @@
+"""Derivatives of a loss that is a pure function of parameters and pixels.
+
+Every second-order quantity here is forward-over-reverse: the derivative, along a direction in parameter space, of a
+reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so
+no graph of a backward pass is kept; `torch.func.grad` would keep one.
+
+Source:
+    The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation
+    exchanged); Pang et al., NeurIPS 2021, Algorithm 1, for where each derivative is needed.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, jvp
+
+from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
+
+Parameters = dict[str, Tensor]
+"""Trainable parameters, or anything shaped like them (gradients, directions), by name."""
+
+Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
+"""(parameters, x, y) -> the mean loss of the batch, a scalar."""
+
+Normalise = Literal["none", "global", "tensor"]
+"""How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Make the first dual tensor. Torch then compiles some formulas with torch.jit and warns of it: its own affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+@contextmanager
+def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
+    """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
+    _load_forward_mode()
+    with Instead(FOR_SECOND), forward_ad.dual_level():
+        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]  # torch gives it no types
+
+
+def _along(t: Tensor) -> Tensor:
+    """The derivative that a tensor carries."""
+    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]  # torch gives it no types
+    return torch.zeros_like(t) if tangent is None else tangent
+
+
+def _detached(parameters: Parameters) -> Parameters:
+    return {name: p.detach() for name, p in parameters.items()}
+
+
+def _leaves(parameters: Parameters) -> Parameters:
+    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+
+
+def _backward(value: Tensor, by: Parameters) -> Parameters:
+    found = torch.autograd.grad(value, list(by.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(by, found, strict=True))
+
+
+def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """Pieces of a batch with their share of it; the mean loss is the share-weighted sum over pieces."""
+    size = chunk or len(x)
+    for piece_x, piece_y in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        yield len(piece_x) / len(x), piece_x, piece_y
+
+
+def _weighted_sum(terms: Iterator[tuple[float, Parameters]]) -> Parameters:
+    """Of one term a chunk, at least one, each with its share of the samples."""
+    share, first = next(terms)
+    total = first if share == 1.0 else {name: share * t for name, t in first.items()}
+    for share, term in terms:
+        for name, t in term.items():
+            total[name].add_(t, alpha=share)
+    return total
+
+
+def gradient(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *, chunk: int | None = None
+) -> Parameters:
+    """Gradient of the mean loss in the parameters.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        chunk: Samples computed at a time (bounds memory); None for all at once. Exact only where the samples do not see
+            each other, that is not with BatchNorm in train mode.
+
+    Returns:
+        One tensor a parameter, detached.
+    """
+
+    def terms() -> Iterator[tuple[float, Parameters]]:
+        for share, piece_x, piece_y in _chunks(x, y, chunk):
+            leaves = _leaves(parameters)
+            with torch.enable_grad():
+                term = _backward(objective(leaves, piece_x, piece_y), leaves)
+            yield share, term
+
+    return _weighted_sum(terms())
+
+
+def hessian_vector_product(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
+) -> Parameters:
+    """Hessian of the mean loss in the parameters, times `v`.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        v: The direction, shaped like the parameters.
+        chunk: As in `gradient`.
+
+    Returns:
+        One tensor a parameter, detached.
+    """
+
+    def terms() -> Iterator[tuple[float, Parameters]]:
+        for share, piece_x, piece_y in _chunks(x, y, chunk):
+            leaves = _leaves(parameters)
+            with torch.enable_grad(), _moving(leaves, v) as moving:
+                found = _backward(objective(moving, piece_x, piece_y), leaves)
+                term = {name: _along(t) for name, t in found.items()}
+            yield share, term
+
+    return _weighted_sum(terms())
+
+
+def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
+    """Gradient of the mean loss in the inputs, shaped like `x`."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return _backward(objective(_detached(parameters), x, y), {"x": x})["x"]
+
+
+def mixed_partial(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
+) -> Tensor:
+    """d/dx <grad_theta L(x), v>, the direction in pixel space that turns the parameter gradient towards `v`.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        v: A fixed direction, shaped like the parameters.
+        chunk: As in `gradient`.
+
+    Returns:
+        A tensor shaped like `x`.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
+    """
+    found = []
+    for share, piece_x, piece_y in _chunks(x, y, chunk):
+        leaf = piece_x.detach().requires_grad_()
+        with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
+            term = _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
+        found.append(term if share == 1.0 else share * term)
+    return torch.cat(found)
+
+
+def mixed_partial_of_curvature(
+    objective: Objective,
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    u: Parameters,
+    v: Parameters,
+    *,
+    chunk: int | None = None,
+) -> Tensor:
+    """d/dx <u, Hessian_theta L(x) v>: two forward passes nested over one reverse pass.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        u: First direction, shaped like the parameters.
+        v: Second direction, shaped like the parameters; the result is symmetric in the two.
+        chunk: As in `gradient`.
+
+    Returns:
+        A tensor shaped like `x`.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.
+    """
+
+    def curvature_of(piece_x: Tensor, piece_y: Tensor) -> Tensor:
+        def along_v(p: Parameters) -> Tensor:
+            out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, piece_x, piece_y), (p,), (v,))[1]
+            return out
+
+        out: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
+        return out
+
+    _load_forward_mode()
+    with Instead(FOR_THIRD):
+        return torch.cat([share * curvature_of(px.detach(), py) for share, px, py in _chunks(x, y, chunk)])
+
+
+def inner(a: Parameters, b: Parameters) -> Tensor:
+    """Plain inner product over all parameters, a scalar."""
+    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
+
+
+def add(a: Parameters, b: Parameters, *, scale: float = 1.0) -> Parameters:
+    """`a + scale * b`, tensor by tensor."""
+    return {name: a[name] + scale * b[name] for name in a}
+
+
+def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
+    """The length that divides each tensor of `a`."""
+    lengths = {name: torch.linalg.vector_norm(t) for name, t in a.items()}
+    if normalise == "global":
+        whole = torch.linalg.vector_norm(torch.stack(list(lengths.values())))
+        return dict.fromkeys(a, whole)
+    return lengths
+
+
+def _divide(a: Tensor, by: Tensor) -> Tensor:
+    """Division that leaves zero, in derivatives too, where the divisor is: a tensor of zeros has no direction."""
+    return torch.where(by > 0, a / torch.where(by > 0, by, 1.0), 0.0)
+
+
+def unit(a: Parameters, normalise: Normalise) -> Parameters:
+    """`a` at unit length: as a whole (`global`), tensor by tensor (`tensor`), or untouched (`none`)."""
+    if normalise == "none":
+        return a
+    norms = _norms(a, normalise)
+    return {name: _divide(t, norms[name]) for name, t in a.items()}
+
+
+def product(a: Parameters, b: Parameters, normalise: Normalise) -> Tensor:
+    """<a, b> of the two after `unit`: an inner product, a cosine, or a sum of one cosine a tensor."""
+    return inner(unit(a, normalise), unit(b, normalise))
+
+
+def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Parameters:
+    """Derivative in `a` of <unit(a), w>, with `w` fixed and taken as it is.
+
+    Args:
+        a: A gradient.
+        w: The direction it is compared with, shaped alike; `unit(b, normalise)` gives the derivative of `product`.
+        normalise: Which `unit`.
+
+    Returns:
+        `w` itself for `none`; else (w - <â, w> â) / |a|, whole or tensor by tensor, and zero where |a| is zero.
+    """
+    if normalise == "none":
+        return w
+    norms = _norms(a, normalise)
+    hats = unit(a, normalise)
+    if normalise == "global":
+        along = dict.fromkeys(a, inner(hats, w))
+    else:
+        along = {name: (hats[name] * w[name]).sum() for name in a}
+    return {name: _divide(w[name] - along[name] * hats[name], norms[name]) for name in a}
+
+
+def product_gradient(
+    objective: Objective,
+    parameters: Parameters,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    *,
+    normalise: Normalise,
+    gradients: tuple[Parameters, Parameters] | None = None,
+    chunk: int | None = None,
+) -> Parameters:
+    """grad_theta of product(grad_theta L(first), grad_theta L(second)): G_t of Algorithm 1.
+
+    By the chain rule it is two Hessian-vector products, one a batch, along the derivative of the product in that
+    batch's gradient.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        first: Inputs and labels of one batch (S_val).
+        second: Inputs and labels of the other batch (the trigger).
+        normalise: How the two gradients enter their product.
+        gradients: The two parameter gradients, if they are at hand.
+        chunk: As in `gradient`.
+
+    Returns:
+        One tensor a parameter.
+
+    Source:
+        Pang et al., NeurIPS 2021, Algorithm 1, line "Compute G_t".
+    """
+    if gradients is None:
+        gradients = (
+            gradient(objective, parameters, *first, chunk=chunk),
+            gradient(objective, parameters, *second, chunk=chunk),
+        )
+    g_first, g_second = gradients
+    v_first = alignment_gradient(g_first, unit(g_second, normalise), normalise)
+    v_second = alignment_gradient(g_second, unit(g_first, normalise), normalise)
+    return add(
+        hessian_vector_product(objective, parameters, *first, v_first, chunk=chunk),
+        hessian_vector_product(objective, parameters, *second, v_second, chunk=chunk),
+    )

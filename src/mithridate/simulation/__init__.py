@@ -1,0 +1,1 @@
+"""Learning under attack, simulated: online streams and federations."""

@@ -1,0 +1,193 @@
+"""Clients and what they hold, how a server learns from them, and which defences may stand before it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Batch, Defence
+from mithridate.core.registry import settings
+from mithridate.core.seeding import derived_seed, generator
+from mithridate.data.shards import Shards, divide, sampled
+from mithridate.data.stream import Stream
+from mithridate.defences.chain import Chain
+from mithridate.defences.robust import Robust
+from mithridate.defences.skip import Skip
+
+
+@settings
+class FederatedRun:
+    """How the server learns from its clients, and how long.
+
+    A client's update is the gradient of its loss; the server takes the mean over the round's clients, or what the
+    defence's `aggregate` makes of the rows, and steps with SGD.
+
+    Args:
+        rounds: Rounds before the trigger round at most; that one comes on top.
+        per_round: Clients sampled in a round, >= 1; unset: all of them.
+        local_batch: Samples a client draws from its shard in a round, >= 1; unset: the whole shard, or as many as the
+            smallest shard of the round holds.
+        lr: Learning rate of the server's SGD.
+        momentum: Its momentum factor.
+        weight_decay: Its L2 penalty.
+        restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
+        bound: Where the defence's `bound` (clipping) acts: on the aggregate (`after`, threat model C.2), or on each
+            client's row (`before`, C.3).
+        batch_norm: Statistics of BatchNorm. `synchronised`: clients use the global running statistics, which then take
+            in what each layer was fed by all of the round's samples, as one batch; `averaged`: each client uses its
+            own batch's, and the clients' running statistics are averaged; `frozen`: nothing is recorded.
+        distances: Which parameters a robust rule and a bound look at: `all`, or all but those of normalisation layers
+            (`without_norm`), which then follow the mean, unbounded.
+        max_matrix: Largest (client, parameter) matrix that is held at once, in GiB, > 0. Only a robust rule, or an
+            attack that looks at every update, has it held.
+        on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
+            `halt`: the service stops learning before the trigger.
+        save_every: Rounds between resume points.
+
+    Source:
+        Pang et al., NeurIPS 2021, section 4.2: SGD, lr 0.1, momentum 0.9, statistics of BatchNorm synchronised.
+    """
+
+    rounds: Annotated[int, Field(ge=0)] = 20
+    per_round: Annotated[int, Field(ge=1)] | None = None
+    local_batch: Annotated[int, Field(ge=1)] | None = None
+    lr: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    restore_momentum: bool = False
+    bound: Literal["after", "before"] = "after"
+    batch_norm: Literal["synchronised", "averaged", "frozen"] = "synchronised"
+    distances: Literal["all", "without_norm"] = "all"
+    max_matrix: Annotated[float, Field(gt=0)] = 4.0
+    on_alarm: Literal["record", "trigger", "halt"] = "record"
+    save_every: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def steps(self) -> int:
+        """As of an online run: steps before the trigger at most."""
+        return self.rounds
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Clients and their images.
+
+    Args:
+        stream: Gives test, validation and trusted parts.
+        shards: Positions in the stream's victim part, a client each.
+        seed: Of sampling and of the clients' draws.
+    """
+
+    stream: Stream
+    shards: Sequence[NDArray[np.int64]]
+    seed: int
+
+    def require(self, run: FederatedRun) -> None:
+        """Refuse a run that asks for more clients or samples, in any round, than there are.
+
+        Raises:
+            DataError: It does.
+        """
+        for number in range(run.rounds + 1):
+            self._drawn(number, run)
+
+    def _drawn(self, number: int, run: FederatedRun) -> tuple[NDArray[np.int64], int]:
+        """The clients of a round, and how many samples each brings."""
+        who = sampled(len(self.shards), run.per_round or len(self.shards), round_=number, seed=self.seed)
+        smallest = min(len(self.shards[client]) for client in who)
+        size = smallest if run.local_batch is None else run.local_batch
+        if size > smallest:
+            raise DataError(
+                f"local_batch = {size}, and a client of round {number} holds {smallest} images; lower it, use fewer "
+                "clients, or another partition."
+            )
+        return who, size
+
+    def round(self, number: int, run: FederatedRun, device: torch.device | str = "cpu") -> tuple[NDArray[Any], Batch]:
+        """The clients of a round, and their samples: x (clients, samples, ...), y (clients, samples).
+
+        Args:
+            number: Which round, from 0; with the seed it decides everything.
+            run: How many clients and samples.
+            device: Where the samples go.
+
+        Raises:
+            DataError: More clients or samples are asked for than there are.
+        """
+        who, size = self._drawn(number, run)
+        chosen = []
+        for client in who:
+            rng = np.random.default_rng(derived_seed("local batch", self.seed, number, int(client)))
+            chosen.append(rng.permutation(self.shards[client])[:size])
+        batch = self.stream.victim.batch(np.concatenate(chosen), device)
+        if self.stream.settings.augment_stream:
+            batch = self.stream.augmented(batch, generator("federated augmentation", self.seed, number))
+        return who, Batch(batch.x.reshape(len(who), size, *batch.x.shape[1:]), batch.y.reshape(len(who), size))
+
+
+def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
+    """Divide the stream's victim part among clients.
+
+    Args:
+        stream: Whose images.
+        how: Clients and partition.
+        seed: Of the division, the sampling and the clients' draws.
+
+    Raises:
+        DataError: There are too few images.
+    """
+    return Federation(stream, divide(stream.victim, how, seed=seed), seed)
+
+
+def check_defence(defence: Defence, run: FederatedRun, clients: int) -> None:
+    """Refuse a defence that would do nothing in a federation, or cannot work with so many clients.
+
+    Args:
+        defence: What stands before the model.
+        run: Where bounds act.
+        clients: In a round.
+
+    Raises:
+        ConfigError: It acts on samples, of which a server sees none; it reads what a server has not; or its rule needs
+            more clients.
+    """
+    for part in _parts(defence):
+        cls = type(part)
+        acts = cls.screen is not Defence.screen or cls.loss is not Defence.loss
+        if acts and not part.notes_only:
+            raise ConfigError(
+                f"{cls.__name__} acts on training samples, and the server of a federation sees none, so it would do "
+                "nothing; take one that acts on updates (clip, dgc, robust) or on the model (gate, bound_update, ema)."
+            )
+        if isinstance(part, Skip) and (part.watch == "loss" or run.bound == "before"):
+            raise ConfigError(
+                "skip: the server of a federation knows the one update of a round, but no loss; set "
+                'watch = "gradient", and bound = "after" in [federated].'
+            )
+        if isinstance(part, Robust):
+            part.check(clients)
+
+
+def check_model(model: torch.nn.Module, run: FederatedRun) -> None:
+    """Refuse a model whose clients would draw random numbers in train mode."""
+    dropout = (m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
+    if run.batch_norm == "averaged" and any(m.p > 0 for m in dropout):
+        raise ConfigError(
+            'batch_norm = "averaged" computes gradients in train mode, in which the model\'s dropout would draw anew '
+            'for every client and no run could be repeated; use "synchronised" or "frozen".'
+        )
+
+
+def _parts(defence: Defence) -> list[Defence]:
+    """The defences that a chain is made of; another one is its own part."""
+    return [one for part in defence.built for one in _parts(part)] if isinstance(defence, Chain) else [defence]
+
+
+def has_rule(defence: Defence) -> bool:
+    """Whether it makes the round's update by a rule of its own, not by the mean."""
+    return any(type(part).aggregate is not Defence.aggregate for part in _parts(defence))

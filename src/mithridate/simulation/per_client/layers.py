@@ -1,0 +1,233 @@
+"""What a model's layers were fed and the loss's gradients in what they gave, and weight gradients from the two.
+
+For the layers below, each used once and alone the owner of its parameters, in a pass in which samples do not mix
+(BatchNorm in eval mode).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.func import functional_call
+from torch.nn.grad import conv2d_weight
+
+from mithridate.core.model import BatchNormMode, Criterion, frozen_statistics
+
+FEW_CHANNELS = 8
+"""A CPU's convolutions take channels eight at a time; with fewer, what makes weight gradients is slow."""
+
+
+def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that gradients are made of, by name and in the model's order."""
+    return {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+
+
+class Recorded(NamedTuple):
+    """What a layer's gradients are made of.
+
+    Args:
+        name: Of the layer, as a prefix of its parameters' names.
+        layer: It.
+        fed: (clients, samples, ...), its input.
+        back: (clients, samples, ...), the gradient of all clients' summed losses in its output; None if that is not
+            used.
+    """
+
+    name: str
+    layer: nn.Module
+    fed: Tensor
+    back: Tensor | None
+
+
+def _owners(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that hold trained parameters themselves, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if any(p.requires_grad for p in layer.parameters(recurse=False))
+    }
+
+
+def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
+    """Why the layered way cannot be taken; empty if nothing is known before the forward pass."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (mode == "train" or layer.running_mean is None):
+            return f"BatchNorm ({name}) uses batch statistics, which mix samples"
+    for name, layer in _owners(module).items():
+        if type(layer) not in _FORMULAE:  # a subclass may compute anything
+            return f"the layer {name} is a {type(layer).__name__}, whose formula is not known"
+        if not {own for own, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
+            return f"the layer {name} has parameters of its own besides weight and bias"
+        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            return f"the convolution {name} has groups or padding other than zeros"
+        if isinstance(layer, nn.Conv2d) and isinstance(layer.padding, str):
+            return f"the convolution {name} has its padding given as a word"
+    times = Counter(id(p) for layer in _owners(module).values() for p in layer.parameters(recurse=False))
+    return "two layers share a parameter" if any(count > 1 for count in times.values()) else ""
+
+
+def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tuple[list[Recorded], Tensor] | str:
+    """Every layer's input and gradient, and the clients' losses; or why it cannot be done."""
+    layers = _owners(module)
+    fed: dict[str, Tensor] = {}
+    given: dict[str, GradientEdge] = {}
+    odd: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in fed or len(inputs) != 1 or not output.requires_grad:
+                odd.append(name)
+                return
+            # The place in the graph, not the tensor: what follows may write to that (an in-place ReLU).
+            fed[name], given[name] = inputs[0].detach(), get_gradient_edge(output)
+
+        return note
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(watch(name)).remove)
+        stack.enter_context(frozen_statistics(module, "eval"))
+        stack.enter_context(torch.enable_grad())
+        # A leaf among the inputs, so that every layer's output has a graph although no parameter asks for one.
+        pixels = x.flatten(0, 1).detach().requires_grad_()
+        buffers = dict(module.named_buffers())
+        held = {name: p.detach() for name, p in module.named_parameters()}
+        logits = functional_call(module, {**held, **buffers}, (pixels,))
+        if odd or layers.keys() != given.keys():
+            missing = sorted(layers.keys() - given.keys())
+            return f"the layer {(odd or missing)[0]} is not used just once, on one tensor that the loss depends on"
+        losses = torch.stack(
+            [criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)]
+        )
+        outputs = torch.autograd.grad(losses.sum(), list(given.values()), allow_unused=True)
+    found = [
+        Recorded(
+            f"{name}." if name else "",
+            layers[name],
+            _by_client(fed[name], len(x)),
+            None if back is None else _by_client(back, len(x)),
+        )
+        for name, back in zip(given, outputs, strict=True)
+    ]
+    return found, losses.detach()
+
+
+def _losses(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
+    """(clients,) each client's loss."""
+    if criterion is F.cross_entropy:  # at once: a thousand small calls take a tenth of a round
+        return F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).mean(1)
+    return torch.stack([criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)])
+
+
+def _by_client(t: Tensor, clients: int) -> Tensor:
+    return t.reshape(clients, -1, *t.shape[1:])
+
+
+def write_rows(recorded: Recorded, own: Mapping[str, Tensor]) -> None:
+    """Write the gradients of a layer's own parameters, a client a row.
+
+    Args:
+        recorded: The layer.
+        own: Places (clients, ...) for `weight` and `bias`, those that are wanted.
+    """
+    if recorded.back is None:  # computed, and then not used
+        for place in own.values():
+            place.zero_()
+    else:
+        _FORMULAE[type(recorded.layer)](recorded.layer, recorded.fed, recorded.back, own)
+
+
+def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
+    """Zeros on either side: (down, right)."""
+    if isinstance(layer.padding, str):
+        raise TypeError(f"padding = '{layer.padding}': ask `obstacle` first, which names what has no formula.")
+    return layer.padding
+
+
+def unfolded(layer: nn.Conv2d, fed: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution's patches (clients, inputs * kernel, places) and gradients (clients, outputs, places)."""
+    clients, samples = fed.shape[:2]
+    how = {"dilation": layer.dilation, "padding": padding_of(layer), "stride": layer.stride}
+    a = F.unfold(fed.flatten(0, 1), layer.kernel_size, **how)
+    a, g = a.reshape(clients, samples, *a.shape[1:]), back.flatten(3)  # (clients, samples, in * k * k, places)
+    if samples == 1:
+        return a[:, 0], g[:, 0]
+    return a.transpose(1, 2).flatten(2), g.transpose(1, 2).flatten(2)
+
+
+def _linear(_: nn.Linear, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+    a, g = fed.flatten(1, -2), back.flatten(1, -2)
+    if "weight" in own:
+        torch.bmm(g.transpose(1, 2), a, out=own["weight"])
+    if "bias" in own:
+        torch.sum(g, 1, out=own["bias"])
+
+
+def _convolution(layer: nn.Conv2d, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+    if "weight" in own and layer.in_channels < FEW_CHANNELS:
+        _by_offsets(layer, fed, back, own["weight"])
+    elif "weight" in own and fed.device.type == "cpu" and back[0, 0, 0].numel() >= layer.out_channels:
+        # One convolution with a group a client: the samples stay the batch, the clients move beside the channels.
+        a, g = (t.transpose(0, 1).flatten(1, 2) for t in (fed, back))
+        shape, how = own["weight"].flatten(0, 1).shape, (layer.stride, padding_of(layer), layer.dilation, len(fed))
+        found = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
+        own["weight"].copy_(found.view_as(own["weight"]))
+    elif "weight" in own:
+        a, g = unfolded(layer, fed, back)
+        torch.bmm(g, a.transpose(1, 2), out=own["weight"].flatten(2))
+    if "bias" in own:
+        torch.sum(back, (1, 3, 4), out=own["bias"])
+
+
+def _by_offsets(layer: nn.Conv2d, fed: Tensor, back: Tensor, weight: Tensor) -> None:
+    """A convolution's weight gradients, one entry of the kernel after the other: for the few channels of an image."""
+    down, right = padding_of(layer)
+    padded = F.pad(fed, (right, right, down, down))
+    rows, columns = back.shape[3:]
+    g = back.transpose(1, 2).flatten(2).transpose(1, 2)  # (clients, places, outputs)
+    for i in range(layer.kernel_size[0]):
+        across = steps(i * layer.dilation[0], rows, layer.stride[0])
+        for j in range(layer.kernel_size[1]):
+            along = steps(j * layer.dilation[1], columns, layer.stride[1])
+            a = padded[..., across, along].transpose(1, 2).flatten(2)
+            weight[..., i, j].copy_(torch.bmm(a, g).transpose(1, 2))
+
+
+def steps(start: int, number: int, step: int) -> slice:
+    """So many places, from one on, so far apart."""
+    return slice(start, start + step * (number - 1) + 1, step)
+
+
+def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+    mean, var = layer.running_mean, layer.running_var
+    if mean is None or var is None:
+        raise TypeError("BatchNorm without running statistics: ask `obstacle` first, which names what has no formula.")
+    others = (1, *range(3, back.ndim))
+    whole = back.sum(others)
+    if "weight" in own:  # of (fed - mean) / deviation, without making it
+        own["weight"].copy_(((fed * back).sum(others) - mean * whole) * torch.rsqrt(var + layer.eps))
+    if "bias" in own:
+        own["bias"].copy_(whole)
+
+
+def _group_norm(layer: nn.GroupNorm, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+    others = (1, *range(3, back.ndim))
+    if "weight" in own:
+        normed = F.group_norm(fed.flatten(0, 1), layer.num_groups, None, None, layer.eps).view_as(fed)
+        torch.sum(normed.mul_(back), others, out=own["weight"])  # in place: fresh memory is slow
+    if "bias" in own:
+        torch.sum(back, others, out=own["bias"])
+
+
+_FORMULAE: dict[type, Callable[[Any, Tensor, Tensor, Mapping[str, Tensor]], None]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.GroupNorm: _group_norm,
+}

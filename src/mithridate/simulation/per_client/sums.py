@@ -1,0 +1,213 @@
+"""Lengths and weighted sums of clients' gradients, none of them formed.
+
+Most servers need no more: the mean of clients' gradients, each shortened to a bound, takes their lengths and a weighted
+sum, and both follow from what the layers were fed and gave.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from mithridate.core.model import Criterion
+from mithridate.simulation.per_client.layers import (
+    Recorded,
+    obstacle,
+    padding_of,
+    record,
+    steps,
+    trained_parameters,
+    unfolded,
+    write_rows,
+)
+
+SUMMED_PASS = 128
+"""Samples that go through the model at once: more than where rows are formed, which take most of the memory."""
+
+
+class Summed(NamedTuple):
+    """What a server needs of some clients' gradients, none of them formed.
+
+    Args:
+        total: (parameters,), their sum, each times its factor.
+        plain: (parameters,), their sum without factors; `total` itself where there are none, None if not asked for.
+        lengths: (clients,), their l2 lengths.
+        losses: (clients,), the losses.
+    """
+
+    total: Tensor
+    plain: Tensor | None
+    lengths: Tensor
+    losses: Tensor
+
+
+Factors = Callable[[Tensor], Tensor | None]
+"""(clients,) l2 lengths -> (clients,) factors, or None for none."""
+
+
+def summed_gradients(
+    module: nn.Module,
+    criterion: Criterion,
+    x: Tensor,
+    y: Tensor,
+    *,
+    factors: Factors | None = None,
+    apart: Collection[str] = (),
+    plain: bool = False,
+) -> Summed | str:
+    """Lengths of the clients' gradients and their weighted sum (BatchNorm in eval mode), as one batch.
+
+    A layer's gradient of one client is a product of what the layer was fed and of the loss's gradient in what it gave,
+    summed over places. Where places are few, its length follows from the inner products of places with each other, and
+    the weighted sum over clients is one product: no client's gradient is formed.
+
+    Args:
+        module: As in `client_gradients`.
+        criterion: As there.
+        x: As there; `SUMMED_PASS` samples at a time are a good measure.
+        y: As there.
+        factors: Gives each client's factor from its length; unset: 1.
+        apart: Names of parameters that the lengths given to `factors` do not count and that get no factor.
+        plain: Whether to give the sum without factors, too.
+
+    Returns:
+        The sums; or why this cannot be done with the model (as for `layered`).
+
+    Source:
+        Goodfellow, arXiv:1510.01799 (linear layers); Li et al., ICLR 2022, arXiv:2110.05679, section 4 (inner products
+        of places, "ghost clipping"); Bu et al., NeurIPS 2022, arXiv:2205.10683 (convolutions, whichever is cheaper).
+    """
+    recorded = obstacle(module, "eval") or record(module, criterion, x, y)
+    if isinstance(recorded, str):
+        return recorded
+    layers, losses = recorded
+    trained = trained_parameters(module)
+    squares, measured = x.new_zeros(len(x)), x.new_zeros(len(x))
+    pieces: dict[str, _Rows | _Product] = {}
+    for layer in layers:
+        for name, piece in _pieces(layer, trained).items():
+            pieces[name] = piece
+            square = piece.squares()
+            squares += square
+            if name not in apart:
+                measured += square
+    given = None if factors is None else factors(measured.sqrt())
+    total = _laid_out(trained, pieces, given, apart)
+    bare = _laid_out(trained, pieces, None, apart) if plain and given is not None else total
+    return Summed(total, bare if plain else None, squares.sqrt(), losses)
+
+
+def _laid_out(
+    trained: Mapping[str, Tensor],
+    pieces: "Mapping[str, _Rows | _Product]",
+    factors: Tensor | None,
+    apart: Collection[str],
+) -> Tensor:
+    """(parameters,), the weighted sums of all parameters end to end; zero for those that the loss does not use."""
+    sums = [
+        pieces[name].sum(None if name in apart else factors).reshape(-1)
+        if name in pieces
+        else like.new_zeros(like.numel())
+        for name, like in trained.items()
+    ]
+    return torch.cat(sums)
+
+
+class _Rows(NamedTuple):
+    """A parameter's gradients as rows, (clients, entries)."""
+
+    rows: Tensor
+
+    def squares(self) -> Tensor:
+        """(clients,) squared lengths."""
+        lengths: Tensor = torch.linalg.vector_norm(self.rows, dim=1)
+        return lengths.square()
+
+    def sum(self, factors: Tensor | None) -> Tensor:
+        """Over clients, weighted."""
+        return self.rows.sum(0) if factors is None else torch.mv(self.rows.T, factors)
+
+
+class _Product(NamedTuple):
+    """A weight's gradients as products over places: of what a layer was fed and of the gradient in what it gave.
+
+    Args:
+        layer: A linear layer or a convolution.
+        fed: What it was fed.
+        back: The gradient in what it gave.
+    """
+
+    layer: nn.Linear | nn.Conv2d
+    fed: Tensor
+    back: Tensor
+
+    def squares(self) -> Tensor:
+        """(clients,) squared lengths: |g a^T|^2 is the sum of (a^T a) * (g^T g)."""
+        if isinstance(self.layer, nn.Conv2d):
+            g = self.back.transpose(1, 2).flatten(2)
+            between = _between_patches(self.layer, self.fed, self.back) * torch.bmm(g.transpose(1, 2), g)
+        else:
+            a, g = (t.flatten(1, -2) for t in (self.fed, self.back))
+            between = torch.bmm(a, a.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
+        return between.sum((1, 2)).clamp_min(0)  # rounding
+
+    def sum(self, factors: Tensor | None) -> Tensor:
+        """Over clients, weighted."""
+        layer = self.layer
+        back = self.back if factors is None else self.back * factors.view(-1, *[1] * (self.back.ndim - 1))
+        if isinstance(layer, nn.Linear):
+            return torch.mm(back.flatten(0, -2).T, self.fed.flatten(0, -2))
+        a, g = self.fed.flatten(0, 1), back.flatten(0, 1)
+        shape, how = layer.weight.shape, (layer.stride, padding_of(layer), layer.dilation)
+        found: Tensor = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
+        return found
+
+
+def _pieces(recorded: Recorded, trained: Mapping[str, Tensor]) -> "dict[str, _Rows | _Product]":
+    """The gradients of a layer's own parameters, by name."""
+    name, layer, fed, back = recorded
+    if back is None:  # computed, and then not used
+        return {}
+    own = {p: trained[name + p] for p in ("weight", "bias") if name + p in trained}
+    found: dict[str, _Rows | _Product] = {}
+    if "weight" in own and (product := _product(layer, fed, back)) is not None:
+        found[name + "weight"] = product
+        del own["weight"]
+    rows = {p: fed.new_empty(len(fed), *like.shape) for p, like in own.items()}
+    write_rows(recorded, rows)
+    return found | {name + p: _Rows(r.flatten(1)) for p, r in rows.items()}
+
+
+def _product(layer: nn.Module, fed: Tensor, back: Tensor) -> _Product | None:
+    """The weight gradients of a layer as products, where these cost less than the rows."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        return None
+    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
+    places = back[0].numel() // outputs
+    return _Product(layer, fed, back) if places * (inputs + outputs) < inputs * outputs else None
+
+
+def _between_patches(layer: nn.Conv2d, fed: Tensor, back: Tensor) -> Tensor:
+    """(clients, places, places), the inner products of a convolution's patches.
+
+    With stride 1, patches overlap: theirs are sums of the inner products of pixels, as many as the kernel has entries.
+    """
+    if layer.stride != (1, 1):
+        a, _ = unfolded(layer, fed, back)
+        return torch.bmm(a.transpose(1, 2), a)
+    down, right = padding_of(layer)
+    padded = F.pad(fed, (right, right, down, down))
+    clients, samples, _, height, width = padded.shape
+    pixels = padded.transpose(1, 2).flatten(2)
+    each = torch.bmm(pixels.transpose(1, 2), pixels).view(clients, samples, height, width, samples, height, width)
+    rows, columns = back.shape[3:]
+    total = each.new_zeros(clients, samples, rows, columns, samples, rows, columns)
+    for i in range(layer.kernel_size[0]):
+        across = steps(i * layer.dilation[0], rows, 1)
+        for j in range(layer.kernel_size[1]):
+            along = steps(j * layer.dilation[1], columns, 1)
+            total += each[:, :, across, along, :, across, along]
+    return total.flatten(4).flatten(1, 3)

@@ -1,0 +1,1 @@
+"""A model that learns: the step, the learner, its burn-in, its past, its checkpoints."""

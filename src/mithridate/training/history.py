@@ -1,0 +1,126 @@
+"""A model's past: snapshots of its weights every few updates, in bounded memory or on disk."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from mithridate.core.errors import ConfigError
+from mithridate.core.files import write_atomically
+from mithridate.core.model import Weights
+from mithridate.training.checkpoint import load_snapshot
+
+
+class History:
+    """Past states of one model.
+
+    Args:
+        every: Updates between two kept states, >= 1.
+        keep: States kept at most, >= 0, the current one included; the oldest goes first. 0 keeps only the checkpoints.
+        folder: Where states are kept instead of in memory; None keeps them in memory.
+        checkpoints: Burn-in models by epoch: weights, or snapshot files (`BurnInResult.epochs`), read when asked for.
+
+    Raises:
+        ConfigError: `every` is below 1 or `keep` below 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1,
+        keep: int = 0,
+        folder: Path | None = None,
+        checkpoints: Mapping[int, Path | Weights] | None = None,
+    ) -> None:
+        if every < 1 or keep < 0:
+            raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
+        self.every, self.keep, self.folder = every, keep, folder
+        self.checkpoints = dict(checkpoints or {})
+        self._states: dict[int, Weights | Path] = {}
+
+    @torch.no_grad()
+    def record(self, step: int, model: nn.Module) -> None:
+        """Keep the model as it is before update number `step`, if its turn has come; called by the learner.
+
+        Args:
+            step: Updates made so far, from 0.
+            model: Whose weights to copy.
+        """
+        if step % self.every or self.keep == 0:
+            return
+        weights = Weights(
+            {name: p.detach().clone() for name, p in model.named_parameters()},
+            {name: b.detach().clone() for name, b in model.named_buffers()},
+            f"before update {step}",
+        )
+        self._states[step] = weights if self.folder is None else self._write(step, weights)
+        for old in sorted(self._states)[: -self.keep]:
+            gone = self._states.pop(old)
+            if isinstance(gone, Path):
+                gone.unlink(missing_ok=True)
+
+    def back(self, k: int) -> Weights | None:
+        """The model as it was `k` updates before the newest recorded one, or the nearest kept state older than that.
+
+        Args:
+            k: Updates, >= 0.
+        """
+        if not self._states:
+            return None
+        old = [step for step in self._states if step <= max(self._states) - k]
+        return self._load(self._states[max(old)], f"before update {max(old)}") if old else None
+
+    def checkpoint(self, epoch: int | None = None) -> Weights | None:
+        """The model at the end of a burn-in epoch.
+
+        Args:
+            epoch: Which; unset: the earliest kept one.
+        """
+        if epoch is None:
+            epoch = min(self.checkpoints, default=None)
+        if epoch is None or epoch not in self.checkpoints:
+            return None
+        held = self.checkpoints[epoch]
+        if isinstance(held, Path):
+            snapshot, _, _ = load_snapshot(held)
+            held = self.checkpoints[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
+        return held
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The recorded states as named tensors, so that a resumed run remembers; `load` takes them back."""
+        out: dict[str, Tensor] = {}
+        for step, state in self._states.items():
+            weights = self._load(state, "")
+            out |= {f"{step}.parameter.{name}": t for name, t in weights.parameters.items()}
+            out |= {f"{step}.buffer.{name}": t for name, t in weights.buffers.items()}
+        return out
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        parts: dict[int, dict[str, dict[str, Tensor]]] = {}
+        for key, tensor in tensors.items():
+            step, _, rest = key.partition(".")
+            kind, _, name = rest.partition(".")
+            parts.setdefault(int(step), {"parameter": {}, "buffer": {}})[kind][name] = tensor
+        for when, part in sorted(parts.items()):
+            weights = Weights(part["parameter"], part["buffer"], f"before update {when}")
+            self._states[when] = weights if self.folder is None else self._write(when, weights)
+
+    def _write(self, step: int, weights: Weights) -> Path:
+        assert self.folder is not None  # noqa: S101  (callers checked)
+        path = self.folder / f"update-{step:08d}.safetensors"
+        tensors = {f"parameter.{n}": t.cpu().contiguous() for n, t in weights.parameters.items()}
+        tensors |= {f"buffer.{n}": t.cpu().contiguous() for n, t in weights.buffers.items()}
+        write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part))
+        return path
+
+    def _load(self, state: Weights | Path, label: str) -> Weights:
+        if isinstance(state, Weights):
+            return state
+        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+        for key, tensor in safetensors.torch.load_file(state).items():
+            kind, _, name = key.partition(".")
+            parts[kind][name] = tensor
+        return Weights(parts["parameter"], parts["buffer"], label)

@@ -1,0 +1,403 @@
+"""The command line: what a user types, what comes back, and which mistakes end with exit code 2 and nothing written."""
+
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from mithridate.bench.store import read_runs
+from mithridate.cli import app as cli
+from mithridate.core.registry import KINDS, Kind, entries
+from mithridate.data.catalogue import DATASETS
+from mithridate.simulation.online import run_online
+
+COMMANDS = ("demo", "run", "calibrate", "report", "list")
+RECIPE = """
+title = "A [tiny] recipe"
+[data]
+name = "digits"
+burn_in = 150
+victim = 100
+validation = 30
+trusted = 20
+test = 150
+batch_size = 20
+augment = false
+[model]
+name = "small_cnn"
+width = 4
+[burn_in]
+epochs = 1
+batch_size = 50
+lr = 0.05
+[attack]
+name = "noise"
+eps = 0.1
+[run]
+steps = 2
+images = 1
+"""
+
+
+class Result:
+    """What a call printed and returned; white space is folded, for lines break where the terminal ends."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code = code
+        self.out, self.err = (" ".join(text.split()) for text in (out, err))
+
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Calls the command in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the test session has its own
+
+    def call(*arguments: object, env: dict[str, str] | None = None) -> Result:
+        done = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", **(env or {})})
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return Result(done.exit_code, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def files(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# Help.
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_the_first_page_names_every_command(invoke: Invoke) -> None:
+    assert {c.name or str(getattr(c.callback, "__name__", "")) for c in cli.app.registered_commands} == set(COMMANDS)
+    page = invoke("--help")
+    assert page.code == 0
+    for command in COMMANDS:
+        assert command in page.out
+    bare = invoke()
+    assert "mithridate demo" in bare.out + bare.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_and_each_option(invoke: Invoke, command: str) -> None:
+    page = invoke(command, "--help")
+    assert page.code == 0
+    assert f"mithridate {command}" in plain(page.out) or f"{command} [OPTIONS]" in plain(page.out)
+
+    group: Any = get_command(cli.app)
+    assert len(group.commands[command].help) > 60
+    (found,) = (
+        c.callback for c in cli.app.registered_commands if (c.name or getattr(c.callback, "__name__", "")) == command
+    )
+    assert found is not None
+    hints = get_type_hints(inspect.unwrap(found), include_extras=True)  # as declared: old versions of typer lose some
+    del hints["return"]
+    for name, hint in hints.items():
+        assert any(info.help for info in hint.__metadata__), f"{command}: {name} has no help"
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, mithridate.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  (a fixed command)
+    assert done.stdout.strip() == "False"
+
+
+# Calibration.
+
+CALIBRATED = """
+[data]
+name = "digits"
+[burn_in]
+epochs = 4
+batch_size = 50
+checkpoints = [2]
+[attack]
+name = "clean"
+[[defence]]
+name = "none"
+[[defence]]
+name = "dsc"
+target_rate = 0.2
+[run]
+seeds = [0, 1]
+"""
+
+
+def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(invoke: Invoke, tmp_path: Path) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(CALIBRATED, encoding="utf-8")
+    page = invoke("calibrate", str(recipe), "--threads", "1", "--unseen", "4", env={"COLUMNS": "120"})
+    assert page.code == 0, page.err
+    rows = re.findall(r"(\d) (\S+) (\S+) ([\d.]+)% of 97 \[.*?\] ([\d.]+)% of 200 ", page.out)
+    assert [row[0] for row in rows] == ["0", "1"], page.out
+    for _, mu, _, seen, unseen in rows:
+        assert float(mu) > 0
+        assert 12 < float(seen) < 28
+        assert 5 < float(unseen) < 45
+    assert list((tmp_path / "work").iterdir()) == []  # nothing is written but the cache
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "1.5"], "between 0 and 1"),
+        (["--defence", "dcs"], "did you mean 'dsc'"),
+        (["--unseen", "400"], "at most"),
+        (["--set", "defence.dsc.epoch=3"], "checkpoint of burn-in epoch 3"),
+    ],
+)
+def test_calibrate_says_what_is_wrong(invoke: Invoke, tmp_path: Path, options: Sequence[str], message: str) -> None:
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(CALIBRATED, encoding="utf-8")
+    page = invoke("calibrate", str(recipe), "--threads", "1", *options, env={"COLUMNS": "200"})
+    assert page.code == 2
+    assert message in page.err
+
+
+def test_calibrate_needs_a_dsc(invoke: Invoke, tmp_path: Path) -> None:
+    recipe = tmp_path / "bare.toml"
+    recipe.write_text('[attack]\nname = "clean"\n', encoding="utf-8")
+    page = invoke("calibrate", str(recipe))
+    assert page.code == 2
+    assert "no defence dsc" in page.err
+
+
+# Lists.
+
+SHELVES: dict[str, Kind] = {f"{kind}s": kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("shelf", SHELVES)
+def test_a_list_names_every_component_its_fields_and_its_source(invoke: Invoke, shelf: str) -> None:
+    page = invoke("list", shelf, env={"COLUMNS": "80"})
+    assert page.code == 0
+    for name, entry in entries(SHELVES[shelf]).items():
+        assert f"│ {name} " in page.out, f"{name} is missing or broken over two lines"
+        for key in entry.fields:
+            assert key in page.out
+        for preset in entry.presets:
+            assert preset in page.out
+        assert entry.source.split()[0] in page.out
+
+
+def test_data_sets_are_listed_with_their_settings(invoke: Invoke) -> None:
+    page = invoke("list", "datasets", env={"COLUMNS": "80"})
+    for name, info in DATASETS.items():
+        assert f"│ {name} " in page.out
+        assert info.hub_id in page.out
+    assert "batch_size = unset" in page.out
+    assert "settings of [data]" in page.out
+
+
+def test_without_a_kind_everything_is_listed(invoke: Invoke) -> None:
+    page = invoke("list")
+    names = [name for kind in SHELVES.values() for name in entries(kind)] + list(DATASETS)
+    assert [name for name in names if f"│ {name} " not in page.out] == []
+
+
+# A run and its report.
+
+
+def test_a_run_writes_the_store_and_a_report(invoke: Invoke, recipe: Path, cache: Path) -> None:
+    call = ("run", recipe, "--device", "cpu", "--threads", 1, "--cache", cache, "--seeds", "0,1")
+    done = invoke(*call, "--set", "attack.eps=0.25")
+    assert (done.code, done.err) == (0, "")
+    out = Path("runs") / "tiny"  # the default
+    runs = read_runs([out])
+    assert [run.path.name for run in runs] == ["noise__none__seed0", "noise__none__seed1"]
+    assert [run.config["attack"]["eps"] for run in runs] == [0.25, 0.25]
+    assert "A [tiny] recipe" in done.out
+    for run in runs:
+        assert f"{run.path.name}: {run.summary['accuracy_start']:.1%} ->" in done.out
+    assert "report: runs/tiny/report.html" in done.out
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "noise" in page
+    assert "A [tiny] recipe" in page
+    assert not re.search(r"<(script|link|img)[^>]+(src|href)=.?https?:", page)
+
+    before = {run.path.name: files(run.path) for run in runs}
+    refused = invoke(*call, "--set", "attack.eps=0.25")
+    assert refused.code == 2
+    assert "exists; go on with --resume" in refused.err
+    again = invoke(*call, "--set", "attack.eps=0.25", "--resume")
+    assert again.code == 0
+    assert "2 of 2 runs were finished already" in again.out
+    assert {run.path.name: files(run.path) for run in runs} == before
+    other = invoke(*call, "--set", "attack.eps=0.5", "--resume")
+    assert other.code == 2
+    assert "made with other settings (attack.eps)" in other.err
+
+    alone = invoke("report", out / "noise__none__seed1", "--out", "elsewhere")
+    assert alone.code == 0
+    assert {"report.html", "summary.csv", "runs.csv", "summary.md"} <= {p.name for p in Path("elsewhere").iterdir()}
+    both = invoke("report", out, out / "noise__none__seed0")
+    assert both.code == 0
+    assert (out / "report.html").is_file()
+
+
+def test_an_interrupt_says_how_to_go_on(
+    invoke: Invoke, recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        return run_online(*args, **options)
+
+    monkeypatch.setattr("mithridate.bench.engine.run_online", interrupted)
+    call = ("run", recipe, "--device", "cpu", "--cache", cache, "--out", "runs")
+    first = invoke(*call)
+    assert first.code == 130
+    assert "interrupted" in first.err
+    assert "--resume" in first.err
+    assert invoke(*call).code == 2
+    assert invoke(*call, "--resume").code == 0
+    assert len(read_runs([Path("runs")])) == 1
+
+
+def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setattr(cli, "_run", lambda *args, **options: seen.append((args, options)))
+    assert invoke("demo", "--out", "here").code == 0
+    (path, out), options = seen[0]
+    assert path.name == "demo.toml"
+    assert path.is_file()
+    assert out == Path("here")
+    assert options["resume"] is True
+
+
+# Mistakes: exit code 2, one message, nothing written.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "attack.epz=0.1"], "unknown key 'epz': did you mean 'eps'"),
+        (["--set", "attack.name=noize"], "unknown attack 'noize': did you mean 'noise'"),
+        (["--set", "atack.eps=0.1"], "unknown table 'atack': did you mean 'attack'"),
+        (["--set", "attack.eps"], "write table.key=value"),
+        (["--set", "attack.eps=-1"], "eps = -1"),
+        (["--set", "run.steps=99"], "99 accumulative batches and the trigger batch"),
+        (["--set", "data.victim=9999"], "too few for"),
+        (["--set", "model.name=resnet18", "--set", "model.width=-3"], "width = -3"),
+        (["--set", "burn_in.checkpoint=none.pt"], "none.pt"),
+        (["--seeds", "0,x"], "--seeds 0,x: give whole numbers"),
+        (["--seeds", ""], "give whole numbers"),
+        (["--seeds=-1"], "seeds = [-1]"),
+        (["--device", "cuda"], "CUDA was asked for"),
+        (["--device", "gpu"], "'gpu' is not one of"),
+        (["--threads", "-1"], "--threads"),
+        (["--fast"], "No such option"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_in_a_run_is_told(
+    invoke: Invoke,
+    recipe: Path,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Sequence[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = invoke("run", recipe, "--cache", cache, "--out", "runs", *options)
+    assert done.code == 2
+    assert message in plain(done.err).replace("│ ", "")
+    assert "Traceback" not in done.err
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_missing_data_set_without_a_network_is_told(
+    invoke: Invoke, recipe: Path, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    recipe.write_text('[data]\nname = "cifar10"\n[attack]\nname = "noise"\n', encoding="utf-8")
+    for options, env in (
+        (["--data-root", tmp_path / "empty"], {}),
+        ([], {"MITHRIDATE_DATA": str(tmp_path / "empty")}),
+    ):
+        done = invoke("run", recipe, "--cache", cache, "--out", "runs", *options, env=env)
+        assert done.code == 2
+        assert "cifar10: no split" in done.err
+        assert "uoft-cs/cifar10" in done.err
+        assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no recipe"),
+        ("[attack", "not readable TOML"),
+        ("", "the recipe has no [attack]"),
+        ("[atack]\n", "unknown table [atack]: did you mean 'attack'"),
+        ("attack = 3\n", "[attack] must be a table"),
+    ],
+)
+def test_a_bad_recipe_is_told(invoke: Invoke, recipe: Path, content: str | None, message: str) -> None:
+    recipe.unlink()
+    if content is not None:
+        recipe.write_text(content, encoding="utf-8")
+    done = invoke("run", recipe)
+    assert done.code == 2
+    assert message in done.err
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_mistakes_in_a_report_are_told(invoke: Invoke, tmp_path: Path) -> None:
+    missing = invoke("report", tmp_path / "none")
+    assert missing.code == 2
+    assert "is not a directory" in missing.err
+    (tmp_path / "empty").mkdir()
+    empty = invoke("report", tmp_path / "empty")
+    assert empty.code == 2
+    assert "no finished run in" in empty.err
+    assert list((tmp_path / "empty").iterdir()) == []
+    assert invoke("report").code == 2
+    assert invoke("list", "attack").code == 2
+    assert invoke("frobnicate").code == 2
+
+
+def test_a_process_ends_with_that_code_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('[attack]\nname = "noise"\n[run]\nstep = 3\n', encoding="utf-8")
+    command = Path(sys.executable).parent / "mithridate"
+    done = subprocess.run(  # noqa: S603  (a fixed command)
+        [command, "run", "a.toml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: [run]: unknown key 'step': did you mean 'steps'?")
+    assert len(done.stderr.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.toml"]

@@ -1,0 +1,701 @@
+"""The guard around Flower's own strategies, in one process."""
+
+import copy
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import (
+    Bulyan,
+    DifferentialPrivacyServerSideFixedClipping,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedTrimmedAvg,
+    FedXgbBagging,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+    Strategy,
+)
+
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Batch
+from mithridate.guard.federation import Guard, State, Trusted, trusted_module
+from mithridate.guard.flower import GuardedStrategy
+
+NODES = 12
+MakeGrid = Callable[..., Any]
+Spoil = Callable[[Message], Message]
+
+STRATEGIES: dict[str, Callable[[], Strategy]] = {
+    "FedAvg": FedAvg,
+    "FedAvgM": lambda: FedAvgM(server_momentum=0.9),
+    "FedAdam": FedAdam,
+    "FedAdagrad": FedAdagrad,
+    "FedYogi": FedYogi,
+    "FedMedian": FedMedian,
+    "FedTrimmedAvg": FedTrimmedAvg,
+    "Krum": lambda: Krum(num_malicious_nodes=1),
+    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=5),
+    "Bulyan": lambda: Bulyan(num_malicious_nodes=1),
+    "QFedAvg": lambda: QFedAvg(client_learning_rate=0.1, train_loss_key="train-loss"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _same_sampling() -> Iterator[None]:
+    """Flower draws clients with Python's global generator."""
+    state = random.getstate()
+    random.seed(0)
+    yield
+    random.setstate(state)
+
+
+def start() -> dict[str, torch.Tensor]:
+    """A model with weights, a bias of another size, and a counter as BatchNorm has one."""
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "weight": torch.randn(4, 3, generator=rng),
+        "bias": torch.randn(4, generator=rng),
+        "batches": torch.tensor(0),
+    }
+
+
+def client(message: Message, context: Any) -> Message:
+    """Moves every weight by a hundredth of its own number, and says it has 50 examples and a loss of 1."""
+    state = dict(message.content.array_records["arrays"].to_torch_state_dict())
+    by = 0.01 * (1 + context.node_config["partition-id"])
+    state = {k: (v + by).to(start()[k]) if k != "batches" else v.to(torch.int64) + 1 for k, v in state.items()}
+    content = RecordDict(
+        {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 50, "train-loss": 1.0})}
+    )
+    if message.metadata.message_type == "evaluate":
+        content = RecordDict({"metrics": MetricRecord({"num-examples": 50, "accuracy": 0.5})})
+    return Message(content, reply_to=message)
+
+
+def run(strategy: Strategy, grid: Any, rounds: int = 3) -> Any:
+    return strategy.start(grid=grid, initial_arrays=ArrayRecord(initial(strategy)), num_rounds=rounds)
+
+
+def initial(strategy: Strategy) -> dict[str, torch.Tensor]:
+    """The model; QFedAvg multiplies in place, and so cannot take an integer counter."""
+    inner = strategy.inner if isinstance(strategy, GuardedStrategy) else strategy
+    return {k: v for k, v in start().items() if k != "batches" or not isinstance(inner, QFedAvg)}
+
+
+def arrays_of(result: Any) -> dict[str, np.ndarray[Any, Any]]:
+    return {name: array.numpy() for name, array in result.arrays.items()}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_with_nothing_to_object_to_the_inner_strategy_is_untouched(name: str, make_grid: MakeGrid) -> None:
+    random.seed(1)
+    plain = run(STRATEGIES[name](), make_grid(client, NODES))
+    random.seed(1)
+    guarded = GuardedStrategy(STRATEGIES[name]())
+    behind = run(guarded, make_grid(client, NODES))
+    for key, array in arrays_of(plain).items():
+        other = arrays_of(behind)[key]
+        assert array.dtype == other.dtype
+        assert array.tobytes() == other.tobytes()
+    assert not np.array_equal(arrays_of(plain)["weight"], start()["weight"].numpy())
+    for number, metrics in plain.train_metrics_clientapp.items():
+        mine = dict(behind.train_metrics_clientapp[number])
+        assert mine["guard-accepted"] == NODES
+        assert {k: v for k, v in mine.items() if not k.startswith("guard-")} == dict(metrics)
+    assert {e.event for e in guarded.events} == {"closed"}
+
+
+def with_arrays(message: Message, change: Callable[[dict[str, np.ndarray[Any, Any]]], Any]) -> Message:
+    """The same reply with other arrays."""
+    state = {name: array.numpy().copy() for name, array in message.content.array_records["arrays"].items()}
+    made = change(state)
+    state = made if isinstance(made, dict) else state
+    message.content["arrays"] = ArrayRecord({name: Array(np.asarray(array)) for name, array in state.items()})
+    return message
+
+
+def with_metrics(message: Message, **values: Any) -> Message:
+    """The same reply with other metrics (underscores are dashes); None takes one out."""
+    metrics = dict(message.content.metric_records["metrics"])
+    for key, value in values.items():
+        metrics[key.replace("_", "-")] = value
+    message.content["metrics"] = MetricRecord({k: v for k, v in metrics.items() if v is not None})
+    return message
+
+
+def without(message: Message, *keys: str) -> Message:
+    for key in keys:
+        del message.content[key]
+    return message
+
+
+def with_data(message: Message, data: bytes, stype: str = "numpy.ndarray") -> Message:
+    message.content.array_records["arrays"]["weight"] = Array("float32", (4, 3), stype, data)
+    return message
+
+
+def added(message: Message, key: str, record: Any) -> Message:
+    message.content[key] = record
+    return message
+
+
+def npz() -> bytes:
+    buffer = BytesIO()
+    np.savez(buffer, a=np.zeros(3))
+    return buffer.getvalue()
+
+
+def pickled() -> bytes:
+    buffer = BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def claiming(shape: tuple[int, ...]) -> bytes:
+    """The header of an array of any shape, and nothing behind it."""
+    buffer = BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def as_type(message: Message, dtype: str) -> Message:
+    return with_arrays(message, lambda s: {**s, "weight": s["weight"].astype(dtype)})
+
+
+def with_error(message: Message, reason: str) -> Message:
+    return Message(Error(code=1, reason=reason), reply_to=message)
+
+
+def renamed(message: Message) -> Message:
+    """The arrays in a record of another name."""
+    arrays = message.content["arrays"]
+    return added(without(message, "arrays"), "model", arrays)
+
+
+GARBAGE: dict[str, tuple[Spoil, str]] = {
+    "an error": (lambda m: with_error(m, "out of memory"), "error: out of memory"),
+    "an error that forges lines": (lambda m: with_error(m, "a\nINFO: b\x1b[2J"), "error: a INFO: b [2J"),
+    "arrays, but none in it": (lambda m: with_arrays(m, lambda s: {}), "is missing, and 2 more"),
+    "integers": (lambda m: as_type(m, "int32"), "is int32, not float32"),
+    "complex numbers": (lambda m: as_type(m, "complex64"), "is complex64, not float32"),
+    "text": (lambda m: as_type(m, "U8"), "not float32"),
+    "numbers wider than torch's": (lambda m: as_type(m, "longdouble"), "not float32"),
+    "bytes the other way round": (lambda m: as_type(m, ">f4"), "is >f4, not float32"),
+    "a claim of a trillion numbers": (lambda m: with_data(m, claiming((10**12,))), "unreadable"),
+    "a claim of the right shape, but no numbers": (lambda m: with_data(m, claiming((4, 3))), "unreadable"),
+    "a negative shape": (lambda m: with_data(m, claiming((-4, -3))), "unreadable"),
+    "NaN": (lambda m: with_arrays(m, lambda s: s["weight"].fill(np.nan)), "NaN or infinite"),
+    "one infinity": (lambda m: with_arrays(m, lambda s: s["bias"].__setitem__(0, np.inf)), "holds 1 of 4"),
+    "1e30": (lambda m: with_arrays(m, lambda s: s["weight"].fill(1e30)), "limit 1e+09"),
+    "another shape": (lambda m: with_arrays(m, lambda s: {**s, "weight": s["weight"].T}), "has shape (3, 4)"),
+    "another length": (lambda m: with_arrays(m, lambda s: {**s, "bias": s["bias"][:2]}), "has shape (2,)"),
+    "half precision": (lambda m: with_arrays(m, lambda s: {**s, "bias": s["bias"].astype("float16")}), "is float16"),
+    "a missing array": (lambda m: with_arrays(m, lambda s: s.pop("bias")), "'bias' is missing"),
+    "an extra array": (lambda m: with_arrays(m, lambda s: {**s, "more": np.zeros(9)}), "unknown array 'more'"),
+    "no arrays": (lambda m: without(m, "arrays"), "0 records of arrays"),
+    "two records of arrays": (lambda m: added(m, "more", ArrayRecord()), "2 records of arrays"),
+    "no metrics": (lambda m: without(m, "metrics"), "0 records of metrics"),
+    "nothing": (lambda m: without(m, "arrays", "metrics"), "0 records of arrays"),
+    "unreadable bytes": (lambda m: with_data(m, b"no array"), "unreadable"),
+    "a pickle": (lambda m: with_data(m, pickled()), "unreadable (ValueError)"),
+    "an archive": (lambda m: with_data(m, npz()), "no single array"),
+    "a megabyte": (lambda m: with_data(m, bytes(10**6)), "takes 1000000 bytes, for 12 numbers"),
+    "a foreign format": (lambda m: with_data(m, b"", "torch.pickle"), "unreadable (TypeError)"),
+    "no number of examples": (lambda m: with_metrics(m, num_examples=None), "no metric 'num-examples'"),
+    "an infinite number": (lambda m: with_metrics(m, num_examples=math.inf), "number of examples is inf"),
+    "a loss without bound": (lambda m: with_metrics(m, train_loss=1e305), "'train-loss' is 1e+305"),
+    "a negative number": (lambda m: with_metrics(m, num_examples=-50), "number of examples is -50"),
+    "no examples": (lambda m: with_metrics(m, num_examples=0), "it must be above 0"),
+    "a number that is none": (lambda m: with_metrics(m, num_examples=math.nan), "number of examples is nan"),
+    "a list of numbers": (lambda m: with_metrics(m, num_examples=[50]), "is a list"),
+    "a loss that is none": (lambda m: with_metrics(m, train_loss=math.nan), "'train-loss' is nan"),
+    "a metric of its own": (lambda m: with_metrics(m, mine=1), "unlike those of most clients"),
+    "a list for a metric": (lambda m: with_metrics(m, train_loss=[1.0]), "unlike those of most clients"),
+    "another name": (renamed, "unlike those of most clients"),
+}
+
+
+def spoiling(spoil: Spoil, *, nodes: Iterable[int] = (103,)) -> Callable[[list[Message]], list[Message]]:
+    """Replace what some nodes send in every round of training."""
+
+    def tamper(replies: list[Message]) -> list[Message]:
+        out = []
+        for reply in replies:
+            hit = reply.metadata.src_node_id in nodes and reply.metadata.message_type == "train"
+            made = spoil(reply) if hit else reply
+            if made.has_error():  # made as a reply to a reply, it would come from the server
+                made.metadata.__dict__["_src_node_id"] = reply.metadata.src_node_id
+            out.append(made)
+        return out
+
+    return tamper
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_is_refused_and_named_and_every_round_completes(what: str, make_grid: MakeGrid, tmp_path: Path) -> None:
+    spoil, words = GARBAGE[what]
+    guarded = GuardedStrategy(FedAvg(), report_path=tmp_path / "guard.jsonl")
+    result = run(guarded, make_grid(client, NODES, tamper=spoiling(spoil)))
+    assert [m["guard-refused"] for m in result.train_metrics_clientapp.values()] == [1, 1, 1]
+    assert [m["guard-accepted"] for m in result.train_metrics_clientapp.values()] == [NODES - 1] * 3
+    refused = [e for e in guarded.events if e.event == "refused"]
+    assert {e.node for e in refused} == {103}
+    assert all(words in e.reason for e in refused), refused[0].reason
+    others = 0.01 * np.mean([1 + i for i in range(NODES) if i != 3])
+    np.testing.assert_allclose(arrays_of(result)["bias"], start()["bias"].numpy() + 3 * others, rtol=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "guard.jsonl").read_text().splitlines()]
+    assert lines[0]["event"] == "opened"
+    assert lines[0]["inner"] == "FedAvg"
+    assert [(x["round"], x["node"]) for x in lines if x["event"] == "refused"] == [(1, 103), (2, 103), (3, 103)]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_lives_through_garbage(name: str, make_grid: MakeGrid) -> None:
+    """Three of twelve; Bulyan has enough left with seven."""
+    kinds = dict(zip((100, 101, 102), ("NaN", "a missing array", "1e30"), strict=True))
+    spoil = spoiling(lambda m: GARBAGE[kinds[m.metadata.src_node_id]][0](m), nodes=kinds)
+    grid = make_grid(client, NODES, tamper=spoil)
+    result = run(GuardedStrategy(STRATEGIES[name]()), grid)
+    assert [m["guard-refused"] for m in result.train_metrics_clientapp.values()] == [3, 3, 3]
+    for array in arrays_of(result).values():
+        assert np.isfinite(array).all()
+    assert not np.array_equal(arrays_of(result)["weight"], start()["weight"].numpy())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_every_strategy_lives_through_rounds_with_hardly_anybody_left(
+    name: str, left: int, make_grid: MakeGrid
+) -> None:
+    """Some make no aggregate of so few; then the old model stays, and the report says so."""
+    spoil = spoiling(GARBAGE["NaN"][0], nodes=range(100 + left, 100 + NODES))
+    guarded = GuardedStrategy(STRATEGIES[name]())
+    result = run(guarded, make_grid(client, NODES, tamper=spoil), rounds=2)
+    assert [m["guard-accepted"] for m in result.train_metrics_clientapp.values()] == [left, left]
+    skipped = [m["guard-skipped"] + m["guard-vetoed"] for m in result.train_metrics_clientapp.values()]
+    assert set(skipped) == {int(left == 0 or name == "Bulyan")}
+    if skipped[0]:
+        assert result.arrays is None or not len(result.arrays)
+        assert any("the old model stays" in e.reason for e in guarded.events)
+    else:
+        assert all(np.isfinite(array).all() for array in arrays_of(result).values())
+
+
+def test_fortran_order_and_strides_are_no_fault(make_grid: MakeGrid) -> None:
+    odd = spoiling(lambda m: with_arrays(m, lambda s: {**s, "weight": np.asfortranarray(s["weight"])}))
+    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=0.2))
+    result = run(guarded, make_grid(client, NODES, tamper=odd), rounds=1)
+    plain = run(GuardedStrategy(FedAvg(), Guard(clip_norm=0.2)), make_grid(client, NODES), rounds=1)
+    np.testing.assert_array_equal(arrays_of(result)["weight"], arrays_of(plain)["weight"])
+    assert any(e.event == "clipped" for e in guarded.events)
+    assert not any(e.event == "refused" for e in guarded.events)
+
+
+def test_unguarded_such_replies_end_the_run_or_ruin_the_model(make_grid: MakeGrid) -> None:
+    """What the guard is for: else the tests above would show nothing."""
+    result = run(FedAvg(), make_grid(client, NODES, tamper=spoiling(GARBAGE["NaN"][0])))
+    assert np.isnan(arrays_of(result)["weight"]).all()
+    with pytest.raises(Exception, match="same keys"):
+        run(FedAvg(), make_grid(client, NODES, tamper=spoiling(GARBAGE["a missing array"][0])))
+
+
+def test_strangers_duplicates_and_the_silent_are_noted(make_grid: MakeGrid) -> None:
+    def tamper(replies: list[Message]) -> list[Message]:
+        if replies[0].metadata.message_type != "train":
+            return replies
+        stranger = copy.deepcopy(replies[0])
+        stranger.metadata.__dict__["_src_node_id"] = 999
+        return [*replies[:-1], replies[0], stranger]
+
+    guarded = GuardedStrategy(FedAvg())
+    run(guarded, make_grid(client, NODES, tamper=tamper), rounds=1)
+    seen = {(e.event, e.reason) for e in guarded.events}
+    assert ("refused", "a second reply in this round") in seen
+    assert ("refused", "it was not asked in this round") in seen
+    assert ("missing", "no reply") in seen
+    assert guarded.events[-2].counts["accepted"] == NODES - 1
+
+
+def test_an_absurd_number_of_examples_is_capped(make_grid: MakeGrid) -> None:
+    claim = spoiling(lambda m: with_metrics(m, num_examples=10**15))
+    alone = run(FedAvg(), make_grid(client, NODES, tamper=claim), rounds=1)
+    guarded = GuardedStrategy(FedAvg(), Guard(max_examples_ratio=2.0))
+    held = run(guarded, make_grid(client, NODES, tamper=claim), rounds=1)
+    moves = [0.01 * (1 + i) for i in range(NODES)]
+    before = start()["bias"].numpy()
+    np.testing.assert_allclose(arrays_of(alone)["bias"] - before, moves[3], rtol=1e-4)  # its word is the average
+    expected = (sum(moves) + moves[3]) / (NODES + 1)  # it counts twice
+    np.testing.assert_allclose(arrays_of(held)["bias"] - before, expected, rtol=1e-4)
+    assert [(e.node, e.event) for e in guarded.events if e.node] == [(103, "capped")]
+
+
+def test_clipping_bounds_what_one_client_can_do(make_grid: MakeGrid) -> None:
+    far = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(1e6)))
+    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=0.2))
+    result = run(guarded, make_grid(client, NODES, tamper=far), rounds=1)
+    move = np.concatenate([(arrays_of(result)[k] - start()[k].numpy()).ravel() for k in ("weight", "bias")])
+    assert np.linalg.norm(move) <= 0.2 + 1e-5
+    assert result.train_metrics_clientapp[1]["guard-clipped"] > 1
+    assert any(e.node == 103 and "limit 0.2" in e.reason for e in guarded.events)
+
+
+def test_arrays_apart_are_bounded_by_themselves(make_grid: MakeGrid) -> None:
+    """The bias plays the statistics: it moves far, and the weights are to keep their update all the same."""
+    far = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(100.0)), nodes=range(100, 100 + NODES))
+
+    def moves(guard: Guard) -> tuple[float, float]:
+        guarded = GuardedStrategy(FedAvg(), guard)
+        result = run(guarded, make_grid(client, NODES, tamper=far), rounds=1)
+        change = [np.linalg.norm(arrays_of(result)[k] - start()[k].numpy()) for k in ("weight", "bias")]
+        return float(change[0]), float(change[1])
+
+    free = moves(Guard())
+    together = moves(Guard(clip_norm=0.5))
+    apart = moves(Guard(clip_norm=0.5, apart=("bias",)))
+    bounded = moves(Guard(clip_norm=0.5, apart=("b??s",), apart_clip_norm=2.0))
+    assert together[0] < 0.01 * free[0]
+    assert apart == pytest.approx(free, rel=1e-5)
+    assert bounded == pytest.approx((free[0], 2.0), rel=1e-5)
+    with pytest.raises(ConfigError, match="fits no array"):
+        moves(Guard(apart=("statistics",)))
+
+
+def test_a_federation_goes_on_from_the_arrays_that_another_ended_with(make_grid: MakeGrid) -> None:
+    """Their types are wider than those that clients send."""
+    ended = run(FedAdam(), make_grid(client, NODES), rounds=1)
+    assert ended.arrays["weight"].dtype == "float64"
+    arrays = {name.replace("batches", "num_batches_tracked"): array for name, array in ended.arrays.items()}
+
+    def counting(message: Message, context: Any) -> Message:
+        state = dict(message.content.array_records["arrays"].to_torch_state_dict())
+        types = {"num_batches_tracked": torch.int64}
+        state = {k: (v + 1).to(types.get(k, torch.float32)) for k, v in state.items()}
+        metrics = MetricRecord({"num-examples": 50})
+        return Message(RecordDict({"arrays": ArrayRecord(state), "metrics": metrics}), reply_to=message)
+
+    guarded = GuardedStrategy(FedAvg(fraction_evaluate=0.0))
+    guarded.start(grid=make_grid(counting, NODES), initial_arrays=ArrayRecord(arrays), num_rounds=2)
+    assert {e.event for e in guarded.events} == {"closed"}
+
+
+def test_tallies_say_who_when_how_often_and_why(make_grid: MakeGrid) -> None:
+    kinds = {103: "NaN", 104: "1e30", 105: "an error that forges lines"}
+    rounds = iter(range(1, 100))
+
+    def tamper(replies: list[Message]) -> list[Message]:
+        if replies[0].metadata.message_type != "train":
+            return [with_metrics(m, accuracy=math.inf) if m.metadata.src_node_id == 106 else m for m in replies]
+        number = next(rounds)
+        if number == 4:
+            return replies
+        spoilt = spoiling(lambda m: GARBAGE[kinds[m.metadata.src_node_id]][0](m), nodes=kinds)(replies)
+        return spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(number)), nodes=(107,))(spoilt)
+
+    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=1.0))
+    run(guarded, make_grid(client, NODES, tamper=tamper), rounds=5)
+    tallies = {(t.node, t.event, t.phase): t for t in guarded.tallies()}
+    assert len(tallies) == len(guarded.tallies()) == 5  # clipped at another length each round: one line all the same
+    assert tallies[103, "refused", "train"].rounds == (1, 2, 3, 5)
+    assert tallies[103, "refused", "train"].times == 4
+    assert "NaN or infinite" in tallies[103, "refused", "train"].reason
+    assert "limit 1e+09" in tallies[104, "refused", "train"].reason
+    assert tallies[106, "refused", "evaluate"].times == 5
+    assert "limit 1" in tallies[107, "clipped", "train"].reason
+    assert [t.event for t in guarded.tallies()] == ["refused"] * 4 + ["clipped"]
+
+    def shown(most: int) -> str:
+        console = Console(file=StringIO(), width=120)
+        console.print(guarded.table(most))
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
+
+    text = shown(50)
+    assert "The guard in 5 rounds: 17 refused, 4 clipped" in text
+    assert "1-3, 5" in text
+    assert "refused (evaluate)" in text
+    assert "b [2J" in text  # shown as text, neither markup nor a code for the terminal
+    assert "and 4 more rows" in shown(1)
+
+
+def test_a_table_of_a_quiet_run_says_so(make_grid: MakeGrid) -> None:
+    guarded = GuardedStrategy(FedAvg())
+    run(guarded, make_grid(client, NODES), rounds=2)
+    assert guarded.tallies() == []
+    assert "2 rounds: nothing to object to" in str(guarded.table().title)
+
+
+def test_the_report_has_whole_lines_after_ctrl_c(tmp_path: Path) -> None:
+    """A process that only reports is interrupted; what it wrote can be read to the end."""
+    report = tmp_path / "guard.jsonl"
+    script = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a background job
+        "from flwr.serverapp.strategy import FedAvg\n"
+        "from mithridate.guard.flower import Event, GuardedStrategy\n"
+        "guarded = GuardedStrategy(FedAvg(), report_path=sys.argv[1])\n"
+        "while True:\n"
+        "    guarded._note(Event(1, 'train', 'clipped', 7, 'x' * 5000))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(report)], stderr=subprocess.PIPE) as process:  # noqa: S603  (a fixed command)
+        deadline = time.monotonic() + 60
+        while not report.exists() or report.stat().st_size < 200_000:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, words = process.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in words
+    text = report.read_text()
+    assert text.endswith("\n")
+    assert all(len(json.loads(line)["reason"]) == 5000 for line in text.splitlines()[1:])
+
+
+def test_arrays_in_another_order_are_put_in_order(make_grid: MakeGrid) -> None:
+    """FedMedian goes by position: two arrays of one shape, exchanged, would be mixed up."""
+    swap = spoiling(lambda m: with_arrays(m, lambda s: dict(reversed(s.items()))), nodes=range(100, 107))
+    result = run(GuardedStrategy(FedMedian()), make_grid(client, NODES, tamper=swap), rounds=1)
+    plain = run(FedMedian(), make_grid(client, NODES), rounds=1)
+    for name, array in arrays_of(plain).items():
+        np.testing.assert_array_equal(arrays_of(result)[name], array)
+
+
+def trusted() -> Trusted:
+    """A linear classifier whose trusted samples start() answers by 'weight' and 'bias'."""
+    module = nn.Linear(3, 4)
+    module.register_buffer("batches", torch.tensor(0))
+    x = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
+    y = (x @ start()["weight"].T + start()["bias"]).argmax(1)
+    return trusted_module(module, Batch(x, y))
+
+
+def reversing(rounds: set[int]) -> Callable[[list[Message]], list[Message]]:
+    """All clients send the model reversed, in some rounds of training."""
+    count = iter(range(1, 1000))
+
+    def tamper(replies: list[Message]) -> list[Message]:
+        if replies[0].metadata.message_type != "train" or next(count) not in rounds:
+            return replies
+        return [
+            with_arrays(m, lambda s: {k: -3 * v if v.dtype.kind == "f" and v.ndim else v for k, v in s.items()})
+            for m in replies
+        ]
+
+    return tamper
+
+
+GATE = Guard(max_loss_rise=0.3, max_accuracy_drop=0.5)
+
+
+def test_a_vetoed_round_keeps_the_old_arrays(make_grid: MakeGrid) -> None:
+    guarded = GuardedStrategy(FedAvg(), GATE, trusted=trusted())
+    result = run(guarded, make_grid(client, NODES, tamper=reversing({2})), rounds=2)
+    once = run(FedAvg(), make_grid(client, NODES), rounds=1)
+    for name, array in arrays_of(once).items():
+        np.testing.assert_array_equal(arrays_of(result)[name], array)
+    assert [m["guard-vetoed"] for m in result.train_metrics_clientapp.values()] == [0, 1]
+    (veto,) = [e for e in guarded.events if e.event == "vetoed"]
+    assert veto.round == 2
+    assert "trusted loss" in veto.reason
+    assert veto.measures["loss"] > 0.3
+    broken = run(FedAvg(), make_grid(client, NODES, tamper=reversing({2})), rounds=2)
+    assert trusted().measure(arrays_of(broken)).accuracy < 0.5 < trusted().measure(arrays_of(result)).accuracy
+
+
+@pytest.mark.parametrize("name", ["FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "QFedAvg"])
+def test_after_a_veto_the_inner_strategy_remembers_nothing_of_the_round(name: str, make_grid: MakeGrid) -> None:
+    """Momentum of a vetoed round would carry the poison into the next."""
+    bad = False
+    answers = {False: torch.eye(2) * 9, True: -torch.eye(2) * 9}
+    samples = Trusted(lambda state: answers[bad], torch.tensor([0, 1]))
+    strategy = GuardedStrategy(STRATEGIES[name](), GATE, trusted=samples)
+    grid = make_grid(client, NODES)
+
+    def one_round(number: int, arrays: ArrayRecord) -> ArrayRecord | None:
+        nonlocal bad
+        replies = grid.send_and_receive(strategy.configure_train(number, arrays, ConfigRecord(), grid))
+        bad = number == 2
+        made = strategy.aggregate_train(number, replies)[0]
+        bad = False
+        return made
+
+    first = one_round(1, ArrayRecord(initial(strategy)))
+    assert first is not None
+    twin = copy.deepcopy(strategy)
+    grid.tamper = reversing({1})
+    assert one_round(2, first) is None
+    grid.tamper = list
+    after = one_round(3, first)
+    strategy = twin
+    straight = one_round(3, first)
+    assert after is not None
+    assert straight is not None
+    for key, array in straight.items():
+        np.testing.assert_array_equal(after[key].numpy(), array.numpy())
+
+
+def test_a_wrapped_strategy_is_put_back_too(make_grid: MakeGrid) -> None:
+    inner = FedAvgM(server_momentum=0.9)
+    private = DifferentialPrivacyServerSideFixedClipping(
+        inner, noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=NODES
+    )
+    guarded = GuardedStrategy(private, GATE, trusted=trusted(), weight_key="num-examples")
+    run(guarded, make_grid(client, NODES, tamper=reversing({1})), rounds=1)
+    assert guarded.inner is private
+    assert private.strategy is inner
+    assert inner.momentum_vector is None
+
+
+def test_small_rises_do_not_add_up_against_the_best(make_grid: MakeGrid) -> None:
+    def creep(replies: list[Message]) -> list[Message]:
+        if replies[0].metadata.message_type != "train":
+            return replies
+        return [
+            with_arrays(m, lambda s: {k: 0.9 * v if v.dtype.kind == "f" and v.ndim else v for k, v in s.items()})
+            for m in replies
+        ]
+
+    losses = {}
+    for reference in ("best", "previous"):
+        guard = Guard(max_loss_rise=0.1, reference=reference)
+        result = run(GuardedStrategy(FedAvg(), guard, trusted=trusted()), make_grid(client, NODES, tamper=creep), 12)
+        losses[reference] = trusted().measure(arrays_of(result)).loss
+    first = trusted().measure({k: v.numpy() for k, v in start().items()}).loss
+    assert losses["best"] <= first + 0.1
+    assert losses["previous"] > first + 0.2
+
+
+def test_discrepancy_clips_only_those_whose_model_answers_otherwise(make_grid: MakeGrid) -> None:
+    """Both stray equally far; one moves along the bias that all classes share, which changes no answer."""
+
+    def shift(message: Message) -> Message:
+        mine = message.metadata.src_node_id
+        return with_arrays(
+            message, lambda s: s["bias"].__iadd__(2.0 if mine == 103 else np.array([4, 0, 0, 0])) is None
+        )
+
+    guard = Guard(clip_norm=0.5, max_discrepancy=0.3)
+    guarded = GuardedStrategy(FedAvg(), guard, trusted=trusted())
+    run(guarded, make_grid(client, NODES, tamper=spoiling(shift, nodes=(103, 104))), rounds=1)
+    assert {e.node for e in guarded.events if e.event == "flagged"} == {104}
+    assert {e.node for e in guarded.events if e.event == "clipped"} == {104}
+    refusing = GuardedStrategy(FedAvg(), Guard(max_discrepancy=0.3, flagged="refuse"), trusted=trusted())
+    run(refusing, make_grid(client, NODES, tamper=spoiling(shift, nodes=(103, 104))), rounds=1)
+    assert {e.node for e in refusing.events if e.event == "refused"} == {104}
+
+
+def test_looking_back_some_rounds_takes_the_model_of_then(make_grid: MakeGrid) -> None:
+    guard = Guard(max_discrepancy=1e9, flagged="refuse", old="back", back=2)
+    guarded = GuardedStrategy(FedAvg(), guard, trusted=trusted())
+    seen: list[float] = []
+    samples = trusted()
+
+    def watched(state: State) -> torch.Tensor:
+        seen.append(float(state["bias"][0]))
+        return samples.logits(state)
+
+    guarded = GuardedStrategy(FedAvg(), guard, trusted=Trusted(watched, samples.y))
+    run(guarded, make_grid(client, 2), rounds=5)
+    old = seen[::4]  # each client's old and new answer, two clients a round
+    step = old[3] - old[2]
+    np.testing.assert_allclose(np.diff(old), [0, 0, step, step], atol=1e-5)
+    assert step > 0.01
+    assert len(guarded._past) == 4  # the start, and three
+
+
+def test_nobody_sampled_is_a_round_too(make_grid: MakeGrid) -> None:
+    none = FedAvg(fraction_train=0.0, min_train_nodes=0, fraction_evaluate=0.0)
+    result = run(GuardedStrategy(none), make_grid(client, NODES), rounds=2)
+    assert [m["guard-accepted"] for m in result.train_metrics_clientapp.values()] == [0, 0]
+    assert not result.evaluate_metrics_clientapp
+
+
+def test_all_garbage_keeps_the_old_model(make_grid: MakeGrid) -> None:
+    everywhere = spoiling(GARBAGE["NaN"][0], nodes=range(100, 100 + NODES))
+    grid = make_grid(client, NODES, tamper=everywhere)
+    guarded = GuardedStrategy(FedAvg())
+    messages = guarded.configure_train(1, ArrayRecord(start()), ConfigRecord(), grid)
+    arrays, metrics = guarded.aggregate_train(1, grid.send_and_receive(messages))
+    assert arrays is None
+    assert metrics is not None
+    assert metrics["guard-refused"] == NODES
+
+
+def test_too_few_left_for_the_inner_strategy_is_a_veto_but_its_own_fault_is_raised(make_grid: MakeGrid) -> None:
+    class Demanding(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            replies = list(replies)
+            if len(replies) < NODES or server_round == 2:
+                raise AggregationError("I want them all")
+            return super().aggregate_train(server_round, replies)
+
+    guarded = GuardedStrategy(Demanding())
+    result = run(guarded, make_grid(client, NODES, tamper=spoiling(GARBAGE["NaN"][0])), rounds=1)
+    assert result.train_metrics_clientapp[1]["guard-vetoed"] == 1
+    assert any("could not aggregate what was left: I want them all" in e.reason for e in guarded.events)
+    with pytest.raises(AggregationError):
+        run(GuardedStrategy(Demanding()), make_grid(client, NODES), rounds=2)
+
+
+def test_malformed_evaluations_are_dropped(make_grid: MakeGrid) -> None:
+    def tamper(replies: list[Message]) -> list[Message]:
+        for reply in replies:
+            if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 105:
+                with_metrics(reply, accuracy=math.inf)
+            if reply.metadata.message_type == "evaluate" and reply.metadata.src_node_id == 106:
+                without(reply, "metrics")
+        return replies
+
+    result = run(GuardedStrategy(FedAvg()), make_grid(client, NODES, tamper=tamper), rounds=1)
+    metrics = result.evaluate_metrics_clientapp[1]
+    assert metrics["guard-refused"] == 2
+    assert metrics["accuracy"] == pytest.approx(0.5)
+
+
+def test_what_cannot_work_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="need trusted samples"):
+        GuardedStrategy(FedAvg(), Guard(max_loss_rise=0.1))
+    with pytest.raises(ConfigError, match="trees"):
+        GuardedStrategy(FedXgbBagging())
+
+    class Own(FedAvg):
+        def start(self, *args: Any, **kwargs: Any) -> Any:
+            return super().start(*args, **kwargs)
+
+    with pytest.raises(ConfigError, match="its own `start`"):
+        GuardedStrategy(Own())
+    with pytest.raises(ConfigError, match="before configure_train"):
+        GuardedStrategy(FedAvg()).aggregate_train(1, [])
+
+
+def test_a_second_start_begins_anew(make_grid: MakeGrid) -> None:
+    guarded = GuardedStrategy(FedAvg(), GATE, trusted=trusted())
+    random.seed(1)
+    first = run(guarded, make_grid(client, NODES))
+    random.seed(1)
+    second = run(guarded, make_grid(client, NODES))
+    for name, array in arrays_of(first).items():
+        np.testing.assert_array_equal(arrays_of(second)[name], array)

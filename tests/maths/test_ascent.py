@@ -1,0 +1,238 @@
+"""Climbing inside a ball: every optimiser goes up, stays inside, and is the published update rule."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mithridate.maths.ascent import Optimiser, climb
+from mithridate.maths.norms import Ball, Norm
+
+OPTIMISERS: tuple[Optimiser, ...] = ("pgd", "fgsm", "mim")
+BALLS = (Ball("linf", 0.1), Ball("l2", 0.4))
+BALL_NAMES = ("linf", "l2")
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(n: int = 5, seed: int = 0) -> Tensor:
+    return torch.rand(n, 1, 4, 4, generator=rng(seed), dtype=torch.float64)
+
+
+TOP = images(seed=1)
+WEIGHT = 0.5 + images(seed=2)
+
+
+def height(x: Tensor) -> Tensor:
+    """A concave function of each sample, highest at TOP."""
+    return -(WEIGHT * (x - TOP).square()).flatten(1).sum(1)
+
+
+def slope(x: Tensor) -> Tensor:
+    return -2 * WEIGHT * (x - TOP)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_every_sample_gains_height(optimiser: Optimiser, ball: Ball) -> None:
+    x = images()
+    found = climb(x, slope, ball, optimiser=optimiser, steps=20)
+    gain = height(found) - height(x)
+    # A step along the gradient gains at most its first-order gain over the ball, and here most of it.
+    first_order = (slope(x) * ball.direction(slope(x)) * ball.eps).flatten(1).sum(1)
+    assert bool((gain > 0.3 * first_order).all())
+    assert bool((gain <= first_order).all())
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_more_steps_climb_higher_than_one(ball: Ball) -> None:
+    x = images()
+    one, many = climb(x, slope, ball, steps=1), climb(x, slope, ball, steps=40)
+    assert float(height(many).sum()) > float(height(one).sum())
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_free_climb_reaches_the_top(norm: Norm) -> None:
+    found = climb(images(), slope, Ball(norm, 10.0), steps=400, step_size=0.01 if norm == "linf" else 0.02)
+    assert float((found - TOP).abs().max()) < 0.03
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(OPTIMISERS),
+    st.sampled_from(["linf", "l2"]),
+    st.floats(0, 2),
+    st.integers(0, 4),
+    st.floats(0.001, 3) | st.none(),
+    st.booleans(),
+    st.integers(0, 1000),
+)
+def test_nothing_leaves_the_ball_or_the_range_of_pixels(
+    optimiser: Optimiser, norm: Norm, eps: float, steps: int, step_size: float | None, random_start: bool, seed: int
+) -> None:
+    x = images(seed=seed)
+    ball = Ball(norm, eps)
+    found = climb(
+        x, slope, ball, optimiser=optimiser, steps=steps, step_size=step_size, random_start=random_start, rng=rng(seed)
+    )
+    lengths = (found - x).flatten(1).norm(p=torch.inf if norm == "linf" else 2, dim=1)
+    assert float(lengths.max()) <= eps + 1e-9
+    assert float(found.min()) >= 0
+    assert float(found.max()) <= 1
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_fgsm_is_one_step_as_long_as_the_radius(ball: Ball) -> None:
+    x = images()
+    calls = 0
+
+    def counted(at: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return slope(at)
+
+    found = climb(x, counted, ball, optimiser="fgsm", steps=7, step_size=0.001)
+    assert calls == 1
+    assert torch.allclose(found, (x + ball.eps * ball.direction(slope(x))).clamp(0, 1), rtol=0, atol=1e-12)
+
+
+def test_pgd_is_its_formula() -> None:
+    """Madry et al.: x <- proj(x + alpha sign(grad)), here for a wandering objective."""
+    x, eps, alpha = images(), 0.1, 0.04
+
+    def wave(at: Tensor) -> Tensor:
+        return torch.cos(37 * at)
+
+    current = x
+    for _ in range(6):
+        current = torch.minimum(torch.maximum(current + alpha * wave(current).sign(), x - eps), x + eps).clamp(0, 1)
+    found = climb(x, wave, Ball("linf", eps), steps=6, step_size=alpha)
+    assert float((found - current).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_mim_is_its_formula(decay: float) -> None:
+    """Dong et al., Algorithm 1: g <- mu g + grad / |grad|_1, sample by sample; x <- x + alpha sign(g)."""
+    x, eps, alpha = images(), 0.1, 0.03
+
+    def wave(at: Tensor) -> Tensor:
+        return torch.cos(37 * at) * torch.arange(1.0, 6, dtype=at.dtype).view(5, 1, 1, 1)
+
+    current, g = x, torch.zeros_like(x)
+    for _ in range(6):
+        now = wave(current)
+        g = decay * g + now / now.abs().sum((1, 2, 3), keepdim=True)
+        current = torch.minimum(torch.maximum(current + alpha * g.sign(), x - eps), x + eps).clamp(0, 1)
+    found = climb(x, wave, Ball("linf", eps), optimiser="mim", steps=6, step_size=alpha, decay=decay)
+    assert float((found - current).abs().max()) < 1e-12
+    as_pgd = climb(x, wave, Ball("linf", eps), steps=6, step_size=alpha)
+    assert torch.equal(found, as_pgd) is (decay == 0)
+
+
+def test_an_unset_step_size_is_twice_the_radius_over_the_steps() -> None:
+    x = torch.full((2, 1, 2, 2), 0.5, dtype=torch.float64)
+    for steps in (5, 10):
+        trail: list[Tensor] = []
+
+        def uphill(at: Tensor, trail: list[Tensor] = trail) -> Tensor:
+            trail.append(at)
+            return torch.ones_like(at)
+
+        climb(x, uphill, Ball("linf", 0.2), steps=steps)
+        assert float((trail[1] - trail[0]).max()) == pytest.approx(2 * 0.2 / steps)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_no_steps_return_the_start(optimiser: Optimiser) -> None:
+    def forbidden(x: Tensor) -> Tensor:
+        raise AssertionError("no gradient is needed")
+
+    x = images()
+    assert torch.equal(climb(x, forbidden, BALLS[0], optimiser=optimiser, steps=0), x)
+    begin = x * 0.99
+    assert torch.equal(climb(x, forbidden, BALLS[0], optimiser=optimiser, steps=0, start=begin), begin)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("random_start", [False, True])
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_masked_samples_stay_bit_for_bit(optimiser: Optimiser, random_start: bool, ball: Ball) -> None:
+    x = images()
+    mask = torch.tensor([True, False, True, False, False])
+    found = climb(x, slope, ball, optimiser=optimiser, steps=3, mask=mask, random_start=random_start, rng=rng())
+    assert (found != x).flatten(1).any(1).tolist() == mask.tolist()
+    if not random_start:
+        free = climb(x, slope, ball, optimiser=optimiser, steps=3)
+        assert torch.equal(found[mask], free[mask])  # neighbours do not matter
+
+
+def test_the_climb_begins_at_the_start_inside_the_ball_of_the_centre() -> None:
+    x = images()
+    begin = (x + 0.08).clamp(0, 1)
+    trail: list[Tensor] = []
+
+    def downhill(at: Tensor) -> Tensor:
+        trail.append(at)
+        return -torch.ones_like(at)
+
+    found = climb(x, downhill, Ball("linf", 0.1), steps=20, step_size=0.02, start=begin)
+    assert torch.equal(trail[0], begin)
+    assert torch.allclose(found, (x - 0.1).clamp(0, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_a_random_start_is_drawn_from_the_generator_alone(ball: Ball) -> None:
+    x = images()
+
+    def begin(seed: int) -> Tensor:
+        trail: list[Tensor] = []
+
+        def note(at: Tensor) -> Tensor:
+            trail.append(at)
+            return slope(at)
+
+        climb(x, note, ball, steps=1, random_start=True, rng=rng(seed))
+        return trail[0]
+
+    state = torch.get_rng_state()
+    assert torch.equal(begin(1), begin(1))
+    assert not torch.equal(begin(1), begin(2))
+    assert not torch.equal(begin(1), x)
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(ValueError, match="needs rng"):
+        climb(x, slope, ball, random_start=True)
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_makes_no_pixel_that_is_not(
+    optimiser: Optimiser, ball: Ball, value: float
+) -> None:
+    def broken(at: Tensor) -> Tensor:
+        g = slope(at)
+        g[0, 0, 0, 0] = value
+        g[1] = value
+        return g
+
+    found = climb(images(), broken, ball, optimiser=optimiser, steps=3)
+    assert bool(found.isfinite().all())
+    others = climb(images(), slope, ball, optimiser=optimiser, steps=3)
+    assert torch.equal(found[2:], others[2:])
+
+
+def test_inputs_are_not_written_to() -> None:
+    x, begin = images(), images() * 0.99
+    kept: list[Tensor] = [x.clone(), begin.clone()]
+    options: list[dict[str, Any]] = [{}, {"start": begin}, {"random_start": True, "rng": rng()}]
+    act: Callable[..., Tensor] = climb
+    for option in options:
+        act(x, slope, BALLS[0], steps=2, **option)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(begin, kept[1])

@@ -1,0 +1,526 @@
+"""The online loop: what is learned in which order, what ends the phase, what the trace says, and that runs repeat."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import SGD, Adam
+
+from mithridate.attacks.accumulative import Accumulative
+from mithridate.attacks.clean import Clean
+from mithridate.attacks.noise import Noise
+from mithridate.attacks.vanilla import Vanilla
+from mithridate.bench.store import TRACE_SCHEMA
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Attack, Batch, Defence, Monitor, Need, Reading, Snapshot, Verdict, View
+from mithridate.core.registry import build
+from mithridate.data.stream import Stream
+from mithridate.defences.clip import Clip
+from mithridate.defences.ema import Ema
+from mithridate.maths.norms import Ball
+from mithridate.models import build_model
+from mithridate.monitors.accuracy_floor import AccuracyFloor
+from mithridate.simulation.online import OnlineRun, Outcome, Progress, Row, adopt_momentum, online_optimiser, run_online
+from mithridate.testing import toy_learner, toy_stream
+from mithridate.training.burn_in import BurnIn, burn_in
+from mithridate.training.learner import Learner
+
+RUN = OnlineRun(steps=3, lr=0.05)
+TIMES = {"seconds", "craft_seconds", "update_seconds"}
+CRAFTY: dict[str, Any] = {"name": "accumulative", "eps": 0.1, "steps": 2, "trigger_update": "after_step"}
+
+
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    return toy_stream(0)
+
+
+NewLearner = Callable[..., Learner]
+
+
+@pytest.fixture(scope="module")
+def victim(stream: Stream) -> NewLearner:
+    """Makes learners that all stand at the end of the same burn-in."""
+    kept: dict[str, Snapshot] = {}
+
+    def make(*, norm: str = "batch", run: OnlineRun = RUN, **options: Any) -> Learner:
+        model = build_model({"name": "small_cnn", "width": 4, "norm": norm}, stream.info, seed=0)
+        if norm not in kept:
+            kept[norm] = burn_in(copy.deepcopy(model), stream, BurnIn(epochs=3, batch_size=20, lr=0.05), seed=0).final
+        optimiser = online_optimiser(model.parameters(), run)
+        learner = Learner(model, optimiser, update_mode=run.update_mode, **options)
+        learner.restore(Snapshot(kept[norm].parameters, kept[norm].buffers, optimiser.state_dict(), step=0))
+        return learner
+
+    return make
+
+
+def timeless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def equal_bits(a: Snapshot, b: Snapshot) -> bool:
+    pairs = [(a.parameters[n], b.parameters[n]) for n in a.parameters] + [
+        (a.buffers[n], b.buffers[n]) for n in a.buffers
+    ]
+    return a.step == b.step and all(torch.equal(x, y) for x, y in pairs)
+
+
+def column(outcome: Outcome, name: str) -> list[Any]:
+    return [row[name] for row in outcome.trace]
+
+
+class Alarm(Monitor):
+    """Rings from one step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def alarm(self, readings: Sequence[Reading]) -> str | None:
+        return f"rang at {readings[-1].step}" if readings[-1].step >= self.step else None
+
+
+# What is learned, in which order.
+
+
+def test_the_clean_run_is_training_by_hand(stream: Stream, victim: NewLearner) -> None:
+    learner, by_hand = victim(), victim()
+    outcome = run_online(learner, stream, Clean(), RUN, seed=4)
+    scores = [by_hand.evaluate([stream.test.all()])]
+    updates = []
+    for step in range(4):  # three batches and the trigger
+        updates.append(by_hand.update(stream.victim_batch(step, 4)))
+        scores.append(by_hand.evaluate([stream.test.all()]))
+    assert column(outcome, "accuracy") == [s.accuracy for s in scores]
+    assert column(outcome, "loss") == [s.loss for s in scores]
+    for name in ("batch_loss", "gradient_norm", "bounded_norm", "update_norm"):
+        assert column(outcome, name) == [None] + [getattr(u, name) for u in updates]
+    for name in ("poison_linf", "poison_l2"):
+        assert column(outcome, name) == [None, 0, 0, 0, 0]
+    assert column(outcome, "poisoned") == [0, 0, 0, 0, 0]
+    assert equal_bits(learner.snapshot(), by_hand.snapshot())  # the loop leaves the learner where the trigger put it
+    assert learner.step == 4
+
+
+def test_without_a_phase_the_same_trigger_comes_first(stream: Stream, victim: NewLearner) -> None:
+    by_hand = victim()
+    by_hand.update(stream.trigger_batch(3, 0))
+    learner = victim()
+    outcome = run_online(learner, stream, Clean(phase=False), RUN)
+    assert column(outcome, "phase") == ["start", "trigger"]
+    assert (outcome.steps, outcome.stopped_by) == (0, "attack")
+    assert equal_bits(learner.snapshot(), by_hand.snapshot())
+
+
+def test_rows_are_numbered_named_and_fit_the_schema(stream: Stream, victim: NewLearner) -> None:
+    outcome = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    assert column(outcome, "step") == [0, 1, 2, 3, 4]
+    assert column(outcome, "phase") == ["start", *["accumulative"] * 3, "trigger"]
+    for row in outcome.trace:
+        assert list(row.keys() ^ set(TRACE_SCHEMA.names)) == []
+    accuracies = column(outcome, "accuracy")
+    assert outcome.accuracy_start == accuracies[0]
+    assert outcome.accuracy_before_trigger == accuracies[-2]
+    assert outcome.accuracy_after_trigger == accuracies[-1]
+    assert outcome.drop == accuracies[-2] - accuracies[-1]
+    assert (outcome.steps, outcome.stopped_by, outcome.status) == (3, "steps", "finished")
+    assert outcome.seconds == sum(column(outcome, "seconds"))
+    for row in outcome.trace[1:]:
+        assert 0 < row["craft_seconds"] + row["update_seconds"] <= row["seconds"]
+
+
+def test_accuracy_is_of_the_whole_test_part(
+    stream: Stream, victim: NewLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    monkeypatch.setattr("mithridate.simulation.online.EVALUATION_BATCH", 70)
+    pieces = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    assert column(pieces, "accuracy") == column(whole, "accuracy")
+    assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
+
+
+def test_no_steps_means_the_trigger_alone(stream: Stream, victim: NewLearner) -> None:
+    outcome = run_online(victim(), stream, Noise(eps=0.1), dataclasses.replace(RUN, steps=0))
+    assert column(outcome, "phase") == ["start", "trigger"]
+    assert (outcome.steps, outcome.stopped_by) == (0, "steps")
+
+
+class Recorder(Attack):
+    """Shifts all pixels inwards by a known amount and keeps what it saw."""
+
+    def __init__(self, ratio: float = 1.0, last: int = 99, needs: frozenset[Need] = frozenset()) -> None:
+        self._ratio, self.last = ratio, last
+        self.seen: list[tuple[str, Batch]] = []
+        self.fed_at: list[int] = []
+        self.needs = needs  # type: ignore[misc]  # each of these has its own
+
+    @property
+    def ball(self) -> Ball:
+        return Ball("linf", 0.1)
+
+    @property
+    def ratio(self) -> float:
+        return self._ratio
+
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        self.seen.append(("batch", batch))
+        return torch.where(batch.x > 0.5, batch.x - 0.1, batch.x + 0.1)
+
+    def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        self.seen.append(("trigger", batch))
+        return torch.where(batch.x > 0.5, batch.x - 0.05, batch.x + 0.05)
+
+    def ready(self, view: View) -> bool:
+        return view.step >= self.last
+
+    def fed(self, view: View, rng: Generator) -> None:
+        self.fed_at.append(view.step)
+
+
+def test_the_attack_gets_the_streams_batches_and_the_trace_measures_what_it_did(
+    stream: Stream, victim: NewLearner
+) -> None:
+    attack = Recorder(ratio=0.5)
+    outcome = run_online(victim(), stream, attack, RUN, seed=2)
+    assert [kind for kind, _ in attack.seen] == ["batch"] * 3 + ["trigger"]
+    for step, (_, batch) in enumerate(attack.seen):
+        assert torch.equal(batch.x, stream.victim_batch(step, 2).x)
+        assert torch.equal(batch.y, stream.victim_batch(step, 2).y)
+    assert attack.fed_at == [1, 2, 3]  # after each accumulative update, not after the trigger
+    assert column(outcome, "poisoned")[1:] == [0.5] * 4
+    assert column(outcome, "poison_linf")[1:] == pytest.approx([0.1] * 3 + [0.05], abs=1e-6)
+    # Each changed image moved by 0.1 in 64 pixels.
+    assert column(outcome, "poison_l2")[1:] == pytest.approx([0.8] * 3 + [0.4], abs=1e-5)
+
+
+def test_the_victim_learns_from_the_poisoned_batch(stream: Stream, victim: NewLearner) -> None:
+    learner, by_hand = victim(), victim()
+    run_online(learner, stream, Recorder(), RUN)
+    for step in range(4):
+        x, y = stream.victim_batch(step, 0)
+        shift = 0.1 if step < 3 else 0.05
+        by_hand.update(Batch(torch.where(x > 0.5, x - shift, x + shift), y))
+    assert equal_bits(learner.snapshot(), by_hand.snapshot())
+
+
+def test_pictures_show_the_first_accumulative_batch_and_the_trigger(stream: Stream, victim: NewLearner) -> None:
+    outcome = run_online(victim(), stream, Recorder(), dataclasses.replace(RUN, images=3))
+    assert set(outcome.images) == {f"{p}.{k}" for p in ("accumulative", "trigger") for k in ("clean", "poisoned")}
+    assert torch.equal(outcome.images["accumulative.clean"], stream.victim_batch(0, 0).x[:3])
+    assert torch.equal(outcome.images["trigger.clean"], stream.victim_batch(3, 0).x[:3])
+    moved = outcome.images["trigger.poisoned"] - outcome.images["trigger.clean"]
+    assert float(moved.abs().min()) == pytest.approx(0.05, abs=1e-6)
+    assert run_online(victim(), stream, Recorder(), dataclasses.replace(RUN, images=0)).images == {}
+
+
+# Same seed, same numbers.
+
+
+@pytest.mark.parametrize("settings", [{"name": "noise"}, {"name": "pgd"}, CRAFTY], ids=lambda s: str(s["name"]))
+def test_the_same_seed_gives_the_same_rows_and_another_does_not(
+    stream: Stream, victim: NewLearner, settings: dict[str, Any]
+) -> None:
+    attack = build("attack", settings)
+    rows = [timeless(run_online(victim(), stream, attack, RUN, seed=s).trace) for s in (0, 0, 1)]
+    assert rows[0] == rows[1]
+    assert rows[0][1:] != rows[2][1:]
+    assert rows[0][0] == rows[2][0]
+
+
+def test_each_step_and_each_seed_has_draws_of_its_own(stream: Stream, victim: NewLearner) -> None:
+    drawn: list[float] = []
+
+    class Drawing(Recorder):
+        def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+            drawn.append(float(torch.rand((), generator=rng)))
+            return batch.x
+
+        def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+            return self.craft(batch, view, mask, rng)
+
+        def fed(self, view: View, rng: Generator) -> None:
+            drawn.append(float(torch.rand((), generator=rng)))
+
+    for seed in (0, 1, 0):
+        run_online(victim(), stream, Drawing(), RUN, seed=seed)
+    assert len(drawn) == 3 * 7  # three batches, each with its aftermath, and the trigger
+    assert drawn[:7] == drawn[14:]
+    assert len(set(drawn)) == 14
+
+
+class Killed(Exception):
+    """Stands for a power cut."""
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**CRAFTY, "weight_momentum": 1.1, "random_start": True, "resample_validation": True, "poison_ratio": 0.6},
+        {"name": "noise", "poison_ratio": 0.5},
+    ],
+    ids=lambda s: str(s["name"]),
+)
+def test_an_interrupted_run_goes_on_to_the_same_rows(
+    stream: Stream, victim: NewLearner, settings: dict[str, Any], after: int
+) -> None:
+    attack = build("attack", settings)
+    whole_victim = victim(defence=Clip(clip_norm=0.5))
+    whole = run_online(whole_victim, stream, attack, RUN, monitors=[Alarm(2)])
+    kept: list[tuple[Progress, Snapshot]] = []
+    learner = victim(defence=Clip(clip_norm=0.5))
+
+    def on_step(progress: Progress) -> None:
+        if len(progress.rows) == after + 1:
+            kept.append((copy.deepcopy(progress), learner.snapshot()))
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_online(learner, stream, attack, RUN, monitors=[Alarm(2)], on_step=on_step)
+    progress, snapshot = kept[0]
+    again = victim(defence=Clip(clip_norm=0.5))
+    again.restore(snapshot)
+    resumed = run_online(again, stream, attack, RUN, monitors=[Alarm(2)], progress=progress)
+    assert timeless(resumed.trace) == timeless(whole.trace)
+    assert {k: v for k, v in resumed.summary().items() if k not in TIMES} == {
+        k: v for k, v in whole.summary().items() if k not in TIMES
+    }
+    assert all(torch.equal(resumed.images[k], whole.images[k]) for k in whole.images)
+    assert equal_bits(again.snapshot(), whole_victim.snapshot())
+
+
+# Power over the optimiser.
+
+
+class Spying(SGD):
+    """Notes its momentum factor at each step."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.factors = [*getattr(self, "factors", []), self.param_groups[0]["momentum"]]
+        return super().step(closure)
+
+
+def test_weight_momentum_holds_in_the_phase_and_not_for_the_trigger(stream: Stream, victim: NewLearner) -> None:
+    learner = victim()
+    learner.optimiser = Spying(learner.model.parameters(), lr=0.05, momentum=0.9)
+    attack = build("attack", {**CRAFTY, "weight_momentum": 1.1})
+    outcome = run_online(learner, stream, attack, RUN)
+    assert learner.optimiser.factors == [1.1, 1.1, 1.1, 0.9]
+    assert learner.optimiser.param_groups[0]["momentum"] == 0.9
+    usual = run_online(victim(), stream, build("attack", CRAFTY), RUN)
+    assert timeless(outcome.trace)[1] == timeless(usual.trace)[1]  # nothing to remember yet
+    assert timeless(outcome.trace)[2] != timeless(usual.trace)[2]
+
+
+def test_weight_momentum_survives_a_defence_that_rolls_back(stream: Stream, victim: NewLearner) -> None:
+    class Never(Defence):
+        def admit(self, before: Snapshot, view: View) -> Verdict:
+            return Verdict(admit=False, reason="no")
+
+    learner = victim(defence=Never())
+    outcome = run_online(learner, stream, build("attack", {**CRAFTY, "weight_momentum": 1.1}), RUN)
+    assert learner.optimiser.param_groups[0]["momentum"] == 0.9
+    assert len(set(column(outcome, "accuracy"))) == 1
+    assert column(outcome, "admitted") == [True, False, False, False, False]
+    assert (outcome.rolled_back, outcome.drop, outcome.status) == (4, 0, "finished")
+
+
+def test_weight_momentum_needs_an_optimiser_that_has_one(stream: Stream, victim: NewLearner) -> None:
+    learner = victim()
+    learner.optimiser = Adam(learner.model.parameters())
+    with pytest.raises(ConfigError, match="weight_momentum needs an optimiser with momentum, not Adam"):
+        run_online(learner, stream, build("attack", {**CRAFTY, "weight_momentum": 1.1}), RUN)
+
+
+def test_the_burn_ins_momentum_can_be_taken_over(stream: Stream, victim: NewLearner) -> None:
+    burned = victim()
+    burned.update(stream.victim_batch(0, 9))
+    snapshot = burned.snapshot()
+    learner = victim()
+    fresh = online_optimiser(learner.model.parameters(), OnlineRun(lr=0.02, momentum=0.5))
+    adopt_momentum(fresh, snapshot)
+    group = fresh.param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.02, 0.5)
+    held = [state["momentum_buffer"] for state in fresh.state_dict()["state"].values()]
+    given = [state["momentum_buffer"] for state in snapshot.optimiser["state"].values()]
+    assert len(held) == len(list(learner.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(held, given, strict=True))
+    assert float(torch.stack([b.norm() for b in held]).sum()) > 0
+
+
+# What ends the phase.
+
+
+def test_an_alarm_is_recorded(stream: Stream, victim: NewLearner) -> None:
+    outcome = run_online(victim(), stream, Noise(eps=0.1), RUN, monitors=[Alarm(3), Alarm(2), Alarm(99)])
+    assert column(outcome, "alarms") == ["", "", "rang at 2", "rang at 3; rang at 3", "rang at 4; rang at 4"]
+    assert (outcome.alarms, outcome.first_alarm_step) == (3, 2)
+    assert (outcome.stopped_by, outcome.status) == ("steps", "finished")
+    quiet = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    assert (quiet.alarms, quiet.first_alarm_step) == (0, None)
+
+
+def test_an_alarm_lets_the_attacker_fire(stream: Stream, victim: NewLearner) -> None:
+    run = dataclasses.replace(RUN, on_alarm="trigger")
+    outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Alarm(2)])
+    assert column(outcome, "phase") == ["start", "accumulative", "accumulative", "trigger"]
+    assert (outcome.stopped_by, outcome.status, outcome.steps) == ("monitor", "finished", 2)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("attacker_too", [False, True])
+def test_an_alarm_halts_the_service_before_the_trigger(
+    stream: Stream, victim: NewLearner, step: int, attacker_too: bool
+) -> None:
+    run = dataclasses.replace(RUN, on_alarm="halt")
+    attack = Recorder(last=step if attacker_too else 99)
+    learner = victim()
+    outcome = run_online(learner, stream, attack, run, monitors=[Alarm(step)])
+    assert column(outcome, "phase") == ["start", *["accumulative"] * step]
+    assert (outcome.stopped_by, outcome.status, outcome.steps) == ("monitor", "halted", step)
+    assert (outcome.accuracy_after_trigger, outcome.drop, outcome.accuracy_after_buffers) == (None, None, None)
+    assert outcome.accuracy_before_trigger == outcome.trace[-1]["accuracy"]
+    assert learner.step == step
+
+
+def test_the_attack_ends_the_phase(stream: Stream, victim: NewLearner) -> None:
+    outcome = run_online(victim(), stream, Recorder(last=2), RUN)
+    assert (outcome.steps, outcome.stopped_by) == (2, "attack")
+
+
+def test_the_phase_ends_when_published_accuracy_leaves_the_attackers_range(stream: Stream, victim: NewLearner) -> None:
+    def attack(**limits: float) -> Accumulative:
+        made: Accumulative = build(
+            "attack", {**CRAFTY, "steps": 1, "trigger_mode": "clean", "weight_momentum": 1.1, **limits}
+        )
+        return made
+
+    run = OnlineRun(steps=4, lr=0.2, images=0)
+    free = run_online(victim(run=run), stream, attack(), run)
+    accuracies = column(free, "accuracy")
+    falls = [accuracies[0] - a for a in accuracies]
+    first = next(i for i, fall in enumerate(falls) if fall > 0.1)
+    assert 1 < first < 4  # else there is nothing to see
+    for limits in ({"max_drop": 0.1}, {"accuracy_floor": accuracies[0] - 0.1}):
+        outcome = run_online(victim(run=run), stream, attack(**limits), run)
+        assert (outcome.steps, outcome.stopped_by) == (first, "attack")
+        assert column(outcome, "accuracy")[:-1] == accuracies[: first + 1]
+    assert run_online(victim(), stream, attack(accuracy_floor=1.0), run).steps == 0
+
+
+# What must not go wrong.
+
+
+def test_a_stream_too_short_is_refused_before_anything_is_learned(stream: Stream, victim: NewLearner) -> None:
+    learner = victim()
+    before = learner.snapshot()
+    with pytest.raises(DataError, match="5 accumulative batches and the trigger batch of 20 images need 120"):
+        run_online(learner, stream, Clean(), OnlineRun(steps=5))
+    assert equal_bits(learner.snapshot(), before)
+    assert run_online(learner, stream, Clean(), OnlineRun(steps=4)).steps == 4
+
+
+@pytest.mark.parametrize("lr", [1e6, 1e30])
+@pytest.mark.parametrize("name", ["clean", "noise", "pgd", "mim", "vanilla", "accumulative"])
+def test_a_diverging_victim_is_an_outcome(stream: Stream, victim: NewLearner, name: str, lr: float) -> None:
+    run = OnlineRun(steps=2, lr=lr)
+    attack = build(
+        "attack", {"name": name, **({"steps": 2} if name in {"pgd", "mim", "vanilla", "accumulative"} else {})}
+    )
+    outcome = run_online(victim(run=run), stream, attack, run, monitors=[AccuracyFloor(floor=0.1)])
+    assert outcome.status == "diverged"
+    assert not math.isfinite(outcome.trace[-1]["loss"]) or not math.isfinite(outcome.trace[-2]["loss"])
+    assert outcome.drop is not None
+    assert math.isfinite(outcome.drop)
+
+
+def test_a_batch_that_is_screened_away_is_no_divergence(stream: Stream, victim: NewLearner) -> None:
+    class Nothing(Defence):
+        def screen(self, batch: Batch, view: View) -> Batch:
+            return Batch(batch.x[:0], batch.y[:0])
+
+    outcome = run_online(victim(defence=Nothing()), stream, Noise(eps=0.1), RUN)
+    assert (outcome.status, outcome.drop, outcome.rolled_back) == ("finished", 0, 4)
+    assert column(outcome, "batch_loss") == [None] * 5
+    assert column(outcome, "verdict")[1:] == ["the defence left no sample of the batch"] * 4
+
+
+# How much of the drop the buffers explain.
+
+
+def test_the_trigger_steps_buffers_are_weighed_alone(stream: Stream, victim: NewLearner) -> None:
+    attack = Vanilla(eps=0.2, steps=3)
+    learner = victim()
+    outcome = run_online(learner, stream, attack, RUN)
+    by_hand = victim()
+    before = by_hand.snapshot()
+    view = View(0, {}, {Need.MODEL: by_hand.white_box, Need.VALIDATION: stream.validation.all()})
+    by_hand.update(attack.trigger(stream.trigger_batch(3, 0), view, rng=Generator()))
+    after = by_hand.snapshot()
+    by_hand.restore(Snapshot(before.parameters, after.buffers, before.optimiser, 0))
+    score = by_hand.evaluate([stream.test.all()])
+    assert outcome.accuracy_after_buffers == score.accuracy
+    assert outcome.accuracy_after_trigger is not None
+    assert outcome.drop == outcome.accuracy_before_trigger - outcome.accuracy_after_trigger
+    assert equal_bits(learner.snapshot(), after)
+    assert len({outcome.accuracy_before_trigger, outcome.accuracy_after_trigger, outcome.accuracy_after_buffers}) == 3
+
+
+@pytest.mark.parametrize("options", [{"norm": "none"}, {"run": dataclasses.replace(RUN, update_mode="eval")}], ids=str)
+def test_buffers_that_do_not_move_explain_nothing(stream: Stream, victim: NewLearner, options: dict[str, Any]) -> None:
+    outcome = run_online(victim(**options), stream, Noise(eps=0.3), RUN)
+    assert outcome.accuracy_after_buffers == outcome.accuracy_before_trigger
+    assert outcome.trace[-1]["loss"] != outcome.trace[-2]["loss"]
+
+
+# Threat models and the user's own things.
+
+
+def test_the_notes_of_attack_and_defence_are_apart(stream: Stream, victim: NewLearner) -> None:
+    class Notes(Defence):
+        def screen(self, batch: Batch, view: View) -> Batch:
+            assert "positions.20" not in view.memory
+            view.memory["mine"] = torch.ones(1)
+            return batch
+
+    progress = Progress()
+    learner = victim(defence=Notes())
+    run_online(learner, stream, Noise(eps=0.1), RUN, progress=progress)
+    assert set(progress.memory) == {"positions.20"}
+    assert set(learner.memory) == {"mine"}
+
+
+def test_published_accuracy_is_what_the_attack_reads(stream: Stream, victim: NewLearner) -> None:
+    class Reader(Recorder):
+        def ready(self, view: View) -> bool:
+            self.read = [*getattr(self, "read", []), view.accuracy]
+            return False
+
+    attack = Reader(needs=frozenset({Need.ACCURACY}))
+    outcome = run_online(victim(), stream, attack, RUN)
+    accuracies = column(outcome, "accuracy")
+    assert attack.read == [(accuracies[0], a) for a in accuracies[:3]]
+
+
+def test_a_users_own_module_runs(stream: Stream) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    learner = Learner(model, SGD(model.parameters(), lr=0.1))
+    rows: list[Row] = list(run_online(learner, stream, build("attack", {**CRAFTY, "steps": 1}), RUN).trace)
+    assert len(rows) == 5
+    assert rows[1]["poisoned"] == 1.0
+
+
+def test_buffers_alone_say_nothing_of_a_served_average() -> None:
+    stream = toy_stream(0)
+    made = {}
+    for decay in (0.0, 0.9):
+        learner = toy_learner(stream, defence=Ema(decay=decay))
+        made[decay] = run_online(learner, stream, Noise(eps=0.15), OnlineRun(steps=1, lr=0.05)).accuracy_after_buffers
+    assert made[0.9] is None
+    assert made[0.0] is not None

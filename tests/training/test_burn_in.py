@@ -1,0 +1,293 @@
+"""Burn-in: trained once for all that agree on it, and the same bits however often it is killed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mithridate.core.errors import CheckpointError, ConfigError
+from mithridate.core.model import Batch, Snapshot
+from mithridate.data.stream import Part, Stream
+from mithridate.models import build_model
+from mithridate.testing import toy_stream
+from mithridate.training.burn_in import BurnIn, BurnInResult, burn_in
+from mithridate.training.checkpoint import load_snapshot
+from mithridate.training.learner import Learner, Update
+
+CONFIG = {"name": "small_cnn", "width": 4}
+HOW = BurnIn(epochs=3, batch_size=40, lr=0.05, checkpoints=(0, 2))
+
+
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    whole = toy_stream(0)
+    return replace(whole, burn_in=Part("burn_in", whole.burn_in.x[:120], whole.burn_in.y[:120]))
+
+
+def model_of(stream: Stream, seed: int = 0, config: Mapping[str, Any] = CONFIG) -> nn.Module:
+    return build_model(config, stream.info, seed=seed)
+
+
+def train(
+    stream: Stream,
+    cache: Path | None,
+    how: BurnIn = HOW,
+    *,
+    seed: int = 0,
+    config: Mapping[str, Any] = CONFIG,
+    epochs: list[int] | None = None,
+    kill_after: int | None = None,
+) -> BurnInResult:
+    def on_epoch(done: int, of: int) -> None:
+        assert of == how.epochs
+        if epochs is not None:
+            epochs.append(done)
+        if done == kill_after:
+            raise KeyboardInterrupt
+
+    model = model_of(stream, seed, config)
+    return burn_in(model, stream, how, seed=seed, model_config=config, cache=cache, on_epoch=on_epoch)
+
+
+def tensors(snapshot: Snapshot) -> dict[str, Tensor]:
+    state = {f"{i}.{k}": v for i, values in snapshot.optimiser["state"].items() for k, v in values.items()}
+    return {**snapshot.parameters, **snapshot.buffers, **state, "step": torch.tensor(snapshot.step)}
+
+
+def differing(a: Snapshot, b: Snapshot) -> list[str]:
+    one, two = tensors(a), tensors(b)
+    return sorted(one.keys() ^ two.keys()) + [k for k in one.keys() & two.keys() if not torch.equal(one[k], two[k])]
+
+
+@pytest.fixture(scope="module")
+def unkilled(stream: Stream, tmp_path_factory: pytest.TempPathFactory) -> BurnInResult:
+    return train(stream, tmp_path_factory.mktemp("unkilled"))
+
+
+def test_it_learns(stream: Stream, unkilled: BurnInResult) -> None:
+    model = model_of(stream)
+    learner = Learner(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
+    test = [stream.test.all()]
+    chance = learner.evaluate(test).accuracy
+    learner.restore(unkilled.final)
+    assert learner.evaluate(test).accuracy > max(0.6, chance + 0.2)
+    assert unkilled.final.step == 3 * 3
+
+
+def test_the_second_call_trains_nothing(stream: Stream, tmp_path: Path) -> None:
+    first, second = list[int](), list[int]()
+    a = train(stream, tmp_path, epochs=first)
+    b = train(stream, tmp_path, epochs=second)
+    assert (first, second) == ([1, 2, 3], [])
+    assert (a.reused, b.reused) == (False, True)
+    assert a.key == b.key
+    assert a.key
+    assert a.seconds == b.seconds > 0  # of the training, whenever that was
+    assert a.epochs == b.epochs
+    assert differing(a.final, b.final) == []
+
+
+def test_the_model_itself_ends_up_burned_in(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
+    for _ in range(2):  # trained, then fetched
+        model = model_of(stream)
+        burn_in(model, stream, HOW, seed=0, model_config=CONFIG, cache=tmp_path)
+        held = dict(model.named_parameters()) | dict(model.named_buffers())
+        wanted = {**unkilled.final.parameters, **unkilled.final.buffers}
+        assert [k for k in wanted if not torch.equal(held[k], wanted[k])] == []
+
+
+def test_without_a_cache_the_bits_are_the_same(stream: Stream, unkilled: BurnInResult) -> None:
+    bare = train(stream, None)
+    assert (bare.key, bare.epochs, bare.reused) == ("", {}, False)
+    assert differing(bare.final, unkilled.final) == []
+
+
+@pytest.mark.parametrize("kills", [(1,), (2,), (3,), (1, 2)], ids=str)
+def test_killed_and_resumed_equals_unkilled(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult, kills: Sequence[int]
+) -> None:
+    done: list[int] = []
+    for epoch in kills:
+        with pytest.raises(KeyboardInterrupt):
+            train(stream, tmp_path, epochs=done, kill_after=epoch)
+    resumed = train(stream, tmp_path, epochs=done)
+    assert done == [1, 2, 3]  # no epoch was trained twice
+    assert resumed.key == unkilled.key
+    assert differing(resumed.final, unkilled.final) == []
+    for epoch in (0, 2, 3):
+        assert differing(load_snapshot(resumed.epochs[epoch])[0], load_snapshot(unkilled.epochs[epoch])[0]) == []
+
+
+def test_killed_within_an_epoch_it_goes_on_from_the_last_whole_one(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, made = Learner.update, 0
+
+    def failing(self: Learner, batch: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 5:
+            raise KeyboardInterrupt
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "update", failing)
+        with pytest.raises(KeyboardInterrupt):
+            train(stream, tmp_path)
+    done: list[int] = []
+    resumed = train(stream, tmp_path, epochs=done)
+    assert done == [2, 3]
+    assert differing(resumed.final, unkilled.final) == []
+
+
+def test_kept_epochs_are_those_of_shorter_trainings(stream: Stream, unkilled: BurnInResult) -> None:
+    assert list(unkilled.epochs) == [0, 2, 3]
+    for epoch, path in unkilled.epochs.items():
+        shorter = train(stream, None, replace(HOW, epochs=epoch, checkpoints=()))
+        assert differing(load_snapshot(path)[0], shorter.final) == []
+    folder = unkilled.epochs[3].parent
+    assert {p.name for p in folder.iterdir() if p.suffix == ".safetensors"} == {
+        p.name for p in unkilled.epochs.values()
+    }
+
+
+def test_zero_epochs_leave_the_model_as_initialised(stream: Stream, tmp_path: Path) -> None:
+    how = BurnIn(epochs=0)
+    for cache in (None, tmp_path, tmp_path):
+        result = train(stream, cache, how)
+        initial = dict(model_of(stream).named_parameters())
+        assert [k for k in initial if not torch.equal(initial[k], result.final.parameters[k])] == []
+    assert result.reused
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "lr": {"how": replace(HOW, lr=0.04)},
+    "momentum": {"how": replace(HOW, momentum=0.8)},
+    "weight decay": {"how": replace(HOW, weight_decay=0.0)},
+    "batch size": {"how": replace(HOW, batch_size=60)},
+    "seed": {"seed": 1},
+    "width": {"config": {**CONFIG, "width": 2}},
+    "norm": {"config": {**CONFIG, "norm": "none"}},
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGES, "data", "augmentation"])
+def test_whatever_changes_the_result_changes_the_key(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult, what: str
+) -> None:
+    other = stream
+    if what == "data":
+        other = toy_stream(1)
+    if what == "augmentation":
+        other = replace(stream, settings=replace(stream.settings, augment=True))
+    done: list[int] = []
+    result = train(other, tmp_path, **{"epochs": done, **CHANGES.get(what, {})})
+    assert result.key != unkilled.key
+    assert done != []
+    assert differing(result.final, unkilled.final) != []
+
+
+def test_burn_ins_of_other_lengths_share_their_epochs(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
+    done: list[int] = []
+    short = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
+    assert done == [1, 2]
+    longer = train(stream, tmp_path, replace(HOW, checkpoints=(1,)), epochs=done)
+    assert done == [1, 2, 1, 2, 3]  # epoch 1 was not kept
+    whole = train(stream, tmp_path, epochs=done)
+    assert short.key == longer.key == whole.key == unkilled.key
+    assert differing(longer.final, unkilled.final) == []
+    assert differing(whole.final, unkilled.final) == []
+    for epoch in (0, 2, 3):
+        assert differing(load_snapshot(whole.epochs[epoch])[0], load_snapshot(unkilled.epochs[epoch])[0]) == []
+    again = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=(1,)), epochs=done)
+    assert again.reused
+    assert differing(again.final, short.final) == []
+    assert again.seconds < whole.seconds
+
+
+def test_a_longer_burn_in_goes_on_where_a_shorter_one_ended(stream: Stream, tmp_path: Path) -> None:
+    done: list[int] = []
+    train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
+    train(stream, tmp_path, replace(HOW, epochs=3, checkpoints=(2,)), epochs=done)
+    assert done == [1, 2, 3]
+
+
+def test_runs_that_name_a_seed_share_one_burn_in(stream: Stream, tmp_path: Path) -> None:
+    how = replace(HOW, seed=5)
+    model = model_of(stream, 5)
+    first = burn_in(model, stream, how, seed=0, model_config=CONFIG, cache=tmp_path)
+    second = burn_in(model_of(stream, 5), stream, how, seed=1, model_config=CONFIG, cache=tmp_path)
+    assert second.reused
+    assert differing(first.final, second.final) == []
+
+
+def test_an_augmented_burn_in_repeats(stream: Stream) -> None:
+    shifted = replace(stream, settings=replace(stream.settings, augment=True))
+    a, b = train(shifted, None), train(shifted, None)
+    assert differing(a.final, b.final) == []
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, seen = Learner.update, list[Tensor]()
+
+    def spy(self: Learner, batch: Batch) -> Update:
+        seen.append(batch.x)
+        return update(self, batch)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    for seed in (0, 1):
+        train(stream, None, replace(HOW, epochs=2, checkpoints=()), seed=seed)
+    orders = [torch.cat(seen[i : i + 3]).flatten(1) for i in range(0, 12, 3)]
+    stored = stream.burn_in.all().x.flatten(1)
+    for i, order in enumerate(orders):
+        assert sorted(order.tolist()) == sorted(stored.tolist())
+        assert not torch.equal(order, stored)
+        assert not any(torch.equal(order, other) for other in orders[:i])
+
+
+def test_a_lone_last_sample_is_left_out(stream: Stream) -> None:
+    part = stream.burn_in
+    lone = replace(stream, burn_in=Part("burn_in", part.x[:41], part.y[:41]))
+    assert train(lone, None, replace(HOW, epochs=1, checkpoints=())).final.step == 1
+    pair = replace(stream, burn_in=Part("burn_in", part.x[:42], part.y[:42]))
+    assert train(pair, None, replace(HOW, epochs=1, checkpoints=())).final.step == 2
+
+
+def test_a_finished_checkpoint_is_taken_instead_of_training(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult
+) -> None:
+    how = BurnIn(epochs=3, checkpoint=str(unkilled.epochs[3]))
+    done: list[int] = []
+    result = train(stream, tmp_path / "cache", how, seed=1, epochs=done)
+    assert done == []
+    assert not (tmp_path / "cache").exists()
+    assert (result.key, result.final.step) == ("", 0)
+    for name, p in unkilled.final.parameters.items():
+        assert torch.equal(result.final.parameters[name], p)
+    for name, b in unkilled.final.buffers.items():
+        assert torch.equal(result.final.buffers[name], b)
+
+
+def test_a_checkpoint_of_another_model_is_refused(stream: Stream, unkilled: BurnInResult) -> None:
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        train(stream, None, BurnIn(checkpoint=str(unkilled.epochs[3])), config={**CONFIG, "width": 8})
+
+
+def test_a_corrupt_cache_is_an_error_that_names_the_file(stream: Stream, tmp_path: Path) -> None:
+    path = train(stream, tmp_path).epochs[3]
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"epoch-0003\.safetensors is missing, cut off"):
+        train(stream, tmp_path)
+    path.unlink()
+    assert train(stream, tmp_path).reused is False  # doing as told mends it
+
+
+def test_checkpoints_after_the_end_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoints \[4, 9\] come after the last of 3 epochs"):
+        BurnIn(epochs=3, checkpoints=(1, 4, 3, 9))

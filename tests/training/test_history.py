@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mithridate.core.errors import CheckpointError, ConfigError
+from mithridate.core.model import Snapshot, Weights
+from mithridate.training.checkpoint import save_snapshot
+from mithridate.training.history import History
+
+
+def model_at(value: float) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2))
+    for p in model.parameters():
+        nn.init.constant_(p, value)
+    return model
+
+
+def level(weights: Weights | None) -> float | None:
+    return None if weights is None else float(weights.parameters["1.bias"][0])
+
+
+def recorded(history: History, steps: int) -> History:
+    for step in range(steps):
+        history.record(step, model_at(float(step)))
+    return history
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_looks_back_by_updates_and_forgets_the_oldest(tmp_path: Path, on_disk: bool) -> None:
+    history = recorded(History(keep=4, folder=tmp_path if on_disk else None), 10)
+    assert [level(history.back(k)) for k in range(6)] == [9, 8, 7, 6, None, None]
+    assert len(list(tmp_path.glob("*.safetensors"))) == (4 if on_disk else 0)
+
+
+def test_every_other_update_answers_with_a_state_that_is_old_enough() -> None:
+    history = recorded(History(every=3, keep=10), 9)
+    assert [level(history.back(k)) for k in (0, 1, 3, 4)] == [6, 3, 3, 0]
+
+
+def test_a_recorded_state_does_not_follow_the_model() -> None:
+    history, model = History(keep=2), model_at(1.0)
+    history.record(0, model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(5)
+    assert level(history.back(0)) == 1
+
+
+def test_nothing_kept_is_nothing_found() -> None:
+    history = recorded(History(), 3)
+    assert history.back(0) is None
+    assert history.checkpoint() is None
+
+
+def test_tensors_carry_it_over() -> None:
+    one, other = recorded(History(keep=3), 5), History(keep=3)
+    other.load(one.tensors())
+    assert [level(other.back(k)) for k in range(4)] == [level(one.back(k)) for k in range(4)] == [4, 3, 2, None]
+
+
+def test_checkpoints_by_epoch(tmp_path: Path) -> None:
+    paths = {}
+    for epoch in (3, 6):
+        state = dict(model_at(float(epoch)).named_parameters())
+        paths[epoch] = tmp_path / f"{epoch}.safetensors"
+        save_snapshot(paths[epoch], Snapshot(state, {}, {"state": {}, "param_groups": []}, 0))
+    history = History(checkpoints=paths)
+    assert (level(history.checkpoint()), level(history.checkpoint(6)), history.checkpoint(5)) == (3, 6, None)
+
+
+def test_an_old_model_of_another_architecture_is_refused() -> None:
+    weights = Weights({"0.weight": torch.zeros(3, 3)}, {}, "elsewhere")
+    with pytest.raises(CheckpointError, match="elsewhere"):
+        weights.logits(model_at(0.0), torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"keep": -1}])
+def test_impossible_sizes(wrong: dict[str, int]) -> None:
+    with pytest.raises(ConfigError):
+        History(**wrong)  # type: ignore[arg-type]  # on purpose: what is refused
