@@ -44,7 +44,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.core.model import Batch, WhiteBox
+from mithridate.core.batch import Batch
+from mithridate.core.model import WhiteBox
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.maths import calculus
 from mithridate.maths.alignment import turn_towards

@@ -36,7 +36,10 @@ from rich.table import Table
 from torch import nn
 
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.core.model import Batch, Defence, Need, View, Weights
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
+from mithridate.core.model import Weights
+from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC

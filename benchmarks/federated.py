@@ -41,8 +41,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import row_factors
 from mithridate.core.errors import DataError
-from mithridate.core.model import Batch, row_factors
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings, open_stream

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from mithridate.bench.engine import run_recipe as run_recipe
     from mithridate.bench.recipe import read_recipe as read_recipe
     from mithridate.bench.store import read_runs as read_runs
+    from mithridate.core.attack import Attack as Attack
+    from mithridate.core.batch import Batch as Batch
+    from mithridate.core.defence import Defence as Defence
     from mithridate.core.errors import UserError as UserError
-    from mithridate.core.model import Attack as Attack
-    from mithridate.core.model import Batch as Batch
-    from mithridate.core.model import Defence as Defence
-    from mithridate.core.model import Detector as Detector
-    from mithridate.core.model import Honest as Honest
-    from mithridate.core.model import Monitor as Monitor
-    from mithridate.core.model import Need as Need
     from mithridate.core.model import Snapshot as Snapshot
-    from mithridate.core.model import UpdateAttack as UpdateAttack
-    from mithridate.core.model import View as View
     from mithridate.core.registry import build as build
     from mithridate.core.registry import register as register
     from mithridate.core.registry import settings as settings
+    from mithridate.core.update_attack import Honest as Honest
+    from mithridate.core.update_attack import UpdateAttack as UpdateAttack
+    from mithridate.core.view import Need as Need
+    from mithridate.core.view import View as View
+    from mithridate.core.watch import Detector as Detector
+    from mithridate.core.watch import Monitor as Monitor
     from mithridate.data.shards import Shards as Shards
     from mithridate.data.stream import StreamSettings as StreamSettings
     from mithridate.data.stream import open_stream as open_stream
@@ -51,18 +51,13 @@ _HOME = {
     "bench.engine": ["run_recipe"],
     "bench.recipe": ["read_recipe"],
     "bench.store": ["read_runs"],
-    "core.model": [
-        "Attack",
-        "Batch",
-        "Defence",
-        "Detector",
-        "Honest",
-        "Monitor",
-        "Need",
-        "Snapshot",
-        "UpdateAttack",
-        "View",
-    ],
+    "core.attack": ["Attack"],
+    "core.batch": ["Batch"],
+    "core.defence": ["Defence"],
+    "core.model": ["Snapshot"],
+    "core.update_attack": ["Honest", "UpdateAttack"],
+    "core.view": ["Need", "View"],
+    "core.watch": ["Detector", "Monitor"],
     "data.shards": ["Shards"],
     "data.stream": ["StreamSettings", "open_stream"],
     "defences.clip": ["Clip"],

@@ -9,7 +9,7 @@ from torch import Tensor
 from mithridate.aggregators.centered_clipping import CENTRE, CenteredClipping
 from mithridate.core.aggregator import Context
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import Memory
+from mithridate.core.view import Memory
 
 
 def normal(n: int, width: int, seed: int = 0) -> Tensor:

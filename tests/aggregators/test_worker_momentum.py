@@ -6,7 +6,7 @@ import torch
 from mithridate.aggregators.worker_momentum import CLIENTS, ROWS, with_momentum
 from mithridate.core.aggregator import Context
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import Memory
+from mithridate.core.view import Memory
 
 
 def context(clients: list[int], memory: Memory) -> Context:

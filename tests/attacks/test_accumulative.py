@@ -13,8 +13,10 @@ from torch.optim import SGD
 
 from mithridate.attacks.accumulative import TRIGGER, Accumulative
 from mithridate.attacks.vanilla import Vanilla
-from mithridate.core.model import Batch, BatchNormMode, Need, View, WhiteBox
+from mithridate.core.batch import Batch
+from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
 from mithridate.maths.norms import Norm
 from mithridate.testing import toy_learner, toy_stream

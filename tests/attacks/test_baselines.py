@@ -13,8 +13,10 @@ from mithridate.attacks.fgsm import FGSM
 from mithridate.attacks.mim import MIM
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
-from mithridate.core.model import Attack, Batch, Need, View
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
 from mithridate.maths.norms import Norm
 from mithridate.testing import toy_learner, toy_stream

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, ThreatModelError
-from mithridate.core.model import Attack, Batch, Need, View, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build, config_of
+from mithridate.core.view import Need, View
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 

@@ -12,9 +12,11 @@ from mithridate.attacks import gate_aware
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.gate_aware import GateAware, measured, rehearsed
 from mithridate.attacks.pgd import PGD
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Need, View, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build, config_of
+from mithridate.core.view import Need, View
 from mithridate.defences.gate import Gate
 from mithridate.simulation.online import OnlineRun, Outcome, Progress, run_online
 from mithridate.testing import toy_learner, toy_stream

@@ -14,9 +14,11 @@ from torch.optim import SGD
 
 from mithridate.attacks.accumulative import TRIGGER, Accumulative
 from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, steer
+from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Need, View, Weights
+from mithridate.core.model import Weights
+from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History

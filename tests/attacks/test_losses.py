@@ -14,8 +14,10 @@ from mithridate.attacks.losses import NUDGE, Loss, by_targets, margin, nudged, t
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
 from mithridate.attacks.vanilla import Vanilla
-from mithridate.core.model import Attack, Batch, Need, View
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise, gradient, input_gradient
 from mithridate.maths.norms import Ball
 from mithridate.testing import toy_learner, toy_stream

@@ -10,9 +10,11 @@ from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.vanilla import Vanilla
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Attack, Batch, Need, View
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
 from mithridate.maths.calculus import Normalise
 from mithridate.maths.norms import Norm

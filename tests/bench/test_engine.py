@@ -19,9 +19,12 @@ from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_r
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
 from mithridate.bench.watcher import Watcher
 from mithridate.core import registry
+from mithridate.core.attack import Attack
+from mithridate.core.defence import Defence
 from mithridate.core.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
-from mithridate.core.model import Attack, Defence, Gradient, View
 from mithridate.core.registry import Entry, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.data.stream import open_stream
 from mithridate.models import build_model
 from mithridate.simulation.online import OnlineRun, adopt_momentum, online_optimiser, run_online

@@ -11,8 +11,8 @@ import tomli_w
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.bench.recipe import Recipe, apply_change, make_recipe, read_recipe
 from mithridate.core import registry
+from mithridate.core.attack import Attack
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Attack
 from mithridate.core.registry import Kind, entries
 from mithridate.defences.clip import Clip
 from mithridate.monitors.accuracy_floor import AccuracyFloor

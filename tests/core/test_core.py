@@ -12,24 +12,13 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from mithridate.core import model as core
+from mithridate.core.attack import Attack
+from mithridate.core.batch import PIXEL_TOLERANCE, Batch, check_batch
+from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import DataError, ThreatModelError
-from mithridate.core.model import (
-    ADMITTED,
-    PIXEL_TOLERANCE,
-    Attack,
-    Batch,
-    BatchNormMode,
-    Defence,
-    Gradient,
-    Need,
-    Snapshot,
-    Verdict,
-    View,
-    WhiteBox,
-    check_batch,
-    frozen_statistics,
-)
+from mithridate.core.model import BatchNormMode, Snapshot, WhiteBox, frozen_statistics
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball, Norm
 
 MODES: tuple[BatchNormMode, ...] = ("eval", "train")
@@ -485,4 +474,4 @@ def test_an_attack_says_what_it_sees_and_when_it_stops() -> None:
     assert Scripted().needs == frozenset()
     assert Scripted().ready(View()) is False
     assert Scripted().weight_momentum is None
-    assert core.Attack.__abstractmethods__ == {"ball", "ratio", "craft"}
+    assert Attack.__abstractmethods__ == {"ball", "ratio", "craft"}

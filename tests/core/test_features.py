@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.features import observe
-from mithridate.core.model import Batch
 from mithridate.testing import toy_learner, toy_stream
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from mithridate.core.batch import check_batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import check_batch
 from mithridate.core.registry import make
 from mithridate.core.seeding import generator
 from mithridate.data import DATASETS, Part, Stream, StreamSettings, load_images, open_stream

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED, Defence
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import FLAGGED, Batch, Defence, Need, View
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
 from mithridate.defences.adversarial_loss import NUDGE, AdversariallyLearned
 from mithridate.defences.at import AT
 from mithridate.defences.fat import Fat

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from mithridate.core.model import Batch, Defence, Gradient, View
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream

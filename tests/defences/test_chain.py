@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.attacks.noise import Noise
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Batch, Criterion, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.model import Criterion, Snapshot
 from mithridate.core.registry import build, config_of
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
 from mithridate.defences.chain import Chain, chain

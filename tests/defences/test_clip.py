@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Defence, Gradient, View
 from mithridate.core.registry import build
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.defences.none import Standard

@@ -9,9 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from mithridate.attacks.pgd import PGD
+from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch, Need, View
+from mithridate.core.view import Need, View
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
 from mithridate.maths.divergence import Divergence

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from mithridate.core.defence import Defence
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Defence, Gradient, View, Weights
+from mithridate.core.model import Weights
 from mithridate.core.registry import build
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.chain import chain

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mithridate.attacks.noise import Noise
-from mithridate.core.model import ADMITTED, Batch, Snapshot, Verdict, View
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, Verdict
+from mithridate.core.model import Snapshot
+from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.ema import Ema
 from mithridate.simulation.online import OnlineRun, run_online

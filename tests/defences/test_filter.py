@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import FLAGGED, Batch, Need, Snapshot
+from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, config_of
+from mithridate.core.view import Need
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.filter import FITTED, THRESHOLD, Filter

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Verdict
 from mithridate.core.errors import DataError
-from mithridate.core.model import Batch, Snapshot, Verdict, View
+from mithridate.core.model import Snapshot
+from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.gate import MEASURED, SEEN, Gate, Measure
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream

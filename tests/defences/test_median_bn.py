@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.core.model import Batch, View
+from mithridate.core.batch import Batch
+from mithridate.core.view import View
 from mithridate.defences.median_bn import MAD_TO_STD, MedianBn
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
 from mithridate.testing.conformance import Check

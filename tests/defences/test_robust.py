@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mithridate.core.aggregator import Context
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, ThreatModelError
-from mithridate.core.model import Batch, Defence, Gradient, Need, View
 from mithridate.core.registry import build, config_of
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Gradient, Snapshot, Verdict, View
+from mithridate.core.model import Snapshot
 from mithridate.core.registry import build
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.skip import LEAST_SPREAD, LOSS, WINDOW, Skip
 from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream

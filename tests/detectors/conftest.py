@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch
 from mithridate.core.features import observe
-from mithridate.core.model import Batch, Detector, Memory, Need, Observed, View, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Detector, Observed
 
 SIZE, CLASSES = 6, 3
 

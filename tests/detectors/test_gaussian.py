@@ -12,8 +12,8 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import EmpiricalCovariance
 
 from mithridate.core.errors import DataError
-from mithridate.core.model import Detector, Observed
 from mithridate.core.registry import build
+from mithridate.core.watch import Detector, Observed
 from mithridate.detectors.gda import GDA
 from mithridate.detectors.gmm import GMM
 

@@ -8,9 +8,10 @@ import torch
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import KernelDensity as SklearnDensity
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import DataError
-from mithridate.core.model import Batch, Observed
 from mithridate.core.registry import build
+from mithridate.core.watch import Observed
 from mithridate.detectors.kd import KernelDensity
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import DataError
-from mithridate.core.model import Batch
 from mithridate.core.registry import build
 from mithridate.detectors.lid import LID, RESOLUTION, dimensionality
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch
 from mithridate.core.registry import make
 from mithridate.guard.federation import (
     STATISTICS,

@@ -40,8 +40,8 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch
 from mithridate.guard.federation import Guard, State, Trusted, trusted_module
 from mithridate.guard.flower import GuardedStrategy
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import make
 from mithridate.guard.hostile_client import Accomplice, Hostile, Memory, hostile_state
 from mithridate.maths.calculus import gradient, inner

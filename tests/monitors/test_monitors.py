@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Monitor, Reading
 from mithridate.core.registry import build
+from mithridate.core.watch import Monitor, Reading
 from mithridate.monitors.accuracy_floor import AccuracyFloor
 from mithridate.monitors.loss_amplification import LossAmplification
 

@@ -14,22 +14,15 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
 from mithridate.bench.store import TRACE_SCHEMA
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
-from mithridate.core.model import (
-    ADMITTED,
-    Batch,
-    Defence,
-    Gradient,
-    Honest,
-    Monitor,
-    Need,
-    Reading,
-    Snapshot,
-    UpdateAttack,
-    Verdict,
-    View,
-)
+from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, make
+from mithridate.core.update import Gradient
+from mithridate.core.update_attack import Honest, UpdateAttack
+from mithridate.core.view import Need, View
+from mithridate.core.watch import Monitor, Reading
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate

@@ -16,9 +16,14 @@ from mithridate.attacks.clean import Clean
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.bench.store import TRACE_SCHEMA
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Attack, Batch, Defence, Monitor, Need, Reading, Snapshot, Verdict, View
+from mithridate.core.model import Snapshot
 from mithridate.core.registry import build
+from mithridate.core.view import Need, View
+from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.defences.ema import Ema

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import Batch, Snapshot
+from mithridate.core.model import Snapshot
 from mithridate.data.stream import Part, Stream
 from mithridate.models import build_model
 from mithridate.testing import toy_stream

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import Batch
 from mithridate.models import build_model
 from mithridate.testing.toy import CLASSES, TOY
 from mithridate.training.checkpoint import load_snapshot, load_weights, save_snapshot

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, DataError, ThreatModelError
-from mithridate.core.model import ADMITTED, Batch, BatchNormMode, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.model import BatchNormMode, Snapshot
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.models import build_model
 from mithridate.testing.toy import CLASSES, TOY
 from mithridate.training.learner import Learner

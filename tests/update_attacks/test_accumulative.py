@@ -12,9 +12,12 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.optim import SGD
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Honest, Need, View, WhiteBox, frozen_statistics
+from mithridate.core.model import WhiteBox, frozen_statistics
 from mithridate.core.registry import build
+from mithridate.core.update_attack import Honest
+from mithridate.core.view import Need, View
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.models import build_model

@@ -13,8 +13,10 @@ from scipy.stats import norm as normal
 from torch import Tensor
 
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Honest, Need, UpdateAttack, View, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build
+from mithridate.core.update_attack import Honest, UpdateAttack
+from mithridate.core.view import Need, View
 from mithridate.data.shards import Shards
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated

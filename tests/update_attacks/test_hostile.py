@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
-from mithridate.core.model import Defence, Gradient, Honest
+from mithridate.core.defence import Defence
 from mithridate.core.registry import build
+from mithridate.core.update import Gradient
+from mithridate.core.update_attack import Honest
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip

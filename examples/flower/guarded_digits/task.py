@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mithridate.core.model import Batch
+from mithridate.core.batch import Batch
 from mithridate.core.seeding import generator
 from mithridate.data import Part, Stream, StreamSettings, open_stream
 from mithridate.models import build_model

@@ -12,9 +12,11 @@ from torch import Generator, Tensor
 from mithridate.attacks.budget import Factor, Iterated, Share
 from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, old_model, steer
 from mithridate.attacks.losses import by_targets, nudged, targets
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Need, View, Weights, WhiteBox
+from mithridate.core.model import Weights, WhiteBox
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Need, View
 from mithridate.maths.alignment import blend, trigger_ascent, turn_towards
 from mithridate.maths.calculus import (
     Normalise,

@@ -9,8 +9,10 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.attacks.losses import Loss, nudged
-from mithridate.core.model import Attack, BatchNormMode, Need, View, WhiteBox
+from mithridate.core.attack import Attack
+from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import settings
+from mithridate.core.view import Need, View
 from mithridate.maths.ascent import Optimiser, climb
 from mithridate.maths.norms import Ball, Norm
 

@@ -5,8 +5,9 @@ from typing import ClassVar
 from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Phased
-from mithridate.core.model import Batch, View
+from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 from mithridate.maths.norms import Ball
 
 

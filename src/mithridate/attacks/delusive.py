@@ -7,8 +7,9 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Phased, Sighted
 from mithridate.attacks.losses import by_targets, nudged, targets
-from mithridate.core.model import Batch, Need, View
+from mithridate.core.batch import Batch
 from mithridate.core.registry import settings
+from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
 from mithridate.maths.calculus import input_gradient
 

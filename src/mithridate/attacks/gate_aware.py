@@ -12,9 +12,12 @@ from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
 from mithridate.attacks.budget import Budgeted, Factor, StepSize
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Attack, Batch, BatchNormMode, Memory, Need, View, WhiteBox, frozen_statistics
+from mithridate.core.model import BatchNormMode, WhiteBox, frozen_statistics
 from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.view import Memory, Need, View
 from mithridate.maths.norms import Ball
 
 INNER = "inner."

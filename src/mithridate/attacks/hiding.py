@@ -5,7 +5,8 @@ from torch.func import functional_call
 
 from mithridate.attacks.losses import by_targets
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import View, Weights, WhiteBox, frozen_statistics
+from mithridate.core.model import Weights, WhiteBox, frozen_statistics
+from mithridate.core.view import View
 from mithridate.maths.calculus import Parameters, gradient, input_gradient
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mithridate.core.model import Batch, BatchNormMode, WhiteBox, frozen_statistics
+from mithridate.core.batch import Batch
+from mithridate.core.model import BatchNormMode, WhiteBox, frozen_statistics
 from mithridate.maths.norms import Ball
 
 Loss = Literal["ce", "kl", "cw"]

@@ -6,8 +6,9 @@ import torch
 from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Phased
-from mithridate.core.model import Batch, View
+from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 
 
 @register("attack", "noise")

@@ -7,8 +7,9 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Iterated
 from mithridate.attacks.losses import by_targets, targets
-from mithridate.core.model import Batch, Need, View
+from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import Normalise, gradient, unit
 

@@ -8,9 +8,9 @@ from mithridate.bench.engine import deterministic
 from mithridate.bench.prepare import choose_device, online_learner, prepare
 from mithridate.bench.recipe import Cell, Labelled, Recipe
 from mithridate.bench.watcher import Watcher
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.files import cache_directory
-from mithridate.core.model import Defence
 from mithridate.data.stream import open_stream
 from mithridate.defences.dsc import DSC
 from mithridate.training.calibrate import Calibration, Share, calibrated, share_above

@@ -16,10 +16,12 @@ from mithridate.bench import store
 from mithridate.bench.prepare import Prepared, choose_device, online_learner, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
+from mithridate.core.attack import Attack
 from mithridate.core.errors import DataError, StoreError
 from mithridate.core.files import cache_directory
-from mithridate.core.model import Attack, Need, UpdateAttack
 from mithridate.core.registry import config_of
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Need
 from mithridate.data.stream import Stream, open_stream
 from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, check_defence, federate

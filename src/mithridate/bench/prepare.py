@@ -12,9 +12,15 @@ from torch.optim import SGD
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core import registry
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DeviceError
-from mithridate.core.model import Attack, Batch, Defence, Detector, Need, Snapshot, UpdateAttack, WhiteBox
+from mithridate.core.model import Snapshot, WhiteBox
 from mithridate.core.registry import config_of
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Need
+from mithridate.core.watch import Detector
 from mithridate.data.foreign import foreign_batches
 from mithridate.data.stream import Loader, Stream
 from mithridate.models import build_model

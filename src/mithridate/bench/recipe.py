@@ -10,9 +10,13 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import Field
 
 from mithridate.core import registry
+from mithridate.core.attack import Attack
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
-from mithridate.core.model import Attack, Defence, Detector, Monitor, Need, UpdateAttack
 from mithridate.core.registry import Kind, config_of, fields_of, make, settings
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Need
+from mithridate.core.watch import Detector, Monitor
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings
 from mithridate.simulation.clients import FederatedRun

@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Memory
 from mithridate.core.registry import settings
+from mithridate.core.view import Memory
 from mithridate.maths.rows import lengths, squared_distances
 
 LARGEST = 1e300

@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import View, Weights, frozen_statistics
+from mithridate.core.model import Weights, frozen_statistics
 from mithridate.core.registry import settings
+from mithridate.core.view import View
 from mithridate.maths.divergence import Divergence, divergence
 
 

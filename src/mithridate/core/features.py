@@ -5,8 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch, Observed, frozen_statistics
+from mithridate.core.model import frozen_statistics
+from mithridate.core.watch import Observed
 
 
 @torch.no_grad()

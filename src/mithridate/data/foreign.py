@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch
 from mithridate.data.catalogue import DatasetInfo, dataset_info
 from mithridate.data.images import load_images
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import DataError
-from mithridate.core.model import Batch
 from mithridate.core.registry import settings
 from mithridate.core.seeding import derived_seed, generator
 from mithridate.data.augment import crop_and_flip

@@ -9,9 +9,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from mithridate.core.model import FLAGGED, Batch, View, frozen_statistics
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED
+from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
+from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.ascent import climb
 from mithridate.maths.calculus import Parameters, input_gradient

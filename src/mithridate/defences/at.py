@@ -5,8 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from mithridate.core.model import FLAGGED, Batch, View
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 
 

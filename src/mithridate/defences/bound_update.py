@@ -7,8 +7,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 
-from mithridate.core.model import ADMITTED, Defence, Gradient, Need, Snapshot, Verdict, View
+from mithridate.core.defence import ADMITTED, Defence, Verdict
+from mithridate.core.model import Snapshot
 from mithridate.core.registry import register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.maths.norms import Norm, clip_rows
 
 

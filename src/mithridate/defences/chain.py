@@ -7,22 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, FLAGGED, Defence, Verdict, row_factors
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import (
-    ADMITTED,
-    FLAGGED,
-    Batch,
-    Criterion,
-    Defence,
-    Gradient,
-    Need,
-    Snapshot,
-    Verdict,
-    View,
-    Weights,
-    row_factors,
-)
+from mithridate.core.model import Criterion, Snapshot, Weights
 from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 
 
 @register("defence", "chain")

@@ -7,8 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.model import Defence, Gradient, View
+from mithridate.core.defence import Defence
 from mithridate.core.registry import register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import View
 from mithridate.maths.norms import Norm, clip_rows, shrink
 
 

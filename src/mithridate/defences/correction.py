@@ -6,8 +6,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.model import Batch, Defence, Need, View
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.registry import settings
+from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
 from mithridate.maths.calculus import input_gradient
 from mithridate.maths.norms import Ball, Norm

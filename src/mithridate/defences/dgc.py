@@ -9,10 +9,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
+from mithridate.core.defence import Defence
 from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Defence, Gradient, Need, View, Weights, frozen_statistics
+from mithridate.core.model import Weights, frozen_statistics
 from mithridate.core.registry import register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, clip_rows
 

@@ -9,10 +9,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED
 from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import FLAGGED, Batch, Need, View, Weights, frozen_statistics
+from mithridate.core.model import Weights, frozen_statistics
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Need, View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.divergence import divergence
 

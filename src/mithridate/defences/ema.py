@@ -7,8 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.model import Batch, Defence, Memory, Need, View, Weights
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
+from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Memory, Need, View
 
 PARAMETER, BUFFER, ABSORBED = "parameter.", "buffer.", "absorbed"
 """Notes: the average by name, and the step of the state that went into it last."""

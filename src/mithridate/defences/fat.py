@@ -8,8 +8,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from mithridate.core.model import FLAGGED, Batch, View, frozen_statistics
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED
+from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 
 

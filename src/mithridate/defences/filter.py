@@ -8,11 +8,15 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import FLAGGED, Defence
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.features import observe
-from mithridate.core.model import FLAGGED, Batch, Criterion, Defence, Detector, Memory, Need, View
+from mithridate.core.model import Criterion
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import generator
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Detector
 
 FITTED, THRESHOLD = "fitted.", "threshold"
 """Notes: what the detector remembers of clean samples (a prefix), and the score below which a sample is flagged."""

@@ -10,9 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import DataError
-from mithridate.core.model import ADMITTED, Batch, Defence, Memory, Need, Snapshot, Verdict, View, Weights
+from mithridate.core.model import Snapshot, Weights
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Memory, Need, View
 
 CHUNK = 500
 """Trusted samples that go through the model at once."""

@@ -9,8 +9,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mithridate.core.model import Batch, Criterion, Defence, View
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
+from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 
 MAD_TO_STD = 1.4826
 """Standard deviation of a Gaussian in units of its median absolute deviation."""

@@ -7,8 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mithridate.core.model import Batch, Criterion, View
+from mithridate.core.batch import Batch
+from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings
+from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned, eval_logits
 from mithridate.maths.norms import Ball
 

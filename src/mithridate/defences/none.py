@@ -1,6 +1,6 @@
 """No defence: the model learns from what it is sent."""
 
-from mithridate.core.model import Defence
+from mithridate.core.defence import Defence
 from mithridate.core.registry import register, settings
 
 

@@ -8,10 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.aggregator import Aggregator, Context
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Defence, Gradient, Need, View
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import generator
+from mithridate.core.update import Gradient
+from mithridate.core.view import Need, View
 from mithridate.maths.calculus import gradient as loss_gradient
 
 CHUNK = 500

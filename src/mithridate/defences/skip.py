@@ -8,9 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import ADMITTED, Batch, Criterion, Defence, Gradient, Memory, Snapshot, Verdict, View
+from mithridate.core.model import Criterion, Snapshot
 from mithridate.core.registry import register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.view import Memory, View
 from mithridate.defences.median_bn import MAD_TO_STD
 
 LEAST_SPREAD = 0.01

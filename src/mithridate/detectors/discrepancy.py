@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
-from mithridate.core.model import Batch, Detector, Need, View
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Need, View
+from mithridate.core.watch import Detector
 
 
 @register("detector", "discrepancy")

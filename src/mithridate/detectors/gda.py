@@ -6,9 +6,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from mithridate.core.batch import Batch
 from mithridate.core.features import observe
-from mithridate.core.model import Batch, Detector, Memory, Observed, View
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Memory, View
+from mithridate.core.watch import Detector, Observed
 from mithridate.detectors.gaussian import (
     Ridge,
     cholesky,

@@ -7,10 +7,12 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import DataError
 from mithridate.core.features import observe
-from mithridate.core.model import Batch, Detector, Memory, Observed, View
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Memory, View
+from mithridate.core.watch import Detector, Observed
 from mithridate.detectors.stored import distances, right_features
 
 SHARE = 0.06

@@ -7,9 +7,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mithridate.core.batch import Batch, check_batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Criterion, Detector, Need, View, check_batch, frozen_statistics
+from mithridate.core.model import Criterion, frozen_statistics
 from mithridate.core.registry import register, settings
+from mithridate.core.view import Need, View
+from mithridate.core.watch import Detector
 
 
 @register("detector", "loss")

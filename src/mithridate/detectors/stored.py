@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mithridate.core.errors import DataError
-from mithridate.core.model import Observed
+from mithridate.core.watch import Observed
 
 
 def right_features(clean: Observed, *, where: str) -> Observed:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch, check_batch
+from mithridate.core.defence import ADMITTED, Verdict
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import ADMITTED, Batch, Verdict, check_batch, frozen_statistics
+from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import settings
 from mithridate.maths.divergence import Divergence, divergence
 from mithridate.maths.norms import Norm, clip_rows, sample_norms

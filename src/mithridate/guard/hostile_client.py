@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
 from mithridate.maths.calculus import (

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mithridate.core.model import Monitor, Reading
 from mithridate.core.registry import register, settings
+from mithridate.core.watch import Monitor, Reading
 
 
 @register("monitor", "loss_amplification")

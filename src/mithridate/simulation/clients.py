@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch, Defence
 from mithridate.core.registry import settings
 from mithridate.core.seeding import derived_seed, generator
 from mithridate.data.shards import Shards, divide, sampled

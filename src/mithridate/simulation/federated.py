@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, Gradient, Monitor, Need, UpdateAttack, View
 from mithridate.core.seeding import generator
+from mithridate.core.update import Gradient
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Need, View
+from mithridate.core.watch import Monitor
 from mithridate.simulation.clients import FederatedRun, Federation, check_defence, check_model, has_rule
 from mithridate.simulation.online import (
     EVALUATION_BATCH,

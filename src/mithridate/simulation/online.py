@@ -13,22 +13,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import (
-    Attack,
-    Batch,
-    BatchNormMode,
-    Memory,
-    Monitor,
-    Need,
-    Reading,
-    Snapshot,
-    UpdateAttack,
-    View,
-    WhiteBox,
-)
+from mithridate.core.model import BatchNormMode, Snapshot, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
 from mithridate.maths.norms import sample_norms
 from mithridate.simulation.scoring import CLEAN, OOD, RECEIVED, Scorer, score_batches, score_columns

@@ -9,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.features import observe
-from mithridate.core.model import Batch, Detector, Memory, Need, View
 from mithridate.core.seeding import generator
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Detector
 from mithridate.training.learner import Learner
 
 CLEAN, RECEIVED, OOD = "clean", "received", "ood"

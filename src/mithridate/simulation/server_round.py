@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import row_factors
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Batch, BatchNormMode, Gradient, Honest, frozen_statistics, row_factors
+from mithridate.core.model import BatchNormMode, frozen_statistics
+from mithridate.core.update import Gradient
+from mithridate.core.update_attack import Honest
 from mithridate.simulation.clients import FederatedRun, check_defence, has_rule
 from mithridate.simulation.online import EVALUATION_BATCH
 from mithridate.simulation.per_client.batch_statistics import Seen, recorded, watched

@@ -18,10 +18,16 @@ import torch
 from torch import Tensor
 
 from mithridate.attacks.noise import Noise
+from mithridate.core.attack import Attack
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence, row_factors
 from mithridate.core.errors import ConfigError, UserError
 from mithridate.core.features import observe
-from mithridate.core.model import Attack, Batch, Defence, Detector, Gradient, Memory, Need, View, Weights, row_factors
+from mithridate.core.model import Weights
 from mithridate.core.registry import KINDS, build, config_of, entries
+from mithridate.core.update import Gradient
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Detector
 from mithridate.data.stream import Stream
 from mithridate.maths.norms import Norm
 from mithridate.simulation.online import OnlineRun, Outcome, run_online

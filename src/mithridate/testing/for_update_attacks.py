@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from mithridate.core.batch import Batch
 from mithridate.core.errors import UserError
-from mithridate.core.model import Batch, Honest, Need, UpdateAttack, View
 from mithridate.core.registry import build, entries
+from mithridate.core.update_attack import Honest, UpdateAttack
+from mithridate.core.view import Need, View
 from mithridate.data.shards import Shards
 from mithridate.maths.norms import Norm, sample_norms
 from mithridate.simulation.clients import FederatedRun, Federation, federate

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-from mithridate.core.model import Batch, Defence, Weights
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
+from mithridate.core.model import Weights
 from mithridate.core.seeding import derived_seed
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings

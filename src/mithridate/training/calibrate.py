@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.linear_model import QuantileRegressor
 
+from mithridate.core.batch import Batch
+from mithridate.core.defence import Defence
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Batch, Defence
 from mithridate.defences.chain import Chain, chain
 from mithridate.defences.dsc import DSC
 from mithridate.training.history import History

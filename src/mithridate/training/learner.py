@@ -11,23 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mithridate.core.batch import Batch, check_batch
+from mithridate.core.defence import ADMITTED, FLAGGED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, DataError
-from mithridate.core.model import (
-    ADMITTED,
-    FLAGGED,
-    Batch,
-    BatchNormMode,
-    Criterion,
-    Defence,
-    Gradient,
-    Memory,
-    Need,
-    Snapshot,
-    Verdict,
-    View,
-    WhiteBox,
-    check_batch,
-)
+from mithridate.core.model import BatchNormMode, Criterion, Snapshot, WhiteBox
+from mithridate.core.update import Gradient
+from mithridate.core.view import Memory, Need, View
 from mithridate.training.history import History
 
 

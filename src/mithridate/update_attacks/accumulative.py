@@ -8,8 +8,11 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import cosine_similarity
 
-from mithridate.core.model import BatchNormMode, Gradient, Honest, Need, View
+from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import register, settings
+from mithridate.core.update import Gradient
+from mithridate.core.update_attack import Honest
+from mithridate.core.view import Need, View
 from mithridate.maths.calculus import (
     Normalise,
     Parameters,

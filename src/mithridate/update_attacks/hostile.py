@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.core.errors import DataError
-from mithridate.core.model import Honest, UpdateAttack
 from mithridate.core.registry import settings
+from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.maths.norms import Norm, clip_rows, sample_norms
 
 Share = Annotated[float, Field(ge=0, le=1)]

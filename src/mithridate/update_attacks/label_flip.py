@@ -7,8 +7,10 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Honest, Need, View, frozen_statistics
+from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import register, settings
+from mithridate.core.update_attack import Honest
+from mithridate.core.view import Need, View
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
 
 

@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core.model import Honest, View
 from mithridate.core.registry import register, settings
+from mithridate.core.update_attack import Honest
+from mithridate.core.view import View
 from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
 
 

@@ -2,8 +2,9 @@
 
 from torch import Generator, Tensor
 
-from mithridate.core.model import Honest, View
 from mithridate.core.registry import register, settings
+from mithridate.core.update_attack import Honest
+from mithridate.core.view import View
 from mithridate.update_attacks.hostile import Factor, Hostile, Share
 
 

@@ -1,0 +1,116 @@
+"""What poisons a stream."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from mithridate.core.batch import Batch, check_batch
+from mithridate.core.view import Need, View
+from mithridate.maths.norms import Ball
+
+
+class Attack(ABC):
+    """Poisons the batches of a stream, then one trigger batch.
+
+    An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults); the loop calls
+    `poison` and `trigger`, which check what goes in and hold what comes out to the budget.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What the attack sees besides the batch."""
+
+    control: ClassVar[bool] = False
+    """Whether it is a control, which is not meant to beat noise."""
+
+    weight_momentum: float | None = None
+    """Momentum factor that the attack imposes on the victim's optimiser in the accumulative phase; None leaves it."""
+
+    @property
+    @abstractmethod
+    def ball(self) -> Ball:
+        """The perturbation budget of one image."""
+
+    @property
+    @abstractmethod
+    def ratio(self) -> float:
+        """Share of each batch that may be poisoned, in [0, 1]."""
+
+    @abstractmethod
+    def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """Perturbed pixels for one batch of the accumulative phase.
+
+        Args:
+            batch: The clean batch (n, c, h, w), (n,).
+            view: What the attack declared.
+            mask: (n,) bool, the samples that may change.
+            rng: The only source of randomness.
+        """
+
+    def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """Perturbed pixels for the trigger batch; by default the same as for any other batch."""
+        return self.craft(batch, view, mask, rng)
+
+    def ready(self, view: View) -> bool:
+        """Whether the accumulative phase should end now; asked before every batch. By default it never should."""
+        return False
+
+    def fed(self, view: View, rng: Generator) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
+        """Called after the victim has learned from a poisoned batch; `view` shows the updated model."""
+
+    def poison(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+        """One batch of the accumulative phase, poisoned within the budget.
+
+        Args:
+            batch: The clean batch; not changed.
+            view: What the attack declared.
+            rng: The only source of randomness.
+
+        Returns:
+            A batch of the same shape, dtype, device and labels.
+
+        Raises:
+            DataError: The batch must not reach a model (see `check_batch`).
+            AssertionError: The attack broke its own budget; a defect in it.
+        """
+        return self._guarded(self.craft, batch, view, rng)
+
+    def trigger(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+        """The trigger batch, poisoned within the budget; arguments and errors as in `poison`."""
+        return self._guarded(self.craft_trigger, batch, view, rng)
+
+    def _guarded(
+        self,
+        craft: Callable[[Batch, View, Tensor, Generator], Tensor],
+        batch: Batch,
+        view: View,
+        rng: Generator,
+    ) -> Batch:
+        name = type(self).__name__
+        check_batch(batch, where=f"batch given to {name}")
+        mask = self.positions(len(batch.x), view, rng).to(batch.x.device)
+        if self.ball.eps == 0 or not bool(mask.any()):
+            return batch
+        x = craft(
+            Batch(batch.x.clone(), batch.y.clone()), view, mask.clone(), rng
+        ).detach()  # copies: what counts is ours
+        if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
+            raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
+        x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
+        poisoned = Batch(x, batch.y)
+        check_batch(poisoned, where=f"batch made by {name}")
+        if not self.ball.holds(x - batch.x):
+            raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
+        return poisoned
+
+    def positions(self, n: int, view: View, rng: Generator) -> Tensor:
+        """The positions that may change: drawn once, kept for the whole run and the trigger (Pang et al., Table 2)."""
+        count = int(self.ratio * n + 0.5)
+        key = f"positions.{n}"
+        if key not in view.memory:
+            view.memory[key] = torch.randperm(n, generator=rng)
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[view.memory[key][:count]] = True
+        return mask

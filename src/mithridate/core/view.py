@@ -1,0 +1,105 @@
+"""What a component sees: the things that it declared, and its own notes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+from mithridate.core.batch import Batch
+from mithridate.core.errors import ThreatModelError
+from mithridate.core.model import Past, WhiteBox
+
+Memory = dict[str, Tensor]
+"""A component's private notes between steps. The loop saves them, so a resumed run remembers."""
+
+
+class Need(StrEnum):
+    """What a component may ask to see. An honest comparison names these beside each result."""
+
+    MODEL = "white-box model"
+    VALIDATION = "validation batch"
+    TRIGGER = "the clean trigger batch in advance"
+    ACCURACY = "the accuracy that the service publishes"
+    TRUSTED = "trusted set"
+    HISTORY = "history of the model's own past"
+    TRAINING = "clean samples that the model was trained on before the stream"
+    SURROGATE = "surrogate model of the attacker's own"
+
+
+@dataclass(frozen=True)
+class View:
+    """What one component sees at one step: its own notes, and the things that it declared in `needs`.
+
+    Args:
+        step: Updates that the learner has made since the stream began.
+        memory: The component's private notes; writing to it is how a component remembers.
+        things: Everything that can be granted, by need.
+        granted: Which of them this component may look at.
+        owner: The component's name, for messages.
+
+    Raises:
+        ThreatModelError: On looking at something that was not declared.
+    """
+
+    step: int = 0
+    memory: Memory = field(default_factory=dict)
+    things: Mapping[Need, Any] = field(default_factory=dict)
+    granted: frozenset[Need] = frozenset(Need)
+    owner: str = "this component"
+
+    def _get(self, need: Need) -> Any:  # noqa: ANN401  (typed by the properties below)
+        if need not in self.granted:
+            raise ThreatModelError(f"{self.owner} looked at the {need}, but does not declare it: add it to `needs`.")
+        if need not in self.things:
+            raise ThreatModelError(f"{self.owner} needs the {need}, and this learner or stream has none: supply one.")
+        return self.things[need]
+
+    @property
+    def model(self) -> WhiteBox:
+        """The victim's model (`Need.MODEL`)."""
+        box: WhiteBox = self._get(Need.MODEL)
+        return box
+
+    @property
+    def validation(self) -> Batch:
+        """The attacker's own validation images, S_val (`Need.VALIDATION`)."""
+        batch: Batch = self._get(Need.VALIDATION)
+        return batch
+
+    @property
+    def clean_trigger(self) -> Batch:
+        """The batch S_T that will be the trigger, before poisoning (`Need.TRIGGER`)."""
+        batch: Batch = self._get(Need.TRIGGER)
+        return batch
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        """Published accuracy at the start and now, fractions (`Need.ACCURACY`)."""
+        pair: tuple[float, float] = self._get(Need.ACCURACY)
+        return pair
+
+    @property
+    def history(self) -> "Past":
+        """The model's own past (`Need.HISTORY`)."""
+        past: Past = self._get(Need.HISTORY)
+        return past
+
+    @property
+    def trusted(self) -> Batch:
+        """Samples that the defender knows to be clean (`Need.TRUSTED`)."""
+        batch: Batch = self._get(Need.TRUSTED)
+        return batch
+
+    @property
+    def training(self) -> Iterable[Batch]:
+        """Batches that the model was trained on before the stream; may be iterated again (`Need.TRAINING`)."""
+        batches: Iterable[Batch] = self._get(Need.TRAINING)
+        return batches
+
+    @property
+    def surrogate(self) -> WhiteBox:
+        """Another model than the victim's, which an attacker without access to the victim holds (`Need.SURROGATE`)."""
+        box: WhiteBox = self._get(Need.SURROGATE)
+        return box

@@ -1,0 +1,94 @@
+"""What watches: detectors score samples, monitors read what a service publishes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+from torch import Generator, Tensor
+
+from mithridate.core.batch import Batch
+from mithridate.core.view import Memory, Need, View
+
+
+class Observed(NamedTuple):
+    """What a model makes of samples, for detectors.
+
+    Args:
+        features: Pooled features (n, features): what goes into the last linear layer.
+        logits: (n, classes).
+        y: Labels as received (n,).
+    """
+
+    features: Tensor
+    logits: Tensor
+    y: Tensor
+
+    @property
+    def predicted(self) -> Tensor:
+        """The most likely class of each sample (n,)."""
+        return self.logits.argmax(1)
+
+    def right(self) -> "Observed":
+        """Only the samples that the model classifies as labelled."""
+        keep = self.predicted == self.y
+        return Observed(self.features[keep], self.logits[keep], self.y[keep])
+
+
+class Detector(ABC):
+    """Scores samples: the lower, the more suspicious.
+
+    A detector that compares with clean samples remembers them in tensors, so that they can be saved; it is fitted once,
+    before the stream, and does not follow the model.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
+    """What `score` sees besides the batch."""
+
+    fits: ClassVar[bool] = True
+    """Whether it must be fitted on clean samples."""
+
+    def fit(self, clean: Observed, *, rng: Generator) -> Memory:
+        """What it remembers of clean samples.
+
+        Args:
+            clean: What the model makes of them; the detector itself keeps to those that are classified as labelled.
+            rng: Draws which ones are kept, where not all are.
+
+        Raises:
+            DataError: Too few samples, or features that cannot be fitted; says what is needed.
+        """
+        return {}
+
+    @abstractmethod
+    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+        """One number a sample, whatever other samples are in the batch.
+
+        Args:
+            batch: As received.
+            view: What the detector declared.
+            fitted: From `fit`.
+
+        Returns:
+            (n,); lower is more suspicious.
+        """
+
+
+class Reading(NamedTuple):
+    """What a service can watch after a step: fractions and mean losses; `batch_loss` is None if nothing was learned."""
+
+    step: int
+    accuracy: float
+    loss: float
+    batch_loss: float | None
+
+
+class Monitor(ABC):
+    """Watches a service's readings and raises an alarm."""
+
+    @abstractmethod
+    def alarm(self, readings: Sequence[Reading]) -> str | None:
+        """The alarm's text, or None.
+
+        Args:
+            readings: All readings so far, the state before the stream first, the newest last.
+        """
