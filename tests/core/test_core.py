@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from mithridate.core.attack import Attack
-from mithridate.core.batch import PIXEL_TOLERANCE, Batch, check_batch
+from mithridate.core.batch import PIXELS, TOLERANCE, Batch, check_domain
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import DataError, ThreatModelError
 from mithridate.core.model import BatchNormMode, Snapshot, WhiteBox, frozen_statistics
@@ -38,8 +38,8 @@ def batch_of(n: int = 4, *, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def test_a_good_batch_passes() -> None:
-    check_batch(batch_of(), n_classes=10)
-    check_batch(batch_of(1, dtype=torch.float64))
+    check_domain(batch_of(), PIXELS, n_classes=10)
+    check_domain(batch_of(1, dtype=torch.float64), PIXELS)
 
 
 def with_pixel(value: float) -> Batch:
@@ -53,15 +53,21 @@ def with_labels(labels: Tensor) -> Batch:
 
 
 BAD: dict[str, tuple[Batch, str]] = {
-    "empty": (Batch(torch.rand(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)), "0 images and 0 labels"),
-    "lengths": (with_labels(torch.zeros(3, dtype=torch.int64)), "4 images and 3 labels"),
-    "one image without its axis": (Batch(torch.rand(4), torch.zeros(4, dtype=torch.int64)), r"shape \(4,\)"),
-    "a column of labels": (with_labels(torch.zeros(4, 1, dtype=torch.int64)), r"labels of shape \(4, 1\)"),
-    "bytes": (Batch(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)), "divide by 255"),
-    "nan": (with_pixel(torch.nan), "1 of 4 images hold NaN"),
-    "infinite": (with_pixel(-torch.inf), "1 of 4 images hold NaN or infinite"),
-    "too bright": (with_pixel(1.5), r"1\.5\], outside \[0, 1\]"),
-    "too dark": (with_pixel(-0.25), r"\[-0\.25, .*outside \[0, 1\]"),
+    "empty": (Batch(torch.rand(0, 3, 4, 4), torch.zeros(0, dtype=torch.int64)), "0 in 'inputs' and 0 targets"),
+    "lengths": (with_labels(torch.zeros(3, dtype=torch.int64)), "4 in 'inputs' and 3 targets"),
+    "one label without its axis": (Batch(torch.rand(4, 2), torch.tensor(0)), "'targets' is a single number"),
+    "a column of labels": (
+        with_labels(torch.zeros(4, 1, dtype=torch.int64)),
+        r"int64 of shape \(4, 1\)",
+    ),
+    "bytes": (
+        Batch(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)),
+        "divide bytes by 255",
+    ),
+    "nan": (with_pixel(torch.nan), "1 of 4 samples hold NaN"),
+    "infinite": (with_pixel(-torch.inf), "1 of 4 samples hold NaN or infinity"),
+    "too bright": (with_pixel(1.5), r"1\.5\], outside the domain \[0, 1\]"),
+    "too dark": (with_pixel(-0.25), r"\[-0\.25, .*outside the domain \[0, 1\]"),
     "normalised outside": (Batch(torch.randn(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64)), "inside the model"),
     "float labels": (with_labels(torch.zeros(4)), r"labels are torch\.float32.*int64"),
     "int32 labels": (with_labels(torch.zeros(4, dtype=torch.int32)), r"labels are torch\.int32"),
@@ -74,18 +80,18 @@ BAD: dict[str, tuple[Batch, str]] = {
 def test_a_bad_batch_is_refused_with_place_and_reason(case: str) -> None:
     batch, reason = BAD[case]
     with pytest.raises(DataError, match=rf"^stream step 3: .*{reason}"):
-        check_batch(batch, n_classes=10, where="stream step 3")
+        check_domain(batch, PIXELS, n_classes=10, where="stream step 3")
 
 
 def test_class_numbers_are_only_checked_where_the_classes_are_known() -> None:
-    check_batch(with_labels(torch.tensor([0, 1, 99, 2])))
+    check_domain(with_labels(torch.tensor([0, 1, 99, 2])), PIXELS)
 
 
 @pytest.mark.parametrize(("edge", "sign"), [(0.0, -1), (1.0, 1)])
 def test_pixels_may_leave_the_range_by_rounding_only(edge: float, sign: int) -> None:
-    check_batch(with_pixel(edge + sign * 0.9 * PIXEL_TOLERANCE))
+    check_domain(with_pixel(edge + sign * 0.9 * TOLERANCE), PIXELS)
     with pytest.raises(DataError):
-        check_batch(with_pixel(edge + sign * 1.1 * PIXEL_TOLERANCE))
+        check_domain(with_pixel(edge + sign * 1.1 * TOLERANCE), PIXELS)
 
 
 def test_a_batch_moves_as_one() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mithridate.core.batch import check_batch
+from mithridate.core.batch import PIXELS, check_domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import make
 from mithridate.core.seeding import generator
@@ -131,7 +131,7 @@ def test_svhn_without_its_training_split(data_root: Path, tmp_path: Path) -> Non
 
 def test_a_batch_is_what_a_model_may_see(digits: Stream) -> None:
     batch = digits.victim_batch(0, seed=0)
-    check_batch(batch, n_classes=10)
+    check_domain(batch, PIXELS, n_classes=10)
     assert batch.x.dtype == torch.float32
     assert batch.x.shape == (50, 1, 8, 8)
     part = digits.victim

@@ -378,10 +378,10 @@ def with_label(value: int) -> Batch:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (with_pixel(1.5), r"outside \[0, 1\]"),
+        (with_pixel(1.5), r"outside the domain \[0, 1\]"),
         (with_label(CLASSES), "as many outputs as there are classes"),
         (with_label(-1), "as many outputs as there are classes"),
-        (Batch(batch_of().x, batch_of().y[:-1]), "12 images and 11 labels"),
+        (Batch(batch_of().x, batch_of().y[:-1]), "12 in 'inputs' and 11 targets"),
     ],
     ids=["range", "label too high", "negative label", "lengths"],
 )

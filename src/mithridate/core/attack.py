@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch, check_batch
+from mithridate.core.batch import Batch, check_domain
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball
 
@@ -72,7 +72,7 @@ class Attack(ABC):
             A batch of the same shape, dtype, device and labels.
 
         Raises:
-            DataError: The batch must not reach a model (see `check_batch`).
+            DataError: The batch must not reach a model (see `check_domain`).
             AssertionError: The attack broke its own budget; a defect in it.
         """
         return self._guarded(self.craft, batch, view, rng)
@@ -89,7 +89,7 @@ class Attack(ABC):
         rng: Generator,
     ) -> Batch:
         name = type(self).__name__
-        check_batch(batch, where=f"batch given to {name}")
+        check_domain(batch, view.domain, where=f"batch given to {name}")
         mask = self.positions(len(batch.x), view, rng).to(batch.x.device)
         if self.ball.eps == 0 or not bool(mask.any()):
             return batch
@@ -100,7 +100,7 @@ class Attack(ABC):
             raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
         poisoned = Batch(x, batch.y)
-        check_batch(poisoned, where=f"batch made by {name}")
+        check_domain(poisoned, view.domain, where=f"batch made by {name}")
         if not self.ball.holds(x - batch.x):
             raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
         return poisoned

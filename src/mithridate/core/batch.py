@@ -1,70 +1,191 @@
-"""What flows: a batch of samples with their targets."""
+"""What flows: a batch of samples with their targets, and what a valid sample is."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from mithridate.core.errors import DataError
 
-PIXEL_TOLERANCE = 1e-4
-"""How far outside [0, 1] a pixel may lie before a batch is refused: float arithmetic is not exact."""
+Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+"""What a model takes: a tensor, or a mapping (keyword arguments) or sequence (positional ones) of tensors; the first
+dimension of each counts the samples."""
+
+X_co = TypeVar("X_co", bound=Inputs, default=Tensor, covariant=True)
+
+TOLERANCE = 1e-4
+"""How far outside its domain a value may lie, as a share of the domain's width: float arithmetic is not exact."""
 
 
-class Batch(NamedTuple):
-    """What a stream yields.
-
-    Shape:
-        x (n, channels, height, width) float, pixels in [0, 1]; y (n,) int64.
-    """
-
-    x: Tensor
-    y: Tensor
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        return Batch(self.x.to(device), self.y.to(device))
-
-
-def check_batch(batch: Batch, *, n_classes: int | None = None, where: str = "batch") -> None:
-    """Refuse a batch that must not reach a model.
+class Domain(NamedTuple):
+    """What a valid input is: each value lies in [low, high]. Attacks and corrections stay inside it.
 
     Args:
-        batch: What to check.
-        n_classes: Labels must lie in [0, n_classes); None skips that check.
+        low: A number, or a tensor shaped like one sample (one bound a feature); -inf for none.
+        high: The same; inf for none.
+    """
+
+    low: Tensor | float = -math.inf
+    high: Tensor | float = math.inf
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """The nearest valid inputs: (n, ...) -> (n, ...)."""
+        return x.clamp(self._bound(self.low, x), self._bound(self.high, x))  # type: ignore[arg-type,call-overload,unused-ignore]  # torch takes numbers and tensors, both of a kind
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether all inputs are valid, up to `TOLERANCE`; NaN is not."""
+        low, high = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in self)
+        slack = TOLERANCE * torch.nan_to_num(high - low, nan=0.0, posinf=0.0)
+        return bool(((x >= low - slack) & (x <= high + slack)).all())
+
+    def _bound(self, bound: Tensor | float, x: Tensor) -> Tensor | float:
+        mixed = isinstance(self.low, Tensor) or isinstance(self.high, Tensor)
+        return torch.as_tensor(bound, dtype=x.dtype, device=x.device) if mixed else bound
+
+
+PIXELS = Domain(0.0, 1.0)
+"""The domain of images."""
+
+
+class Batch(NamedTuple, Generic[X_co]):
+    """What a stream or a loop yields.
+
+    Args:
+        x: Inputs.
+        y: Targets, whatever the criterion takes.
+
+    Shape:
+        x (n, ...): images (n, channels, height, width), tabular (n, features), or a mapping or sequence of tensors of n
+        rows each. y (n, ...).
+    """
+
+    x: X_co
+    y: Tensor
+
+    @property
+    def size(self) -> int:
+        """How many samples."""
+        return len(self.y)
+
+    def to(self, device: torch.device | str) -> "Batch[X_co]":
+        """The same batch on another device."""
+        return Batch(each_tensor(self.x, lambda t: t.to(device)), self.y.to(device))
+
+    def take(self, which: Tensor | slice) -> "Batch[X_co]":
+        """Some of the samples, by position, slice or (n,) bool."""
+
+        def chosen(t: Tensor) -> Tensor:
+            return t[which.to(t.device) if isinstance(which, Tensor) else which]
+
+        return Batch(each_tensor(self.x, chosen), chosen(self.y))
+
+    def clone(self) -> "Batch[X_co]":
+        """A copy that shares no memory."""
+        return Batch(each_tensor(self.x, Tensor.clone), self.y.clone())
+
+    def split(self, size: int) -> "Iterator[Batch[X_co]]":
+        """Pieces of so many samples; the last may be smaller."""
+        for start in range(0, self.size, size):
+            yield self.take(slice(start, start + size))
+
+    def finite(self) -> Tensor:
+        """(n,) bool, on the CPU: the samples whose inputs and targets are free of NaN and infinity."""
+        good = torch.ones(self.size, dtype=torch.bool)
+        for t in [*tensors_of(self.x), self.y]:
+            if t.is_floating_point():
+                good &= torch.isfinite(t).flatten(1).all(1).cpu() if t.ndim > 1 else torch.isfinite(t).cpu()
+        return good
+
+
+AnyBatch = Batch[Any]
+"""A batch of inputs of any kind."""
+
+
+def tensors_of(x: Inputs) -> list[Tensor]:
+    """The tensors that inputs are made of."""
+    if isinstance(x, Tensor):
+        return [x]
+    return list(x.values() if isinstance(x, Mapping) else x)
+
+
+def each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (of the kind that was given)
+    """Inputs of the same kind, each tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, Mapping):
+        return {key: change(t) for key, t in x.items()}
+    return [change(t) for t in x]
+
+
+def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
+    """Refuse what is no batch: at least one sample, and as many rows in every tensor as there are targets.
+
+    Args:
+        batch: What to check; its values are not looked at.
         where: Named in the message.
 
     Raises:
-        DataError: Wrong shape, empty, lengths differ, pixels are not float, not finite or outside [0, 1], labels are
-            not int64 or out of range.
+        DataError: No tensors, a tensor without rows, or lengths that differ.
     """
     x, y = batch
-    if x.ndim < 2 or y.ndim != 1:
+    if not isinstance(x, Tensor | Mapping | Sequence) or isinstance(x, str):
         raise DataError(
-            f"{where}: images of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}; a batch is "
-            "(n, channels, height, width) and (n,)."
+            f"{where}: inputs are a {type(x).__name__}; give a tensor, or a mapping or sequence of tensors."
         )
-    if len(x) == 0 or len(x) != len(y):
-        raise DataError(f"{where}: {len(x)} images and {len(y)} labels; a batch needs as many of each, at least one.")
-    if not x.is_floating_point():
+    named = {"inputs": x} if isinstance(x, Tensor) else dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    for name, t in {**named, "targets": y}.items():
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            raise DataError(f"{where}: '{name}' is {_kind(t)}; it must be a tensor with one row a sample.")
+    lengths = {str(name): len(t) for name, t in named.items()}
+    if not lengths or len(y) == 0 or set(lengths.values()) != {len(y)}:
+        told = ", ".join(f"{length} in '{name}'" for name, length in lengths.items()) or "no inputs"
+        raise DataError(f"{where}: {told} and {len(y)} targets; a batch needs as many of each, at least one.")
+
+
+def _kind(value: object) -> str:
+    return "a single number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def check_domain(batch: Batch, domain: Domain, *, n_classes: int | None = None, where: str = "batch") -> None:
+    """Refuse inputs that no stream with this domain yields, and labels that are no class numbers.
+
+    Args:
+        batch: Samples with a float tensor of inputs.
+        domain: What a valid input is.
+        n_classes: Labels must be int64 in [0, n_classes); None skips that check.
+        where: Named in the message.
+
+    Raises:
+        DataError: Inputs are not float, not finite or outside the domain, or labels are out of range.
+    """
+    check_batch(batch, where=where)
+    x, y = batch
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise DataError(
-            f"{where}: pixels are {x.dtype}; convert to float and divide by 255 so that they lie in [0, 1]."
+            f"{where}: inputs are {what}, and must be one tensor of floats; divide bytes by 255 so that pixels lie in "
+            "[0, 1]."
         )
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise DataError(f"{where}: {bad} of {len(x)} samples hold NaN or infinity; drop them before they come here.")
+    if not domain.holds(x):
+        low, high = (f"{float(b):.4g}" if not isinstance(b, Tensor) or b.ndim == 0 else "low to high" for b in domain)
         raise DataError(
-            f"{where}: {bad} of {len(x)} images hold NaN or infinite pixels; drop them before they come here."
+            f"{where}: inputs span [{float(x.min()):.4g}, {float(x.max()):.4g}], outside the domain [{low}, {high}]; "
+            "scale them. Normalisation (mean, std) of images belongs inside the model, not in the stream."
         )
-    low, high = float(x.min()), float(x.max())
-    if low < -PIXEL_TOLERANCE or high > 1 + PIXEL_TOLERANCE:
+    if n_classes is None:
+        return
+    if y.dtype != torch.int64 or y.ndim != 1:
         raise DataError(
-            f"{where}: pixels span [{low:.4g}, {high:.4g}], outside [0, 1]; scale them. Normalisation (mean, std) "
-            "belongs inside the model, not in the stream."
+            f"{where}: labels are {y.dtype} of shape {tuple(y.shape)}; class numbers must be int64, one a sample."
         )
-    if y.dtype != torch.int64:
-        raise DataError(f"{where}: labels are {y.dtype}; class numbers must be int64.")
-    if n_classes is not None and (int(y.min()) < 0 or int(y.max()) >= n_classes):
+    if int(y.min()) < 0 or int(y.max()) >= n_classes:
         raise DataError(
-            f"{where}: labels span [{int(y.min())}, {int(y.max())}], but the model has {n_classes} classes "
-            f"(0 to {n_classes - 1})."
+            f"{where}: labels span [{int(y.min())}, {int(y.max())}], but the model has {n_classes} classes (0 to "
+            f"{n_classes - 1})."
         )

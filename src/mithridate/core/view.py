@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import PIXELS, Batch, Domain
 from mithridate.core.errors import ThreatModelError
 from mithridate.core.model import Past, WhiteBox
 
@@ -38,6 +38,7 @@ class View:
         things: Everything that can be granted, by need.
         granted: Which of them this component may look at.
         owner: The component's name, for messages.
+        domain: What a valid input is; that of images unless the loop says otherwise.
 
     Raises:
         ThreatModelError: On looking at something that was not declared.
@@ -48,6 +49,7 @@ class View:
     things: Mapping[Need, Any] = field(default_factory=dict)
     granted: frozenset[Need] = frozenset(Need)
     owner: str = "this component"
+    domain: Domain = PIXELS
 
     def _get(self, need: Need) -> Any:  # noqa: ANN401  (typed by the properties below)
         if need not in self.granted:

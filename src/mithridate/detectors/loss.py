@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch, check_batch
+from mithridate.core.batch import Batch, check_domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion, frozen_statistics
 from mithridate.core.registry import register, settings
@@ -51,7 +51,7 @@ class Loss(Detector):
         module, criterion = view.model.module, view.model.criterion
         with frozen_statistics(module, "eval"):
             logits = module(batch.x)
-        check_batch(batch, n_classes=logits.shape[1], where=f"batch given to {view.owner}")
+        check_domain(batch, view.domain, n_classes=logits.shape[1], where=f"batch given to {view.owner}")
         now = _losses(criterion, logits, batch.y)
         if self.epoch is None:
             return -now

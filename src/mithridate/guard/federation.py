@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mithridate.core.batch import Batch, check_batch
+from mithridate.core.batch import PIXELS, Batch, check_domain
 from mithridate.core.defence import ADMITTED, Verdict
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import frozen_statistics
@@ -191,7 +191,7 @@ def trusted_module(module: nn.Module, batch: Batch) -> Trusted:
         DataError: The samples must not reach a model, or are of one class, so that a model which forgets all others
             would pass.
     """
-    check_batch(batch, where="trusted samples")
+    check_domain(batch, PIXELS, where="trusted samples")
     if bool((batch.y == batch.y[0]).all()):
         raise DataError(
             f"the {len(batch.y)} trusted samples are of one class, so a model that forgets all others would pass; "

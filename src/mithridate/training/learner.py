@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import Batch, check_batch
+from mithridate.core.batch import PIXELS, Batch, check_domain
 from mithridate.core.defence import ADMITTED, FLAGGED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, DataError
 from mithridate.core.model import BatchNormMode, Criterion, Snapshot, WhiteBox
@@ -136,7 +136,7 @@ class Learner:
             batch = Batch(batch.x[finite], batch.y[finite])
         if quarantined and not len(batch.x):
             return _unlearned(began, "every sample has NaN or infinite pixels: quarantined", quarantined, ~finite)
-        check_batch(batch, where="batch given to Learner.update")
+        check_domain(batch, PIXELS, where="batch given to Learner.update")
         if self.history is not None:
             self.history.record(self.step, self.model)
         self.memory.pop(FLAGGED, None)
