@@ -35,12 +35,11 @@ if TYPE_CHECKING:
     from mithridate.report import build_report as build_report
     from mithridate.simulation.clients import FederatedRun as FederatedRun
     from mithridate.simulation.clients import federate as federate
-    from mithridate.simulation.federated import federated_optimiser as federated_optimiser
     from mithridate.simulation.federated import run_federated as run_federated
     from mithridate.simulation.online import OnlineRun as OnlineRun
-    from mithridate.simulation.online import Outcome as Outcome
-    from mithridate.simulation.online import online_optimiser as online_optimiser
     from mithridate.simulation.online import run_online as run_online
+    from mithridate.simulation.run import Outcome as Outcome
+    from mithridate.simulation.run import victim_optimiser as victim_optimiser
     from mithridate.training.burn_in import BurnIn as BurnIn
     from mithridate.training.burn_in import burn_in as burn_in
     from mithridate.training.learner import Learner as Learner
@@ -63,10 +62,11 @@ _HOME = {
     "defences.clip": ["Clip"],
     "core.errors": ["UserError"],
     "training.burn_in": ["BurnIn", "burn_in"],
-    "simulation.federated": ["federated_optimiser", "run_federated"],
+    "simulation.federated": ["run_federated"],
     "simulation.clients": ["FederatedRun", "federate"],
     "training.learner": ["Learner"],
-    "simulation.online": ["OnlineRun", "Outcome", "online_optimiser", "run_online"],
+    "simulation.online": ["OnlineRun", "run_online"],
+    "simulation.run": ["Outcome", "victim_optimiser"],
     "models": ["build_model"],
     "core.registry": ["build", "register", "settings"],
     "report": ["build_report"],

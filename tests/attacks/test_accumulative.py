@@ -292,7 +292,7 @@ def test_the_balance_of_the_two_terms_is_all_that_counts_for_signs(learner: Lear
 def test_the_clean_trigger_stays_as_it_is(learner: Learner) -> None:
     attack, view = attack_of(trigger_mode="clean"), view_of(learner)
     attack.poison(BATCH, view, rng=rng())
-    attack.fed(view, rng())
+    attack.after_step(view, rng())
     assert torch.equal(attack.trigger(CLEAN_TRIGGER, view, rng=rng()).x, CLEAN_TRIGGER.x)
     assert TRIGGER not in view.memory
 
@@ -315,8 +315,8 @@ def test_the_fixed_trigger_is_vanillas_at_the_burn_in_model(
     attack = attack_of(**shared, trigger_mode="fixed")
     view = view_of(learner)
     attack.poison(BATCH, view, rng=rng())
-    later = replace(view, things={**view.things, Need.MODEL: moved.white_box})
-    attack.fed(later, rng())
+    later = replace(view, available={**view.available, Need.MODEL: moved.white_box})
+    attack.after_step(later, rng())
     attack.poison(BATCH, later, rng=rng())
     found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
     assert torch.equal(found, Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x)
@@ -333,8 +333,8 @@ def test_reoptimising_after_a_step_lowers_the_product_at_the_new_model(
     view = view_of(learner)
     attack.poison(BATCH, view, rng=rng())
     fixed = view.memory[TRIGGER].clone()
-    later = replace(view, things={**view.things, Need.MODEL: moved.white_box})
-    attack.fed(later, rng())
+    later = replace(view, available={**view.available, Need.MODEL: moved.white_box})
+    attack.after_step(later, rng())
     found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
     assert not torch.equal(found, fixed)
     moved.model.eval()
@@ -352,7 +352,7 @@ def test_reoptimising_after_a_step_goes_on_from_the_last_trigger(
     view = view_of(learner)
     attack.poison(BATCH, view, rng=rng())
     expected = view.memory[TRIGGER].clone()
-    attack.fed(replace(view, things={**view.things, Need.MODEL: moved.white_box}), rng())
+    attack.after_step(replace(view, available={**view.available, Need.MODEL: moved.white_box}), rng())
     for _ in range(2):
         slope = naive_trigger_slope(moved.model, expected, normalise)
         expected = step(expected, -slope, CLEAN_TRIGGER.x, "l2", 0.02)
@@ -365,7 +365,7 @@ def test_joint_mode_moves_the_trigger_inside_the_round_and_not_after_it(learner:
     vanilla = Vanilla(eps=EPS, steps=2).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x
     kept = view.memory[TRIGGER].clone()
     assert not torch.equal(kept, vanilla)
-    attack.fed(view, rng())
+    attack.after_step(view, rng())
     assert torch.equal(view.memory[TRIGGER], kept)
     assert torch.equal(attack.trigger(CLEAN_TRIGGER, view, rng=rng()).x, kept)
 
@@ -428,7 +428,7 @@ def test_chunks_bound_memory_and_change_nothing(learner: Learner, chunk: int, up
     for size in (chunk, 100):
         attack, view = attack_of(norm="l2", chunk=size, trigger_update=update), view_of(learner)
         sent = attack.poison(BATCH, view, rng=rng()).x
-        attack.fed(view, rng())
+        attack.after_step(view, rng())
         made.append(torch.cat([sent, view.memory[TRIGGER]]))
     assert float((made[0] - made[1]).abs().max()) < 1e-9
 
@@ -474,7 +474,7 @@ def test_the_same_positions_are_poisoned_in_every_batch_and_the_trigger(
     changed = []
     for seed in range(2):
         changed.append(attack.poison(BATCH, view, rng=rng(seed)).x != BATCH.x)
-        attack.fed(view, rng(seed))
+        attack.after_step(view, rng(seed))
     if mode != "clean":
         changed.append(attack.trigger(trigger, view, rng=rng(9)).x != trigger.x)
     masks = [c.flatten(1).any(1) for c in changed]

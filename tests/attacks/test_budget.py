@@ -71,7 +71,7 @@ def crafted(attack: Attack, view: View) -> list[Tensor]:
     made = []
     for i in range(2):
         made.append(attack.poison(STREAM.victim_batch(i, 0), view, rng=torch.Generator().manual_seed(i)).x)
-        attack.fed(view, torch.Generator().manual_seed(10 + i))
+        attack.after_step(view, torch.Generator().manual_seed(10 + i))
     return [*made, attack.trigger(CLEAN_TRIGGER, view, rng=torch.Generator().manual_seed(2)).x]
 
 

@@ -208,7 +208,7 @@ def test_the_trigger_is_sent_whole_unless_asked() -> None:
         attack = GateAware(**{**SHARED, "max_loss_rise": 0.0}, shrink_trigger=shrink)
         made[shrink] = attack.trigger(trigger, view_of(toy_learner(STREAM), attack), rng=rng()).x
     view = view_of(toy_learner(STREAM), attack)
-    alone = Accumulative(eps=0.2, **without(INNER)).trigger(trigger, View(0, {}, view.things), rng=rng())
+    alone = Accumulative(eps=0.2, **without(INNER)).trigger(trigger, View(0, {}, view.available), rng=rng())
     assert torch.equal(made[False], alone.x)
     assert float((made[True] - trigger.x).abs().max()) < float((made[False] - trigger.x).abs().max())
 

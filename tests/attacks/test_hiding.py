@@ -273,7 +273,7 @@ def test_an_old_model_that_was_not_kept_is_an_error(learner: Learner) -> None:
     with pytest.raises(ConfigError, match="no checkpoint of epoch 7"):
         attack.poison(BATCH, view_of(learner, attack), rng=rng())
     empty = view_of(learner, attack)
-    empty = replace(empty, things={**empty.things, Need.HISTORY: History()})
+    empty = replace(empty, available={**empty.things, Need.HISTORY: History()})
     with pytest.raises(ConfigError, match="keeps no checkpoint; add"):
         replace(attack, hide_from=None).poison(BATCH, empty, rng=rng())
 

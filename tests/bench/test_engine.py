@@ -23,7 +23,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import CheckpointError, DataError, DeviceError, StoreError, UserError
 from mithridate.core.registry import Entry, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import open_stream
 from mithridate.models import build_model
@@ -346,7 +346,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 class Counting(Defence):
     """Keeps a share of the gradient that depends on how many it has seen."""
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         view.memory["seen"] = view.memory.get("seen", torch.zeros(())) + 1
         return gradient.with_rows(gradient.rows / view.memory["seen"])
 

@@ -17,7 +17,7 @@ from mithridate.core.batch import PIXELS, TOLERANCE, Batch, check_domain
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import DataError, ThreatModelError
 from mithridate.core.model import BatchNormMode, Snapshot, WhiteBox, frozen_statistics
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball, Norm
 
@@ -111,7 +111,7 @@ shapes = st.dictionaries(
 def test_a_gradient_comes_back_by_name(shapes: dict[str, list[int]], seed: int) -> None:
     generator = rng(seed)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    gradient = Gradient.of(tensors)
+    gradient = Updates.of(tensors)
     assert gradient.rows.shape == (1, sum(t.numel() for t in tensors.values()))
     back = gradient.named()
     assert list(back) == list(tensors)
@@ -120,7 +120,7 @@ def test_a_gradient_comes_back_by_name(shapes: dict[str, list[int]], seed: int) 
 
 def test_a_gradient_is_a_detached_copy() -> None:
     tensors = {"w": torch.ones(2, 2, requires_grad=True), "b": torch.zeros(2)}
-    gradient = Gradient.of(tensors)
+    gradient = Updates.of(tensors)
     assert not gradient.rows.requires_grad
     gradient.rows.fill_(5)
     assert float(tensors["w"].detach().max()) == 1
@@ -128,11 +128,11 @@ def test_a_gradient_is_a_detached_copy() -> None:
 
 def test_a_transposed_tensor_keeps_its_values() -> None:
     t = torch.arange(6.0).view(2, 3).T
-    assert torch.equal(Gradient.of({"t": t}).named()["t"], t)
+    assert torch.equal(Updates.of({"t": t}).named()["t"], t)
 
 
 def test_rows_are_clients() -> None:
-    one = Gradient.of({"w": torch.ones(2, 2), "b": torch.zeros(2)})
+    one = Updates.of({"w": torch.ones(2, 2), "b": torch.zeros(2)})
     many = one.with_rows(torch.arange(18.0).view(3, 6))
     assert torch.equal(many.named(2)["w"], torch.tensor([[12.0, 13.0], [14.0, 15.0]]))
     assert torch.equal(many.named(2)["b"], torch.tensor([16.0, 17.0]))
@@ -163,7 +163,7 @@ def things() -> dict[Need, Any]:
 @pytest.mark.parametrize("need", list(Need))
 def test_a_view_shows_what_was_declared_and_nothing_else(need: Need, things: dict[Need, Any]) -> None:
     assert set(PROPERTIES) == set(Need)
-    view = View(things=things, granted=frozenset({need}), owner="the attack pgd")
+    view = View(available=things, granted=frozenset({need}), owner="the attack pgd")
     assert PROPERTIES[need](view) is things[need]
     for other in set(Need) - {need}:
         with pytest.raises(ThreatModelError, match=f"the attack pgd looked at the {other}.*`needs`"):
@@ -174,7 +174,7 @@ def test_a_view_shows_what_was_declared_and_nothing_else(need: Need, things: dic
 def test_a_declared_need_that_nobody_supplies_is_named(need: Need, things: dict[Need, Any]) -> None:
     del things[need]
     with pytest.raises(ThreatModelError, match=f"the defence x needs the {need}, and .* none"):
-        PROPERTIES[need](View(things=things, granted=frozenset({need}), owner="the defence x"))
+        PROPERTIES[need](View(available=things, granted=frozenset({need}), owner="the defence x"))
 
 
 def test_every_view_has_notes_of_its_own() -> None:
@@ -455,7 +455,7 @@ def test_positions_are_drawn_by_the_given_generator() -> None:
 
 
 def test_a_defence_that_overrides_nothing_is_the_identity() -> None:
-    batch, gradient = batch_of(), Gradient.of({"w": torch.ones(2)})
+    batch, gradient = batch_of(), Updates.of({"w": torch.ones(2)})
     view = View(granted=frozenset())
     assert Defence().screen(batch, view) is batch
     assert Defence().bound(gradient, view) is gradient
@@ -467,7 +467,7 @@ def test_a_defence_that_overrides_nothing_is_the_identity() -> None:
 def test_values_are_frozen() -> None:
     values: list[Any] = [
         View(),
-        Gradient.of({"w": torch.ones(1)}),
+        Updates.of({"w": torch.ones(1)}),
         Snapshot(MappingProxyType({}), {}, {}, 0),
         WhiteBox(nn.Linear(1, 1), F.cross_entropy),
     ]

@@ -9,7 +9,7 @@ from torch.optim import SGD, AdamW
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
@@ -31,12 +31,12 @@ def stream() -> Stream:
 class Exploding(BoundUpdate):
     """The first gradient is a million times too long."""
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         return gradient.with_rows(gradient.rows * 1e6) if view.step == 0 else gradient
 
 
 class ExplodingUndefended(Defence):
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         return gradient.with_rows(gradient.rows * 1e6) if view.step == 0 else gradient
 
 
@@ -71,11 +71,11 @@ def test_momentum_keeps_what_was_cut_off_and_pays_it_out_bounded(stream: Stream)
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_a_shortened_step_keeps_its_direction_and_has_the_bounds_length(stream: Stream, norm: Any) -> None:
     free, held = toy_learner(stream), toy_learner(stream, defence=BoundUpdate(clip_norm=1e-3, norm=norm))
-    old = Gradient.of(dict(free.model.named_parameters())).rows.double()
+    old = Updates.of(dict(free.model.named_parameters())).rows.double()
     steps = []
     for learner in (free, held):
         learner.update(stream.victim_batch(0, 0))
-        steps.append(Gradient.of(dict(learner.model.named_parameters())).rows.double() - old)
+        steps.append(Updates.of(dict(learner.model.named_parameters())).rows.double() - old)
     length = [float(s.norm() if norm == "l2" else s.abs().max()) for s in steps]
     assert length[0] > 2e-3
     assert length[1] == pytest.approx(1e-3, rel=1e-3)
@@ -96,7 +96,7 @@ def test_a_bound_that_does_not_bind_returns_no_parameters(stream: Stream) -> Non
 class Infinite(BoundUpdate):
     """The gradient is not finite."""
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         return gradient.with_rows(torch.full_like(gradient.rows, math.inf))
 
 

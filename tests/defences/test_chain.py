@@ -17,7 +17,7 @@ from mithridate.core.defence import Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
 from mithridate.core.model import Criterion, Snapshot
 from mithridate.core.registry import build, config_of
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
@@ -92,7 +92,7 @@ def test_a_chain_of_nothing_is_no_defence(stream: Stream) -> None:
 
 
 def test_order_matters_and_each_moment_goes_through_the_parts_in_turn() -> None:
-    gradient = Gradient(torch.tensor([[3.0, -4.0]]), {"a": torch.Size([2])})
+    gradient = Updates(torch.tensor([[3.0, -4.0]]), {"a": torch.Size([2])})
     long, flat = Clip(clip_norm=10.0, how="project", norm="linf"), Clip(clip_norm=2.0, norm="linf", how="project")
     scale = Clip(clip_norm=1.0)
     one = chain(long, flat, scale).bound(gradient, View()).rows

@@ -14,7 +14,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
@@ -91,7 +91,7 @@ def test_a_clipped_step_keeps_its_direction(burned_in: Learner, stream: Stream) 
 def clip(rows: Tensor, **settings: Any) -> Tensor:
     made: Clip = build("defence", {"name": "clip", **settings})
     shapes = {"a": torch.Size([rows.shape[1] - 1]), "b": torch.Size([1])}
-    return made.bound(Gradient(rows, shapes), View()).rows
+    return made.bound(Updates(rows, shapes), View()).rows
 
 
 def test_each_rule_on_known_gradients() -> None:

@@ -14,7 +14,7 @@ from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Weights
 from mithridate.core.registry import build
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
@@ -49,15 +49,15 @@ def learner_of(burned_in: Learner, stream: Stream, defence: Defence, **options: 
     return Learner(model, SGD(model.parameters(), lr=LR, momentum=0.9), defence=defence, **settings)
 
 
-def rows_of(learner: Learner, stream: Stream) -> Gradient:
+def rows_of(learner: Learner, stream: Stream) -> Updates:
     """Honest rows of five clients, three of them turned round and lengthened: they undo what was learned."""
     _, data = federate(stream, Shards(clients=5), seed=0).round(0, FederatedRun())
     rows = client_gradients(learner.model, learner.criterion, data.x, data.y)
     rows = rows * torch.tensor([1.0, 1.0, -30.0, 0.0, -8.0]).unsqueeze(1)
-    return Gradient(rows, {name: p.shape for name, p in learner.model.named_parameters()})
+    return Updates(rows, {name: p.shape for name, p in learner.model.named_parameters()})
 
 
-def discrepancies(learner: Learner, gradient: Gradient, old: Weights, kind: Any, size: int | None = None) -> Tensor:
+def discrepancies(learner: Learner, gradient: Updates, old: Weights, kind: Any, size: int | None = None) -> Tensor:
     """The oracle: a model that really takes the plain step, row by row."""
     found = []
     for row in range(len(gradient.rows)):

@@ -14,7 +14,7 @@ from mithridate.core.defence import Verdict
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import build
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.skip import LEAST_SPREAD, LOSS, WINDOW, Skip
@@ -83,7 +83,7 @@ def test_a_zero_gradient_would_have_moved_the_model(stream: Stream) -> None:
     """Why the veto is a roll-back: momentum and weight decay act on a gradient of zero too."""
 
     class Zeroing(Skip):
-        def bound(self, gradient: Gradient, view: View) -> Gradient:
+        def bound(self, gradient: Updates, view: View) -> Updates:
             return gradient.with_rows(torch.zeros_like(gradient.rows))
 
     learner = toy_learner(stream)
@@ -99,7 +99,7 @@ def feed(config: Skip, readings: list[tuple[float, float]]) -> list[bool]:
     for loss, norm in readings:
         view = View(step, memory)
         config.loss(nn.Identity(), Batch(torch.tensor(loss), torch.zeros(1)), lambda x, _: x, view)
-        config.bound(Gradient(torch.tensor([[norm, 0.0]], dtype=torch.float64), {"a": torch.Size([2])}), view)
+        config.bound(Updates(torch.tensor([[norm, 0.0]], dtype=torch.float64), {"a": torch.Size([2])}), view)
         admitted = config.admit(Snapshot({}, {}, {}, step), View(step + 1, memory)).admit
         step += admitted
         out.append(admitted)

@@ -19,7 +19,7 @@ from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, make
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
@@ -69,8 +69,8 @@ def federation(stream: Stream) -> Federation:
 class Watched(Learner):
     """Keeps what each round came to."""
 
-    def apply(self, gradient: Gradient, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
-        self.applied: list[Gradient] = [*getattr(self, "applied", []), gradient]
+    def apply(self, gradient: Updates, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
+        self.applied: list[Updates] = [*getattr(self, "applied", []), gradient]
         self.learned: list[int] = [*getattr(self, "learned", []), learned]
         return super().apply(gradient, batch_loss=batch_loss, learned=learned, buffers=buffers)
 
@@ -352,14 +352,14 @@ class Looking(Defence):
     """Notes what it is shown, keeps nothing of it."""
 
     def __init__(self) -> None:
-        self.bounded: list[Gradient] = []
-        self.ruled: list[Gradient] = []
+        self.bounded: list[Updates] = []
+        self.ruled: list[Updates] = []
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         self.bounded.append(gradient)
         return gradient.with_rows(torch.zeros_like(gradient.rows))
 
-    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
+    def aggregate(self, gradient: Updates, view: View) -> Updates:
         self.ruled.append(gradient)
         return gradient.with_rows(gradient.rows[:1] + 1)
 
@@ -450,7 +450,7 @@ def test_sums_are_those_of_the_rows(
 class Halving(Clip):
     """A user's: overrides the bound of a defence that tells it by factors."""
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         return gradient.with_rows(gradient.rows / 2)
 
 
@@ -545,7 +545,7 @@ class Ids(Defence):
     def __init__(self) -> None:
         self.seen: list[list[int]] = []
 
-    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
+    def aggregate(self, gradient: Updates, view: View) -> Updates:
         assert gradient.clients is not None
         self.seen.append(gradient.clients.tolist())
         return super().aggregate(gradient, view)
@@ -606,7 +606,7 @@ class Spying(Hostile):
         self.steps.append(("trigger", view.step))
         return honest.own
 
-    def fed(self, view: View) -> None:
+    def after_step(self, view: View) -> None:
         self.steps.append(("fed", view.step))
 
 
@@ -619,7 +619,7 @@ def test_what_an_attacker_is_shown(stream: Stream, federation: Federation, serve
     run_federated(learner, federation, Spying(), run)
     _, data = federation.round(0, run)
     rows = rows_of(server(), data)
-    bounded = clip.bound(Gradient(rows, {}), View()).rows
+    bounded = clip.bound(Updates(rows, {}), View()).rows
     (honest,), (view,) = Spying.shown, Spying.views
     assert torch.allclose(honest.own, rows[:3], atol=1e-6)
     assert torch.allclose(honest.total, rows[3:].sum(0), atol=1e-5)
@@ -883,7 +883,7 @@ def test_a_gradient_made_elsewhere_is_stepped_on_and_recorded(stream: Stream, se
     stale = next(learner.model.parameters())
     stale.grad = torch.full_like(stale, 100.0)
     learner.begin_round()
-    done = learner.apply(Gradient(rows, shapes), batch_loss=0.5, learned=4, buffers=buffers)
+    done = learner.apply(Updates(rows, shapes), batch_loss=0.5, learned=4, buffers=buffers)
     assert torch.allclose(parameters_of(learner), flat(start.parameters) - 0.05, atol=1e-6)
     assert all(torch.equal(b, buffers[name]) for name, b in learner.model.named_buffers())
     assert (done.batch_loss, done.learned, done.verdict, learner.step) == (0.5, 4, ADMITTED, 1)
@@ -903,7 +903,7 @@ class Recalling(Defence):
     def __init__(self) -> None:
         self.labels: list[tuple[str, str]] = []
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         found = [view.history.back(k) for k in (0, 1)]
         self.labels.append((found[0].label if found[0] else "none", found[1].label if found[1] else "none"))
         return gradient
@@ -938,16 +938,16 @@ def test_a_refused_round_leaves_everything_as_it_was(server: NewLearner, verdict
     shapes = {name: p.shape for name, p in learner.model.named_parameters()}
     rows = torch.ones(1, len(parameters_of(learner)))
     buffers = {name: b + 1 for name, b in learner.model.named_buffers()}
-    learner.apply(Gradient(rows, shapes), batch_loss=0.0, learned=1, buffers=buffers)
+    learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=buffers)
     before = learner.snapshot()
     assert isinstance(learner.defence, Deciding)
     learner.defence.verdict = verdict
     other = {name: b + 1 for name, b in buffers.items()}
     if isinstance(verdict, Exception):
         with pytest.raises(ArithmeticError):
-            learner.apply(Gradient(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
+            learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
     else:
-        done = learner.apply(Gradient(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
+        done = learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
         assert (done.update_norm, done.verdict) == (0.0, verdict)
     assert equal_bits(learner.snapshot(), before)
 
@@ -956,7 +956,7 @@ def test_foreign_statistics_are_refused_before_the_step(server: NewLearner) -> N
     learner = server()
     before = learner.snapshot()
     shapes = {name: p.shape for name, p in learner.model.named_parameters()}
-    gradient = Gradient(torch.ones(1, len(parameters_of(learner))), shapes)
+    gradient = Updates(torch.ones(1, len(parameters_of(learner))), shapes)
     with pytest.raises(CheckpointError, match="buffers are of another model"):
         learner.apply(gradient, batch_loss=0.0, learned=1, buffers={})
     assert equal_bits(learner.snapshot(), before)

@@ -183,7 +183,7 @@ class Recorder(Attack):
     def ready(self, view: View) -> bool:
         return view.step >= self.last
 
-    def fed(self, view: View, rng: Generator) -> None:
+    def after_step(self, view: View, rng: Generator) -> None:
         self.fed_at.append(view.step)
 
 
@@ -248,7 +248,7 @@ def test_each_step_and_each_seed_has_draws_of_its_own(stream: Stream, victim: Ne
         def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
             return self.craft(batch, view, mask, rng)
 
-        def fed(self, view: View, rng: Generator) -> None:
+        def after_step(self, view: View, rng: Generator) -> None:
             drawn.append(float(torch.rand((), generator=rng)))
 
     for seed in (0, 1, 0):

@@ -16,7 +16,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, DataError, ThreatModelError
 from mithridate.core.model import BatchNormMode, Snapshot
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.models import build_model
 from mithridate.testing.toy import CLASSES, TOY
@@ -265,7 +265,7 @@ class Bounding(Defence):
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, gradient: Updates, view: View) -> Updates:
         return gradient.with_rows(gradient.rows * self.factor)
 
 
@@ -299,7 +299,7 @@ def test_the_defence_is_asked_before_the_gradient_before_the_step_and_after_it()
             self.note("screen", view)
             return batch
 
-        def bound(self, gradient: Gradient, view: View) -> Gradient:
+        def bound(self, gradient: Updates, view: View) -> Updates:
             self.note("bound", view)
             return gradient
 

@@ -135,7 +135,7 @@ def test_a_step_against_the_pull_makes_the_trigger_worse(view: View, learner: Le
         for p in moved.parameters():
             p.sub_(0.05 * pull[start : start + p.numel()].view_as(p))
             start += p.numel()
-    other = View(0, view.memory, {**view.things, Need.MODEL: WhiteBox(moved, F.cross_entropy)}, GRANTED)
+    other = View(0, view.memory, {**view.available, Need.MODEL: WhiteBox(moved, F.cross_entropy)}, GRANTED)
     assert attack.alignment(other) < before - 1e-3
 
 
@@ -192,17 +192,17 @@ def test_a_reoptimised_trigger_is_carried_from_round_to_round(view: View, learne
     with torch.no_grad():
         for p in moved.parameters():
             p.add_(0.1)
-    later = View(1, view.memory, {**view.things, Need.MODEL: WhiteBox(moved, F.cross_entropy)}, GRANTED)
-    attack.fed(later)
+    later = View(1, view.memory, {**view.available, Need.MODEL: WhiteBox(moved, F.cross_entropy)}, GRANTED)
+    attack.after_step(later)
     now = trigger_gradient(later)
     assert not torch.allclose(now, start, atol=1e-3)
     assert torch.allclose(view.memory[TRIGGER], -start - 0.3 * now, atol=1e-10)
     bounded = Accumulative(trigger="reoptimised", alpha=0.3, radius=0.2)
-    bounded.fed(later)
+    bounded.after_step(later)
     assert float(view.memory[TRIGGER].norm()) == pytest.approx(0.2)
     for trigger in ("clean", "reversed"):  # these have nothing to remember
-        fresh = View(0, {}, view.things, GRANTED)
-        Accumulative(trigger=trigger).fed(fresh)
+        fresh = View(0, {}, view.available, GRANTED)
+        Accumulative(trigger=trigger).after_step(fresh)
         assert not fresh.memory
 
 
@@ -218,7 +218,7 @@ def test_an_attacker_may_keep_within_a_radius(view: View, learner: Learner, norm
 
 def test_validation_images_can_be_few_or_drawn_anew(view: View) -> None:
     x, y = view.validation
-    few = View(0, {}, {**view.things, Need.VALIDATION: Batch(x[:20], y[:20])}, GRANTED)
+    few = View(0, {}, {**view.available, Need.VALIDATION: Batch(x[:20], y[:20])}, GRANTED)
     assert torch.equal(Accumulative(validation_size=20).pull(view, rng()), Accumulative().pull(few, rng()))
     assert torch.equal(Accumulative(validation_size=999).pull(view, rng()), Accumulative().pull(view, rng()))
     drawing = Accumulative(validation_size=20, resample_validation=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mithridate.core.defence import Defence
 from mithridate.core.registry import build
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.update_attack import Honest
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
@@ -43,7 +43,7 @@ def burned_in(stream: Stream) -> Learner:
 class Watched(Learner):
     """Keeps the update of each round."""
 
-    def apply(self, gradient: Gradient, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
+    def apply(self, gradient: Updates, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
         self.applied: list[Tensor] = [*getattr(self, "applied", []), gradient.rows[0].clone()]
         return super().apply(gradient, batch_loss=batch_loss, learned=learned, buffers=buffers)
 

@@ -183,7 +183,7 @@ class Accumulative(Iterated):
 
             if self.trigger_mode != "reoptimised" or self.trigger_update == "after_step":
                 g = self._pull(at, trigger_x)
-                return self.climb(batch.x, lambda x: of_batch(x, g), mask, rng)
+                return self.climb(batch.x, lambda x: of_batch(x, g), mask, view.domain, rng)
 
             n = len(batch.x)
 
@@ -204,21 +204,22 @@ class Accumulative(Iterated):
                 return torch.cat([of_batch(x[:n], g), self._hidden(at, x[n:], self.lam * of_trigger, trigger=True)])
 
             clean = view.clean_trigger
-            begin = self.beginning(batch.x, mask, rng)
+            begin = self.beginning(batch.x, mask, view.domain, rng)
             trigger_mask = self.positions(len(clean.x), view, rng).to(mask.device)
             if first and self.loss == "kl":
-                trigger_x = nudged(trigger_x, self.ball, trigger_mask, rng)
+                trigger_x = nudged(trigger_x, self.ball, trigger_mask, view.domain, rng)
             found = self.climb(
                 torch.cat([batch.x, clean.x]),
                 both,
                 torch.cat([mask, trigger_mask]),
+                view.domain,
                 rng,
                 start=torch.cat([begin, trigger_x]),
             )
             view.memory[TRIGGER] = found[n:].clone()
             return found[:n]
 
-    def fed(self, view: View, rng: Generator) -> None:
+    def after_step(self, view: View, rng: Generator) -> None:
         """With `after_step`: poison the trigger further, for the model as it is now."""
         if self.trigger_mode == "reoptimised" and self.trigger_update == "after_step" and TRIGGER in view.memory:
             with self._round(view, rng) as at:
@@ -295,4 +296,5 @@ class Accumulative(Iterated):
         def down(x: Tensor) -> Tensor:
             return self._hidden(at, x, -self._turned(at, x, at.trigger_y, wanted), trigger=True)
 
-        return self.climb(clean, down, self.positions(len(clean), view, rng).to(clean.device), rng, start=start)
+        mask = self.positions(len(clean), view, rng).to(clean.device)
+        return self.climb(clean, down, mask, view.domain, rng, start=start)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.losses import Loss, nudged
 from mithridate.core.attack import Attack
+from mithridate.core.batch import Domain
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
@@ -106,18 +107,19 @@ class Iterated(Sighted, ABC):
     decay: Factor = 1.0
     random_start: bool = False
 
-    def beginning(self, x: Tensor, mask: Tensor, rng: Generator) -> Tensor:
+    def beginning(self, x: Tensor, mask: Tensor, domain: Domain, rng: Generator) -> Tensor:
         """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
         if self.random_start:
-            drawn = (x + self.ball.sample(x, rng)).clamp(0, 1)
+            drawn = domain.clamp(x + self.ball.sample(x, rng))
             return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), drawn, x)
-        return nudged(x, self.ball, mask, rng) if self.loss == "kl" else x
+        return nudged(x, self.ball, mask, domain, rng) if self.loss == "kl" else x
 
     def climb(
         self,
         x: Tensor,
         gradient_at: Callable[[Tensor], Tensor],
         mask: Tensor,
+        domain: Domain,
         rng: Generator,
         *,
         start: Tensor | None = None,
@@ -127,10 +129,11 @@ class Iterated(Sighted, ABC):
             x,
             gradient_at,
             self.ball,
+            into_domain=domain.clamp,
             optimiser=self.optimiser,
             steps=self.steps,
             step_size=self.step_size,
             decay=self.decay,
-            start=self.beginning(x, mask, rng) if start is None else start,
+            start=self.beginning(x, mask, domain, rng) if start is None else start,
             mask=mask,
         )

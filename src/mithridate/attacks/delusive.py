@@ -29,12 +29,13 @@ class Delusive(Phased, Sighted, ABC):
         box, how = by_targets(self.target(view)), self.inner()
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         if self.loss == "kl" and not how.get("random_start"):
-            how["start"] = nudged(batch.x, self.ball, mask, rng)
+            how["start"] = nudged(batch.x, self.ball, mask, view.domain, rng)
         with box.objective(self.craft_mode) as objective:
             return climb(
                 batch.x,
                 lambda x: input_gradient(objective, parameters, x, y),
                 self.ball,
+                into_domain=view.domain.clamp,
                 mask=mask,
                 rng=rng,
                 **how,

@@ -1,10 +1,9 @@
 """The attacker who knows that a gate stands after the step, and stays inside its tolerance."""
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,33 +14,23 @@ from mithridate.attacks.budget import Budgeted, Factor, StepSize
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox, frozen_statistics
+from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import build, config_of, register, settings
-from mithridate.core.view import Memory, Need, View
+from mithridate.core.tolerance import Tolerance, quality
+from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball
 
 INNER = "inner."
 """Prefix of the inner attack's notes."""
 SEEN, BUFFER = "seen.", "buffer."
 """Prefixes of the parameters seen last and of the momentum inferred from them, by name."""
-START, BEST = "start", "best"
-"""Notes: what was measured first, and the best so far."""
 BUDGET = ("eps", "norm", "poison_ratio")
 INNER_DEFAULT = {"name": "accumulative", "trigger_update": "after_step"}
-CHUNK = 500
-"""Samples of S_val that go through the model at once."""
-
-
-class Measure(NamedTuple):
-    """What a gate looks at: mean loss, and accuracy of the class that fares worst."""
-
-    loss: float
-    worst: float
 
 
 @register("attack", "gate_aware")
 @settings
-class GateAware(Budgeted):
+class GateAware(Tolerance, Budgeted):
     """Shrink another attack's poison, batch by batch, until the step that it causes would pass a gate.
 
     Before a batch is sent, the victim's step on it is rehearsed on a copy of the model, and the result measured on
@@ -87,9 +76,6 @@ class GateAware(Budgeted):
     """It may well send less than its budget allows, or nothing."""
 
     inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
-    max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
-    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1
-    reference: Literal["previous", "best", "start"] = "previous"
     halvings: Annotated[int, Field(ge=0)] = 4
     victim_lr: StepSize = 0.1
     victim_momentum: Factor = 0.9
@@ -135,10 +121,10 @@ class GateAware(Budgeted):
         with self._inside(view) as own:
             return self.built.ready(own)
 
-    def fed(self, view: View, rng: Generator) -> None:
+    def after_step(self, view: View, rng: Generator) -> None:
         """The inner attack adapts."""
         with self._inside(view) as own:
-            self.built.fed(own, rng)
+            self.built.after_step(own, rng)
 
     def positions(self, n: int, view: View, rng: Generator) -> Tensor:
         """The inner attack's, so that the two agree."""
@@ -160,19 +146,14 @@ class GateAware(Budgeted):
 
     @contextmanager
     def _inside(self, view: View) -> Iterator[View]:
-        """What the inner attack sees: what it declares, and its own notes, which go back under `inner.`."""
-        notes = {k.removeprefix(INNER): v for k, v in view.memory.items() if k.startswith(INNER)}
-        try:
-            yield View(view.step, notes, view.things, self.built.needs, type(self.built).__name__)
-        finally:
-            for key in [key for key in view.memory if key.startswith(INNER)]:
-                del view.memory[key]
-            view.memory.update({INNER + key: value for key, value in notes.items()})
+        """What the inner attack sees."""
+        with view.inside(INNER, self.built.needs, type(self.built).__name__) as inside:
+            yield inside
 
     def _shrunk(self, batch: Batch, x: Tensor, view: View, factor: float) -> Tensor:
         """As much of the perturbation as passes."""
         box, buffer = view.model, self._momentum(view)
-        limit = self._reference(view.memory, measured(box.module, box, view.validation))
+        limit = self.compared_with(view.memory, quality(box, view.validation))
 
         def passes(x: Tensor) -> bool:
             twin = rehearsed(
@@ -184,7 +165,7 @@ class GateAware(Budgeted):
                 weight_decay=self.victim_weight_decay,
                 mode=self.update_mode,
             )
-            return self._passes(limit, measured(twin, box, view.validation))
+            return not self.faults(limit, quality(WhiteBox(twin, box.criterion), view.validation))
 
         if passes(x):
             return x
@@ -207,26 +188,6 @@ class GateAware(Budgeted):
             view.memory.update({BUFFER + name: (seen[name] - p) / self.victim_lr for name, p in now.items()})
         view.memory.update({SEEN + name: p.clone() for name, p in now.items()})
         return {name: view.memory[BUFFER + name] for name in now if BUFFER + name in view.memory}
-
-    def _reference(self, memory: Memory, now: Measure) -> Measure:
-        """What is compared with."""
-        if self.reference == "previous":
-            return now
-        note = torch.tensor(now, dtype=torch.float64)
-        if self.reference == "start":
-            held = memory.setdefault(START, note)
-        else:
-            best = memory.get(BEST, note)
-            held = memory[BEST] = torch.stack([torch.fmin(best[0], note[0]), torch.fmax(best[1], note[1])])
-        return Measure(float(held[0]), float(held[1]))
-
-    def _passes(self, limit: Measure, then: Measure) -> bool:
-        """The gate's rule."""
-        return (
-            math.isfinite(then.loss)
-            and then.loss - limit.loss <= self.max_loss_rise
-            and limit.worst - then.worst <= self.max_accuracy_drop + 1e-9  # fractions of counts are not exact
-        )
 
 
 def rehearsed(
@@ -261,23 +222,3 @@ def rehearsed(
         torch.autograd.backward(box.criterion(twin(batch.x), batch.y))
     optimiser.step()
     return twin
-
-
-@torch.no_grad()
-def measured(module: nn.Module, box: WhiteBox, validation: Batch) -> Measure:
-    """Mean loss of samples and the accuracy of the class that fares worst, in eval mode.
-
-    Args:
-        module: The model, or a copy of it.
-        box: Whose criterion counts.
-        validation: The samples; classes without any are left out.
-    """
-    loss, right = 0.0, []
-    with frozen_statistics(module, "eval"):
-        for x, y in zip(torch.split(validation.x, CHUNK), torch.split(validation.y, CHUNK), strict=True):
-            logits = module(x)
-            loss += float(box.criterion(logits, y)) * len(y)
-            right.append(logits.argmax(1) == y)
-    hits = torch.cat(right)
-    worst = min(float(hits[validation.y == label].double().mean()) for label in torch.unique(validation.y))
-    return Measure(loss / len(validation.y), worst)

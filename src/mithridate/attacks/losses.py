@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.model import BatchNormMode, WhiteBox, frozen_statistics
+from mithridate.core.batch import Batch, Domain
+from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.maths.norms import Ball
 
 Loss = Literal["ce", "kl", "cw"]
@@ -63,23 +63,23 @@ def targets(loss: Loss, box: WhiteBox, batch: Batch, mode: BatchNormMode) -> Ten
         return batch.y
     if loss == "cw":
         return batch.y.unsqueeze(1)
-    with torch.no_grad(), frozen_statistics(box.module, mode):
-        answers: Tensor = box.module(batch.x).softmax(1)
-    return answers
+    with torch.no_grad():
+        return box.logits(batch.x, mode).softmax(1)
 
 
-def nudged(x: Tensor, ball: Ball, mask: Tensor, rng: Generator) -> Tensor:
+def nudged(x: Tensor, ball: Ball, mask: Tensor, domain: Domain, rng: Generator) -> Tensor:
     """A start beside the clean samples: at them KL has its minimum, and so no gradient to begin with.
 
     Args:
-        x: Clean samples (n, ...) in [0, 1].
+        x: Clean samples (n, ...).
         ball: The budget of one sample, which holds the start too.
         mask: (n,) bool, the samples that may change.
+        domain: What a valid sample is.
         rng: The only source of randomness.
 
     Source:
         Zhang et al., ICML 2019 (TRADES), arXiv:1901.08573, Algorithm 1: x' = x + 0.001 N(0, I).
     """
     noise = NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
-    moved = (x + ball.project(noise)).clamp(0, 1)
+    moved = domain.clamp(x + ball.project(noise))
     return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), moved, x)

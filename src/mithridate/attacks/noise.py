@@ -31,4 +31,4 @@ class Noise(Phased):
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """A fresh draw for every batch."""
         draw = torch.randn(batch.x.shape, generator=rng, dtype=batch.x.dtype).to(batch.x.device)
-        return (batch.x + self.eps * self.ball.direction(draw)).clamp(0, 1)
+        return view.domain.clamp(batch.x + self.eps * self.ball.direction(draw))

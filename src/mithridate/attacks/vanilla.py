@@ -64,5 +64,6 @@ class Vanilla(Iterated):
                 batch.x,
                 lambda x: -turn_towards(objective, parameters, x, y, wanted, normalise=self.normalise, chunk=chunk),
                 mask,
+                view.domain,
                 rng,
             )

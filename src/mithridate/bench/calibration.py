@@ -1,19 +1,20 @@
 """Measure the threshold of DSC for a recipe, and check it on clean batches that were not used for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mithridate.bench.engine import deterministic
-from mithridate.bench.prepare import choose_device, online_learner, prepare
+from mithridate.bench.prepare import Context, burned_in_learner, choose_device, prepare
 from mithridate.bench.recipe import Cell, Labelled, Recipe
 from mithridate.bench.watcher import Watcher
-from mithridate.core.defence import Defence
-from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.defence import Calibration, Defence
+from mithridate.core.errors import ConfigError, DataError, nearest
 from mithridate.core.files import cache_directory
 from mithridate.data.stream import open_stream
 from mithridate.defences.dsc import DSC
-from mithridate.training.calibrate import Calibration, Share, calibrated, share_above
+from mithridate.defences.threshold import Share
+from mithridate.training.calibrate import calibrate, share_above
 
 
 @dataclass(frozen=True)
@@ -61,32 +62,39 @@ def calibrate_recipe(
     wanted = chosen.component.target_rate or 0.05 if rate is None else rate
     if not 0 < wanted < 1:
         raise ConfigError(f"rate = {wanted:g}: give a share of clean samples between 0 and 1, such as 0.05.")
-    settings = replace(chosen.component, target_rate=wanted)
     where = choose_device(device)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     stream.require(unseen - 1)
+    context = Context(stream, [], where, cache_directory(cache), watcher or Watcher())
     with deterministic():
         for seed in recipe.seeds:
             cell = Cell(
-                recipe.attacks[0], Labelled[Defence](chosen.label, settings), seed, replace(recipe, detectors=())
+                recipe.attacks[0],
+                Labelled[Defence](chosen.label, chosen.component),
+                seed,
+                replace(recipe, detectors=()),
             )
-            burned = prepare(cell, stream, [], where, cache_directory(cache), watcher or Watcher()).burned
-            learner = online_learner(cell, settings, stream, burned, where)
-            (found,) = calibrated(learner, stream.batch_size)
+            learner = burned_in_learner(cell, chosen.component, prepare(cell, context).burned, context)
+            if learner.trusted is None:
+                raise DataError(
+                    "dsc: its threshold is measured on the trusted set, and [data] trusted has no image; give it some."
+                )
+            trusted = [b for b in learner.trusted.split(stream.batch_size) if b.size > 1]
+            measured, found = calibrate(learner, trusted, wanted, defence=chosen.component)
             clean = list(stream.victim_batches(unseen, seed=seed, device=where))
-            yield Checked(seed, found, share_above(learner, clean, found.defence))
+            yield Checked(seed, found, share_above(learner, clean, measured))
 
 
 def _dsc(recipe: Recipe, label: str | None) -> Labelled[DSC]:
-    known: Sequence[Labelled[DSC]] = [
-        Labelled(d.label, d.component) for d in recipe.defences if isinstance(d.component, DSC)
-    ]
-    if not known:
+    named: dict[str, Labelled[DSC]] = {
+        d.label: Labelled(d.label, d.component)  # type: ignore[arg-type]  # what has such a rate measures as DSC does
+        for d in recipe.defences
+        if hasattr(d.component, "target_rate")
+    }
+    if not named:
         raise ConfigError("the recipe has no defence dsc to calibrate; add a [[defence]] with that name.")
-    if label is None and len(known) > 1:
-        names = ", ".join(d.label for d in known)
-        raise ConfigError(f"the recipe has several: {names}; say which with --defence.")
-    named = {d.label: d for d in known}
+    if label is None and len(named) > 1:
+        raise ConfigError(f"the recipe has several: {', '.join(named)}; say which with --defence.")
     if label is not None and label not in named:
         raise ConfigError(f"no dsc '{label}' in the recipe: {nearest(label, named)}")
-    return named[label] if label is not None else known[0]
+    return named[label] if label is not None else next(iter(named.values()))

@@ -8,15 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mithridate.bench import store
-from mithridate.bench.prepare import Prepared, choose_device, online_learner, other_images, prepare
+from mithridate.bench.prepare import Context, Prepared, burned_in_learner, choose_device, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core.attack import Attack
+from mithridate.core.defence import Calibration
 from mithridate.core.errors import DataError, StoreError
 from mithridate.core.files import cache_directory
 from mithridate.core.registry import config_of
@@ -24,11 +25,12 @@ from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
 from mithridate.data.stream import Stream, open_stream
 from mithridate.models import build_model
-from mithridate.simulation.clients import FederatedRun, check_defence, federate
+from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
-from mithridate.simulation.online import OnlineRun, Outcome, Progress, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import Outcome, Progress
 from mithridate.training.burn_in import BurnInResult
-from mithridate.training.calibrate import Calibration, calibrated
+from mithridate.training.calibrate import calibrated
 from mithridate.training.checkpoint import load_snapshot, save_snapshot
 from mithridate.training.learner import Learner
 
@@ -92,12 +94,10 @@ def run_recipe(
     chosen = choose_device(device)
     _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
-    if isinstance(recipe.run, OnlineRun):
-        stream.require(recipe.run.steps)
-    else:
-        _check_federation(recipe, stream)
+    _check_length(cells, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
+    context = Context(stream, ood, chosen, cache_directory(cache), watcher)
     build_model(recipe.model, stream.info, seed=0)
     with deterministic():
         skipped = 0
@@ -110,8 +110,8 @@ def run_recipe(
                 watcher.finished(cell, store.read_run(directory).summary, skipped=True)
                 continue
             if cell.seed not in prepared:
-                prepared = {cell.seed: prepare(cell, stream, ood, chosen, cache_directory(cache), watcher)}
-            summary = _run_cell(cell, directory, stream, prepared[cell.seed], chosen, watcher)
+                prepared = {cell.seed: prepare(cell, context)}
+            summary = _run_cell(cell, directory, prepared[cell.seed], context)
             watcher.finished(cell, summary, skipped=False)
     return Grid([out / cell.run_id for cell in cells], len(cells) - skipped, skipped)
 
@@ -172,15 +172,16 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
                 raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
 
 
-def _check_federation(recipe: Recipe, stream: Stream) -> None:
-    """Refuse what a federation cannot do, before anything is trained."""
-    run, clients = recipe.run, recipe.clients
-    assert isinstance(run, FederatedRun)  # noqa: S101  (asked by the caller)
-    assert clients is not None  # noqa: S101  (a federation has clients)
-    for seed in recipe.seeds:
-        federate(stream, clients, seed=seed).require(run)
-    for defence in recipe.defences:
-        check_defence(defence.component, run, run.per_round or clients.clients)
+def _check_length(cells: Sequence[Cell], stream: Stream) -> None:
+    """Refuse a stream that is too short, and what a federation cannot do, before anything is trained."""
+    for cell in cells:
+        run, clients = cell.recipe.run, cell.recipe.clients
+        if isinstance(run, OnlineRun):
+            stream.require(run.steps)
+        elif clients is not None:
+            federate(stream, clients, seed=cell.seed).require(run)
+            run.check(run.per_round or clients.clients, len(stream.trusted) > 0)
+            cell.defence.component.check_federation(run, run.per_round or clients.clients)
 
 
 def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -197,14 +198,12 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {prefix: value}
 
 
-def _run_cell(
-    cell: Cell, directory: Path, stream: Stream, prepared: Prepared, device: torch.device, watcher: Watcher
-) -> dict[str, Any]:
+def _run_cell(cell: Cell, directory: Path, prepared: Prepared, context: Context) -> dict[str, Any]:
     run, burned = cell.recipe.run, prepared.burned
-    learner = online_learner(cell, cell.defence.component, stream, burned, device)
-    calibrations = calibrated(learner, stream.batch_size)
+    learner = burned_in_learner(cell, cell.defence.component, burned, context)
+    calibrations = calibrated(learner, context.stream.batch_size)
     store.write_toml(directory / store.CONFIG, cell.config())
-    store.write_json(directory / store.ENVIRONMENT, environment(device))
+    store.write_json(directory / store.ENVIRONMENT, environment(context.device))
     state = directory / store.STATE
     progress = _load_progress(state, learner) if state.exists() else Progress()
 
@@ -212,9 +211,9 @@ def _run_cell(
         done = len(progress.rows) - 1
         if done % run.save_every == 0:
             _save_progress(state, learner, progress)
-        watcher.step(cell, done, run.steps, progress.rows[-1]["accuracy"])
+        context.watcher.step(cell, done, run.steps, progress.rows[-1]["accuracy"])
 
-    outcome = _outcome(cell, learner, stream, prepared, progress, on_step)
+    outcome = _outcome(cell, learner, prepared, context, progress, on_step)
     summary = _summary(cell, outcome, burned, calibrations)
     store.write_trace(directory / store.TRACE, outcome.trace)
     if outcome.images:
@@ -229,34 +228,33 @@ def _run_cell(
 def _outcome(
     cell: Cell,
     learner: Learner,
-    stream: Stream,
     prepared: Prepared,
+    context: Context,
     progress: Progress,
     on_step: Callable[[Progress], None],
 ) -> Outcome:
     """The cell's loop, online or federated."""
     recipe, attack = cell.recipe, cell.attack.component
-    monitors = [m.component for m in recipe.monitors]
-    if isinstance(recipe.run, FederatedRun):
-        assert isinstance(attack, UpdateAttack)  # noqa: S101  (the recipe built it as one)
-        assert recipe.clients is not None  # noqa: S101  (a federation has clients)
-        federation = federate(stream, recipe.clients, seed=cell.seed)
+    follow: dict[str, Any] = {
+        "monitors": [m.component for m in recipe.monitors],
+        "progress": progress,
+        "on_step": on_step,
+    }
+    if recipe.clients is not None:
+        federation = federate(context.stream, recipe.clients, seed=cell.seed)
         return run_federated(
-            learner, federation, attack, recipe.run, monitors=monitors, progress=progress, on_step=on_step
+            learner, federation, cast("UpdateAttack", attack), cast("FederatedRun", recipe.run), **follow
         )
-    assert isinstance(attack, Attack)  # noqa: S101  (the recipe built it as one)
     return run_online(
         learner,
-        stream,
-        attack,
-        recipe.run,
-        monitors=monitors,
+        context.stream,
+        cast("Attack", attack),
+        cast("OnlineRun", recipe.run),
         seed=cell.seed,
-        progress=progress,
-        on_step=on_step,
         scorers=prepared.scorers,
-        ood=prepared.ood,
+        ood=context.ood,
         surrogate=prepared.surrogate,
+        **follow,
     )
 
 
@@ -278,6 +276,7 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
 def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
     extra = {f"attack.{k}": v for k, v in progress.memory.items()}
     extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
+    extra |= {f"rule.{k}": v for k, v in progress.rule.items()}
     extra |= {f"image.{k}": v for k, v in progress.images.items()}
     extra |= {f"score.{k}": v for k, v in progress.scores.items()}
     extra |= {f"changed.{k}": v for k, v in progress.changed.items()}
@@ -290,7 +289,7 @@ def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
 def _load_progress(path: Path, learner: Learner) -> Progress:
     snapshot, extra, note = load_snapshot(path)
     learner.restore(snapshot)
-    kinds = ("attack", "defence", "image", "history", "score", "changed")
+    kinds = ("attack", "defence", "rule", "image", "history", "score", "changed")
     parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
     for name, tensor in extra.items():
         kind, _, key = name.partition(".")
@@ -298,4 +297,4 @@ def _load_progress(path: Path, learner: Learner) -> Progress:
     learner.memory.update(parts["defence"])
     if learner.history is not None:
         learner.history.load(parts["history"])
-    return Progress(note["rows"], parts["attack"], parts["image"], parts["score"], parts["changed"])
+    return Progress(note["rows"], parts["attack"], parts["rule"], parts["image"], parts["score"], parts["changed"])

@@ -7,29 +7,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim import SGD
 
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core import registry
-from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
+from mithridate.core.component import Component
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DeviceError
 from mithridate.core.model import Snapshot, WhiteBox
 from mithridate.core.registry import config_of
-from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
-from mithridate.core.watch import Detector
 from mithridate.data.foreign import foreign_batches
 from mithridate.data.stream import Loader, Stream
 from mithridate.models import build_model
-from mithridate.simulation.federated import federated_optimiser
-from mithridate.simulation.online import EVALUATION_BATCH, OnlineRun, adopt_momentum, online_optimiser
+from mithridate.simulation.run import EVALUATION_BATCH, adopt_momentum, victim_optimiser
 from mithridate.simulation.scoring import Scorer, fit_scorers
 from mithridate.training.burn_in import BurnInResult, burn_in
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
+from mithridate.training.rollback import put_weights
 
 
 def choose_device(name: str) -> torch.device:
@@ -49,14 +46,14 @@ def other_images(
     recipe: Recipe, stream: Stream, device: torch.device, data_root: Path | None, cache: Path | None
 ) -> list[Batch]:
     """Batches of the other image set that detectors score, if the recipe names one."""
-    if not isinstance(recipe.run, OnlineRun) or recipe.run.ood is None:
+    if recipe.ood is None:
         return []
     if not recipe.detectors:
-        raise ConfigError(f"[run] ood = '{recipe.run.ood}': nothing scores those images; add a [[detector]].")
+        raise ConfigError(f"[run] ood = '{recipe.ood}': nothing scores those images; add a [[detector]].")
     return [
         batch.to(device)
         for batch in foreign_batches(
-            recipe.run.ood,
+            recipe.ood,
             stream.info,
             batches=recipe.run.steps + 1,
             batch_size=stream.batch_size,
@@ -67,6 +64,25 @@ def other_images(
 
 
 @dataclass(frozen=True)
+class Context:
+    """What all cells of a recipe share while it runs.
+
+    Args:
+        stream: Gives the samples.
+        ood: Batches of another image set that detectors score, if any.
+        device: Where to compute.
+        cache: Directory of kept burn-ins.
+        watcher: Follows progress.
+    """
+
+    stream: Stream
+    ood: Sequence[Batch]
+    device: torch.device
+    cache: Path
+    watcher: Watcher
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What all cells of one seed share.
 
@@ -74,123 +90,107 @@ class Prepared:
         burned: The victim's burn-in.
         surrogate: What attackers without access to the victim's model craft on, if any attack does.
         scorers: Detectors, fitted to the model as the burn-in left it.
-        ood: Batches of another image set.
     """
 
     burned: BurnInResult
     surrogate: WhiteBox | None
     scorers: Sequence[Scorer]
-    ood: Sequence[Batch]
 
 
-def prepare(
-    cell: Cell, stream: Stream, ood: Sequence[Batch], device: torch.device, cache: Path, watcher: Watcher
-) -> Prepared:
+def prepare(cell: Cell, context: Context) -> Prepared:
     """Train or fetch what all cells of one seed share.
 
     Args:
         cell: Any of them.
-        stream: Gives the burn-in images.
-        ood: From `other_images`.
-        device: Where to compute.
-        cache: Directory of kept burn-ins.
-        watcher: Follows progress.
+        context: Of the recipe's run.
 
     Raises:
         ConfigError: A checkpoint that somebody needs is not kept.
         DataError: Too few clean samples for a detector.
     """
     recipe = cell.recipe
-    burned = _burn_in(cell, stream, device, cache, watcher)
+    burned = burn_in(
+        _model(cell, context),
+        context.stream,
+        recipe.burn_in,
+        seed=cell.seed,
+        model_config=config_of(recipe.model),
+        cache=context.cache,
+        on_epoch=lambda done, epochs: context.watcher.burn_in(cell.seed, done, epochs),
+    )
     wanted = any(Need.SURROGATE in attack.component.needs for attack in recipe.attacks)
-    surrogate = _surrogate(cell, stream, burned, device, cache, watcher) if wanted else None
+    surrogate = _surrogate(cell, burned, context) if wanted else None
     scorers: list[Scorer] = []
     if recipe.detectors:
-        learner = online_learner(cell, cell.defence.component, stream, burned, device)
+        learner = burned_in_learner(cell, cell.defence.component, burned, context)
         detectors = {d.label: d.component for d in recipe.detectors}
         scorers = fit_scorers(detectors, learner, learner.training, seed=cell.seed)
-    return Prepared(burned, surrogate, scorers, ood)
+    return Prepared(burned, surrogate, scorers)
 
 
-def _surrogate(
-    cell: Cell, stream: Stream, burned: BurnInResult, device: torch.device, cache: Path, watcher: Watcher
-) -> WhiteBox:
+def _surrogate(cell: Cell, burned: BurnInResult, context: Context) -> WhiteBox:
     """An older state of the victim's model, or a model trained apart."""
     how, recipe = cell.recipe.surrogate, cell.recipe
     if how.kind == "checkpoint":
-        held = History(checkpoints=burned.epochs).checkpoint(how.epoch)
-        if held is None:
+        old = History(checkpoints=burned.epochs).checkpoint(how.epoch)
+        if old is None:
             which = "no checkpoint" if how.epoch is None else f"no checkpoint of epoch {how.epoch}"
             raise ConfigError(f"[surrogate]: the burn-in keeps {which}; add it to `checkpoints` in [burn_in].")
-        model = _model(cell, stream, device)
-        learner = Learner(model, _optimiser(model, recipe))
-        learner.restore_parameters(held.parameters)
-        learner.restore_buffers(held.buffers)
-        return learner.white_box
-    own = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
+        model = _model(cell, context)
+        put_weights(model, old)
+        return WhiteBox(model, F.cross_entropy)
+    config = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
     seed = (cell.seed if recipe.burn_in.seed is None else recipe.burn_in.seed) + how.seed_offset
-    model = build_model(own, stream.info, seed=seed).to(device)
+    model = build_model(config, context.stream.info, seed=seed).to(context.device)
     burn_in(
         model,
-        stream,
+        context.stream,
         replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None),
         seed=seed,
-        model_config=config_of(own),
-        cache=cache,
-        on_epoch=lambda done, epochs: watcher.burn_in(seed, done, epochs),
+        model_config=config_of(config),
+        cache=context.cache,
+        on_epoch=lambda done, epochs: context.watcher.burn_in(seed, done, epochs),
     )
     return WhiteBox(model, F.cross_entropy)
 
 
-def _optimiser(model: nn.Module, recipe: Recipe) -> SGD:
-    """That of the recipe's loop."""
-    run = recipe.run
-    if isinstance(run, OnlineRun):
-        return online_optimiser(model.parameters(), run)
-    return federated_optimiser(model.parameters(), run)
-
-
-def _model(cell: Cell, stream: Stream, device: torch.device) -> nn.Module:
+def _model(cell: Cell, context: Context) -> nn.Module:
     seed = cell.recipe.burn_in.seed
-    return build_model(cell.recipe.model, stream.info, seed=cell.seed if seed is None else seed).to(device)
+    fresh = build_model(cell.recipe.model, context.stream.info, seed=cell.seed if seed is None else seed)
+    return fresh.to(context.device)
 
 
-def _burn_in(cell: Cell, stream: Stream, device: torch.device, cache: Path, watcher: Watcher) -> BurnInResult:
-    return burn_in(
-        _model(cell, stream, device),
-        stream,
-        cell.recipe.burn_in,
-        seed=cell.seed,
-        model_config=config_of(cell.recipe.model),
-        cache=cache,
-        on_epoch=lambda done, epochs: watcher.burn_in(cell.seed, done, epochs),
-    )
+def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: Context) -> Learner:
+    """A learner as the burn-in left the model, with the loop's own optimiser.
 
-
-def online_learner(cell: Cell, defence: Defence, stream: Stream, result: BurnInResult, device: torch.device) -> Learner:
-    """A learner as the burn-in left the model, with the online phase's own optimiser."""
-    model, burned = _model(cell, stream, device), result.final
-    optimiser = _optimiser(model, cell.recipe)
+    Args:
+        cell: Which run.
+        defence: What stands in its steps.
+        result: The burn-in.
+        context: Of the recipe's run.
+    """
+    model, burned, run = _model(cell, context), result.final, cell.recipe.run
+    stream, optimiser = context.stream, victim_optimiser(model, run)
     learner = Learner(
         model,
         optimiser,
         defence=defence,
-        trusted=stream.trusted.all(device) if len(stream.trusted) else None,
+        trusted=stream.trusted.all(context.device) if len(stream.trusted) else None,
         history=_history(cell, defence, result),
-        training=Loader(stream.burn_in, EVALUATION_BATCH, device),
-        update_mode=cell.recipe.run.update_mode if isinstance(cell.recipe.run, OnlineRun) else "train",
+        training=Loader(stream.burn_in, EVALUATION_BATCH, context.device),
+        domain=stream.domain,
+        update_mode=cell.recipe.update_mode,
     )
     learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))
-    if cell.recipe.run.restore_momentum:
+    if run.restore_momentum:
         adopt_momentum(optimiser, burned)
     return learner
 
 
 def _history(cell: Cell, defence: Defence, burned: BurnInResult) -> History | None:
     """A past for whoever looks back, as long as they need."""
-    detectors = (d.component for d in cell.recipe.detectors)
-    looking: list[Attack | UpdateAttack | Defence | Detector] = [defence, cell.attack.component, *detectors]
+    looking: list[Component] = [defence, cell.attack.component, *(d.component for d in cell.recipe.detectors)]
     if not any(Need.HISTORY in component.needs for component in looking):
         return None
-    lookback = max(getattr(component, "lookback", 0) for component in looking)
+    lookback = max(component.lookback for component in looking)
     return History(keep=lookback + 1 if lookback else 0, checkpoints=burned.epochs)

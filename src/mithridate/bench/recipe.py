@@ -2,8 +2,8 @@
 
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -13,6 +13,7 @@ from mithridate.core import registry
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import Kind, config_of, fields_of, make, settings
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -142,6 +143,7 @@ class Recipe:
         surrogate: What attackers without access to the victim's model craft on.
         monitors: Watch every run.
         run: Length and options of the loop.
+        rules: Robust rules of a federation's server, by label: a run of each pair for each. Empty: the rule of `run`.
         seeds: One run of each pair a seed.
         clients: Of a federation; None for an online run.
     """
@@ -158,13 +160,28 @@ class Recipe:
     detectors: Sequence[Labelled[Detector]] = ()
     surrogate: Surrogate = field(default_factory=Surrogate)
     clients: Shards | None = None
+    rules: Mapping[str, FederatedRun] = field(default_factory=dict)
+
+    @property
+    def ood(self) -> str | None:
+        """The other image set that detectors score, if any."""
+        return self.run.ood if isinstance(self.run, OnlineRun) else None
+
+    @property
+    def update_mode(self) -> BatchNormMode:
+        """BatchNorm in the victim's updates."""
+        return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
 
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
         for seed in self.seeds:
             for defence in self.defences:
                 for attack in self.attacks:
-                    yield Cell(attack, defence, seed, self)
+                    if not self.rules:
+                        yield Cell(attack, defence, seed, self)
+                    for label, run in self.rules.items():
+                        both = label if defence.label == "none" else f"{defence.label}+{label}"
+                        yield Cell(attack, replace(defence, label=both), seed, replace(self, run=run, rules={}))
 
 
 def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Recipe:
@@ -212,6 +229,7 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
         raise ConfigError("[clients] belongs to a federation; add a table [federated].")
     loop = "federated" if federated else "run"
     run = dict(tables.get(loop, {}))
+    rules = _rules(run) if federated and isinstance(run.get("rule"), list) else {}
     recipe = Recipe(
         title=str(tables.get("title", "")),
         data=make(StreamSettings, tables.get("data", {}), where="[data]"),
@@ -225,9 +243,37 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
         clients=make(Shards, tables.get("clients", {}), where="[clients]") if federated else None,
         detectors=_labelled("detector", tables.get("detector", [])),
         surrogate=make(Surrogate, tables.get("surrogate", {}), where="[surrogate]"),
+        rules=rules,
     )
     recipe.data.resolved()
     return recipe
+
+
+def _rules(run: Table) -> dict[str, FederatedRun]:
+    """One run's settings a rule, where `rule` is an array of tables; that key is taken out.
+
+    Args:
+        run: The table [federated].
+    """
+    common = {key: value for key, value in run.items() if key != "seeds"}
+    rules: dict[str, FederatedRun] = {}
+    for table in run.pop("rule"):
+        values = dict(table)
+        label = _checked_label("rule", values.pop("label", values.get("name", "")), rules)
+        rules[label] = make(FederatedRun, {**common, "rule": values}, where="[federated]")
+    return rules
+
+
+def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
+    """A label that may stand in names of directories, and that no other of its kind has."""
+    text = str(label)
+    if not _LABEL.fullmatch(text):
+        raise ConfigError(
+            f"[{kind}] label {text!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first."
+        )
+    if text in taken:
+        raise ConfigError(f"two [[{kind}]] are called '{text}'; give each its own `label`.")
+    return text
 
 
 def _check_tables(tables: Mapping[str, Any]) -> None:
@@ -261,15 +307,9 @@ def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labe
     made: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         values = dict(table)
-        label = str(values.pop("label", values.get("name", "")))
+        label = values.pop("label", values.get("name", ""))
         component = registry.build(kind_of or kind, values, where=f"[{kind}]")
-        if not _LABEL.fullmatch(label):
-            raise ConfigError(
-                f"[{kind}] label {label!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first."
-            )
-        if label in {m.label for m in made}:
-            raise ConfigError(f"two [[{kind}]] are called '{label}'; give each its own `label`.")
-        made.append(Labelled(label, component))
+        made.append(Labelled(_checked_label(kind, label, {m.label for m in made}), component))
     return made
 
 

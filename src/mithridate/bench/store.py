@@ -17,7 +17,8 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 
 from mithridate.core.errors import StoreError
 from mithridate.core.files import write_atomically
+from mithridate.simulation.trace import COLUMNS, TraceRow
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
     "config.toml",
@@ -40,33 +42,18 @@ CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
 )
 STATE = "state.safetensors"
 
-TRACE_SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),  # updates since the stream began; 0 is the state before it
-        ("phase", pa.string()),  # start, accumulative, trigger
-        ("accuracy", pa.float64()),  # on the test part, after the step, fraction
-        ("loss", pa.float64()),  # mean cross-entropy on the test part, after the step
-        ("batch_loss", pa.float64()),  # mean loss of the batch as the model received it, before the step
-        ("gradient_norm", pa.float64()),  # l2, before the defence bounds it
-        ("bounded_norm", pa.float64()),  # l2, after
-        ("update_norm", pa.float64()),  # l2 distance of the parameters before and after the step
-        ("poison_linf", pa.float64()),  # largest pixel change of the batch
-        ("poison_l2", pa.float64()),  # mean l2 length of the changed samples' perturbations
-        ("poisoned", pa.float64()),  # share of the batch's samples that were changed
-        ("quarantined", pa.int64()),  # samples with NaN or infinite pixels, kept from the model
-        (
-            "flagged_clean",
-            pa.float64(),
-        ),  # share of the unchanged samples that the defence corrected, dropped, weighed less
-        ("flagged_poisoned", pa.float64()),  # the same of the changed ones
-        ("admitted", pa.bool_()),  # False: the defence rolled the step back
-        ("verdict", pa.string()),  # the defence's reason, empty if none
-        ("alarms", pa.string()),  # monitors' alarms joined by "; ", empty if none
-        ("craft_seconds", pa.float64()),  # the attack's time
-        ("update_seconds", pa.float64()),  # the learner's and the defence's time
-        ("seconds", pa.float64()),  # the whole step, evaluation included
-    ]
-)
+_ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
+
+
+def _trace_schema() -> pa.Schema:
+    """The columns of a trace row, and their types."""
+    hints = get_type_hints(TraceRow)
+    plain = {name: next(t for t in (get_args(hint) or (hint,)) if t is not NoneType) for name, hint in hints.items()}
+    return pa.schema([(name, _ARROW[plain[name]]) for name in COLUMNS])
+
+
+TRACE_SCHEMA = _trace_schema()
+"""See `simulation.trace.TraceRow`."""
 
 
 SCORES_SCHEMA = pa.schema(
@@ -133,7 +120,7 @@ class Run:
     Args:
         path: Its directory; the directory's name is the run id.
         config: The resolved settings, table by table.
-        summary: The outcome; see `simulation.online.Outcome`.
+        summary: The outcome; see `simulation.run.Outcome`.
         trace: One dict a step, keys as in `TRACE_SCHEMA`.
         environment: Versions, device, threads.
         images: Named arrays; empty if the run stored none.

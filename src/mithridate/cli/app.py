@@ -20,7 +20,8 @@ from mithridate.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mithridate.bench.recipe import Cell
-    from mithridate.training.calibrate import Share
+    from mithridate.core.defence import Calibration
+    from mithridate.defences.threshold import Share
 
 app = typer.Typer(
     name="mithridate",
@@ -227,9 +228,9 @@ def calibrate(
             found = checked.calibration
             table.add_row(
                 str(checked.seed),
-                f"{found.defence.mu:.4g}",
-                f"{found.defence.tau:.4g}",
-                _share(found.share),
+                f"{found.fields['mu']:.4g}",
+                f"{found.fields['tau']:.4g}",
+                _share(found),
                 _share(checked.unseen),
             )
     out.print(table)
@@ -330,7 +331,7 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
-def _share(share: "Share") -> str:
+def _share(share: "Calibration | Share") -> str:
     low, high = share.interval
     return f"{share.rate:.1%} of {share.samples} [{low:.1%}, {high:.1%}]"
 

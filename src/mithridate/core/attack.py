@@ -7,20 +7,18 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch, check_domain
-from mithridate.core.view import Need, View
+from mithridate.core.batch import AnyBatch, Batch, check_domain
+from mithridate.core.component import Component, check_moves
+from mithridate.core.view import View
 from mithridate.maths.norms import Ball
 
 
-class Attack(ABC):
+class Attack(Component, ABC):
     """Poisons the batches of a stream, then one trigger batch.
 
     An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults); the loop calls
     `poison` and `trigger`, which check what goes in and hold what comes out to the budget.
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the attack sees besides the batch."""
 
     control: ClassVar[bool] = False
     """Whether it is a control, which is not meant to beat noise."""
@@ -31,7 +29,7 @@ class Attack(ABC):
     @property
     @abstractmethod
     def ball(self) -> Ball:
-        """The perturbation budget of one image."""
+        """The perturbation budget of one sample."""
 
     @property
     @abstractmethod
@@ -40,27 +38,36 @@ class Attack(ABC):
 
     @abstractmethod
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
-        """Perturbed pixels for one batch of the accumulative phase.
+        """Perturbed inputs for one batch of the accumulative phase.
 
         Args:
-            batch: The clean batch (n, c, h, w), (n,).
+            batch: The clean batch (n, ...), (n,).
             view: What the attack declared.
             mask: (n,) bool, the samples that may change.
             rng: The only source of randomness.
         """
 
     def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
-        """Perturbed pixels for the trigger batch; by default the same as for any other batch."""
+        """Perturbed inputs for the trigger batch; by default the same as for any other batch."""
         return self.craft(batch, view, mask, rng)
 
     def ready(self, view: View) -> bool:
         """Whether the accumulative phase should end now; asked before every batch. By default it never should."""
         return False
 
-    def fed(self, view: View, rng: Generator) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
+    def after_step(self, view: View, rng: Generator) -> None:
         """Called after the victim has learned from a poisoned batch; `view` shows the updated model."""
 
-    def poison(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs that cannot be moved, unless nothing is moved at all.
+
+        Raises:
+            ConfigError: They are not one tensor of floats.
+        """
+        if self.ball.eps > 0 and self.ratio > 0:
+            check_moves(batch, who=type(self).__name__)
+
+    def poison(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
         """One batch of the accumulative phase, poisoned within the budget.
 
         Args:
@@ -72,30 +79,30 @@ class Attack(ABC):
             A batch of the same shape, dtype, device and labels.
 
         Raises:
-            DataError: The batch must not reach a model (see `check_domain`).
+            DataError: Inputs are not what the domain allows (see `check_domain`).
             AssertionError: The attack broke its own budget; a defect in it.
         """
         return self._guarded(self.craft, batch, view, rng)
 
-    def trigger(self, batch: Batch, view: View, *, rng: Generator) -> Batch:
+    def trigger(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
         """The trigger batch, poisoned within the budget; arguments and errors as in `poison`."""
         return self._guarded(self.craft_trigger, batch, view, rng)
 
     def _guarded(
         self,
         craft: Callable[[Batch, View, Tensor, Generator], Tensor],
-        batch: Batch,
+        batch: AnyBatch,
         view: View,
         rng: Generator,
-    ) -> Batch:
+    ) -> AnyBatch:
+        if self.ball.eps == 0 or self.ratio == 0:
+            return batch
         name = type(self).__name__
         check_domain(batch, view.domain, where=f"batch given to {name}")
-        mask = self.positions(len(batch.x), view, rng).to(batch.x.device)
-        if self.ball.eps == 0 or not bool(mask.any()):
+        mask = self.positions(batch.size, view, rng).to(batch.x.device)
+        if not bool(mask.any()):
             return batch
-        x = craft(
-            Batch(batch.x.clone(), batch.y.clone()), view, mask.clone(), rng
-        ).detach()  # copies: what counts is ours
+        x = craft(batch.clone(), view, mask.clone(), rng).detach()  # copies: what counts is ours
         if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
             raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)

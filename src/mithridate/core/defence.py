@@ -1,19 +1,33 @@
-"""What stands between a batch, or an update, and the model."""
+"""What stands in a step: between a batch, or clients' updates, and the model."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion, Snapshot, Weights
-from mithridate.core.update import Gradient
-from mithridate.core.view import Need, View
+from mithridate.core.batch import AnyBatch
+from mithridate.core.component import Component
+from mithridate.core.errors import ConfigError
+from mithridate.core.model import Criterion, Weights, answer
+from mithridate.core.updates import Updates
+from mithridate.core.view import View
 
-FLAGGED = "flagged"
-"""Where a defence that treats samples unlike each other notes, in `screen`, which of them it corrected, dropped or gave
-less weight: (n,) bool over the batch that it was given. The learner clears it before every batch. For measurement."""
+
+class Screened(NamedTuple):
+    """What a defence lets through of a batch.
+
+    Args:
+        batch: What is left, corrected or not, in the order received.
+        flagged: (n,) bool over the batch that it was given, the samples that it corrected, dropped or gives less
+            weight; every dropped one is among them. None: it treats all samples alike. For measurement.
+        weights: What each sample that is left counts in the loss, shaped like the targets' first dimension, >= 0. None:
+            all count 1.
+    """
+
+    batch: AnyBatch
+    flagged: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class Verdict(NamedTuple):
@@ -33,15 +47,52 @@ class Verdict(NamedTuple):
 ADMITTED = Verdict(admit=True)
 
 
-class Defence:
-    """Stands between a batch and the model. Override what you use; each moment is the identity otherwise.
+class Rounds(Protocol):
+    """What a server of a federation says of its rounds to defences."""
 
-    A defence sees what a deployed system sees: the batch as received, its own model and notes, a trusted set if it
-    declares one. It never sees which samples are poisoned.
+    @property
+    def bound(self) -> Literal["after", "before"]:
+        """Whether a defence bounds the aggregate, or each client's row."""
+
+    @property
+    def distances(self) -> Literal["all", "without_norm"]:
+        """Which parameters bounds and rules look at."""
+
+
+class Calibration(NamedTuple):
+    """A threshold that was measured on clean samples before the stream.
+
+    Args:
+        fields: The settings that were found, by name.
+        rate: Share of the clean samples above the threshold.
+        interval: 95 % confidence interval of it (Wilson), were the samples independent.
+        samples: How many were looked at.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the defence sees besides the batch."""
+    fields: Mapping[str, float]
+    rate: float
+    interval: tuple[float, float]
+    samples: int
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for the store."""
+        return {**self.fields, "rate": self.rate, "interval": list(self.interval), "samples": self.samples}
+
+
+Rehearsal = Callable[[Callable[[AnyBatch, View], Tensor | None]], tuple[Tensor, Tensor]]
+"""Lets an undefended twin of the learner go through clean batches; a function that is given scores each of them, one
+number a sample (None: not yet). Returns the update number of each score, and the scores: (scores,) int64, float64."""
+
+
+class Defence(Component):
+    """Stands in a step. Override what you use; each moment is the identity otherwise.
+
+    A step asks in this order: `begin`, `screen`, `loss`, `bound`, then, once the optimiser has stepped, `admit`, and
+    `committed` if the step stays. A server of a federation has updates and no samples: it skips `screen` and `loss`.
+
+    A defence sees what a deployed system sees: the batch as received, its own model and notes, a trusted set if it
+    declares one. It never sees which samples are poisoned. Its notes are tensors in `view.memory`, and nowhere else.
+    """
 
     neutral: ClassVar[Mapping[str, Any]] = {}
     """Settings under which it changes nothing, bit for bit."""
@@ -49,59 +100,84 @@ class Defence:
     active: ClassVar[Mapping[str, Any]] = {}
     """Settings under which it surely acts on a toy stream; equal to `neutral` only for a defence that never acts."""
 
-    notes_only: ClassVar[bool] = False
-    """Whether its `screen` and `loss` only take notes and hand on what they are given, so that it may stand before a
-    federation, whose server sees no samples."""
+    def begin(self, view: View) -> None:
+        """A step, or a round of a federation, starts: take notes of the model as it is."""
 
-    @property
-    def observes_loss(self) -> bool:
-        """Whether its `loss` is the plain one, noted, so that it may stand beside a defence that changes the loss."""
-        return self.notes_only
+    def screen(self, batch: AnyBatch, view: View) -> Screened:
+        """Before the gradient: drop, weigh or correct samples."""
+        return Screened(batch)
 
-    @property
-    def lookback(self) -> int:
-        """How many updates back it looks in the model's history; 0 if only at burn-in checkpoints or not at all."""
-        return 0
+    def loss(self, model: nn.Module, batch: AnyBatch, criterion: Criterion, view: View) -> Tensor:
+        """The loss that is differentiated, the model being in update mode; a scalar."""
+        return criterion(answer(model, batch.x), batch.y)
 
-    def screen(self, batch: Batch, view: View) -> Batch:
-        """Before the gradient: drop, weight or correct samples."""
-        return batch
+    def bound(self, updates: Updates, view: View) -> Updates:
+        """Between gradient and step: bound each client's row by itself."""
+        return updates
 
-    def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
-        """The loss that is differentiated, the model being in update mode: weight samples, add a term."""
-        return criterion(model(batch.x), batch.y)
-
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
-        """Between gradient and step: bound or refuse it, each client's row by itself."""
-        return gradient
-
-    def factors(self, lengths: Tensor) -> Tensor | None:
-        """What `bound` multiplies rows by, if their l2 lengths are all that it looks at; None if it looks at more.
-
-        With it a server bounds many clients' updates without forming them. Whoever overrides `bound` may leave it.
+    def admit(self, before: Weights, view: View) -> Verdict:
+        """After the step: keep it, shorten it, or roll it back.
 
         Args:
-            lengths: (clients,), l2.
+            before: The model before the step, during this call only.
+            view: Of the model after it.
         """
-        return torch.ones_like(lengths)
-
-    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
-        """Of a federated round: all clients' rows to one; the mean by default."""
-        return gradient.with_rows(gradient.rows.mean(0, keepdim=True))
-
-    def admit(self, before: Snapshot, view: View) -> Verdict:
-        """After the step: commit it, shorten it, or roll it back to `before`."""
         return ADMITTED
+
+    def committed(self, view: View) -> None:
+        """The step stays: take notes of the state that was reached."""
 
     def serve(self, view: View) -> Weights | None:
         """The model that answers queries, where it is another than the one that learns; None if it is that one."""
         return None
 
+    def check_federation(self, run: Rounds, clients: int) -> None:
+        """Refuse a federation in which it would do nothing, or could not work; asked before the first round.
 
-def row_factors(defence: Defence, lengths: Tensor) -> Tensor | None:
-    """What a defence's `bound` multiplies rows of these l2 lengths by; None if that does not follow from the lengths.
+        Args:
+            run: The server's settings.
+            clients: In a round.
 
-    A class that overrides `bound` and not `factors` is taken at its `bound`, whatever it inherits.
+        Raises:
+            ConfigError: Says what to change.
+        """
+        if overrides(self, "screen") or overrides(self, "loss"):
+            raise ConfigError(
+                f"{type(self).__name__} acts on training samples, and the server of a federation sees none, so it "
+                "would do nothing; take one that acts on updates (clip, dgc) or on the model (gate, bound_update, ema)."
+            )
+
+    def calibrated(self, rehearse: Rehearsal) -> "tuple[Defence, Sequence[Calibration]]":
+        """The defence with those thresholds measured that its settings ask for, and what was measured.
+
+        Args:
+            rehearse: Goes through the trusted set as through a stream.
+        """
+        return self, ()
+
+
+def overrides(defence: Defence, moment: str) -> bool:
+    """Whether a defence does anything of its own at a moment of the step."""
+    return getattr(type(defence), moment) is not getattr(Defence, moment)
+
+
+def checked(defence: Defence, batch: AnyBatch, screened: Screened) -> Screened:
+    """What a defence let through, held to what `Screened` promises.
+
+    Args:
+        defence: Whose word it is, for the message.
+        batch: What it was given.
+        screened: What it gave.
+
+    Raises:
+        AssertionError: A defect in the defence.
     """
-    owner = next(cls for cls in type(defence).__mro__ if "bound" in vars(cls))
-    return defence.factors(lengths) if "factors" in vars(owner) else None
+    name, left = type(defence).__name__, screened.batch.size
+    flagged, weights = screened.flagged, screened.weights
+    if flagged is not None and (flagged.dtype != torch.bool or flagged.shape != (batch.size,)):
+        raise AssertionError(f"{name}: flags of shape {tuple(flagged.shape)} for {batch.size} samples")
+    if left != batch.size and (flagged is None or left != int((~flagged).sum())):
+        raise AssertionError(f"{name} left {left} of {batch.size} samples, and did not flag just those that it dropped")
+    if weights is not None and weights.shape != (left,):
+        raise AssertionError(f"{name}: weights of shape {tuple(weights.shape)} for {left} samples")
+    return screened

@@ -4,22 +4,23 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
+from mithridate.core.batch import Inputs
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, frozen_statistics
+from mithridate.core.model import Weights, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.divergence import Divergence, divergence
 
 
-def memorization_discrepancy(model: nn.Module, old: Weights, x: Tensor, *, kind: Divergence = "kl") -> Tensor:
+def memorization_discrepancy(box: WhiteBox, old: Weights, x: Inputs, *, kind: Divergence = "kl") -> Tensor:
     """Distance between what an old and the current model say of each sample, both in eval mode.
 
     Args:
-        model: The current model; any module that gives logits. Not changed.
+        box: The current model; not changed.
         old: An earlier state of the same model.
-        x: Samples (n, channels, height, width).
+        x: Samples (n, ...).
         kind: Which distance.
 
     Returns:
@@ -32,10 +33,7 @@ def memorization_discrepancy(model: nn.Module, old: Weights, x: Tensor, *, kind:
         Zhu et al., ICML 2023, Definition 3.3, Eq. (5).
     """
     with torch.no_grad():
-        before = old.logits(model, x)
-        with frozen_statistics(model, "eval"):
-            now = model(x)
-        return divergence(before, now, kind)
+        return divergence(old.logits(box.module, x), box.logits(x), kind)
 
 
 @settings

@@ -5,18 +5,71 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mithridate.core.errors import CheckpointError
+from mithridate.core.batch import Inputs
+from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.maths.calculus import Objective, Parameters
 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
 
-
 Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(logits, labels) -> mean loss."""
+"""(logits, targets) -> mean loss, a scalar."""
+
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out (`ignore_index`)."""
+
+
+def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What a model says of inputs: its logits, or whatever else its criterion takes.
+
+    Args:
+        module: A model that gives a tensor, or an object or mapping with a tensor under `logits`.
+        x: A tensor, a mapping (keyword arguments) or a sequence (positional ones).
+        state: Parameters and buffers to use in place of the module's, by name; those left out are its own.
+
+    Raises:
+        ConfigError: It gives something else.
+    """
+    args: tuple[Tensor, ...] = ()
+    kwargs: dict[str, Tensor] = {}
+    if isinstance(x, Tensor):
+        args = (x,)
+    elif isinstance(x, Mapping):
+        kwargs = dict(x)
+    else:
+        args = tuple(x)
+    said = module(*args, **kwargs) if state is None else functional_call(module, dict(state), args, kwargs)
+    if isinstance(said, Tensor):
+        return said
+    logits = said.get("logits") if isinstance(said, Mapping) else getattr(said, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"{type(module).__name__} gives a {type(said).__name__}; a model must give a tensor, or an object with a "
+            "tensor under `.logits`. Wrap it in a module that does."
+        )
+    return logits
+
+
+def right_answers(logits: Tensor, y: Tensor) -> Tensor | None:
+    """Which targets are hit; None where that has no meaning, as in regression.
+
+    Args:
+        logits: (n, classes) or (n, positions, classes) for class numbers, shaped like `y` for many labels.
+        y: Class numbers int64, (n,) or (n, positions), `IGNORED` ones left out; or many labels, floats of 0 and 1.
+
+    Returns:
+        (targets,) bool.
+    """
+    if y.dtype == torch.int64 and logits.shape[:-1] == y.shape:
+        counted = y != IGNORED
+        return (logits.argmax(-1) == y)[counted]
+    if y.is_floating_point() and logits.shape == y.shape and bool(((y == 0) | (y == 1)).all()):
+        return ((logits > 0) == (y > 0.5)).flatten()
+    return None
 
 
 @dataclass(frozen=True)
@@ -38,11 +91,11 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class WhiteBox:
-    """Read access to a model: its parameters, and its loss as a pure function of parameters and pixels.
+    """Read access to a model: its parameters, and its answers and loss as pure functions.
 
     Args:
         module: The model; never changed through this object.
-        criterion: (logits, labels) -> mean loss.
+        criterion: (logits, targets) -> mean loss.
     """
 
     module: nn.Module
@@ -52,6 +105,17 @@ class WhiteBox:
     def parameters(self) -> Parameters:
         """The trainable parameters, detached (they share memory with the model: do not write)."""
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def logits(self, x: Inputs, mode: BatchNormMode = "eval", *, parameters: Parameters | None = None) -> Tensor:
+        """What the model says of inputs, differentiable in them; nothing is recorded.
+
+        Args:
+            x: Inputs.
+            mode: `eval` uses BatchNorm's running statistics, `train` those of the batch.
+            parameters: Trainable ones to use in place of the model's.
+        """
+        with frozen_statistics(self.module, mode):
+            return answer(self.module, x, self.parameters if parameters is None else parameters)
 
     @contextmanager
     def objective(self, mode: BatchNormMode = "eval") -> Iterator[Objective]:
@@ -63,9 +127,21 @@ class WhiteBox:
         with frozen_statistics(self.module, mode):
 
             def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
-                return self.criterion(functional_call(self.module, parameters, (x,)), y)
+                return self.criterion(answer(self.module, x, parameters), y)
 
             yield objective
+
+
+@contextmanager
+def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
+    """Put a model in eval or train mode; every module's own flag comes back as it was."""
+    training = [(m, m.training) for m in module.modules()]
+    module.train(mode == "train")
+    try:
+        yield
+    finally:
+        for m, flag in training:
+            m.training = flag
 
 
 @contextmanager
@@ -76,20 +152,17 @@ def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
         module: The model.
         mode: `eval` or `train`.
     """
-    training = {name: m.training for name, m in module.named_modules()}
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [m.track_running_stats for m in norms]
-    module.train(mode == "train")
-    if mode == "train":
-        for m in norms:
-            m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for name, m in module.named_modules():
-            m.training = training[name]
-        for m, flag in zip(norms, tracking, strict=True):
-            m.track_running_stats = flag
+    with in_mode(module, mode):
+        if mode == "train":
+            for m in norms:
+                m.track_running_stats = False
+        try:
+            yield
+        finally:
+            for m, flag in zip(norms, tracking, strict=True):
+                m.track_running_stats = flag
 
 
 class Past(Protocol):
@@ -116,19 +189,30 @@ class Weights:
     buffers: Mapping[str, Tensor]
     label: str = ""
 
-    def logits(self, module: nn.Module, x: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, module: nn.Module, label: str = "") -> "Weights":
+        """Those of a model as it is now; they share its memory."""
+        return cls(dict(module.named_parameters()), dict(module.named_buffers()), label)
+
+    def copied(self) -> "Weights":
+        """The same, in memory of its own."""
+        parameters, buffers = (
+            {name: t.detach().clone() for name, t in tensors.items()} for tensors in (self.parameters, self.buffers)
+        )
+        return Weights(parameters, buffers, self.label)
+
+    def logits(self, module: nn.Module, x: Inputs) -> Tensor:
         """What that model says of `x`, in eval mode, through a module of the same architecture.
 
         Raises:
             CheckpointError: It is of another architecture or class count.
         """
         now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        held = {**self.parameters, **self.buffers}
-        if now.keys() != held.keys() or any(now[name].shape != held[name].shape for name in now):
+        state = {**self.parameters, **self.buffers}
+        if now.keys() != state.keys() or any(now[name].shape != state[name].shape for name in now):
             raise CheckpointError(
                 f"the old model ({self.label or 'unnamed'}) is of another architecture or class count than the current "
                 "one; look back at a state of the same model."
             )
         with frozen_statistics(module, "eval"):
-            logits: Tensor = functional_call(module, held, (x,))
-        return logits
+            return answer(module, x, state)

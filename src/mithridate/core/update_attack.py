@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from mithridate.core.view import Need, View
+from mithridate.core.component import Component
+from mithridate.core.view import View
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,11 @@ class Honest:
         return (self.total + self.own.sum(0)) / self.clients
 
 
-class UpdateAttack(ABC):
+class UpdateAttack(Component, ABC):
     """Sends model updates in place of honest ones: the attack of a federated round.
 
     An author writes `craft` (and `craft_trigger` or `ready` where they differ from the defaults).
     """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What the attack sees besides the honest updates."""
 
     control: ClassVar[bool] = False
     """Whether it is a control, which is not meant to do harm."""
@@ -88,5 +86,5 @@ class UpdateAttack(ABC):
         """Whether the trigger should come now; asked before every round. By default never."""
         return False
 
-    def fed(self, view: View) -> None:  # noqa: B027  (a hook: doing nothing is a complete answer)
+    def after_step(self, view: View, rng: Generator) -> None:
         """Called after a round before the trigger; `view` shows the updated model."""

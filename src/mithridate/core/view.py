@@ -1,7 +1,8 @@
-"""What a component sees: the things that it declared, and its own notes."""
+"""What a component sees: what it declared, and its own notes."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,12 +31,12 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class View:
-    """What one component sees at one step: its own notes, and the things that it declared in `needs`.
+    """What one component sees at one step: its own notes, and what it declared in `needs`.
 
     Args:
         step: Updates that the learner has made since the stream began.
         memory: The component's private notes; writing to it is how a component remembers.
-        things: Everything that can be granted, by need.
+        available: What can be granted here, by need.
         granted: Which of them this component may look at.
         owner: The component's name, for messages.
         domain: What a valid input is; that of images unless the loop says otherwise.
@@ -46,17 +47,34 @@ class View:
 
     step: int = 0
     memory: Memory = field(default_factory=dict)
-    things: Mapping[Need, Any] = field(default_factory=dict)
+    available: Mapping[Need, Any] = field(default_factory=dict)
     granted: frozenset[Need] = frozenset(Need)
     owner: str = "this component"
     domain: Domain = PIXELS
 
+    @contextmanager
+    def inside(self, prefix: str, needs: frozenset[Need], owner: str) -> "Iterator[View]":
+        """What a part of this component sees: what the part declares, and its own notes.
+
+        Args:
+            prefix: Under which the part's notes stand among this component's; they are put back when the block ends.
+            needs: What the part declares.
+            owner: Its name, for messages.
+        """
+        notes = {key.removeprefix(prefix): t for key, t in self.memory.items() if key.startswith(prefix)}
+        try:
+            yield replace(self, memory=notes, granted=needs, owner=owner)
+        finally:
+            for key in [key for key in self.memory if key.startswith(prefix)]:
+                del self.memory[key]
+            self.memory.update({prefix + key: t for key, t in notes.items()})
+
     def _get(self, need: Need) -> Any:  # noqa: ANN401  (typed by the properties below)
         if need not in self.granted:
             raise ThreatModelError(f"{self.owner} looked at the {need}, but does not declare it: add it to `needs`.")
-        if need not in self.things:
+        if need not in self.available:
             raise ThreatModelError(f"{self.owner} needs the {need}, and this learner or stream has none: supply one.")
-        return self.things[need]
+        return self.available[need]
 
     @property
     def model(self) -> WhiteBox:

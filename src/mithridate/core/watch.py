@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 from torch import Generator, Tensor
 
 from mithridate.core.batch import Batch
+from mithridate.core.component import Component
 from mithridate.core.view import Memory, Need, View
 
 
@@ -34,7 +35,7 @@ class Observed(NamedTuple):
         return Observed(self.features[keep], self.logits[keep], self.y[keep])
 
 
-class Detector(ABC):
+class Detector(Component, ABC):
     """Scores samples: the lower, the more suspicious.
 
     A detector that compares with clean samples remembers them in tensors, so that they can be saved; it is fitted once,

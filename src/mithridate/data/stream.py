@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Generator
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import PIXELS, Batch, Domain
 from mithridate.core.errors import DataError
 from mithridate.core.registry import settings
 from mithridate.core.seeding import derived_seed, generator
@@ -193,6 +193,11 @@ class Stream:
     trusted: Part
     test: Part
     fingerprint: str
+
+    @property
+    def domain(self) -> Domain:
+        """What a valid input is: pixels in [0, 1]."""
+        return PIXELS
 
     @property
     def batch_size(self) -> int:

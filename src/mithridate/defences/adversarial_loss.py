@@ -7,11 +7,9 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED
-from mithridate.core.model import frozen_statistics
+from mithridate.core.defence import Screened
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
 from mithridate.core.view import View
@@ -47,20 +45,17 @@ class AdversariallyLearned(Correcting, ABC):
 
     @property
     @abstractmethod
-    def surroundings(self) -> Ball:
+    def neighbourhood(self) -> Ball:
         """Where around the corrected sample is looked."""
 
     @property
     def searches(self) -> bool:
         """Whether any other point than the corrected sample can be found."""
-        return self.adv_steps > 0 and self.surroundings.eps > 0
+        return self.adv_steps > 0 and self.neighbourhood.eps > 0
 
-    def screen(self, batch: Batch, view: View) -> Batch:
+    def screen(self, batch: Batch, view: View) -> Screened:
         """The batch, every sample corrected."""
-        if self.steps == 0:
-            return batch
-        view.memory[FLAGGED] = torch.ones(len(batch.x), dtype=torch.bool)
-        return Batch(self.corrected(batch, view), batch.y)
+        return self.all_corrected(batch, view)
 
     def up_the_loss(self, batch: Batch, view: View) -> Tensor:
         """Pixels near each sample of which the current model's loss is high."""
@@ -68,15 +63,14 @@ class AdversariallyLearned(Correcting, ABC):
 
     def up_the_divergence(self, batch: Batch, view: View) -> Tensor:
         """Pixels near each sample to which the current model answers unlike: up KL(f(sample) || f(pixels))."""
-        module, parameters = view.model.module, view.model.parameters
-        answer = eval_logits(batch.x, view)
+        box = view.model
+        clean = eval_logits(batch.x, view)
 
-        def from_answer(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
-            return divergence(answer, functional_call(module, p, (x,)), "kl").mean()
+        def from_clean(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
+            return divergence(clean, box.logits(x, parameters=p), "kl").mean()
 
         def gradient_at(x: Tensor) -> Tensor:
-            with frozen_statistics(module, "eval"):
-                return input_gradient(from_answer, parameters, x, batch.y)
+            return input_gradient(from_clean, box.parameters, x, batch.y)
 
         return self._ascended(batch.x, gradient_at, view)
 
@@ -84,15 +78,21 @@ class AdversariallyLearned(Correcting, ABC):
         """The end of the ascent; its nudge depends on the step alone, so that a run repeats and can be resumed."""
         if not self.searches:
             return x
-        ball, rng = self.surroundings, generator("defence", type(self).__name__, view.step)
+        ball, rng = self.neighbourhood, generator("defence", type(self).__name__, view.step)
         noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
-        start = (x + ball.project(NUDGE * noise)).clamp(0, 1)
-        return climb(x, gradient_at, ball, steps=self.adv_steps, step_size=self.adv_step_size, start=start)
+        start = view.domain.clamp(x + ball.project(NUDGE * noise))
+        return climb(
+            x,
+            gradient_at,
+            ball,
+            into_domain=view.domain.clamp,
+            steps=self.adv_steps,
+            step_size=self.adv_step_size,
+            start=start,
+        )
 
 
 @torch.no_grad()
 def eval_logits(x: Tensor, view: View) -> Tensor:
-    """What the current model says of pixels, in eval mode."""
-    with frozen_statistics(view.model.module, "eval"):
-        logits: Tensor = functional_call(view.model.module, view.model.parameters, (x,))
-    return logits
+    """What the current model says of inputs, in eval mode, without a graph."""
+    return view.model.logits(x)

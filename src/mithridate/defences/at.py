@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED
+from mithridate.core.defence import Screened
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
@@ -34,9 +32,6 @@ class AT(Correcting):
     neutral: ClassVar[Mapping[str, Any]] = {"steps": 0}
     active: ClassVar[Mapping[str, Any]] = {}
 
-    def screen(self, batch: Batch, view: View) -> Batch:
+    def screen(self, batch: Batch, view: View) -> Screened:
         """The batch, every sample corrected."""
-        if self.steps == 0:
-            return batch
-        view.memory[FLAGGED] = torch.ones(len(batch.x), dtype=torch.bool)
-        return Batch(self.corrected(batch, view), batch.y)
+        return self.all_corrected(batch, view)

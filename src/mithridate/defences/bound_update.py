@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 
 from mithridate.core.defence import ADMITTED, Defence, Verdict
-from mithridate.core.model import Snapshot
+from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Norm, clip_rows
 
@@ -46,12 +46,12 @@ class BoundUpdate(Defence):
     norm: Norm = "l2"
 
     @torch.no_grad()
-    def admit(self, before: Snapshot, view: View) -> Verdict:
+    def admit(self, before: Weights, view: View) -> Verdict:
         """The step, no longer than the bound."""
         if math.isinf(self.clip_norm):
             return ADMITTED
         now = dict(view.model.module.named_parameters())
-        step = Gradient.of({name: p - before.parameters[name] for name, p in now.items()})
+        step = Updates.of({name: p - before.parameters[name] for name, p in now.items()})
         if not bool(step.rows.isfinite().all()):
             return Verdict(admit=False, reason="bound_update: the step is not finite")
         rows = clip_rows(step.rows, self.clip_norm, self.norm)

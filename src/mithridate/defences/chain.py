@@ -1,18 +1,27 @@
 """Several defences as one, in order."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mithridate.core.batch import Batch
-from mithridate.core.defence import ADMITTED, FLAGGED, Defence, Verdict, row_factors
+from mithridate.core.batch import AnyBatch
+from mithridate.core.defence import (
+    Calibration,
+    Defence,
+    Rehearsal,
+    Rounds,
+    Screened,
+    Verdict,
+    checked,
+    overrides,
+)
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, Snapshot, Weights
+from mithridate.core.model import Criterion, Weights
 from mithridate.core.registry import build, config_of, register, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 
 
@@ -21,20 +30,22 @@ from mithridate.core.view import Need, View
 class Chain(Defence):
     """Several defences in order, each with its own notes and seeing only what it declares itself.
 
-    Batch and gradient go through every part in turn. At most one part may change the loss; parts that only note it
-    (`skip`) are told it. After the step each part is asked in turn, on the model as the parts before it left it; the
-    first refusal rolls the step back, and the parts after it are not asked. The last part that serves another model
-    than the one that learns is the one that answers.
+    Batch and gradient go through every part in turn; what samples weigh is multiplied. At most one part may have a loss
+    of its own. After the step each part is asked in turn, on the model as the parts before it left it; the first
+    refusal rolls the step back, and the parts after it are not asked. Where a part shortens the step, the parts before
+    it are asked again about the shorter one. The last part that serves another model than the one that learns is the
+    one that answers. A chain among the parts is replaced by its own parts.
 
-    What breaks it: whatever breaks all its parts at once; and a bad order. `skip` before `clip` (else it sees clipped
-    gradients), `bound_update` before `gate` (else the gate measures a step that is not the one kept).
+    What breaks it: whatever breaks all its parts at once; and a bad order: `skip` before `clip`, else it sees clipped
+    gradients.
 
     Args:
         parts: One table a defence, as in a recipe: `[{name = "clip", clip_norm = 1.0}, {name = "gate"}]`; none is no
             defence. Tables are completed with the parts' defaults.
 
     Raises:
-        ConfigError: A part's name, key or value is wrong (the message says which part), or two parts change the loss.
+        ConfigError: A part's name, key or value is wrong (the message says which part), or two parts have a loss of
+            their own.
 
     Source:
         Composition of gradient transformations as in optax (`optax.chain`), with the learner's other moments.
@@ -46,19 +57,23 @@ class Chain(Defence):
     parts: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        built: list[Defence] = [
-            build("defence", part, where=f"[defence] chain, part {i}") for i, part in enumerate(self.parts)
+        tables = _flattened(self.parts)
+        defences: list[Defence] = [
+            build("defence", table, where=f"[defence] chain, part {i}") for i, table in enumerate(tables)
         ]
-        changing = [i for i, part in enumerate(built) if _changes_loss(part)]
-        if len(changing) > 1:
-            names = " and ".join(f"part {i} ({self.parts[i]['name']})" for i in changing)
-            raise ConfigError(f"[defence] chain: {names} all change the loss, and only one can; take out the others.")
-        needs = frozenset[Need]().union(*(part.needs for part in built))
-        if sum(_overrides(part, "admit") for part in built) > 1:
+        losses = [i for i, part in enumerate(defences) if overrides(part, "loss")]
+        if len(losses) > 1:
+            names = " and ".join(f"part {i} ({tables[i]['name']})" for i in losses)
+            raise ConfigError(
+                f"[defence] chain: {names} each have a loss of their own, and only one can be learned from; take out "
+                "the others."
+            )
+        needs = frozenset[Need]().union(*(part.needs for part in defences))
+        if sum(overrides(part, "admit") for part in defences) > 1:
             needs |= {Need.MODEL}  # to show each part the step that the one before it shortened
         # The class is frozen: these are set once, here, and follow from `parts`.
-        object.__setattr__(self, "parts", tuple(config_of(part) for part in built))
-        object.__setattr__(self, "defences", tuple(built))
+        object.__setattr__(self, "parts", tuple(config_of(part) for part in defences))
+        object.__setattr__(self, "defences", tuple(defences))
         object.__setattr__(self, "needs", needs)
 
     def __hash__(self) -> int:
@@ -77,108 +92,110 @@ class Chain(Defence):
         return built
 
     @contextmanager
-    def _views(self, view: View) -> Iterator[list[View]]:
-        """One view a part, with its own notes, which go back into the chain's under `<index>.`."""
-        views = [
-            View(view.step, _under(f"{i}.", view.memory), view.things, part.needs, type(part).__name__)
-            for i, part in enumerate(self.built)
-        ]
-        try:
-            yield views
-        finally:
-            for i, own in enumerate(views):
-                prefix = f"{i}."
-                for key in [key for key in view.memory if key.startswith(prefix)]:
-                    if key.removeprefix(prefix) not in own.memory:
-                        del view.memory[key]
-                view.memory.update({prefix + key: value for key, value in own.memory.items()})
+    def _asked(self, view: View, moment: str = "") -> Iterator[list[tuple[Defence, View]]]:
+        """The parts that do something at a moment (all of them by default), each with a view of its own.
 
-    def screen(self, batch: Batch, view: View) -> Batch:
+        A part's notes go back into the chain's under `<index>.`.
+        """
+        with ExitStack() as stack:
+            yield [
+                (part, stack.enter_context(view.inside(f"{i}.", part.needs, type(part).__name__)))
+                for i, part in enumerate(self.built)
+                if not moment or overrides(part, moment)
+            ]
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse what any part refuses."""
+        for part in self.built:
+            part.check_inputs(batch)
+
+    def begin(self, view: View) -> None:
+        """Every part takes its notes."""
+        with self._asked(view, "begin") as asked:
+            for part, inside in asked:
+                part.begin(inside)
+
+    def screen(self, batch: AnyBatch, view: View) -> Screened:
         """The batch after every part; what follows an empty one is not asked."""
-        received = len(batch.x)
+        received = batch.size
         place = torch.arange(received)  # where each sample that is left stood in the batch as received
         flagged: Tensor | None = None
-        with self._views(view) as views:
-            for part, own in zip(self.built, views, strict=True):
-                if received and len(batch.x) == 0:  # a server of a federation shows an empty batch to take notes at
+        weights: Tensor | None = None
+        with self._asked(view, "screen") as asked:
+            for part, inside in asked:
+                if batch.size == 0:
                     break
-                own.memory.pop(FLAGGED, None)
-                batch = part.screen(batch, own)
-                said = own.memory.get(FLAGGED)
-                if said is not None and len(said) == len(place):
+                said = checked(part, batch, part.screen(batch, inside))
+                if said.flagged is not None:
                     flagged = torch.zeros(received, dtype=torch.bool) if flagged is None else flagged
-                    flagged[place[said.cpu()]] = True
-                    place = place if len(batch.x) == len(place) else place[~said.cpu()]
-        if flagged is not None:
-            view.memory[FLAGGED] = flagged
-        return batch
+                    flagged[place[said.flagged]] = True
+                    if said.batch.size < batch.size:
+                        place = place[~said.flagged]
+                        weights = None if weights is None else weights[~said.flagged.to(weights.device)]
+                if said.weights is not None:
+                    weights = said.weights if weights is None else weights * said.weights
+                batch = said.batch
+        return Screened(batch, flagged, weights)
 
-    def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
-        """The loss of the part that changes it, or the plain one; the others that ask for it are told."""
-        with self._views(view) as views:
-            pairs = list(zip(self.built, views, strict=True))
-            changing = [pair for pair in pairs if _changes_loss(pair[0])]
-            if changing:
-                part, own = changing[0]
-                loss = part.loss(model, batch, criterion, own)
-            else:
-                loss = super().loss(model, batch, criterion, view)
-            for part, own in pairs:
-                if _overrides(part, "loss") and not _changes_loss(part):
-                    part.loss(nn.Identity(), batch, lambda *_: loss, own)  # the loss is there; the model stays alone
-        return loss
+    def loss(self, model: nn.Module, batch: AnyBatch, criterion: Criterion, view: View) -> Tensor:
+        """The loss of the part that has one, or the plain one."""
+        with self._asked(view, "loss") as asked:
+            for part, inside in asked:
+                return part.loss(model, batch, criterion, inside)
+        return super().loss(model, batch, criterion, view)
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
-        """The gradient after every part."""
-        with self._views(view) as views:
-            for part, own in zip(self.built, views, strict=True):
-                gradient = part.bound(gradient, own)
-        return gradient
+    def bound(self, updates: Updates, view: View) -> Updates:
+        """The updates after every part."""
+        with self._asked(view, "bound") as asked:
+            for part, inside in asked:
+                updates = part.bound(updates, inside)
+        return updates
 
-    def factors(self, lengths: Tensor) -> Tensor | None:
-        """All parts' factors, each part's from the lengths that those before it leave."""
-        total = torch.ones_like(lengths)
-        for part in self.built:
-            own = row_factors(part, lengths * total)
-            if own is None:
-                return None
-            total = total * own
-        return total
-
-    def aggregate(self, gradient: Gradient, view: View) -> Gradient:
-        """What the last part makes of a round that has a rule of its own, or the mean."""
-        with self._views(view) as views:
-            ruling = [pair for pair in zip(self.built, views, strict=True) if _overrides(pair[0], "aggregate")]
-            if ruling:
-                part, own = ruling[-1]
-                return part.aggregate(gradient, own)
-        return super().aggregate(gradient, view)
-
-    def admit(self, before: Snapshot, view: View) -> Verdict:
+    def admit(self, before: Weights, view: View) -> Verdict:
         """The first refusal, or the step as every part left it."""
-        verdict = ADMITTED
-        with self._views(view) as views:
-            asked = [pair for pair in zip(self.built, views, strict=True) if _overrides(pair[0], "admit")]
-            for place, (part, own) in enumerate(asked, start=1):
-                said = part.admit(before, own)
+        reasons: list[str] = []
+        shortened: Mapping[str, Tensor] | None = None
+        with self._asked(view, "admit") as asked:
+            waiting = list(range(len(asked)))
+            while waiting:
+                number = waiting.pop(0)
+                part, inside = asked[number]
+                said = part.admit(before, inside)
                 if not said.admit:
                     return said
-                if said.parameters is not None and place < len(asked):
-                    _show(view.model.module, said.parameters)
-                verdict = Verdict(
-                    admit=True,
-                    reason="; ".join(reason for reason in (verdict.reason, said.reason) if reason),
-                    parameters=verdict.parameters if said.parameters is None else said.parameters,
-                )
-        return verdict
+                reasons += [said.reason] if said.reason else []
+                if said.parameters is None:
+                    continue
+                waiting += [] if shortened is not None else range(number)  # these have judged a longer step
+                shortened = said.parameters
+                if waiting:
+                    _show(view.model.module, shortened)
+        return Verdict(admit=True, reason="; ".join(reasons), parameters=shortened)
+
+    def committed(self, view: View) -> None:
+        """Every part takes notes of the state that was reached."""
+        with self._asked(view, "committed") as asked:
+            for part, inside in asked:
+                part.committed(inside)
 
     def serve(self, view: View) -> Weights | None:
         """What the last part serves that serves anything."""
         served = None
-        with self._views(view) as views:
-            for part, own in zip(self.built, views, strict=True):
-                served = part.serve(own) or served
+        with self._asked(view, "serve") as asked:
+            for part, inside in asked:
+                served = part.serve(inside) or served
         return served
+
+    def check_federation(self, run: Rounds, clients: int) -> None:
+        """Refuse what any part refuses."""
+        for part in self.built:
+            part.check_federation(run, clients)
+
+    def calibrated(self, rehearse: Rehearsal) -> tuple[Defence, Sequence[Calibration]]:
+        """With every part's thresholds measured."""
+        pairs = [part.calibrated(rehearse) for part in self.built]
+        found = [calibration for _, several in pairs for calibration in several]
+        return (chain(*(part for part, _ in pairs)) if found else self), found
 
 
 def chain(*parts: Defence) -> Chain:
@@ -188,24 +205,18 @@ def chain(*parts: Defence) -> Chain:
         parts: Settings objects of registered defences.
 
     Raises:
-        ConfigError: A part is not registered, or two change the loss.
+        ConfigError: A part is not registered, or two have a loss of their own.
     """
     return Chain(parts=tuple(config_of(part) for part in parts))
 
 
-def _overrides(part: Defence, moment: str) -> bool:
-    return getattr(type(part), moment) is not getattr(Defence, moment)
-
-
-def _changes_loss(part: Defence) -> bool:
-    """Whether the part's loss may be another than the plain one."""
-    if isinstance(part, Chain):
-        return any(_changes_loss(inner) for inner in part.built)
-    return _overrides(part, "loss") and not part.observes_loss
-
-
-def _under(prefix: str, memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in memory.items() if key.startswith(prefix)}
+def _flattened(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tables of all parts, those of a chain in its place."""
+    return [
+        inner
+        for table in tables
+        for inner in (_flattened(table.get("parts", ())) if table.get("name") == "chain" else [dict(table)])
+    ]
 
 
 @torch.no_grad()

@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from mithridate.core.defence import Defence
 from mithridate.core.registry import register, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import View
-from mithridate.maths.norms import Norm, clip_rows, shrink
+from mithridate.maths.norms import Norm, shrink
 
 
 @register("defence", "clip")
@@ -36,10 +35,10 @@ class Clip(Defence):
     norm: Norm = "l2"
     how: Literal["scale", "project"] = "scale"
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, updates: Updates, view: View) -> Updates:
         """Shorten each client's row."""
-        return gradient.with_rows(clip_rows(gradient.rows, self.clip_norm, self.norm, how=self.how))
-
-    def factors(self, lengths: Tensor) -> Tensor | None:
-        """The bound over the length, where that is longer."""
-        return shrink(lengths, self.clip_norm) if self.norm == "l2" else None
+        if math.isinf(self.clip_norm):
+            return updates
+        if self.how == "project" and self.norm == "linf":
+            return updates.with_rows(updates.rows.clamp(-self.clip_norm, self.clip_norm))
+        return updates.scaled(shrink(updates.lengths(self.norm), self.clip_norm))

@@ -3,11 +3,13 @@
 from abc import ABC
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.defence import Defence
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.component import check_moves
+from mithridate.core.defence import Defence, Screened
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
@@ -38,18 +40,41 @@ class Correcting(Defence, ABC):
         """Where a sample may be moved."""
         return Ball(self.norm, self.eps)
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs that cannot be moved.
+
+        Raises:
+            ConfigError: They are not one tensor of floats.
+        """
+        if self.steps > 0:
+            check_moves(batch, who=type(self).__name__)
+
     def loss_gradient(self, batch: Batch, view: View) -> Tensor:
-        """Gradient of the current model's loss in the pixels, in eval mode."""
+        """Gradient of the current model's loss in the inputs, in eval mode."""
         with view.model.objective("eval") as objective:
             return input_gradient(objective, view.model.parameters, *batch)
 
-    def stepped(self, centre: Tensor, current: Tensor, gradient: Tensor) -> Tensor:
-        """Pixels after one step down a gradient of the loss, inside the ball around `centre` and inside [0, 1]."""
-        return climb(centre, lambda _: -gradient, self.ball, steps=1, step_size=self.step_size, start=current)
+    def stepped(self, centre: Tensor, current: Tensor, gradient: Tensor, view: View) -> Tensor:
+        """Inputs after one step down a gradient of the loss, inside the ball around `centre` and inside the domain."""
+        return climb(
+            centre,
+            lambda _: -gradient,
+            self.ball,
+            into_domain=view.domain.clamp,
+            steps=1,
+            step_size=self.step_size,
+            start=current,
+        )
+
+    def all_corrected(self, batch: Batch, view: View) -> Screened:
+        """The batch, every sample corrected."""
+        if self.steps == 0:
+            return Screened(batch)
+        return Screened(Batch(self.corrected(batch, view), batch.y), torch.ones(batch.size, dtype=torch.bool))
 
     def corrected(self, batch: Batch, view: View) -> Tensor:
-        """Pixels after all steps down the loss of the current model."""
+        """Inputs after all steps down the loss of the current model."""
         x = batch.x
         for _ in range(self.steps):
-            x = self.stepped(batch.x, x, self.loss_gradient(Batch(x, batch.y), view))
+            x = self.stepped(batch.x, x, self.loss_gradient(Batch(x, batch.y), view), view)
         return x

@@ -7,14 +7,13 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 
-from mithridate.core.defence import Defence
+from mithridate.core.defence import Defence, Rounds
 from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, frozen_statistics
+from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, clip_rows
@@ -46,7 +45,7 @@ class DGC(LookingBack, Defence):
         trusted_size: Use only the first so many trusted samples, >= 1; unset: all.
 
     Raises:
-        ConfigError: (from `bound`) the wanted checkpoint was not kept, or some parameters are left out of distances.
+        ConfigError: (from `bound`) the wanted checkpoint was not kept, or some parameters have no gradient.
 
     Source:
         Zhu et al., ICML 2023, C.10, Table 13.
@@ -62,32 +61,40 @@ class DGC(LookingBack, Defence):
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
+    def bound(self, updates: Updates, view: View) -> Updates:
         """The rows, suspicious ones clipped."""
         if math.isinf(self.clip_norm) or math.isinf(self.threshold):
-            return gradient
+            return updates
         old = self.old_model(view)
         if old is None:
-            return gradient
+            return updates
         own = {name for name, p in view.model.module.named_parameters() if p.requires_grad}
-        if set(gradient.shapes) != own:
-            raise ConfigError('dgc: it steps on whole updates; set distances = "all" in [federated].')
-        clipped = clip_rows(gradient.rows, self.clip_norm, self.norm)
+        if set(updates.shapes) != own:
+            raise ConfigError("dgc: it steps on whole updates, and some parameters have none.")
+        clipped = clip_rows(updates.rows, self.clip_norm, self.norm)
         if self.threshold == 0:  # a discrepancy of nothing can round to less than nothing
-            return gradient.with_rows(clipped)
-        suspicious = ~(self._discrepancies(gradient, old, view) <= self.threshold)  # NaN is
-        return gradient.with_rows(torch.where(suspicious.unsqueeze(1), clipped, gradient.rows))
+            return updates.with_rows(clipped)
+        suspicious = ~(self._discrepancies(updates, old, view) <= self.threshold)  # NaN is
+        return updates.with_rows(torch.where(suspicious.unsqueeze(1), clipped, updates.rows))
+
+    def check_federation(self, run: Rounds, clients: int) -> None:
+        """It steps on whole updates.
+
+        Raises:
+            ConfigError: Some parameters are left out of distances.
+        """
+        if run.distances != "all":
+            raise ConfigError('dgc: it steps on whole updates; set distances = "all" in [federated].')
 
     @torch.no_grad()
-    def _discrepancies(self, gradient: Gradient, old: Weights, view: View) -> Tensor:
+    def _discrepancies(self, updates: Updates, old: Weights, view: View) -> Tensor:
         """(rows,), of the model after a plain step on each row."""
-        x = view.trusted.x[: self.trusted_size]
-        module, parameters = view.model.module, view.model.parameters
-        before = old.logits(module, x)
-        found = []
-        with frozen_statistics(module, "eval"):
-            for row in range(len(gradient.rows)):
-                step = gradient.named(row)
-                stepped = {name: p - self.lr * step[name] for name, p in parameters.items()}
-                found.append(divergence(before, functional_call(module, stepped, (x,)), self.divergence).mean())
-        return torch.stack(found)
+        x = view.trusted.take(slice(self.trusted_size)).x
+        box = view.model
+        before = old.logits(box.module, x)
+        means = []
+        for row in range(len(updates.rows)):
+            step = updates.named(row)
+            stepped = {name: p - self.lr * step[name] for name, p in box.parameters.items()}
+            means.append(divergence(before, box.logits(x, parameters=stepped), self.divergence).mean())
+        return torch.stack(means)

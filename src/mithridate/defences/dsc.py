@@ -1,22 +1,23 @@
 """Discrepancy-aware Sample Correction: correct a sample while an old model disagrees with the current one on it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED
-from mithridate.core.discrepancy import LookingBack
+from mithridate.core.defence import Calibration, Defence, Rehearsal, Screened
+from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Weights, frozen_statistics
+from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.defences.correction import Correcting
+from mithridate.defences.threshold import Share, quantile_line
 from mithridate.maths.divergence import divergence
 
 
@@ -74,14 +75,62 @@ class DSC(LookingBack, Correcting):
     stop: Literal["sample", "batch"] = "sample"
     on_missing: Literal["pass", "closed"] = "pass"
 
+    def discrepancy(self, batch: Batch, view: View) -> Tensor | None:
+        """Of each sample (n,); None while there is no old model."""
+        old = self.old_model(view)
+        return None if old is None else memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)
+
+    def above(self, rehearse: Rehearsal) -> Share:
+        """Which share of clean samples it would correct.
+
+        Raises:
+            ConfigError: There is no old model to compare with.
+        """
+        m, values = rehearse(self.discrepancy)
+        return Share.of(values > self.mu + self.tau * m)
+
+    def measured(self, rehearse: Rehearsal, rate: float) -> "tuple[DSC, Calibration]":
+        """The same defence with a threshold above which a share `rate` of clean samples lies.
+
+        Args:
+            rehearse: Goes through clean samples.
+            rate: In (0, 1).
+
+        Raises:
+            ConfigError: There is no old model to compare with.
+            DataError: Fewer than two batches, or too few samples to have one above the threshold.
+
+        Source:
+            Zhu et al., ICML 2023, section 4.1 "Threshold adjustment" and C.9 set P by hand from clean values, which
+            the paper names as a limitation; the quantile line is ours.
+        """
+        m, values = rehearse(self.discrepancy)
+        batches = len(set(m.tolist()))
+        if rate * len(values) < 1 or batches < 2:
+            raise DataError(
+                f"calibrate: {batches} batches of {len(values)} samples in all; a rate of {rate:g} needs at least two "
+                f"batches and {math.ceil(1 / rate)} samples."
+            )
+        mu, tau = quantile_line(m, values, rate)
+        return replace(self, mu=mu, tau=tau, target_rate=None), Calibration(
+            {"mu": mu, "tau": tau}, *Share.of(values > mu + tau * m)
+        )
+
+    def calibrated(self, rehearse: Rehearsal) -> tuple[Defence, Sequence[Calibration]]:
+        """With its threshold measured, if `target_rate` asks for that."""
+        if self.target_rate is None:
+            return self, ()
+        defence, found = self.measured(rehearse, self.target_rate)
+        return defence, (found,)
+
     def threshold(self, step: int) -> float:
         """P after `step` updates."""
         return self.mu + self.tau * step
 
-    def screen(self, batch: Batch, view: View) -> Batch:
+    def screen(self, batch: Batch, view: View) -> Screened:
         """The batch with those samples corrected that are above the threshold."""
         if self.steps == 0 or math.isinf(self.mu):
-            return batch
+            return Screened(batch)
         if self.target_rate is not None:
             raise ConfigError(
                 f"dsc: target_rate = {self.target_rate:g}, but its threshold was not measured; use the defence that "
@@ -90,24 +139,21 @@ class DSC(LookingBack, Correcting):
         old = self.old_model(view)
         if old is None:
             closed = self.on_missing == "closed"
-            view.memory[FLAGGED] = torch.full((len(batch.x),), closed)
-            return Batch(batch.x[:0], batch.y[:0]) if closed else batch
+            return Screened(batch.take(slice(0)) if closed else batch, torch.full((batch.size,), closed))
         x, ever = self._correct(batch, old, view)
-        view.memory[FLAGGED] = ever.cpu()
-        return Batch(x, batch.y) if bool(ever.any()) else batch
+        return Screened(Batch(x, batch.y) if bool(ever.any()) else batch, ever.cpu())
 
     def _correct(self, batch: Batch, old: Weights, view: View) -> tuple[Tensor, Tensor]:
         """Pixels after the correction, and which samples were moved (n,) bool."""
-        limit, module, parameters = self.threshold(view.step), view.model.module, view.model.parameters
+        limit, box = self.threshold(view.step), view.model
         x = batch.x.clone()
         active = torch.arange(len(x), device=x.device)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for _ in range(self.steps):
             # One forward pass of the current model serves both the discrepancy and the gradient of the correction.
             piece = x[active].requires_grad_()
-            with frozen_statistics(module, "eval"):
-                now: Tensor = functional_call(module, parameters, (piece,))
-            scores = divergence(old.logits(module, piece.detach()), now.detach(), self.divergence)
+            now = box.logits(piece)
+            scores = divergence(old.logits(box.module, piece.detach()), now.detach(), self.divergence)
             if not torch.isfinite(scores).all():
                 raise DataError("DSC: the discrepancy of a sample is not finite; one of the two models has diverged.")
             above = self._above(scores, limit)
@@ -119,12 +165,12 @@ class DSC(LookingBack, Correcting):
                 start = x[active]
                 gradient = self.loss_gradient(Batch(start, batch.y[active]), view)
             else:
-                loss = view.model.criterion(now[above], batch.y[active[above]])
+                loss = box.criterion(now[above], batch.y[active[above]])
                 gradient = torch.autograd.grad(loss, piece)[0][above]
                 active = active[above]
                 start = x[active]
             ever[active] = True
-            x[active] = self.stepped(batch.x[active], start, gradient)
+            x[active] = self.stepped(batch.x[active], start, gradient, view)
         return x, ever
 
     def _above(self, scores: Tensor, limit: float) -> Tensor:

@@ -7,14 +7,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
 from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Memory, Need, View
 
-PARAMETER, BUFFER, ABSORBED = "parameter.", "buffer.", "absorbed"
-"""Notes: the average by name, and the step of the state that went into it last."""
+PARAMETER, BUFFER = "parameter.", "buffer."
+"""Notes: the average, by name."""
 
 
 @register("defence", "ema")
@@ -23,9 +22,8 @@ class Ema(Defence):
     """Answer queries with an exponential moving average of parameters and BatchNorm statistics; learn as usual.
 
     The average starts at the model as it is before the first update, and takes in each committed state once:
-    average = decay * average + (1 - decay) * state. It takes a state in when the next batch arrives, by which time
-    every other defence has spoken, so a step that is rolled back never enters. Until then `serve` adds the newest state
-    to what it answers with, and writes nothing. Whole-number buffers are not averaged; the newest is served.
+    average = decay * average + (1 - decay) * state; a step that is rolled back never enters. Whole-number buffers are
+    not averaged; the newest is served.
 
     What breaks it: it delays damage and does not undo it. A share 1 - decay of a trigger's step is served at once, and
     the rest follows while the attacker keeps on sending, since the model that learns is not protected at all. A decay
@@ -43,27 +41,27 @@ class Ema(Defence):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
     neutral: ClassVar[Mapping[str, Any]] = {"decay": 0.0}
     active: ClassVar[Mapping[str, Any]] = {"decay": 0.9}
-    notes_only: ClassVar[bool] = True
 
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
-    def screen(self, batch: Batch, view: View) -> Batch:
-        """The batch as it is; the average takes in the state that was committed since it was last asked."""
-        if self.decay > 0 and (ABSORBED not in view.memory or int(view.memory[ABSORBED]) != view.step):
+    def begin(self, view: View) -> None:
+        """The average starts at the model as it is before the first update."""
+        if self.decay > 0 and not view.memory:
             view.memory.update(self._average(view))
-            view.memory[ABSORBED] = torch.tensor(view.step)
-        return batch
+
+    def committed(self, view: View) -> None:
+        """The average takes in the state that was reached."""
+        if self.decay > 0:
+            view.memory.update(self._average(view))
 
     def serve(self, view: View) -> Weights | None:
-        """The average, the newest state included."""
-        if self.decay == 0 or ABSORBED not in view.memory:
+        """The average."""
+        if self.decay == 0 or not view.memory:
             return None
-        average = view.memory if int(view.memory[ABSORBED]) == view.step else self._average(view)
-        now = _state(view)
-        held = {key: average[key].to(tensor.dtype) for key, tensor in now.items()}
+        average = {key: view.memory[key].to(tensor.dtype) for key, tensor in _state(view).items()}
         return Weights(
-            {key.removeprefix(PARAMETER): t for key, t in held.items() if key.startswith(PARAMETER)},
-            {key.removeprefix(BUFFER): t for key, t in held.items() if key.startswith(BUFFER)},
+            {key.removeprefix(PARAMETER): t for key, t in average.items() if key.startswith(PARAMETER)},
+            {key.removeprefix(BUFFER): t for key, t in average.items() if key.startswith(BUFFER)},
             f"average with decay {self.decay:g}",
         )
 

@@ -6,11 +6,9 @@ from typing import Annotated, Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.func import functional_call
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED
-from mithridate.core.model import frozen_statistics
+from mithridate.core.defence import Screened
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
@@ -50,17 +48,15 @@ class Fat(Correcting):
 
     tau: Annotated[int, Field(ge=0)] = 1
 
-    def screen(self, batch: Batch, view: View) -> Batch:
+    def screen(self, batch: Batch, view: View) -> Screened:
         """The batch, each sample corrected as far as it needs."""
         if self.steps == 0:
-            return batch
+            return Screened(batch)
         x, ever = self._correct(batch, view)
-        view.memory[FLAGGED] = ever.cpu()
-        return Batch(x, batch.y) if bool(ever.any()) else batch
+        return Screened(Batch(x, batch.y) if bool(ever.any()) else batch, ever.cpu())
 
     def _correct(self, batch: Batch, view: View) -> tuple[Tensor, Tensor]:
         """Pixels after the correction, and which samples were moved (n,) bool."""
-        module, parameters = view.model.module, view.model.parameters
         x = batch.x.clone()
         active = torch.arange(len(x), device=x.device)
         left = torch.full_like(active, self.tau)
@@ -68,8 +64,8 @@ class Fat(Correcting):
         for _ in range(self.steps):
             # One forward pass serves both the stop and the gradient of the correction.
             piece, y = x[active].requires_grad_(), batch.y[active]
-            with torch.enable_grad(), frozen_statistics(module, "eval"):
-                logits: Tensor = functional_call(module, parameters, (piece,))
+            with torch.enable_grad():
+                logits = view.model.logits(piece)
                 right = logits.argmax(1) == y
                 goes = ~right | (left[active] > 0)
                 if not bool(goes.any()):
@@ -79,5 +75,5 @@ class Fat(Correcting):
             left[active[right & goes]] -= 1
             active = active[goes]
             ever[active] = True
-            x[active] = self.stepped(batch.x[active], x[active].detach(), gradient)
+            x[active] = self.stepped(batch.x[active], x[active].detach(), gradient, view)
         return x, ever

@@ -6,13 +6,12 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED, Defence
+from mithridate.core.batch import AnyBatch
+from mithridate.core.defence import Defence, Screened
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.features import observe
-from mithridate.core.model import Criterion
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import generator
 from mithridate.core.view import Memory, Need, View
@@ -53,8 +52,8 @@ class Filter(Defence):
         fit_samples: Fit to so many clean samples at most, >= 1, drawn from all; unset: all of them.
 
     Raises:
-        ConfigError: The detector's name, key or value is wrong; it looks some updates back, where at the first batch
-            there is nothing yet; or (from `loss`) another part of a chain changed which samples are in the batch.
+        ConfigError: The detector's name, key or value is wrong; or it looks some updates back, where at the first batch
+            there is nothing yet.
         DataError: (from `screen`) too few trusted samples for the rate, trusted scores that are all equal or not
             finite, or clean samples that the detector cannot be fitted to.
 
@@ -73,7 +72,7 @@ class Filter(Defence):
 
     def __post_init__(self) -> None:
         built: Detector = build("detector", self.detector, where="[defence] filter, detector")
-        if getattr(built, "lookback", 0):
+        if built.lookback:
             raise ConfigError(
                 "[defence] filter: its threshold is set at the first batch, when there is no model some updates back "
                 f'to compare with ({self.detector}); set old = "checkpoint", or use the defence dsc.'
@@ -88,46 +87,25 @@ class Filter(Defence):
         """Equal filters have equal hashes; the detector's table itself has none."""
         return hash((self.detector["name"], self.fpr, self.flagged_weight, self.fit_samples))
 
-    @property
-    def observes_loss(self) -> bool:
-        """Whether the loss of what is left in the batch stays the plain one."""
-        return self.fpr == 0 or self.flagged_weight == 0
-
-    def screen(self, batch: Batch, view: View) -> Batch:
-        """The batch without what is flagged, if that is dropped; and a note of what is flagged."""
+    def screen(self, batch: AnyBatch, view: View) -> Screened:
+        """The batch without what is flagged, or with less weight on it."""
         if self.fpr == 0:
-            return batch
+            return Screened(batch)
         if THRESHOLD not in view.memory:
-            view.memory.update(self._prepared(view, batch.x.device))
+            view.memory.update(self._prepared(view, batch.y.device))
         scores = self._scores(batch, view, _under_prefix(view.memory))
         flagged = (scores < float(view.memory[THRESHOLD])) | ~torch.isfinite(scores)
-        view.memory[FLAGGED] = flagged.cpu()
-        if self.flagged_weight > 0 or not bool(flagged.any()):
-            return batch
-        return Batch(batch.x[~flagged], batch.y[~flagged])
-
-    def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
-        """The mean of the samples' losses, those of flagged ones times their weight."""
-        flagged = view.memory.get(FLAGGED)
-        if self.observes_loss or flagged is None or not bool(flagged.any()):
-            return criterion(model(batch.x), batch.y)
-        if len(flagged) != len(batch.x):
-            raise ConfigError(
-                f"filter: {len(flagged)} samples were scored, and {len(batch.x)} are left in the batch; in a chain, "
-                "put the parts that drop samples before a filter that gives them weights."
-            )
-        logits, flagged = model(batch.x), flagged.to(batch.x.device)
-        # The criterion gives means, so that of each group times its size is the sum of its losses.
-        low = self.flagged_weight * int(flagged.sum()) * criterion(logits[flagged], batch.y[flagged])
-        if bool(flagged.all()):
-            return low / len(flagged)
-        return (low + int((~flagged).sum()) * criterion(logits[~flagged], batch.y[~flagged])) / len(flagged)
+        if not bool(flagged.any()):
+            return Screened(batch, flagged.cpu())
+        if self.flagged_weight > 0:
+            return Screened(batch, flagged.cpu(), torch.where(flagged, self.flagged_weight, 1.0))
+        return Screened(batch.take(~flagged), flagged.cpu())
 
     def _prepared(self, view: View, device: torch.device) -> Memory:
         """The fitted detector and its threshold, as notes."""
         detector, fitted = self._detector, {}
         trusted = view.trusted.to(device)
-        n = len(trusted.y)
+        n = trusted.size
         k = math.floor(self.fpr * (n + 1) + 1e-9)  # 0.1 * 30 should be 3
         if k < 1:
             raise DataError(
@@ -139,8 +117,7 @@ class Filter(Defence):
             chosen = view.training if self.fit_samples is None else _drawn(view.training, self.fit_samples, rng)
             clean = observe(view.model.module, (batch.to(device) for batch in chosen))
             fitted = detector.fit(clean, rng=rng)
-        pieces = zip(torch.split(trusted.x, CHUNK), torch.split(trusted.y, CHUNK), strict=True)
-        scores = torch.cat([self._scores(Batch(*piece), view, fitted) for piece in pieces])
+        scores = torch.cat([self._scores(piece, view, fitted) for piece in trusted.split(CHUNK)])
         finite, name = torch.isfinite(scores), self.detector["name"]
         ordered = torch.where(finite, scores, -torch.inf).sort().values
         threshold = ordered[k - 1]
@@ -161,10 +138,10 @@ class Filter(Defence):
         built: Detector = self.__dict__["built"]
         return built
 
-    def _scores(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def _scores(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         """(n,) float64, on the batch's device."""
-        own = View(view.step, {}, view.things, self._detector.needs, f"filter, {self.detector['name']}")
-        return self._detector.score(batch, own, fitted).detach().double()
+        with view.inside("scoring.", self._detector.needs, f"filter, {self.detector['name']}") as inside:
+            return self._detector.score(batch, inside, fitted).detach().double()
 
 
 def _under_prefix(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,7 +149,7 @@ def _under_prefix(memory: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(FITTED): value for key, value in memory.items() if key.startswith(FITTED)}
 
 
-def _drawn(batches: Iterable[Batch], count: int, rng: Generator) -> Iterator[Batch]:
+def _drawn(batches: Iterable[AnyBatch], count: int, rng: Generator) -> Iterator[AnyBatch]:
     """So many samples of the batches at most, drawn at random, in their order.
 
     Args:
@@ -180,10 +157,9 @@ def _drawn(batches: Iterable[Batch], count: int, rng: Generator) -> Iterator[Bat
         count: How many samples.
         rng: Draws them.
     """
-    sizes = [len(batch.y) for batch in batches]
+    sizes = [batch.size for batch in batches]
     kept = torch.zeros(sum(sizes), dtype=torch.bool)
     kept[torch.randperm(len(kept), generator=rng)[:count]] = True
     for batch, mine in zip(batches, torch.split(kept, sizes), strict=True):
-        keep = mine.to(batch.x.device)
-        if bool(keep.any()):
-            yield Batch(batch.x[keep], batch.y[keep])
+        if bool(mine.any()):
+            yield batch.take(mine)

@@ -61,7 +61,7 @@ class Mart(AdversariallyLearned):
     lam: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
 
     @property
-    def surroundings(self) -> Ball:
+    def neighbourhood(self) -> Ball:
         """Where the worst neighbour of the corrected sample is looked for."""
         return Ball(self.norm, self.adv_eps)
 

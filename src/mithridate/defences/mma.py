@@ -64,7 +64,7 @@ class Mma(AdversariallyLearned):
     clean_weight: Annotated[float, Field(ge=0, le=1)] = 1 / 3
 
     @property
-    def surroundings(self) -> Ball:
+    def neighbourhood(self) -> Ball:
         """Where the boundary is looked for."""
         return Ball(self.norm, self.max_margin)
 

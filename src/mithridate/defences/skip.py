@@ -6,22 +6,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.defence import ADMITTED, Defence, Verdict
+from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, Snapshot
+from mithridate.core.model import Weights
 from mithridate.core.registry import register, settings
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, View
 from mithridate.defences.median_bn import MAD_TO_STD
 
 LEAST_SPREAD = 0.01
 """A spread below this share of the centre counts as this share: a few nearly equal readings make no outliers."""
 
-LOSS, WINDOW, PENDING = "loss", "window", "pending"
-"""Notes: the loss at hand; readings (k, 2) of loss and gradient norm; the last reading, its two scores and its step."""
+WINDOW, PENDING = "window", "pending"
+"""Notes: readings (k, 2) of loss and gradient norm; the last reading and its two scores."""
 
 
 @register("defence", "skip")
@@ -61,7 +60,6 @@ class Skip(Defence):
 
     neutral: ClassVar[Mapping[str, Any]] = {"threshold": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"threshold": 0.0, "warmup": 1}
-    notes_only: ClassVar[bool] = True
 
     window: Annotated[int, Field(ge=2)] = 50
     threshold: Annotated[float, Field(ge=0)] = 4.0
@@ -77,27 +75,22 @@ class Skip(Defence):
                 "make warmup smaller or window larger."
             )
 
-    def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
-        """The plain loss, noted."""
-        loss = super().loss(model, batch, criterion, view)
-        view.memory[LOSS] = loss.detach().double().cpu()
-        return loss
+    def bound(self, updates: Updates, view: View) -> Updates:
+        """The updates as they are; they are measured here."""
+        refused = view.memory.pop(PENDING, None)
+        if refused is not None and self.remember_outliers:
+            self._take_in(refused, view.memory)
+        loss = 0.0 if updates.losses is None else float(updates.losses.double().mean())
+        reading = (loss, float(torch.linalg.vector_norm(updates.rows)))
+        scores = [self._score(view.memory, column, value) for column, value in enumerate(reading)]
+        view.memory[PENDING] = torch.tensor([*reading, *scores], dtype=torch.float64)
+        return updates
 
-    def bound(self, gradient: Gradient, view: View) -> Gradient:
-        """The gradient as it is; it is measured here."""
-        memory = view.memory
-        self._settle(memory, view.step)
-        loss = float(memory.pop(LOSS, torch.zeros(())))
-        reading = (loss, float(torch.linalg.vector_norm(gradient.rows)))
-        scores = [self._score(memory, column, value) for column, value in enumerate(reading)]
-        memory[PENDING] = torch.tensor([*reading, *scores, view.step], dtype=torch.float64)
-        return gradient
-
-    def admit(self, before: Snapshot, view: View) -> Verdict:
+    def admit(self, before: Weights, view: View) -> Verdict:
         """Refuse the step of an outlier."""
         if PENDING not in view.memory:
             return ADMITTED
-        loss, norm, loss_score, norm_score, _ = view.memory[PENDING].tolist()
+        loss, norm, loss_score, norm_score = view.memory[PENDING].tolist()
         faults = []
         if self.watch != "gradient" and loss_score > self.threshold:
             faults.append(f"batch loss {loss:.4g} is {loss_score:.3g} spreads above its window")
@@ -105,14 +98,28 @@ class Skip(Defence):
             faults.append(f"gradient norm {norm:.4g} is {norm_score:.3g} spreads above its window")
         return Verdict(admit=False, reason=f"skip: {'; '.join(faults)}") if faults else ADMITTED
 
-    def _settle(self, memory: Memory, step: int) -> None:
-        """Take the last reading into the window, if its step was committed (or outliers are remembered)."""
-        pending = memory.pop(PENDING, None)
-        if pending is None or not bool(pending[:2].isfinite().all()):
-            return
-        if step > int(pending[4]) or self.remember_outliers:
-            window = memory.get(WINDOW, pending.new_zeros(0, 2))
-            memory[WINDOW] = torch.cat([window, pending[None, :2]])[-self.window :].clone()
+    def committed(self, view: View) -> None:
+        """The window takes in the reading of a step that stays."""
+        if PENDING in view.memory:
+            self._take_in(view.memory.pop(PENDING), view.memory)
+
+    def check_federation(self, run: Rounds, clients: int) -> None:
+        """A server knows the one update of a round, but no loss.
+
+        Raises:
+            ConfigError: It watches the loss, or would be shown clients' rows.
+        """
+        if self.watch == "loss" or run.bound == "before":
+            raise ConfigError(
+                "skip: the server of a federation knows the one update of a round, but no loss; set "
+                'watch = "gradient", and bound = "after" in [federated].'
+            )
+
+    def _take_in(self, reading: Tensor, memory: Memory) -> None:
+        """Remember a reading, if it is finite."""
+        if bool(reading[:2].isfinite().all()):
+            window = memory.get(WINDOW, reading.new_zeros(0, 2))
+            memory[WINDOW] = torch.cat([window, reading[None, :2]])[-self.window :].clone()
 
     def _score(self, memory: Memory, column: int, value: float) -> float:
         """Spreads between a reading and the centre; infinite if it is not finite, -infinite while warming up."""

@@ -54,7 +54,7 @@ class Trades(AdversariallyLearned):
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 6.0
 
     @property
-    def surroundings(self) -> Ball:
+    def neighbourhood(self) -> Ball:
         """Where neighbours of the corrected sample are looked for."""
         return Ball(self.norm, self.adv_eps)
 

@@ -45,4 +45,4 @@ class Discrepancy(LookingBack, Detector):
         old = self.old_model(view)
         if old is None:
             return torch.full((len(batch.x),), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.x.device)
-        return -memorization_discrepancy(view.model.module, old, batch.x, kind=self.divergence)
+        return -memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)

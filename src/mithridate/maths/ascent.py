@@ -16,6 +16,7 @@ def climb(
     gradient_at: Callable[[Tensor], Tensor],
     ball: Ball,
     *,
+    into_domain: Callable[[Tensor], Tensor],
     optimiser: Optimiser = "pgd",
     steps: int = 10,
     step_size: float | None = None,
@@ -25,15 +26,16 @@ def climb(
     mask: Tensor | None = None,
     rng: Generator | None = None,
 ) -> Tensor:
-    """Ascend inside a ball around `x` and inside [0, 1].
+    """Ascend inside a ball around `x` and inside the domain of valid inputs.
 
     Args:
-        x: The ball's centre, (n, ...) in [0, 1].
+        x: The ball's centre, (n, ...), valid inputs.
         gradient_at: Pixels to the gradient that is followed upwards, shaped like `x`.
         ball: The budget of one sample.
+        into_domain: Inputs to the nearest valid ones, such as pixels clamped to [0, 1].
         optimiser: `pgd` takes `steps` steps; `fgsm` one step as long as the radius; `mim` adds momentum.
         steps: Number of steps; 0 returns the start. Unused by `fgsm`.
-        step_size: Length of one step in pixel units; None is 2 * eps / steps. Unused by `fgsm`.
+        step_size: Length of one step in the unit of the inputs; None is 2 * eps / steps. Unused by `fgsm`.
         decay: MIM's momentum factor mu, >= 0.
         start: Where to begin; `x` if None.
         random_start: Begin at a uniform draw from the ball instead (needs `rng`; not together with `start`).
@@ -41,7 +43,7 @@ def climb(
         rng: Randomness for `random_start`.
 
     Returns:
-        Pixels of the same shape, inside the ball and inside [0, 1].
+        Inputs of the same shape, inside the ball and inside the domain.
 
     Source:
         Goodfellow et al., ICLR 2015 (FGSM); Madry et al., ICLR 2018 (PGD); Dong et al., CVPR 2018 (MIM); Pang et al.,
@@ -57,7 +59,7 @@ def climb(
     if random_start:
         if rng is None:
             raise ValueError("random_start needs rng")
-        current = torch.where(moves, (x + ball.sample(x, rng)).clamp(0, 1), x)
+        current = torch.where(moves, into_domain(x + ball.sample(x, rng)), x)
     velocity = torch.zeros_like(x)
     for _ in range(steps):
         g = torch.nan_to_num(gradient_at(current))  # a diverged model has no direction; the climb stays where it is
@@ -65,6 +67,6 @@ def climb(
             mass = g.abs().flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
             g = velocity = decay * velocity + g / mass.clamp_min(torch.finfo(g.dtype).tiny)
         stepped = current + length * ball.direction(g)
-        stepped = (x + ball.project(stepped - x)).clamp(0, 1)
+        stepped = into_domain(x + ball.project(stepped - x))
         current = torch.where(moves, stepped, current)
     return current.detach()

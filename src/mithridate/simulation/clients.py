@@ -1,4 +1,4 @@
-"""Clients and what they hold, how a server learns from them, and which defences may stand before it."""
+"""Clients and what they hold, and how a server learns from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,24 +9,26 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from mithridate.core.aggregator import Aggregator
 from mithridate.core.batch import Batch
-from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.registry import settings
+from mithridate.core.registry import build, config_of, settings
 from mithridate.core.seeding import derived_seed, generator
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
-from mithridate.defences.chain import Chain
-from mithridate.defences.robust import Robust
-from mithridate.defences.skip import Skip
+from mithridate.simulation.run import OnAlarm
 
 
 @settings
 class FederatedRun:
     """How the server learns from its clients, and how long.
 
-    A client's update is the gradient of its loss; the server takes the mean over the round's clients, or what the
-    defence's `aggregate` makes of the rows, and steps with SGD.
+    A client's update is the gradient of its loss; the server takes the mean over the round's clients, or what a robust
+    rule makes of their rows, and steps with SGD.
+
+    What breaks a robust rule: more hostile clients than it stands; attacks that need no update to stand out in its
+    round, as the accumulative one, since a rule looks at one round at a time; and clients whose data really differ,
+    which look like outliers. Each rule names its source and its bounds: `mithridate list aggregators`.
 
     Args:
         rounds: Rounds before the trigger round at most; that one comes on top.
@@ -37,6 +39,8 @@ class FederatedRun:
         momentum: Its momentum factor.
         weight_decay: Its L2 penalty.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
+        rule: The server's robust rule, a table as in a recipe: `{name = "krum", hostile = 2}`; completed with the
+            rule's defaults. Unset: the plain mean, for which no client's update need be formed.
         bound: Where the defence's `bound` (clipping) acts: on the aggregate (`after`, threat model C.2), or on each
             client's row (`before`, C.3).
         batch_norm: Statistics of BatchNorm. `synchronised`: clients use the global running statistics, which then take
@@ -61,12 +65,55 @@ class FederatedRun:
     momentum: Annotated[float, Field(ge=0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     restore_momentum: bool = False
+    rule: dict[str, Any] | None = None
     bound: Literal["after", "before"] = "after"
     batch_norm: Literal["synchronised", "averaged", "frozen"] = "synchronised"
     distances: Literal["all", "without_norm"] = "all"
     max_matrix: Annotated[float, Field(gt=0)] = 4.0
-    on_alarm: Literal["record", "trigger", "halt"] = "record"
+    on_alarm: OnAlarm = "record"
     save_every: Annotated[int, Field(ge=1)] = 1
+
+    def __post_init__(self) -> None:
+        rule: Aggregator | None = (
+            None if self.rule is None else build("aggregator", self.rule, where="[federated] rule")
+        )
+        # The class is frozen: these are set once, here, and follow from `rule`.
+        object.__setattr__(self, "_aggregator", rule)
+        object.__setattr__(self, "rule", None if rule is None else config_of(rule))
+
+    def __hash__(self) -> int:
+        """Equal settings have equal hashes; the rule's table itself has none."""
+        return hash((self.rounds, self.per_round, self.local_batch, self.lr, self.rule_name))
+
+    @property
+    def aggregator(self) -> Aggregator | None:
+        """The robust rule as a settings object; None for the plain mean."""
+        rule: Aggregator | None = self.__dict__["_aggregator"]
+        return rule
+
+    @property
+    def rule_name(self) -> str:
+        """What the rule is called."""
+        return "mean" if self.rule is None else str(self.rule["name"])
+
+    def check(self, clients: int, trusted: bool) -> None:
+        """Refuse a rule that does not hold for so many clients, or misses what it needs.
+
+        Args:
+            clients: In a round.
+            trusted: Whether the server has trusted samples.
+
+        Raises:
+            ConfigError: Says what to change.
+        """
+        if self.aggregator is None:
+            return
+        self.aggregator.check(clients)
+        if self.aggregator.needs_trusted and not trusted:
+            raise ConfigError(
+                f"[federated] rule: {self.rule_name} compares with the server's own update, and there are no trusted "
+                "samples; give some ([data] trusted), or take another rule."
+            )
 
     @property
     def steps(self) -> int:
@@ -145,35 +192,6 @@ def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
     return Federation(stream, divide(stream.victim, how, seed=seed), seed)
 
 
-def check_defence(defence: Defence, run: FederatedRun, clients: int) -> None:
-    """Refuse a defence that would do nothing in a federation, or cannot work with so many clients.
-
-    Args:
-        defence: What stands before the model.
-        run: Where bounds act.
-        clients: In a round.
-
-    Raises:
-        ConfigError: It acts on samples, of which a server sees none; it reads what a server has not; or its rule needs
-            more clients.
-    """
-    for part in _parts(defence):
-        cls = type(part)
-        acts = cls.screen is not Defence.screen or cls.loss is not Defence.loss
-        if acts and not part.notes_only:
-            raise ConfigError(
-                f"{cls.__name__} acts on training samples, and the server of a federation sees none, so it would do "
-                "nothing; take one that acts on updates (clip, dgc, robust) or on the model (gate, bound_update, ema)."
-            )
-        if isinstance(part, Skip) and (part.watch == "loss" or run.bound == "before"):
-            raise ConfigError(
-                "skip: the server of a federation knows the one update of a round, but no loss; set "
-                'watch = "gradient", and bound = "after" in [federated].'
-            )
-        if isinstance(part, Robust):
-            part.check(clients)
-
-
 def check_model(model: torch.nn.Module, run: FederatedRun) -> None:
     """Refuse a model whose clients would draw random numbers in train mode."""
     dropout = (m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
@@ -182,13 +200,3 @@ def check_model(model: torch.nn.Module, run: FederatedRun) -> None:
             'batch_norm = "averaged" computes gradients in train mode, in which the model\'s dropout would draw anew '
             'for every client and no run could be repeated; use "synchronised" or "frozen".'
         )
-
-
-def _parts(defence: Defence) -> list[Defence]:
-    """The defences that a chain is made of; another one is its own part."""
-    return [one for part in defence.built for one in _parts(part)] if isinstance(defence, Chain) else [defence]
-
-
-def has_rule(defence: Defence) -> bool:
-    """Whether it makes the round's update by a rule of its own, not by the mean."""
-    return any(type(part).aggregate is not Defence.aggregate for part in _parts(defence))

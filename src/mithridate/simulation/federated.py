@@ -2,36 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.optim import SGD
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.seeding import generator
-from mithridate.core.update import Gradient
 from mithridate.core.update_attack import UpdateAttack
-from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor
-from mithridate.simulation.clients import FederatedRun, Federation, check_defence, check_model, has_rule
-from mithridate.simulation.online import (
-    EVALUATION_BATCH,
-    Outcome,
-    Progress,
-    Row,
-    accuracy_with_buffers_alone,
-    alarms_of,
-    attack_view,
-    outcome_of,
-    phase_end,
-    start_row,
-)
-from mithridate.simulation.server_round import Sheet
-from mithridate.training.learner import Learner, Update
+from mithridate.simulation.clients import FederatedRun, Federation, check_model
+from mithridate.simulation.run import Exchange, Outcome, Progress, Simulation
+from mithridate.simulation.server_round import ServerRound
+from mithridate.simulation.trace import Phase, Sent
+from mithridate.training.learner import Learner
 
 GIB = 2**30
 
@@ -41,31 +25,11 @@ def hostile_clients(attack: UpdateAttack, clients: int) -> int:
     return min(math.ceil(attack.ratio * clients - 1e-9), clients)
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What the server has of a round.
+class _Federated(Simulation):
+    """Rounds of clients, some of them hostile, and a server that learns from their updates."""
 
-    Args:
-        aggregate: One row.
-        taken: Clients behind it.
-        refused: Clients whose update was not finite; they are left out.
-        lengths: Mean l2 length of the rows as sent.
-        hostile: Share of hostile clients.
-        loss: Mean loss of the honest data before the step.
-        buffers: BatchNorm statistics after the round.
-    """
-
-    aggregate: Gradient
-    taken: int
-    refused: int
-    lengths: float
-    hostile: float
-    loss: float
-    buffers: Mapping[str, Tensor]
-
-
-class _Rounds:
-    """The pieces of one run, bound together; `run_federated` is its only user."""
+    key: ClassVar[str] = "update attack"
+    attack: UpdateAttack
 
     def __init__(
         self,
@@ -73,83 +37,69 @@ class _Rounds:
         federation: Federation,
         attack: UpdateAttack,
         run: FederatedRun,
+        *,
         monitors: Sequence[Monitor],
         progress: Progress,
     ) -> None:
-        self.learner, self.federation, self.attack, self.run = learner, federation, attack, run
-        self.monitors, self.progress = monitors, progress
-        device, stream = learner.device, federation.stream
         federation.require(run)
         clients = run.per_round or len(federation.shards)
-        check_defence(learner.defence, run, clients)
+        run.check(clients, learner.trusted is not None)
+        learner.defence.check_federation(run, clients)
         check_model(learner.model, run)
+        _, data = federation.round(run.rounds, run, learner.device)
+        trigger = Batch(data.x.flatten(0, 1), data.y.flatten())
+        super().__init__(
+            learner,
+            federation.stream,
+            attack,
+            run,
+            trigger,
+            seed=federation.seed,
+            monitors=monitors,
+            progress=progress,
+        )
+        self.federation, self.run = federation, run
         self.keep = self._keeps(clients)
-        self.test = list(stream.test.batches(EVALUATION_BATCH, device=device))
-        _, trigger = federation.round(run.rounds, run, device)
-        self.things: dict[Need, Any] = {
-            Need.MODEL: learner.white_box,
-            Need.TRIGGER: Batch(trigger.x.flatten(0, 1), trigger.y.flatten()),
-        }
-        if len(stream.validation):
-            self.things[Need.VALIDATION] = stream.validation.all(device)
 
-    def view(self) -> View:
-        """What the attack sees now."""
-        return attack_view(self.attack, self.learner, self.progress, self.things)
-
-    def start(self) -> None:
-        """The row of the state before the first round."""
-        self.progress.rows.append(start_row(self.learner, self.test))
-
-    def step(self, phase: str) -> None:
-        """One round: collect, aggregate, step, measure."""
+    def exchange(self, index: int, phase: Phase, rng: torch.Generator) -> Exchange:
+        """One round: every client's update, the hostile ones' replaced, and the server's step."""
         began = time.perf_counter()
-        self.learner.begin_round()
-        index = len(self.progress.rows) - 1
+        learner, attack = self.learner, self.attack
         number = self.run.rounds if phase == "trigger" else index
-        rng = generator("update attack", self.federation.seed, index)
-        collected = self._collect(number, phase, rng)
-        made = time.perf_counter()
-        update = self.learner.apply(
-            collected.aggregate,
-            batch_loss=collected.loss,
-            learned=collected.taken,
-            buffers=collected.buffers,
-        )
-        updated = time.perf_counter()
-        if phase != "trigger":
-            self.attack.fed(self.view())
-        score = self.learner.evaluate(self.test)
-        row = _row(index + 1, phase, collected, update)
-        row |= {"accuracy": score.accuracy, "loss": score.loss}
-        row |= {"craft_seconds": made - began, "update_seconds": updated - made, "alarms": ""}
-        self.progress.rows.append(row)
-        row["alarms"] = "; ".join(alarms_of(self.monitors, self.progress.rows))
-        row["seconds"] = time.perf_counter() - began
-
-    def _collect(self, number: int, phase: str, rng: torch.Generator) -> Collected:
-        """Every client's update, the hostile ones' replaced, to one row."""
-        who, data = self.federation.round(number, self.run, self.learner.device)
+        who, data = self.federation.round(number, self.run, learner.device)
         n = len(data.y)
-        hostile = hostile_clients(self.attack, n)
-        clients = torch.from_numpy(who).to(self.learner.device)
-        sheet = Sheet(self.learner, self.run, torch.roll(clients, -hostile), keep=self.keep, attacked=hostile > 0)
-        sheet.add(data.x[hostile:], data.y[hostile:])
-        mine = Batch(data.x[:hostile], data.y[:hostile])
-        sheet.notes.take(mine.x, mine.y)
-        if hostile:
-            honest = sheet.honest(mine)
-            craft = self.attack.craft_trigger if phase == "trigger" else self.attack.craft
-            sheet.send(craft(honest, self.view(), rng))
-        return Collected(
-            aggregate=sheet.aggregated(),
-            taken=sheet.filled,
-            refused=sheet.refused,
-            lengths=sheet.length / max(sheet.filled, 1),
-            hostile=hostile / n,
-            loss=sheet.notes.loss,
-            buffers=sheet.notes.buffers(data.x),
+        hostile = hostile_clients(attack, n)
+        clients = torch.roll(torch.from_numpy(who).to(learner.device), -hostile)
+        with learner.taking():
+            collected = ServerRound(
+                learner, self.run, clients, self.progress.rule, keep=self.keep, attacked=hostile > 0
+            )
+            collected.add(data.x[hostile:], data.y[hostile:])
+            of_hostile = Batch(data.x[:hostile], data.y[:hostile])
+            collected.notes.take(of_hostile.x, of_hostile.y)
+            if hostile:
+                craft = attack.craft_trigger if phase == "trigger" else attack.craft
+                collected.send(craft(collected.honest(of_hostile), self.view(), rng))
+            aggregate, buffers = collected.aggregated(), collected.notes.buffers(data.x)
+            made = time.perf_counter()
+            update = learner.apply(
+                aggregate, batch_loss=collected.notes.loss, learned=collected.filled, buffers=buffers
+            )
+        sent = Sent(
+            batch_loss=update.batch_loss,
+            gradient_norm=collected.length / max(collected.filled, 1),
+            bounded_norm=update.bounded_norm,
+            update_norm=update.update_norm,
+            poison_linf=None,
+            poison_l2=None,
+            poisoned=hostile / n,
+            quarantined=collected.refused,
+            flagged_clean=None,
+            flagged_poisoned=None,
+            admitted=update.verdict.admit,
+            verdict=update.verdict.reason,
         )
+        return Exchange(sent, made - began, time.perf_counter() - made)
 
     def _keeps(self, n: int) -> bool:
         """Whether all rows of a round are held at once, because somebody looks at them.
@@ -157,44 +107,19 @@ class _Rounds:
         Raises:
             ConfigError: They are too many.
         """
-        defence = self.learner.defence
         attacked = self.attack.every_row and hostile_clients(self.attack, n) > 0
-        if not has_rule(defence) and not attacked:
+        if self.run.aggregator is None and not attacked:
             return False
         trained = [p for p in self.learner.model.parameters() if p.requires_grad]
         width = sum(p.numel() for p in trained)
         size = n * width * trained[0].element_size() / GIB
         if size > self.run.max_matrix:
-            who = type(self.attack if attacked else defence).__name__
+            who = type(self.attack).__name__ if attacked else f"the rule {self.run.rule_name}"
             raise ConfigError(
                 f"{who} looks at all updates of a round at once: {n} clients of {width:,} parameters are {size:.1f} "
                 f"GiB, more than max_matrix = {self.run.max_matrix:g}; use fewer clients a round, or raise it."
             )
         return True
-
-
-def _row(number: int, phase: str, collected: Collected, update: Update) -> Row:
-    return {
-        "step": number,
-        "phase": phase,
-        "batch_loss": update.batch_loss,
-        "gradient_norm": collected.lengths,
-        "bounded_norm": update.bounded_norm,
-        "update_norm": update.update_norm,
-        "poison_linf": None,
-        "poison_l2": None,
-        "poisoned": collected.hostile,
-        "quarantined": collected.refused,
-        "flagged_clean": None,
-        "flagged_poisoned": None,
-        "admitted": update.verdict.admit,
-        "verdict": update.verdict.reason,
-    }
-
-
-def federated_optimiser(learner_parameters: Any, run: FederatedRun) -> SGD:  # noqa: ANN401  (as torch's own)
-    """The server's optimiser: a fresh SGD."""
-    return SGD(learner_parameters, lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
 
 
 def run_federated(
@@ -213,7 +138,7 @@ def run_federated(
         learner: The server's model after its burn-in, with its defence; changed in place.
         federation: The clients.
         attack: What hostile clients send.
-        run: Length and options of the loop (its optimiser fields are for `federated_optimiser`).
+        run: Length and options of the loop (its optimiser fields are for `victim_optimiser`).
         monitors: Watch the readings.
         progress: Where an interrupted run had come to; the learner must be at the same point.
         on_step: Called after every round before the trigger, for progress bars and resume points.
@@ -223,23 +148,10 @@ def run_federated(
 
     Raises:
         DataError: More clients or samples are asked for than there are.
-        ConfigError: The defence does not work in a federation, or not with so few clients (see `check_defence`); or
-            somebody has to see more updates at once than `max_matrix` allows.
+        ConfigError: Defence or rule do not work in this federation (see `Defence.check_federation`); or somebody has to
+            see more updates at once than `max_matrix` allows.
         ThreatModelError: The attack looks at what it does not declare.
     """
-    run = run or FederatedRun()
-    progress = progress or Progress()
-    loop = _Rounds(learner, federation, attack, run, monitors, progress)
-    if not progress.rows:
-        loop.start()
-    while (stopped_by := phase_end(progress.rows, run.rounds, run.on_alarm, lambda: attack.ready(loop.view()))) is None:
-        loop.step("accumulative")
-        if on_step:
-            on_step(progress)
-    halted = stopped_by == "monitor" and run.on_alarm == "halt"
-    after_buffers = None
-    if not halted:
-        before = learner.snapshot()
-        loop.step("trigger")
-        after_buffers = accuracy_with_buffers_alone(learner, loop.test, before)
-    return outcome_of(progress, stopped_by, halted, after_buffers)
+    return _Federated(
+        learner, federation, attack, run or FederatedRun(), monitors=monitors, progress=progress or Progress()
+    ).go(on_step)

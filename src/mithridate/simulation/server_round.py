@@ -1,31 +1,37 @@
-"""A round's updates on the server: their sums or all of them, and what else it learns of the round's samples."""
+"""A round on the server: clients' updates come in, one update goes out, and what is learned of the samples beside."""
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
+from mithridate.core.aggregator import Context
 from mithridate.core.batch import Batch
-from mithridate.core.defence import row_factors
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, frozen_statistics
-from mithridate.core.update import Gradient
+from mithridate.core.model import BatchNormMode, in_mode
+from mithridate.core.seeding import generator
 from mithridate.core.update_attack import Honest
-from mithridate.simulation.clients import FederatedRun, check_defence, has_rule
-from mithridate.simulation.online import EVALUATION_BATCH
+from mithridate.core.updates import Updates
+from mithridate.core.view import Memory
+from mithridate.maths.calculus import gradient
+from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.per_client.batch_statistics import Seen, recorded, watched
 from mithridate.simulation.per_client.gradients import PASS, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
+from mithridate.simulation.run import EVALUATION_BATCH
 from mithridate.training.learner import Learner
 
 AT_ONCE = 8
 """Rows that are bounded and added at a time: copies of so few go into memory that was just freed, not into fresh."""
 
+CHUNK = 500
+"""Trusted samples whose gradient is computed at once."""
 
-class Notes:
+
+class SampleNotes:
     """What a server learns of a round's samples beside gradients: their loss, and BatchNorm statistics."""
 
     def __init__(self, learner: Learner, run: FederatedRun) -> None:
@@ -40,7 +46,7 @@ class Notes:
 
     @contextmanager
     def watched(self) -> Iterator[Seen]:
-        """Note what BatchNorm layers are fed, if that is recorded."""
+        """Note the inputs of BatchNorm layers, if these are recorded."""
         if self.run.batch_norm != "synchronised":
             yield {}
             return
@@ -61,11 +67,11 @@ class Notes:
     def take(self, x: Tensor, y: Tensor) -> None:
         """Look at samples (clients, samples, ...), in eval mode."""
         learner, size = self.learner, max(1, EVALUATION_BATCH // y.shape[1])
-        for pixels, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+        for inputs, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
             if len(labels) == 0:
                 continue
-            with self.watched() as seen, frozen_statistics(learner.model, "eval"):
-                loss = learner.criterion(learner.model(pixels.flatten(0, 1)), labels.flatten())
+            with self.watched() as seen:
+                loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten())
             self.add(seen, loss.expand(len(labels)), labels.shape[1])
 
     def buffers(self, x: Tensor) -> dict[str, Tensor]:
@@ -75,31 +81,32 @@ class Notes:
         return recorded(self.learner.model, self.seen)
 
 
-class Sheet:
+class ServerRound:
     """A round's updates: the whole (client, parameter) matrix if somebody looks at it, else only sums."""
 
-    def __init__(self, learner: Learner, run: FederatedRun, clients: Tensor, *, keep: bool, attacked: bool) -> None:
+    def __init__(
+        self, learner: Learner, run: FederatedRun, clients: Tensor, rule_notes: Memory, *, keep: bool, attacked: bool
+    ) -> None:
         """Clients are named in the order in which their rows will come."""
-        self.learner, self.run, self.clients = learner, run, clients
+        self.learner, self.run, self.clients, self.rule_notes = learner, run, clients, rule_notes
         trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trained.items()}
         self.width = sum(p.numel() for p in trained.values())
-        self.apart = apart(learner.model, run)
-        pieces = [torch.full((p.numel(),), name not in self.apart) for name, p in trained.items()]
-        self.looked_at = torch.cat(pieces).to(learner.device)
+        self.unmeasured = unmeasured_parameters(learner.model, run)
+        pieces = [torch.full((p.numel(),), name not in self.unmeasured) for name, p in trained.items()]
+        self.measured = torch.cat(pieces).to(learner.device)
         first = next(iter(trained.values()))
         self.total = torch.zeros(self.width, dtype=first.dtype, device=first.device)
         # What an attacker sees: the sum before the bound on single rows.
-        self.plain = torch.zeros_like(self.total) if attacked and run.bound == "before" else self.total
+        apart = attacked and run.bound == "before"
+        self.unbounded_total = torch.zeros_like(self.total) if apart else self.total
         self.rows = torch.empty(len(clients), self.width, dtype=first.dtype, device=first.device) if keep else None
-        self.known = torch.zeros(0, dtype=torch.bool, device=first.device)
+        self.accepted = torch.zeros(0, dtype=torch.bool, device=first.device)
         self.filled, self.refused, self.length = 0, 0, 0.0
-        self.notes = Notes(learner, run)
+        self.notes = SampleNotes(learner, run)
         # Whether lengths and sums will do, so that no row need be formed.
         self.summable = (
-            not keep
-            and run.batch_norm != "averaged"
-            and (run.bound == "after" or row_factors(learner.defence, torch.ones(1)) is not None)
+            not keep and run.batch_norm != "averaged" and (run.bound == "after" or not self._bound_looks_at_rows())
         )
         self._buffer: Tensor | None = None
 
@@ -118,12 +125,37 @@ class Sheet:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Take in honest clients' updates, and note their samples."""
         size = max(1, SUMMED_PASS // y.shape[1])
-        for pixels, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-            if len(labels) and not (self.summable and self._add_sums(pixels, labels)):
+        for inputs, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+            if len(labels) and not (self.summable and self._add_sums(inputs, labels)):
                 few = max(1, PASS // y.shape[1])
-                for some, theirs in zip(torch.split(pixels, few), torch.split(labels, few), strict=True):
+                for some, theirs in zip(torch.split(inputs, few), torch.split(labels, few), strict=True):
                     self.send(self.gradients(some, theirs))
-                self.notes.take(pixels, labels)
+                self.notes.take(inputs, labels)
+
+    def _bound_looks_at_rows(self) -> bool:
+        """Whether the defence's bound needs more than the lengths of rows; its notes are not touched."""
+
+        class LookedError(Exception):
+            pass
+
+        def look() -> Tensor:
+            raise LookedError
+
+        learner = self.learner
+        view = dataclasses.replace(learner.view(), memory=dict(learner.memory))
+        asked = Updates(look, self._measured_shapes, lengths=torch.ones(1, device=learner.device))
+        try:
+            return learner.defence.bound(asked, view).factors is None
+        except LookedError:
+            return True
+
+    def _factors(self, lengths: Tensor) -> Tensor | None:
+        """What the defence's bound multiplies rows of these lengths by."""
+
+        def look() -> Tensor:
+            raise AssertionError("a bound looked at rows, which it had not done before")
+
+        return self.learner.bound_updates(Updates(look, self._measured_shapes, lengths=lengths)).factors
 
     def _add_sums(self, x: Tensor, y: Tensor) -> bool:
         """The same without rows; False if the model or a value that is not finite forbids it, nothing being added."""
@@ -134,9 +166,9 @@ class Sheet:
                 learner.criterion,
                 x,
                 y,
-                factors=partial(row_factors, learner.defence) if self.run.bound == "before" else None,
-                apart=self.apart,
-                plain=self.plain is not self.total,
+                factors=self._factors if self.run.bound == "before" else None,
+                unmeasured=self.unmeasured,
+                unweighted=self.unbounded_total is not self.total,
             )
         if isinstance(found, str):
             self.summable = False
@@ -145,9 +177,9 @@ class Sheet:
             return False
         self.notes.add(seen, found.losses, y.shape[1])
         self.total += found.total
-        if found.plain is not None:
-            self.plain += found.plain
-        self.known = torch.cat([self.known, torch.ones_like(found.lengths, dtype=torch.bool)])
+        if found.unweighted is not None:
+            self.unbounded_total += found.unweighted
+        self.accepted = torch.cat([self.accepted, torch.ones_like(found.lengths, dtype=torch.bool)])
         self.length += float(found.lengths.sum())
         self.filled += len(x)
         return True
@@ -166,7 +198,7 @@ class Sheet:
         finite = lengths.isfinite()
         if not bool(finite.all()):
             finite = torch.isfinite(rows).all(1)  # a length may overflow though no entry does
-        self.known = torch.cat([self.known, finite.repeat_interleave(times)])
+        self.accepted = torch.cat([self.accepted, finite.repeat_interleave(times)])
         self.refused += int((~finite).sum()) * times
         if not bool(finite.any()):
             return
@@ -174,71 +206,90 @@ class Sheet:
         self.length += float(lengths[finite].sum()) * times
         bounded = self._bounded(rows) if self.run.bound == "before" else rows
         self.total.add_(bounded.sum(0), alpha=times)
-        if self.plain is not self.total:
-            self.plain.add_(rows.sum(0), alpha=times)
+        if self.unbounded_total is not self.total:
+            self.unbounded_total.add_(rows.sum(0), alpha=times)
         if self.rows is not None:
             self.rows[self.filled : self.filled + len(rows)] = bounded
         self.filled += len(rows) * times
 
-    def honest(self, mine: Batch) -> Honest:
-        """What an attacker who sees every update sees before it sends its own."""
+    def honest(self, hostile: Batch) -> Honest:
+        """What an attacker who sees every update sees before it sends its own.
+
+        Args:
+            hostile: The samples of the hostile clients.
+        """
         learner, mode = self.learner, self.mode
         return Honest(
-            total=self.plain.clone(),
+            total=self.unbounded_total.clone(),
             bounded_total=self.total.clone(),
             n_honest=self.filled,
-            x=mine.x,
-            y=mine.y,
+            x=hostile.x,
+            y=hostile.y,
             rows=self.rows[: self.filled] if self.rows is not None else None,
             gradients=lambda x, y: client_gradients(learner.model, learner.criterion, x, y, mode=mode),
         )
 
-    def aggregated(self) -> Gradient:
+    def aggregated(self) -> Updates:
         """The round's update; zero where too few clients' were finite, or hostile ones could stop the server."""
-        learner, defence = self.learner, self.learner.defence
         if self.filled == 0 or not self._enough():
-            return Gradient(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
-        mean = (self.total / self.filled).unsqueeze(0)
-        if self.rows is None or not has_rule(defence):
-            row = mean
-        else:
-            whole = bool(self.looked_at.all())
-            held = self.rows[: self.filled]
-            seen = Gradient(
-                held if whole else held[:, self.looked_at],
-                self.shapes if whole else {"looked at": self._seen},
-                self.clients[: len(self.known)][self.known],
-            )
-            row = mean.clone()
-            row[:, self.looked_at] = defence.aggregate(seen, learner.view()).rows
-        return Gradient(self._bounded(row) if self.run.bound == "after" else row, self.shapes)
+            return Updates(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
+        row = (self.total / self.filled).unsqueeze(0)
+        if self.run.aggregator is not None:
+            row = row.clone()
+            row[:, self.measured] = self._by_rule().unsqueeze(0)
+        return Updates(self._bounded(row) if self.run.bound == "after" else row, self.shapes)
+
+    def _by_rule(self) -> Tensor:
+        """What the robust rule makes of the measured parameters."""
+        rule, learner = self.run.aggregator, self.learner
+        if rule is None or self.rows is None:
+            raise AssertionError("a rule has all rows")
+        rows = self.rows[: self.filled]
+        context = Context(
+            clients=self.clients[: len(self.accepted)][self.accepted],
+            rng=generator("aggregator", self.run.rule_name, learner.step),
+            trusted=self._trusted_update() if rule.needs_trusted else None,
+            memory=self.rule_notes,
+        )
+        return rule.aggregate(rows if bool(self.measured.all()) else rows[:, self.measured], context)
+
+    def _trusted_update(self) -> Tensor:
+        """The server's own update: the gradient on its trusted samples, BatchNorm in eval mode."""
+        learner = self.learner
+        if learner.trusted is None:
+            return self.total.new_zeros(0)
+        box = learner.white_box
+        with box.objective("eval") as objective:
+            found = gradient(objective, box.parameters, *learner.trusted, chunk=CHUNK)
+        return Updates.of(found).rows[0][self.measured]
 
     def _enough(self) -> bool:
-        """Whether the defence's rule holds for the rows that are left after refusals."""
-        if self.refused == 0:
+        """Whether the rule holds for the rows that are left after refusals."""
+        if self.refused == 0 or self.run.aggregator is None:
             return True
         try:
-            check_defence(self.learner.defence, self.run, self.filled)
+            self.run.aggregator.check(self.filled)
         except ConfigError:
             return False
         return True
 
     @property
-    def _seen(self) -> torch.Size:
-        return torch.Size([int(self.looked_at.sum())])
+    def _measured_shapes(self) -> dict[str, torch.Size]:
+        if bool(self.measured.all()):
+            return self.shapes
+        return {"measured": torch.Size([int(self.measured.sum())])}
 
     def _bounded(self, rows: Tensor) -> Tensor:
         """Rows after the defence's bound."""
         learner = self.learner
-        if bool(self.looked_at.all()):
-            return learner.defence.bound(Gradient(rows, self.shapes), learner.view()).rows
+        if bool(self.measured.all()):
+            return learner.bound_updates(Updates(rows, self.shapes)).rows
         out = rows.clone()
-        part = Gradient(rows[:, self.looked_at], {"looked at": self._seen})
-        out[:, self.looked_at] = learner.defence.bound(part, learner.view()).rows
+        out[:, self.measured] = learner.bound_updates(Updates(rows[:, self.measured], self._measured_shapes)).rows
         return out
 
 
-def apart(model: torch.nn.Module, run: FederatedRun) -> frozenset[str]:
+def unmeasured_parameters(model: torch.nn.Module, run: FederatedRun) -> frozenset[str]:
     """Names of the parameters that distances and bounds do not look at."""
     if run.distances == "all":
         return frozenset()
@@ -259,16 +310,13 @@ def _averaged_buffers(learner: Learner, x: Tensor) -> dict[str, Tensor]:
         answer: Tensor = functional_call(model, {**parameters, **buffers}, (own,))
         return answer
 
-    flags = {name: m.training for name, m in model.named_modules()}
-    model.train()
     try:
-        for pixels in torch.split(x, max(1, PASS // x.shape[1])):
-            held = {name: b.expand(len(pixels), *b.shape).clone() for name, b in before.items()}
-            vmap(forward, randomness="error")(held, pixels)
-            for name, own in held.items():
-                sums[name] += own.double().sum(0)
+        with in_mode(model, "train"):
+            for inputs in torch.split(x, max(1, PASS // x.shape[1])):
+                each = {name: b.expand(len(inputs), *b.shape).clone() for name, b in before.items()}
+                vmap(forward, randomness="error")(each, inputs)
+                for name, own in each.items():
+                    sums[name] += own.double().sum(0)
     finally:
-        for name, module in model.named_modules():
-            module.training = flags[name]
-        learner.restore_buffers(before)
+        learner.put_buffers(before)
     return {name: (total / len(x)).to(before[name].dtype) for name, total in sums.items()}

@@ -20,17 +20,18 @@ from torch import Tensor
 from mithridate.attacks.noise import Noise
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
-from mithridate.core.defence import Defence, row_factors
+from mithridate.core.defence import Defence, overrides
 from mithridate.core.errors import ConfigError, UserError
 from mithridate.core.features import observe
 from mithridate.core.model import Weights
 from mithridate.core.registry import KINDS, build, config_of, entries
-from mithridate.core.update import Gradient
+from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Detector
 from mithridate.data.stream import Stream
 from mithridate.maths.norms import Norm
-from mithridate.simulation.online import OnlineRun, Outcome, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import Outcome
 from mithridate.testing.toy import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
@@ -231,7 +232,7 @@ def check_leaves_the_world_alone(cls: type) -> None:
         state = torch.get_rng_state()
         view = View(0, {}, _things(learner, stream), attack.needs)
         attack.poison(batch, view, rng=torch.Generator().manual_seed(1))
-        attack.fed(view, torch.Generator().manual_seed(1))
+        attack.after_step(view, torch.Generator().manual_seed(1))
         attack.trigger(stream.trigger_batch(3, 0), view, rng=torch.Generator().manual_seed(1))
         after = learner.snapshot()
         assert torch.equal(batch.x, kept.x), f"{attack} changed its input"
@@ -419,21 +420,27 @@ def check_learns_from_one(cls: Any) -> None:  # noqa: ANN401  (a registered defe
 
 
 def check_factors(cls: Any) -> None:  # noqa: ANN401  (a registered defence class)
-    """Where `bound` is said to follow from the lengths of rows, it does, in every setting."""
+    """Where `bound` is content with the lengths of rows, it does to rows what it says of lengths, in every setting."""
     kind, name = _kind_and_name(cls)
     settings: list[dict[str, Any]] = [dict(cls.neutral), dict(cls.active)]
     settings += [{**settings[1], field: choice} for field, choice in _choices(cls)]
     stream = _stream(0)
     rows = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([[0.0, 1e-3, 0.1, 1, 9, 1e3]]).T
     lengths = torch.linalg.vector_norm(rows, dim=1)
+    shapes = {"all": torch.Size([4])}
     for values in settings:
         defence: Defence = build(kind, {"name": name, **values})
-        factors = row_factors(defence, lengths)
-        if factors is None:
+        if not overrides(defence, "bound"):
             continue
-        learner = toy_learner(stream, defence=defence)
-        bounded = defence.bound(Gradient(rows, {"all": torch.Size([4])}), learner.view()).rows
-        assert torch.allclose(bounded, rows * factors.unsqueeze(1)), f"{defence}: `factors` is not what `bound` does"
+        view = toy_learner(stream, defence=defence).view()
+        try:
+            bounded = defence.bound(Updates(rows, shapes), view).rows
+        except ConfigError:
+            continue  # it needs whole updates of the model
+        unformed = defence.bound(Updates(lambda: rows, shapes, lengths=lengths), view)
+        assert torch.allclose(bounded, unformed.rows), f"{defence} bounds rows otherwise when it knows their lengths"
+        if unformed.factors is not None:
+            assert torch.allclose(bounded, rows * unformed.factors.unsqueeze(1)), f"{defence}: wrong factors"
 
 
 def check_declares_views(cls: type) -> None:

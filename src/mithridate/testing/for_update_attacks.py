@@ -108,7 +108,7 @@ def _all_sent(attack: UpdateAttack, honest: Honest, view: View) -> tuple[Tensor,
     """What it sends in a round, and then in the trigger round."""
     rng = torch.Generator().manual_seed(5)
     first = attack.craft(honest, view, rng)
-    attack.fed(view)
+    attack.after_step(view, rng)
     return first, attack.craft_trigger(honest, view, rng)
 
 
@@ -238,8 +238,8 @@ class _AsNoise(UpdateAttack):
     def ready(self, view: View) -> bool:
         return self.attack.ready(view)
 
-    def fed(self, view: View) -> None:
-        self.attack.fed(view)
+    def after_step(self, view: View, rng: Generator) -> None:
+        self.attack.after_step(view, rng)
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         return _random(self.attack.craft(honest, view, rng), rng)

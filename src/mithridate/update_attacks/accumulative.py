@@ -10,8 +10,8 @@ from torch.nn.functional import cosine_similarity
 
 from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import register, settings
-from mithridate.core.update import Gradient
 from mithridate.core.update_attack import Honest
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import (
     Normalise,
@@ -130,12 +130,12 @@ class Accumulative(Hostile):
                     objective, parameters, validation, view.clean_trigger, normalise=self.normalise, chunk=self._chunk
                 )
                 return sign * _flat(g)
-            held = Gradient(self._poisoned(view).unsqueeze(0), {name: p.shape for name, p in parameters.items()})
+            held = Updates(self._poisoned(view).unsqueeze(0), {name: p.shape for name, p in parameters.items()})
             g_validation = gradient(objective, parameters, *validation, chunk=self._chunk)
             along = alignment_gradient(g_validation, unit(held.named(), self.normalise), self.normalise)
             return _flat(hessian_vector_product(objective, parameters, *validation, along, chunk=self._chunk))
 
-    def fed(self, view: View) -> None:
+    def after_step(self, view: View, rng: Generator) -> None:
         """With `reoptimised`: take alpha times the trigger's current update away from the poisoned one."""
         if self.trigger == "reoptimised":
             moved = self._poisoned(view) - self.alpha * _flat(self._trigger_gradient(view))

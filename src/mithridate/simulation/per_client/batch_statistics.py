@@ -49,7 +49,7 @@ def _layers(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Seen]:
-    """Collect the moments of what BatchNorm layers are fed inside the block, whatever mode they are in.
+    """Collect the moments of the inputs of BatchNorm layers inside the block, whatever mode they are in.
 
     Args:
         model: Used inside the block as often as one likes.
@@ -57,12 +57,12 @@ def watched(model: nn.Module) -> Iterator[Seen]:
     seen: Seen = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            fed = inputs[0].detach()
-            others = [d for d in range(fed.ndim) if d != 1]
-            mean = fed.mean(others, keepdim=True)
-            apart = torch.linalg.vector_norm(fed - mean, dim=others)  # torch.var takes eight times as long on a CPU
-            more = Moments(fed.numel() // fed.shape[1], mean.flatten().double(), apart.double().square())
+        def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0].detach()
+            others = [d for d in range(inputs.ndim) if d != 1]
+            mean = inputs.mean(others, keepdim=True)
+            apart = torch.linalg.vector_norm(inputs - mean, dim=others)  # torch.var takes eight times as long on a CPU
+            more = Moments(inputs.numel() // inputs.shape[1], mean.flatten().double(), apart.double().square())
             if name in seen:
                 seen[name].take(more)
             else:

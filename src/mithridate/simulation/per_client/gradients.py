@@ -1,7 +1,7 @@
 """One parameter gradient a client, for many clients at once.
 
 Two ways that give the same numbers. `layered` runs all clients' samples through the model as one batch, keeps
-what each layer was fed and the loss's gradient in what it gave, and forms every client's weight gradient from the two
+each layer's input and the loss's gradient in its output, and forms every client's weight gradient from the two
 by batched matrix products (`layer_gradients`). `mapped` is `torch.func.vmap` over `torch.func.grad`: any model whose
 forward pass vmap knows, and each client's own batch statistics, at several times the cost (`benchmarks/federated.py`).
 

@@ -1,4 +1,4 @@
-"""What a model's layers were fed and the loss's gradients in what they gave, and weight gradients from the two.
+"""Inputs of a model's layers and the loss's gradients in their outputs, and weight gradients from the two.
 
 For the layers below, each used once and alone the owner of its parameters, in a pass in which samples do not mix
 (BatchNorm in eval mode).
@@ -33,15 +33,15 @@ class Recorded(NamedTuple):
     Args:
         name: Of the layer, as a prefix of its parameters' names.
         layer: It.
-        fed: (clients, samples, ...), its input.
-        back: (clients, samples, ...), the gradient of all clients' summed losses in its output; None if that is not
-            used.
+        inputs: (clients, samples, ...).
+        grad_output: (clients, samples, ...), the gradient of all clients' summed losses in its output; None if that is
+            not used.
     """
 
     name: str
     layer: nn.Module
-    fed: Tensor
-    back: Tensor | None
+    inputs: Tensor
+    grad_output: Tensor | None
 
 
 def _owners(module: nn.Module) -> dict[str, nn.Module]:
@@ -74,17 +74,17 @@ def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
 def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tuple[list[Recorded], Tensor] | str:
     """Every layer's input and gradient, and the clients' losses; or why it cannot be done."""
     layers = _owners(module)
-    fed: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     given: dict[str, GradientEdge] = {}
     odd: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def note(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in fed or len(inputs) != 1 or not output.requires_grad:
+        def note(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in inputs or len(args) != 1 or not output.requires_grad:
                 odd.append(name)
                 return
             # The place in the graph, not the tensor: what follows may write to that (an in-place ReLU).
-            fed[name], given[name] = inputs[0].detach(), get_gradient_edge(output)
+            inputs[name], given[name] = args[0].detach(), get_gradient_edge(output)
 
         return note
 
@@ -109,19 +109,12 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
         Recorded(
             f"{name}." if name else "",
             layers[name],
-            _by_client(fed[name], len(x)),
-            None if back is None else _by_client(back, len(x)),
+            _by_client(inputs[name], len(x)),
+            None if grad_output is None else _by_client(grad_output, len(x)),
         )
-        for name, back in zip(given, outputs, strict=True)
+        for name, grad_output in zip(given, outputs, strict=True)
     ]
     return found, losses.detach()
-
-
-def _losses(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
-    """(clients,) each client's loss."""
-    if criterion is F.cross_entropy:  # at once: a thousand small calls take a tenth of a round
-        return F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).mean(1)
-    return torch.stack([criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)])
 
 
 def _by_client(t: Tensor, clients: int) -> Tensor:
@@ -135,11 +128,11 @@ def write_rows(recorded: Recorded, own: Mapping[str, Tensor]) -> None:
         recorded: The layer.
         own: Places (clients, ...) for `weight` and `bias`, those that are wanted.
     """
-    if recorded.back is None:  # computed, and then not used
+    if recorded.grad_output is None:  # computed, and then not used
         for place in own.values():
             place.zero_()
     else:
-        _FORMULAE[type(recorded.layer)](recorded.layer, recorded.fed, recorded.back, own)
+        _FORMULAE[type(recorded.layer)](recorded.layer, recorded.inputs, recorded.grad_output, own)
 
 
 def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
@@ -149,47 +142,47 @@ def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
     return layer.padding
 
 
-def unfolded(layer: nn.Conv2d, fed: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+def unfolded(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
     """A convolution's patches (clients, inputs * kernel, places) and gradients (clients, outputs, places)."""
-    clients, samples = fed.shape[:2]
+    clients, samples = inputs.shape[:2]
     how = {"dilation": layer.dilation, "padding": padding_of(layer), "stride": layer.stride}
-    a = F.unfold(fed.flatten(0, 1), layer.kernel_size, **how)
-    a, g = a.reshape(clients, samples, *a.shape[1:]), back.flatten(3)  # (clients, samples, in * k * k, places)
+    a = F.unfold(inputs.flatten(0, 1), layer.kernel_size, **how)
+    a, g = a.reshape(clients, samples, *a.shape[1:]), grad_output.flatten(3)  # (clients, samples, in * k * k, places)
     if samples == 1:
         return a[:, 0], g[:, 0]
     return a.transpose(1, 2).flatten(2), g.transpose(1, 2).flatten(2)
 
 
-def _linear(_: nn.Linear, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
-    a, g = fed.flatten(1, -2), back.flatten(1, -2)
+def _linear(_: nn.Linear, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
+    a, g = inputs.flatten(1, -2), grad_output.flatten(1, -2)
     if "weight" in own:
         torch.bmm(g.transpose(1, 2), a, out=own["weight"])
     if "bias" in own:
         torch.sum(g, 1, out=own["bias"])
 
 
-def _convolution(layer: nn.Conv2d, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+def _convolution(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
     if "weight" in own and layer.in_channels < FEW_CHANNELS:
-        _by_offsets(layer, fed, back, own["weight"])
-    elif "weight" in own and fed.device.type == "cpu" and back[0, 0, 0].numel() >= layer.out_channels:
+        _by_offsets(layer, inputs, grad_output, own["weight"])
+    elif "weight" in own and inputs.device.type == "cpu" and grad_output[0, 0, 0].numel() >= layer.out_channels:
         # One convolution with a group a client: the samples stay the batch, the clients move beside the channels.
-        a, g = (t.transpose(0, 1).flatten(1, 2) for t in (fed, back))
-        shape, how = own["weight"].flatten(0, 1).shape, (layer.stride, padding_of(layer), layer.dilation, len(fed))
+        a, g = (t.transpose(0, 1).flatten(1, 2) for t in (inputs, grad_output))
+        shape, how = own["weight"].flatten(0, 1).shape, (layer.stride, padding_of(layer), layer.dilation, len(inputs))
         found = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
         own["weight"].copy_(found.view_as(own["weight"]))
     elif "weight" in own:
-        a, g = unfolded(layer, fed, back)
+        a, g = unfolded(layer, inputs, grad_output)
         torch.bmm(g, a.transpose(1, 2), out=own["weight"].flatten(2))
     if "bias" in own:
-        torch.sum(back, (1, 3, 4), out=own["bias"])
+        torch.sum(grad_output, (1, 3, 4), out=own["bias"])
 
 
-def _by_offsets(layer: nn.Conv2d, fed: Tensor, back: Tensor, weight: Tensor) -> None:
+def _by_offsets(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, weight: Tensor) -> None:
     """A convolution's weight gradients, one entry of the kernel after the other: for the few channels of an image."""
     down, right = padding_of(layer)
-    padded = F.pad(fed, (right, right, down, down))
-    rows, columns = back.shape[3:]
-    g = back.transpose(1, 2).flatten(2).transpose(1, 2)  # (clients, places, outputs)
+    padded = F.pad(inputs, (right, right, down, down))
+    rows, columns = grad_output.shape[3:]
+    g = grad_output.transpose(1, 2).flatten(2).transpose(1, 2)  # (clients, places, outputs)
     for i in range(layer.kernel_size[0]):
         across = steps(i * layer.dilation[0], rows, layer.stride[0])
         for j in range(layer.kernel_size[1]):
@@ -203,25 +196,27 @@ def steps(start: int, number: int, step: int) -> slice:
     return slice(start, start + step * (number - 1) + 1, step)
 
 
-def _batch_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
+def _batch_norm(
+    layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]
+) -> None:
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None:
         raise TypeError("BatchNorm without running statistics: ask `obstacle` first, which names what has no formula.")
-    others = (1, *range(3, back.ndim))
-    whole = back.sum(others)
-    if "weight" in own:  # of (fed - mean) / deviation, without making it
-        own["weight"].copy_(((fed * back).sum(others) - mean * whole) * torch.rsqrt(var + layer.eps))
+    others = (1, *range(3, grad_output.ndim))
+    whole = grad_output.sum(others)
+    if "weight" in own:  # of (inputs - mean) / deviation, without making it
+        own["weight"].copy_(((inputs * grad_output).sum(others) - mean * whole) * torch.rsqrt(var + layer.eps))
     if "bias" in own:
         own["bias"].copy_(whole)
 
 
-def _group_norm(layer: nn.GroupNorm, fed: Tensor, back: Tensor, own: Mapping[str, Tensor]) -> None:
-    others = (1, *range(3, back.ndim))
+def _group_norm(layer: nn.GroupNorm, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
+    others = (1, *range(3, grad_output.ndim))
     if "weight" in own:
-        normed = F.group_norm(fed.flatten(0, 1), layer.num_groups, None, None, layer.eps).view_as(fed)
-        torch.sum(normed.mul_(back), others, out=own["weight"])  # in place: fresh memory is slow
+        normed = F.group_norm(inputs.flatten(0, 1), layer.num_groups, None, None, layer.eps).view_as(inputs)
+        torch.sum(normed.mul_(grad_output), others, out=own["weight"])  # in place: fresh memory is slow
     if "bias" in own:
-        torch.sum(back, others, out=own["bias"])
+        torch.sum(grad_output, others, out=own["bias"])
 
 
 _FORMULAE: dict[type, Callable[[Any, Tensor, Tensor, Mapping[str, Tensor]], None]] = {

@@ -1,7 +1,8 @@
 """Lengths and weighted sums of clients' gradients, none of them formed.
 
 Most servers need no more: the mean of clients' gradients, each shortened to a bound, takes their lengths and a weighted
-sum, and both follow from what the layers were fed and gave.
+sum, and both follow from the layers' inputs and the loss's gradients in their
+outputs.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -33,13 +34,14 @@ class Summed(NamedTuple):
 
     Args:
         total: (parameters,), their sum, each times its factor.
-        plain: (parameters,), their sum without factors; `total` itself where there are none, None if not asked for.
+        unweighted: (parameters,), their sum without factors; `total` itself where there are none, None if not asked
+            for.
         lengths: (clients,), their l2 lengths.
         losses: (clients,), the losses.
     """
 
     total: Tensor
-    plain: Tensor | None
+    unweighted: Tensor | None
     lengths: Tensor
     losses: Tensor
 
@@ -55,13 +57,13 @@ def summed_gradients(
     y: Tensor,
     *,
     factors: Factors | None = None,
-    apart: Collection[str] = (),
-    plain: bool = False,
+    unmeasured: Collection[str] = (),
+    unweighted: bool = False,
 ) -> Summed | str:
     """Lengths of the clients' gradients and their weighted sum (BatchNorm in eval mode), as one batch.
 
-    A layer's gradient of one client is a product of what the layer was fed and of the loss's gradient in what it gave,
-    summed over places. Where places are few, its length follows from the inner products of places with each other, and
+    A layer's gradient of one client is a product of the layer's input and of the loss's gradient in its output, summed
+    over places. Where places are few, its length follows from the inner products of places with each other, and
     the weighted sum over clients is one product: no client's gradient is formed.
 
     Args:
@@ -70,8 +72,8 @@ def summed_gradients(
         x: As there; `SUMMED_PASS` samples at a time are a good measure.
         y: As there.
         factors: Gives each client's factor from its length; unset: 1.
-        apart: Names of parameters that the lengths given to `factors` do not count and that get no factor.
-        plain: Whether to give the sum without factors, too.
+        unmeasured: Names of parameters that the lengths given to `factors` do not count and that get no factor.
+        unweighted: Whether to give the sum without factors, too.
 
     Returns:
         The sums; or why this cannot be done with the model (as for `layered`).
@@ -92,23 +94,23 @@ def summed_gradients(
             pieces[name] = piece
             square = piece.squares()
             squares += square
-            if name not in apart:
+            if name not in unmeasured:
                 measured += square
     given = None if factors is None else factors(measured.sqrt())
-    total = _laid_out(trained, pieces, given, apart)
-    bare = _laid_out(trained, pieces, None, apart) if plain and given is not None else total
-    return Summed(total, bare if plain else None, squares.sqrt(), losses)
+    total = _laid_out(trained, pieces, given, unmeasured)
+    bare = _laid_out(trained, pieces, None, unmeasured) if unweighted and given is not None else total
+    return Summed(total, bare if unweighted else None, squares.sqrt(), losses)
 
 
 def _laid_out(
     trained: Mapping[str, Tensor],
     pieces: "Mapping[str, _Rows | _Product]",
     factors: Tensor | None,
-    apart: Collection[str],
+    unmeasured: Collection[str],
 ) -> Tensor:
     """(parameters,), the weighted sums of all parameters end to end; zero for those that the loss does not use."""
     sums = [
-        pieces[name].sum(None if name in apart else factors).reshape(-1)
+        pieces[name].sum(None if name in unmeasured else factors).reshape(-1)
         if name in pieces
         else like.new_zeros(like.numel())
         for name, like in trained.items()
@@ -132,35 +134,39 @@ class _Rows(NamedTuple):
 
 
 class _Product(NamedTuple):
-    """A weight's gradients as products over places: of what a layer was fed and of the gradient in what it gave.
+    """A weight's gradients as products over places: of a layer's input and of the gradient in its output.
 
     Args:
         layer: A linear layer or a convolution.
-        fed: What it was fed.
-        back: The gradient in what it gave.
+        inputs: Its input.
+        grad_output: The gradient in its output.
     """
 
     layer: nn.Linear | nn.Conv2d
-    fed: Tensor
-    back: Tensor
+    inputs: Tensor
+    grad_output: Tensor
 
     def squares(self) -> Tensor:
         """(clients,) squared lengths: |g a^T|^2 is the sum of (a^T a) * (g^T g)."""
         if isinstance(self.layer, nn.Conv2d):
-            g = self.back.transpose(1, 2).flatten(2)
-            between = _between_patches(self.layer, self.fed, self.back) * torch.bmm(g.transpose(1, 2), g)
+            g = self.grad_output.transpose(1, 2).flatten(2)
+            between = _between_patches(self.layer, self.inputs, self.grad_output) * torch.bmm(g.transpose(1, 2), g)
         else:
-            a, g = (t.flatten(1, -2) for t in (self.fed, self.back))
+            a, g = (t.flatten(1, -2) for t in (self.inputs, self.grad_output))
             between = torch.bmm(a, a.transpose(1, 2)) * torch.bmm(g, g.transpose(1, 2))
         return between.sum((1, 2)).clamp_min(0)  # rounding
 
     def sum(self, factors: Tensor | None) -> Tensor:
         """Over clients, weighted."""
         layer = self.layer
-        back = self.back if factors is None else self.back * factors.view(-1, *[1] * (self.back.ndim - 1))
+        grad_output = (
+            self.grad_output
+            if factors is None
+            else self.grad_output * factors.view(-1, *[1] * (self.grad_output.ndim - 1))
+        )
         if isinstance(layer, nn.Linear):
-            return torch.mm(back.flatten(0, -2).T, self.fed.flatten(0, -2))
-        a, g = self.fed.flatten(0, 1), back.flatten(0, 1)
+            return torch.mm(grad_output.flatten(0, -2).T, self.inputs.flatten(0, -2))
+        a, g = self.inputs.flatten(0, 1), grad_output.flatten(0, 1)
         shape, how = layer.weight.shape, (layer.stride, padding_of(layer), layer.dilation)
         found: Tensor = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
         return found
@@ -168,42 +174,42 @@ class _Product(NamedTuple):
 
 def _pieces(recorded: Recorded, trained: Mapping[str, Tensor]) -> "dict[str, _Rows | _Product]":
     """The gradients of a layer's own parameters, by name."""
-    name, layer, fed, back = recorded
-    if back is None:  # computed, and then not used
+    name, layer, inputs, grad_output = recorded
+    if grad_output is None:  # computed, and then not used
         return {}
     own = {p: trained[name + p] for p in ("weight", "bias") if name + p in trained}
     found: dict[str, _Rows | _Product] = {}
-    if "weight" in own and (product := _product(layer, fed, back)) is not None:
+    if "weight" in own and (product := _product(layer, inputs, grad_output)) is not None:
         found[name + "weight"] = product
         del own["weight"]
-    rows = {p: fed.new_empty(len(fed), *like.shape) for p, like in own.items()}
+    rows = {p: inputs.new_empty(len(inputs), *like.shape) for p, like in own.items()}
     write_rows(recorded, rows)
     return found | {name + p: _Rows(r.flatten(1)) for p, r in rows.items()}
 
 
-def _product(layer: nn.Module, fed: Tensor, back: Tensor) -> _Product | None:
+def _product(layer: nn.Module, inputs: Tensor, grad_output: Tensor) -> _Product | None:
     """The weight gradients of a layer as products, where these cost less than the rows."""
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return None
-    inputs, outputs = layer.weight[0].numel(), len(layer.weight)
-    places = back[0].numel() // outputs
-    return _Product(layer, fed, back) if places * (inputs + outputs) < inputs * outputs else None
+    fan_in, fan_out = layer.weight[0].numel(), len(layer.weight)
+    places = grad_output[0].numel() // fan_out
+    return _Product(layer, inputs, grad_output) if places * (fan_in + fan_out) < fan_in * fan_out else None
 
 
-def _between_patches(layer: nn.Conv2d, fed: Tensor, back: Tensor) -> Tensor:
+def _between_patches(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor) -> Tensor:
     """(clients, places, places), the inner products of a convolution's patches.
 
     With stride 1, patches overlap: theirs are sums of the inner products of pixels, as many as the kernel has entries.
     """
     if layer.stride != (1, 1):
-        a, _ = unfolded(layer, fed, back)
+        a, _ = unfolded(layer, inputs, grad_output)
         return torch.bmm(a.transpose(1, 2), a)
     down, right = padding_of(layer)
-    padded = F.pad(fed, (right, right, down, down))
+    padded = F.pad(inputs, (right, right, down, down))
     clients, samples, _, height, width = padded.shape
     pixels = padded.transpose(1, 2).flatten(2)
     each = torch.bmm(pixels.transpose(1, 2), pixels).view(clients, samples, height, width, samples, height, width)
-    rows, columns = back.shape[3:]
+    rows, columns = grad_output.shape[3:]
     total = each.new_zeros(clients, samples, rows, columns, samples, rows, columns)
     for i in range(layer.kernel_size[0]):
         across = steps(i * layer.dilation[0], rows, 1)

@@ -1,0 +1,51 @@
+"""What every component says of itself: what it looks at, how far back, and which inputs it can work on."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from mithridate.core.batch import AnyBatch
+from mithridate.core.errors import ConfigError
+from mithridate.core.view import Need
+
+
+class Component:
+    """The base of attacks, defences, detectors and update attacks."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it sees besides what it is handed. An honest comparison names this beside each result."""
+
+    @property
+    def lookback(self) -> int:
+        """How many updates back it looks in the model's history; 0 if only at burn-in checkpoints or not at all."""
+        return 0
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs of a kind that it cannot work on; asked before a run.
+
+        Args:
+            batch: As the stream will yield them.
+
+        Raises:
+            ConfigError: Says which kind it needs.
+        """
+
+
+def check_moves(batch: AnyBatch, *, who: str) -> None:
+    """Refuse inputs that cannot be moved by small amounts, for components that do so.
+
+    Args:
+        batch: Any of the stream.
+        who: The component, for the message.
+
+    Raises:
+        ConfigError: They are not one tensor of floats.
+    """
+    x = batch.x
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return
+    what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__} of tensors"
+    raise ConfigError(
+        f"{who} moves inputs by small amounts and needs one tensor of floats, such as pixels or features; these inputs "
+        f"are {what}. Take a component that leaves inputs alone."
+    )

@@ -1,0 +1,322 @@
+"""A run: an accumulative phase, one trigger, and what it came to. Streams and federations differ in `exchange`."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import SGD, Optimizer
+
+from mithridate.core.attack import Attack
+from mithridate.core.batch import AnyBatch
+from mithridate.core.model import Snapshot, Weights
+from mithridate.core.seeding import generator
+from mithridate.core.update_attack import UpdateAttack
+from mithridate.core.view import Memory, Need, View
+from mithridate.core.watch import Monitor, Reading
+from mithridate.data.stream import Stream
+from mithridate.simulation.scoring import score_columns
+from mithridate.simulation.trace import NOTHING_SENT, Phase, Sent, TraceRow
+from mithridate.training.learner import Learner
+
+EVALUATION_BATCH = 500
+
+OnAlarm = Literal["record", "trigger", "halt"]
+
+
+class RunSettings(Protocol):
+    """What online and federated runs have in common."""
+
+    @property
+    def steps(self) -> int:
+        """Steps before the trigger at most."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the victim's SGD."""
+
+    @property
+    def momentum(self) -> float:
+        """Its momentum factor."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Its L2 penalty."""
+
+    @property
+    def on_alarm(self) -> OnAlarm:
+        """What a monitor's alarm does."""
+
+
+def victim_optimiser(model: torch.nn.Module, run: RunSettings) -> SGD:
+    """The victim's optimiser in a run: a fresh SGD."""
+    return SGD(model.parameters(), lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
+
+
+def adopt_momentum(optimiser: Optimizer, burned_in: Snapshot) -> None:
+    """Give a fresh optimiser the state that the burn-in ended with; its own settings stay."""
+    state = optimiser.state_dict()
+    optimiser.load_state_dict({"state": burned_in.optimiser["state"], "param_groups": state["param_groups"]})
+
+
+@dataclass
+class Progress:
+    """Where a run is: enough, with the learner's snapshot, to go on as if nothing had happened.
+
+    Args:
+        rows: Trace rows so far, the state before the stream first.
+        memory: The attack's notes.
+        rule: The notes of a federation's robust rule.
+        images: Pictures taken so far.
+        scores: What detectors said so far; see `simulation.scoring.score_batches`.
+        changed: By step (as text), which received samples had been poisoned; kept where there are scores.
+    """
+
+    rows: list[TraceRow] = field(default_factory=list)
+    memory: Memory = field(default_factory=dict)
+    rule: Memory = field(default_factory=dict)
+    images: dict[str, Tensor] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to.
+
+    Args:
+        accuracy_start: Test accuracy before the stream, a fraction.
+        accuracy_before_trigger: After the accumulative phase.
+        accuracy_after_trigger: After the one step on the trigger batch; None if the service was halted before it.
+        drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
+        accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics); None
+            if halted, or if the defence serves another model than the one that learns.
+        steps: Accumulative batches that the victim was sent; rounds, in a federation.
+        stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
+        status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
+        alarms: Steps at which a monitor raised an alarm, the trigger step included.
+        first_alarm_step: The first of them; None if there was none.
+        rolled_back: Steps that the defence did not keep.
+        quarantined: Samples with NaN or infinity, or updates that were not finite, kept from the model.
+        flagged_clean: Share of the samples nobody had changed that the defence corrected, dropped or gave less weight,
+            over all steps; None if there were none, or the defence treats all samples alike.
+        flagged_poisoned: The same of the poisoned ones; 1 minus it is the attack's success (Zhu et al., Table 8).
+        update_seconds: Mean time of one update, the defence's included.
+        seconds: Time of all steps, evaluation included.
+        trace: One row a step.
+        images: Stored pictures.
+        scores: What detectors said of each sample, by column; see `simulation.scoring.score_columns`.
+    """
+
+    accuracy_start: float
+    accuracy_before_trigger: float
+    accuracy_after_trigger: float | None
+    drop: float | None
+    accuracy_after_buffers: float | None
+    steps: int
+    stopped_by: str
+    status: str
+    alarms: int
+    first_alarm_step: int | None
+    rolled_back: int
+    quarantined: int
+    flagged_clean: float | None
+    flagged_poisoned: float | None
+    update_seconds: float
+    seconds: float
+    trace: Sequence[TraceRow]
+    images: Mapping[str, Tensor]
+    scores: Mapping[str, NDArray[Any]]
+
+    def summary(self) -> dict[str, Any]:
+        """The plain numbers, without trace, images and scores."""
+        return {k: v for k, v in self.__dict__.items() if k not in {"trace", "images", "scores"}}
+
+
+class Exchange(NamedTuple):
+    """What attacker and learner did in one step.
+
+    Args:
+        sent: Columns of the trace.
+        craft_seconds: The attack's time before the update.
+        update_seconds: The learner's and the defence's time.
+    """
+
+    sent: Sent
+    craft_seconds: float
+    update_seconds: float
+
+
+class Simulation(ABC):
+    """A run as it goes: asks the attacker, lets the learner learn, measures, stops."""
+
+    key: ClassVar[str]
+    """Names the attack's generators; part of what decides the bits."""
+
+    attack: Attack | UpdateAttack
+
+    def __init__(
+        self,
+        learner: Learner,
+        stream: Stream,
+        attack: Attack | UpdateAttack,
+        run: RunSettings,
+        trigger: AnyBatch,
+        *,
+        seed: int,
+        monitors: Sequence[Monitor],
+        progress: Progress,
+    ) -> None:
+        self.learner, self.attack, self.settings, self.seed = learner, attack, run, seed
+        self.monitors, self.progress = monitors, progress
+        if learner.domain is None:
+            learner.domain = stream.domain
+        self.domain = stream.domain
+        self.test = list(stream.test.batches(EVALUATION_BATCH, device=learner.device))
+        self.available: dict[Need, Any] = {Need.MODEL: learner.white_box, Need.TRIGGER: trigger}
+        if len(stream.validation):
+            self.available[Need.VALIDATION] = stream.validation.all(learner.device)
+        if learner.history is not None:
+            self.available[Need.HISTORY] = learner.history
+        attack.check_inputs(trigger)
+        learner.defence.check_inputs(trigger)
+
+    @abstractmethod
+    def exchange(self, index: int, phase: Phase, rng: torch.Generator) -> Exchange:
+        """Let the attacker send and the learner learn.
+
+        Args:
+            index: Which step, from 0.
+            phase: `accumulative` or `trigger`.
+            rng: The attack's randomness.
+        """
+
+    def view(self) -> View:
+        """What the attack sees now."""
+        rows = self.progress.rows
+        published = {Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
+        attack = self.attack
+        available = {**self.available, **published}
+        return View(
+            self.learner.step, self.progress.memory, available, attack.needs, type(attack).__name__, self.domain
+        )
+
+    def start(self) -> None:
+        """The row of the state before the first step."""
+        began = time.perf_counter()
+        score = self.learner.evaluate(self.test)
+        seconds = time.perf_counter() - began
+        self._note("start", NOTHING_SENT, score, craft_seconds=0.0, update_seconds=0.0, seconds=seconds)
+
+    def step(self, phase: Phase) -> None:
+        """One step: send, learn, measure."""
+        began = time.perf_counter()
+        index = len(self.progress.rows) - 1
+        exchange = self.exchange(index, phase, generator(self.key, self.seed, index))
+        exchanged = time.perf_counter()
+        if phase != "trigger":
+            self.attack.after_step(self.view(), generator(f"{self.key}, fed", self.seed, index))
+        adapted = time.perf_counter()
+        score = self.learner.evaluate(self.test)
+        self._note(
+            phase,
+            exchange.sent,
+            score,
+            craft_seconds=exchange.craft_seconds + adapted - exchanged,
+            update_seconds=exchange.update_seconds,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _note(self, phase: Phase, sent: Sent, score: tuple[float, float], **seconds: float) -> None:
+        """Write a row of the trace, monitors' alarms included."""
+        rows = self.progress.rows
+        accuracy, loss = score
+        row = {"step": len(rows), "phase": phase, "accuracy": accuracy, "loss": loss, **sent, "alarms": "", **seconds}
+        rows.append(row)  # type: ignore[arg-type]  # all columns are there: mypy does not add up dictionaries
+        if phase != "start":
+            readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in rows]
+            alarms = [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
+            rows[-1]["alarms"] = "; ".join(alarms)
+
+    def phase_end(self) -> str | None:
+        """What ends the phase before the trigger now, if anything does: `steps`, `attack` or `monitor`."""
+        rows = self.progress.rows
+        alarmed = bool(rows[-1]["alarms"])
+        if alarmed and self.settings.on_alarm == "halt":  # first: the service does not ask the attacker
+            return "monitor"
+        if len(rows) - 1 >= self.settings.steps:
+            return "steps"
+        if self.attack.ready(self.view()):
+            return "attack"
+        return "monitor" if alarmed and self.settings.on_alarm == "trigger" else None
+
+    def go(self, on_step: Callable[[Progress], None] | None) -> Outcome:
+        """The whole run, from where its progress stands.
+
+        Args:
+            on_step: Called after every step of the phase.
+        """
+        if not self.progress.rows:
+            self.start()
+        while (stopped_by := self.phase_end()) is None:
+            self.step("accumulative")
+            if on_step:
+                on_step(self.progress)
+        if stopped_by == "monitor" and self.settings.on_alarm == "halt":
+            return self._outcome(stopped_by, None)
+        before = Weights.of(self.learner.model).copied()
+        self.step("trigger")
+        return self._outcome(stopped_by, before)
+
+    def _outcome(self, stopped_by: str, before: Weights | None) -> Outcome:
+        """What the run came to; `before` are the weights before the trigger step, None if there was none."""
+        progress, rows = self.progress, self.progress.rows
+        halted = before is None
+        accuracy_before = rows[-1 if halted else -2]["accuracy"]
+        accuracy_after = None if halted else rows[-1]["accuracy"]
+        losses = [loss for r in rows for loss in (r["loss"], r["batch_loss"]) if loss is not None]
+        alarmed = [r["step"] for r in rows if r["alarms"]]
+        diverged = not all(math.isfinite(loss) for loss in losses)
+        return Outcome(
+            accuracy_start=rows[0]["accuracy"],
+            accuracy_before_trigger=accuracy_before,
+            accuracy_after_trigger=accuracy_after,
+            drop=None if accuracy_after is None else accuracy_before - accuracy_after,
+            accuracy_after_buffers=None if before is None else self._accuracy_with_buffers_alone(before),
+            steps=sum(r["phase"] == "accumulative" for r in rows),
+            stopped_by=stopped_by,
+            status="halted" if halted else "diverged" if diverged else "finished",
+            alarms=len(alarmed),
+            first_alarm_step=alarmed[0] if alarmed else None,
+            rolled_back=sum(not r["admitted"] for r in rows),
+            quarantined=sum(r["quarantined"] for r in rows),
+            flagged_clean=_mean(r["flagged_clean"] for r in rows),
+            flagged_poisoned=_mean(r["flagged_poisoned"] for r in rows),
+            update_seconds=_mean(r["update_seconds"] for r in rows[1:]) or 0.0,
+            seconds=sum(r["seconds"] for r in rows),
+            trace=rows,
+            images=progress.images,
+            scores=score_columns(progress.scores, {int(step): mask for step, mask in progress.changed.items()}),
+        )
+
+    def _accuracy_with_buffers_alone(self, before: Weights) -> float | None:
+        """Test accuracy with the parameters from before the last step and the buffers from after it.
+
+        None where another model than the one that learns is served: its buffers are not this step's.
+        """
+        learner = self.learner
+        if learner.defence.serve(learner.view()) is not None:
+            return None
+        now = Weights.of(learner.model)
+        return learner.evaluate(self.test, Weights(before.parameters, now.buffers)).accuracy
+
+
+def _mean(values: Any) -> float | None:  # noqa: ANN401  (numbers and None, of any number)
+    """Mean of those that are there; all batches of a stream are equally long."""
+    found = [value for value in values if value is not None]
+    return sum(found) / len(found) if found else None

@@ -1,0 +1,88 @@
+"""One row of a run's trace: what is measured at each step. Store, writer and report take their columns from here."""
+
+from typing import Literal, TypedDict
+
+Phase = Literal["start", "accumulative", "trigger"]
+
+
+class Sent(TypedDict):
+    """The columns of a row that say what was sent and what became of it."""
+
+    batch_loss: float | None
+    gradient_norm: float | None
+    bounded_norm: float | None
+    update_norm: float | None
+    poison_linf: float | None
+    poison_l2: float | None
+    poisoned: float | None
+    quarantined: int
+    flagged_clean: float | None
+    flagged_poisoned: float | None
+    admitted: bool
+    verdict: str
+
+
+class TraceRow(Sent):
+    """What is measured at one step, or round; None where it has no meaning.
+
+    Args:
+        step: Updates since the stream began; 0 is the state before it.
+        phase: Which part of the run.
+        accuracy: On the test part, after the step, a fraction.
+        loss: Mean loss on the test part, after the step.
+        batch_loss: Mean loss of the batch as the model received it, before the step.
+        gradient_norm: l2, before the defence bounds it; in a federation the mean over clients.
+        bounded_norm: l2, after.
+        update_norm: l2 distance of the parameters before and after the step.
+        poison_linf: Largest change of an input value in the batch.
+        poison_l2: Mean l2 length of the changed samples' perturbations.
+        poisoned: Share of the batch's samples that were changed, or of a round's clients that are hostile.
+        quarantined: Samples with NaN or infinity, or updates that were not finite, kept from the model.
+        flagged_clean: Share of the unchanged samples that the defence corrected, dropped or gave less weight.
+        flagged_poisoned: The same of the changed ones.
+        admitted: False: the defence rolled the step back.
+        verdict: The defence's reason, empty if none.
+        alarms: Monitors' alarms joined by "; ", empty if none.
+        craft_seconds: The attack's time.
+        update_seconds: The learner's and the defence's time.
+        seconds: The whole step, evaluation included.
+    """
+
+    step: int
+    phase: str
+    accuracy: float
+    loss: float
+    alarms: str
+    craft_seconds: float
+    update_seconds: float
+    seconds: float
+
+
+COLUMNS = (
+    "step",
+    "phase",
+    "accuracy",
+    "loss",
+    *Sent.__annotations__,
+    "alarms",
+    "craft_seconds",
+    "update_seconds",
+    "seconds",
+)
+"""All of them, in the order of the store."""
+
+NOTHING_SENT = Sent(
+    batch_loss=None,
+    gradient_norm=None,
+    bounded_norm=None,
+    update_norm=None,
+    poison_linf=None,
+    poison_l2=None,
+    poisoned=0.0,
+    quarantined=0,
+    flagged_clean=None,
+    flagged_poisoned=None,
+    admitted=True,
+    verdict="",
+)
+"""Of the state before the stream."""

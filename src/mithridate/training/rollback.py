@@ -1,0 +1,136 @@
+"""A place to come back to: copies of a model and its optimiser, in memory that is kept between steps."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mithridate.core.errors import CheckpointError
+from mithridate.core.model import Weights
+
+
+class Rollback:
+    """Remembers a model and its optimiser before a step, and brings them back bit for bit.
+
+    Copies go into the same memory each time, so that a step costs copies and no allocation. What a step first makes
+    (momentum buffers, a state that the optimiser had not) is deleted when it is taken back.
+
+    Args:
+        module: The model.
+        optimiser: Its optimiser; None where something else makes the steps.
+    """
+
+    def __init__(self, module: nn.Module, optimiser: Optimizer | None) -> None:
+        self.module, self.optimiser = module, optimiser
+        self._parameters: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._state: dict[Tensor, dict[str, Any]] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._flags: list[tuple[nn.Module, bool]] = []
+
+    @property
+    def weights(self) -> Weights:
+        """The model as it was remembered; valid until the next `save`."""
+        return Weights(self._parameters, self._buffers, "before the step")
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Remember the model and its optimiser as they are now."""
+        self._parameters = _copied(dict(self.module.named_parameters()), self._parameters)
+        self._buffers = _copied(dict(self.module.named_buffers()), self._buffers)
+        self._flags = [(m, m.training) for m in self.module.modules()]
+        if self.optimiser is None:
+            return
+        state: dict[Tensor, dict[str, Any]] = {}
+        for parameter, entries in self.optimiser.state.items():
+            state[parameter] = _copied(entries, self._state.get(parameter, {}))
+        self._state = state
+        self._groups = [
+            {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+            for group in self.optimiser.param_groups
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring back what was remembered."""
+        write(dict(self.module.named_parameters()), self._parameters)
+        write(dict(self.module.named_buffers()), self._buffers)
+        for m, flag in self._flags:
+            m.training = flag
+        if self.optimiser is None:
+            return
+        for parameter in [p for p in self.optimiser.state if p not in self._state]:
+            del self.optimiser.state[parameter]
+        for parameter, entries in self._state.items():
+            live = self.optimiser.state[parameter]
+            for key in [key for key in live if key not in entries]:
+                del live[key]
+            for key, value in entries.items():
+                if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
+                    live[key].copy_(value)
+                else:
+                    live[key] = copy.deepcopy(value)
+        for group, remembered in zip(self.optimiser.param_groups, self._groups, strict=True):
+            group.update(copy.deepcopy(remembered))
+
+    def moved(self) -> Iterator[Tensor]:
+        """How far each parameter is from where it was."""
+        for name, p in self.module.named_parameters():
+            yield p.detach() - self._parameters[name]
+
+
+def _copied(live: Mapping[str, Any], into: dict[str, Any]) -> dict[str, Any]:
+    """Copies of tensors and containers, in the memory of earlier copies where these fit."""
+    out: dict[str, Any] = {}
+    for name, value in live.items():
+        kept = into.get(name)
+        if not isinstance(value, Tensor):
+            out[name] = copy.deepcopy(value)
+        elif isinstance(kept, Tensor) and kept.shape == value.shape and kept.dtype == value.dtype:
+            out[name] = kept.copy_(value.detach())
+        else:
+            out[name] = value.detach().clone()
+    return out
+
+
+def require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
+    """Refuse tensors whose names or shapes are not those of a model.
+
+    Raises:
+        CheckpointError: Names what differs.
+    """
+    if into.keys() != values.keys():
+        missing, extra = sorted(into.keys() - values.keys()), sorted(values.keys() - into.keys())
+        raise CheckpointError(
+            f"the {what} are of another model: missing {missing[:3] or 'none'}, unexpected {extra[:3] or 'none'}; "
+            "build the model with the settings that the checkpoint was made with."
+        )
+    for name, target in into.items():
+        if target.shape != values[name].shape:
+            raise CheckpointError(
+                f"{what[:-1]} '{name}' has shape {tuple(values[name].shape)}, the model wants {tuple(target.shape)}; "
+                "build the model with the width and classes that the checkpoint was made with."
+            )
+
+
+def put_weights(module: nn.Module, weights: Weights) -> None:
+    """Fill a model with other parameters and buffers.
+
+    Raises:
+        CheckpointError: Names or shapes are not those of the model; nothing has changed then.
+    """
+    own = Weights.of(module)
+    require_fit(own.parameters, weights.parameters, "parameters")
+    require_fit(own.buffers, weights.buffers, "buffers")
+    write(own.parameters, weights.parameters)
+    write(own.buffers, weights.buffers)
+
+
+@torch.no_grad()
+def write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into a model's tensors, by name."""
+    for name, target in into.items():
+        target.copy_(values[name])
