@@ -95,6 +95,7 @@ def test_a_screen_keeps_what_it_does_not_flag() -> None:
         Screened(batch),
         Screened(batch, FLAGS),  # corrected
         Screened(batch.take(~FLAGS), FLAGS),
+        Screened(batch.take(slice(3)), FLAGS),  # the second was corrected, the last one dropped
         Screened(batch.take(slice(0)), torch.ones(4, dtype=torch.bool)),
         Screened(batch, FLAGS, torch.tensor([1.0, 0.5, 1.0, 0.0])),
         Screened(batch.take(~FLAGS), FLAGS, torch.ones(2)),
@@ -105,8 +106,8 @@ def test_a_screen_keeps_what_it_does_not_flag() -> None:
 @pytest.mark.parametrize(
     ("screened", "message"),
     [
-        (Screened(batch_of(3)), "left 3 of 4 samples, and did not flag just those"),
-        (Screened(batch_of(3), FLAGS), "left 3 of 4 samples, and did not flag just those"),
+        (Screened(batch_of(3)), "left 3 of 4 samples, and did not flag those"),
+        (Screened(batch_of(1), FLAGS), "left 1 of 4 samples, and did not flag those"),
         (Screened(batch_of(5)), "left 5 of 4"),
         (Screened(batch_of(), FLAGS[:3]), r"flags of shape \(3,\) for 4 samples"),
         (Screened(batch_of(), FLAGS.float()), r"flags of shape \(4,\)"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED, Defence
+from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
@@ -22,8 +22,7 @@ from mithridate.defences.mma import Mma
 from mithridate.defences.trades import Trades
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, sample_norms
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
@@ -71,12 +70,6 @@ def same_loss_and_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> 
     for a, b in zip(ours, theirs, strict=True):
         assert float(b.abs().max()) > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check, name: str) -> None:
-    check(VARIANTS[name])
 
 
 def test_trades_is_its_formula() -> None:
@@ -150,9 +143,9 @@ def test_ascents_raise_what_they_climb_inside_their_ball(norm: Norm) -> None:
     learner.model.eval()
     with torch.no_grad():
         answer = learner.model(batch.x)
-        random = batch.x + defence.surroundings.sample(batch.x, torch.Generator().manual_seed(0))
+        random = batch.x + defence.neighbourhood.sample(batch.x, torch.Generator().manual_seed(0))
         for found in (nearby, worst):
-            assert defence.surroundings.holds(found - batch.x)
+            assert defence.neighbourhood.holds(found - batch.x)
             assert float(found.min()) >= 0
             assert float(found.max()) <= 1
         by_chance = divergence(answer, learner.model(random.clamp(0, 1)))
@@ -236,7 +229,8 @@ def test_fat_corrects_each_sample_until_it_is_right_and_tau_steps_more(tau: int)
     batch = Batch(batch.x.double(), batch.y.roll(1))  # many wrong labels: many samples to correct
     defence = Fat(tau=tau, step_size=0.04, steps=7)
     view = replace(learner.view(), granted=frozenset(Need))
-    sent = defence.screen(batch, view)
+    screened = defence.screen(batch, view)
+    sent = screened.batch
     learner.model.eval()
     taken = []
     for i, label in enumerate(batch.y.tolist()):
@@ -247,7 +241,8 @@ def test_fat_corrects_each_sample_until_it_is_right_and_tau_steps_more(tau: int)
     with torch.no_grad():
         right = learner.model(batch.x).argmax(1) == batch.y
     moved = (sent.x != batch.x).flatten(1).any(1)
-    assert torch.equal(view.memory[FLAGGED], moved)
+    assert screened.flagged is not None
+    assert torch.equal(screened.flagged, moved)
     assert torch.equal(moved, ~right if tau == 0 else torch.ones_like(right))
     assert 10 < int(right.sum()) < 90
     assert len({*taken}) > 3  # they stop at different times
@@ -256,14 +251,16 @@ def test_fat_corrects_each_sample_until_it_is_right_and_tau_steps_more(tau: int)
 def test_fat_with_patience_is_at_and_without_need_hands_the_batch_on() -> None:
     learner = toy_learner(STREAM)
     view = replace(learner.view(), granted=frozenset(Need))
-    sent = Fat(tau=10).screen(BATCH, view)
-    torch.testing.assert_close(sent.x, AT().screen(BATCH, view).x, rtol=0, atol=1e-6)
+    sent = Fat(tau=10).screen(BATCH, view).batch
+    torch.testing.assert_close(sent.x, AT().screen(BATCH, view).batch.x, rtol=0, atol=1e-6)
     learner.model.eval()
     with torch.no_grad():
         right = learner.model(BATCH.x).argmax(1) == BATCH.y
     known = Batch(BATCH.x[right], BATCH.y[right])
-    assert Fat(tau=0).screen(known, view) is known
-    assert not bool(view.memory[FLAGGED].any())
+    screened = Fat(tau=0).screen(known, view)
+    assert screened.batch is known
+    assert screened.flagged is not None
+    assert not bool(screened.flagged.any())
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -316,12 +313,14 @@ def test_ascents_leave_the_model_alone_and_outer_passes_record_twice(defence: Ad
     before = copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
     view = seen(model)
-    defence.screen(BATCH, view)
+    flagged = defence.screen(BATCH, view).flagged
     defence.up_the_loss(BATCH, view)
     defence.up_the_divergence(BATCH, view)
     if isinstance(defence, Mma):
         defence.at_the_boundary(BATCH, view)
-    assert view.memory[FLAGGED].tolist() == [True] * len(BATCH.x)
+    assert flagged is not None
+    assert flagged.tolist() == [True] * len(BATCH.x)
+    assert view.memory == {}
     assert all(torch.equal(before[n], after) for n, after in model.state_dict().items())
     assert [m.training for m in modules] == flags
 

@@ -19,7 +19,8 @@ from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.defences.none import Standard
-from mithridate.simulation.online import OnlineRun, Outcome, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import Outcome
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
@@ -51,14 +52,14 @@ def rows(outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def test_no_gradient_in_the_trace_is_longer_than_the_bound(burned_in: Learner, stream: Stream) -> None:
-    free = run(burned_in, stream, None)
-    norms = [row["gradient_norm"] for row in free.trace[1:]]
+    free = rows(run(burned_in, stream, None))
+    norms = [row["gradient_norm"] for row in free[1:]]
     bound = sorted(norms)[1]  # some steps are longer, some shorter
-    clipped = run(burned_in, stream, Clip(clip_norm=bound))
-    for row in clipped.trace[1:]:
+    clipped = rows(run(burned_in, stream, Clip(clip_norm=bound)))
+    for row in clipped[1:]:
         assert row["bounded_norm"] == pytest.approx(min(row["gradient_norm"], bound), rel=1e-5)
-    assert any(row["gradient_norm"] > 1.01 * bound for row in clipped.trace[1:])
-    assert [row["bounded_norm"] for row in free.trace] == [row["gradient_norm"] for row in free.trace]
+    assert any(row["gradient_norm"] > 1.01 * bound for row in clipped[1:])
+    assert [row["bounded_norm"] for row in free] == [row["gradient_norm"] for row in free]
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
@@ -116,3 +117,22 @@ def test_a_bound_must_be_positive(value: float) -> None:
 def test_the_defaults_are_a_length_of_one() -> None:
     made = Clip()
     assert (made.clip_norm, made.norm, made.how) == (1.0, "l2", "scale")
+
+
+def lengths_alone(lengths: list[float]) -> Updates:
+    def form() -> Tensor:
+        raise AssertionError("nobody should look at rows")
+
+    return Updates(form, {"a": torch.Size([3])}, lengths=torch.tensor(lengths))
+
+
+def test_scaling_by_l2_lengths_forms_no_row() -> None:
+    """What makes clipping a thousand clients' updates cheap: lengths are enough."""
+    factors = Clip(clip_norm=2.0).bound(lengths_alone([4.0, 1.0, 0.0]), View()).factors
+    assert factors is not None
+    assert factors.tolist() == [0.5, 1.0, 1.0]
+    updates = lengths_alone([4.0])
+    assert Clip(clip_norm=math.inf).bound(updates, View()) is updates
+    for looking in (Clip(norm="linf"), Clip(norm="linf", how="project")):
+        with pytest.raises(AssertionError, match="look at rows"):
+            looking.bound(lengths_alone([4.0]), View())

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from mithridate.attacks.pgd import PGD
-from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.view import Need, View
@@ -17,7 +16,7 @@ from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
 from mithridate.maths.divergence import Divergence
 from mithridate.testing import toy_learner, toy_stream
-from mithridate.training.calibrate import calibrate
+from mithridate.training.calibrate import calibrate, share_above
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
 
@@ -43,7 +42,7 @@ def seen_by(learner: Learner, defence: DSC | AT) -> View:
 def scores(learner: Learner, defence: DSC, x: torch.Tensor) -> torch.Tensor:
     old = defence.old_model(seen_by(learner, defence))
     assert old is not None
-    return memorization_discrepancy(learner.model, old, x, kind=defence.divergence)
+    return memorization_discrepancy(learner.white_box, old, x, kind=defence.divergence)
 
 
 def test_discrepancy_is_zero_against_oneself_and_leaves_the_model_alone() -> None:
@@ -64,9 +63,12 @@ def test_only_samples_above_the_threshold_are_corrected_and_each_stops_at_it() -
     first = scores(learner, LOOK_BACK, batch.x)
     limit = float(first.sort().values[-6:].mean())
     defence = replace(LOOK_BACK, mu=limit)
-    sent = defence.screen(batch, seen_by(learner, defence))
+    screened = defence.screen(batch, seen_by(learner, defence))
+    sent = screened.batch
     moved = (sent.x != batch.x).flatten(1).any(1)
     assert torch.equal(moved, first > limit)
+    assert screened.flagged is not None
+    assert torch.equal(screened.flagged, moved)
     assert 0 < int(moved.sum()) < len(moved)
     last = scores(learner, defence, sent.x)
     distance = (sent.x - batch.x).flatten(1).abs().amax(1)
@@ -78,9 +80,9 @@ def test_only_samples_above_the_threshold_are_corrected_and_each_stops_at_it() -
 def test_a_sample_gets_the_same_correction_alone_as_in_company() -> None:
     learner = moved_learner()
     batch = STREAM.victim_batch(3, 0)
-    together = LOOK_BACK.screen(batch, seen_by(learner, LOOK_BACK)).x
+    together = LOOK_BACK.screen(batch, seen_by(learner, LOOK_BACK)).batch.x
     for i in range(0, len(batch.x), 5):
-        alone = LOOK_BACK.screen(Batch(batch.x[i : i + 1], batch.y[i : i + 1]), seen_by(learner, LOOK_BACK)).x
+        alone = LOOK_BACK.screen(batch.take(slice(i, i + 1)), seen_by(learner, LOOK_BACK)).batch.x
         assert float((alone - together[i : i + 1]).abs().max()) <= LOOK_BACK.step_size + 1e-6
         assert float((alone != together[i : i + 1]).float().mean()) < 0.05
 
@@ -91,7 +93,7 @@ def test_batch_stop_is_all_or_nothing() -> None:
     mean = float(scores(learner, LOOK_BACK, batch.x).mean())
     for factor, acts in ((0.9, True), (1.1, False)):
         defence = replace(LOOK_BACK, stop="batch", mu=mean * factor)
-        sent = defence.screen(batch, seen_by(learner, defence))
+        sent = defence.screen(batch, seen_by(learner, defence)).batch
         assert bool((sent.x != batch.x).flatten(1).any(1).all()) is acts
 
 
@@ -103,12 +105,15 @@ def test_correction_goes_down_the_loss_and_at_corrects_all() -> None:
         View(0, {}, {Need.MODEL: learner.white_box}, PGD.needs),
         rng=torch.Generator().manual_seed(0),
     )
-    sent = AT(eps=0.2).screen(poisoned, seen_by(learner, AT()))
+    screened = AT(eps=0.2).screen(poisoned, seen_by(learner, AT()))
+    sent = screened.batch
     learner.model.eval()
     with torch.no_grad():
         before, after = (F.cross_entropy(learner.model(b.x), b.y) for b in (poisoned, sent))
     assert float(after) < 0.2 * float(before)
     assert bool((sent.x != poisoned.x).flatten(1).any(1).all())
+    assert screened.flagged is not None
+    assert bool(screened.flagged.all())
 
 
 def test_threshold_rises_with_the_stream_and_the_share_is_counted() -> None:
@@ -152,13 +157,15 @@ def test_calibration_puts_the_stated_share_of_clean_samples_above_the_line(kind:
     learner.history = History(keep=4)
     clean = [STREAM.burn_in.batch(slice(20 * i, 20 * i + 20)) for i in range(10)]
     kept = learner.snapshot()
-    found = calibrate(learner, clean, 0.2, defence=base)
+    defence, found = calibrate(learner, clean, 0.2, defence=base)
     after = learner.snapshot()
     assert all(torch.equal(kept.parameters[n], after.parameters[n]) for n in kept.parameters)
-    assert found.share.rate == pytest.approx(0.2, abs=0.06)
-    assert found.share.interval[0] < found.share.rate < found.share.interval[1]
-    assert found.share.samples == 180
-    assert found.defence.divergence == kind
+    assert found.rate == pytest.approx(0.2, abs=0.06)
+    assert found.interval[0] < found.rate < found.interval[1]
+    assert found.samples == 180
+    assert found.fields == {"mu": defence.mu, "tau": defence.tau}
+    assert defence == replace(base, mu=defence.mu, tau=defence.tau)
+    assert share_above(learner, clean, defence) == (found.rate, found.interval, found.samples)
 
 
 def test_calibration_needs_enough_and_a_sensible_rate() -> None:

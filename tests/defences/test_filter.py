@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import FLAGGED
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, config_of
@@ -19,16 +18,12 @@ from mithridate.core.view import Need
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.filter import FITTED, THRESHOLD, Filter
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.defences.median_bn import MedianBn
+from mithridate.defences.mma import Mma
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(Filter)
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:
@@ -47,9 +42,9 @@ def with_anomalies(step: int = 0, count: int = 5) -> Batch:
 
 def flagged_by(learner: Learner, batch: Batch) -> Tensor:
     """What the learner's filter says of a batch; the model does not learn from it."""
-    learner.memory.pop(FLAGGED, None)
-    learner.defence.screen(batch, learner.view())
-    return learner.memory[FLAGGED]
+    flagged = learner.defence.screen(batch, learner.view()).flagged
+    assert flagged is not None
+    return flagged
 
 
 @pytest.mark.parametrize("name", ["gda", "gmm", "kd", "lid", "loss"])
@@ -139,7 +134,7 @@ def test_a_resumed_run_is_the_run_that_was_not_killed(weight: float) -> None:
         whole.update(with_anomalies(step))
     for step in range(2):
         first.update(with_anomalies(step))
-    assert {key.startswith(FITTED) or key in {THRESHOLD, FLAGGED} for key in first.memory} == {True}
+    assert {key.startswith(FITTED) or key == THRESHOLD for key in first.memory} == {True}
     notes = safetensors.torch.load(safetensors.torch.save({k: t.contiguous() for k, t in first.memory.items()}))
     second = toy_learner(STREAM, defence=Filter(flagged_weight=weight))
     second.restore(first.snapshot())
@@ -208,7 +203,7 @@ def test_the_discrepancy_can_be_its_detector() -> None:
     assert 0 < int(flagged.sum()) < 12
 
 
-def test_in_a_chain_it_drops_before_others_and_weighs_alone() -> None:
+def test_in_a_chain_it_drops_before_others() -> None:
     batch = with_anomalies()
     alone = toy_learner(STREAM, defence=Filter(fpr=0.1))
     inside = toy_learner(STREAM, defence=chain(Filter(fpr=0.1), Clip(clip_norm=1e6)))
@@ -218,12 +213,43 @@ def test_in_a_chain_it_drops_before_others_and_weighs_alone() -> None:
     assert torch.equal(one.flagged, two.flagged)
     assert same(alone.snapshot(), inside.snapshot())
 
-    weigh, drop = Filter(fpr=0.3, flagged_weight=0.5), Filter(fpr=0.1, detector={"name": "loss"})
-    assert toy_learner(STREAM, defence=chain(drop, weigh)).update(batch).learned < 20
-    with pytest.raises(ConfigError, match="change the loss"):
-        chain(weigh, weigh)
-    with pytest.raises(ConfigError, match="put the parts that drop samples before"):
-        toy_learner(STREAM, defence=chain(weigh, drop)).update(batch)
+
+def test_in_a_chain_weights_multiply_and_go_with_the_samples_that_are_left() -> None:
+    """Two filters see the whole batch and weigh it; a third drops: what is left keeps its weights."""
+    batch = with_anomalies()
+    gda, loss = Filter(fpr=0.3, flagged_weight=0.5), Filter(fpr=0.5, detector={"name": "loss"}, flagged_weight=0.25)
+    drop = Filter(fpr=0.1, detector={"name": "kd"})
+    flags = {d: flagged_by(toy_learner(STREAM, defence=d), batch) for d in (gda, loss, drop)}
+    assert all(0 < int(f.sum()) < 20 for f in flags.values())
+    both = torch.where(flags[gda], 0.5, 1.0) * torch.where(flags[loss], 0.25, 1.0)
+    assert len(set(both.tolist())) > 2
+    for defence, left in ((chain(gda, loss), torch.ones(20, dtype=torch.bool)), (chain(gda, drop, loss), None)):
+        learner = toy_learner(STREAM, defence=defence)
+        screened = learner.defence.screen(batch, learner.view())
+        kept = ~flags[drop] if left is None else left
+        assert screened.weights is not None
+        assert torch.equal(screened.weights, both[kept])
+        assert torch.equal(screened.batch.x, batch.x[kept])
+        assert screened.flagged is not None
+        assert torch.equal(screened.flagged, flags[gda] | (flags[loss] & kept) | ~kept)
+    weighed = toy_learner(STREAM, defence=chain(gda, drop, loss)).update(batch)
+    twin, kept = toy_learner(STREAM).model.train(), ~flags[drop]
+    each = F.cross_entropy(twin(batch.x[kept]), batch.y[kept], reduction="none")
+    assert weighed.batch_loss == pytest.approx(float((both[kept] * each).mean().detach()), rel=1e-5)
+    assert weighed.learned == int(kept.sum())
+
+
+def test_in_a_chain_it_weighs_the_loss_of_another_part() -> None:
+    """Where that part's loss looks at the same samples; one that leaves samples out is refused, not half weighed."""
+    batch, weigh = with_anomalies(), Filter(fpr=0.3, flagged_weight=0.5)
+    learner = toy_learner(STREAM, defence=chain(weigh, MedianBn(strength=0.0)))
+    plain = toy_learner(STREAM, defence=weigh)
+    assert learner.update(batch).batch_loss == plain.update(batch).batch_loss
+    assert toy_learner(STREAM, defence=chain(weigh, MedianBn())).update(batch).batch_loss != pytest.approx(
+        plain.update(batch).batch_loss, rel=1e-3
+    )
+    with pytest.raises(ConfigError, match="a part that weighs samples cannot stand beside one that learns from others"):
+        toy_learner(STREAM, defence=chain(weigh, Mma(max_margin=0.1))).update(batch)
 
 
 def test_too_few_trusted_samples_for_the_rate() -> None:

@@ -293,7 +293,7 @@ def test_a_defence_that_drops_without_flagging_is_a_defect() -> None:
 
     learner = learner_of(Dropping())
     before = learner.snapshot()
-    with pytest.raises(AssertionError, match="Dropping left 3 of 8 samples, and did not flag just those"):
+    with pytest.raises(AssertionError, match="Dropping left 3 of 8 samples, and did not flag those"):
         learner.update(batch_of())
     assert equal(learner.snapshot(), before)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import frozen_statistics
+from mithridate.core.model import answer, frozen_statistics
 from mithridate.core.watch import Observed
 
 
@@ -34,7 +34,7 @@ def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
     try:
         with frozen_statistics(module, "eval"):
             for x, y in batches:
-                logits.append(module(x))
+                logits.append(answer(module, x))
                 labels.append(y)
     finally:
         handle.remove()

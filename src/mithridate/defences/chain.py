@@ -32,9 +32,9 @@ class Chain(Defence):
 
     Batch and gradient go through every part in turn; what samples weigh is multiplied. At most one part may have a loss
     of its own. After the step each part is asked in turn, on the model as the parts before it left it; the first
-    refusal rolls the step back, and the parts after it are not asked. Where a part shortens the step, the parts before
-    it are asked again about the shorter one. The last part that serves another model than the one that learns is the
-    one that answers. A chain among the parts is replaced by its own parts.
+    refusal rolls the step back, and the parts after it are not asked. Where a part shortens the step, those that have
+    judged the longer one are asked again; each part shortens it once at most. The last part that serves another model
+    than the one that learns is the one that answers. A chain among the parts is replaced by its own parts.
 
     What breaks it: whatever breaks all its parts at once; and a bad order: `skip` before `clip`, else it sees clipped
     gradients.
@@ -57,10 +57,11 @@ class Chain(Defence):
     parts: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        tables = _flattened(self.parts)
-        defences: list[Defence] = [
-            build("defence", table, where=f"[defence] chain, part {i}") for i, table in enumerate(tables)
-        ]
+        defences: list[Defence] = []
+        for i, table in enumerate(self.parts):
+            part = build("defence", table, where=f"[defence] chain, part {i}")
+            defences += part.built if table["name"] == "chain" else [part]
+        tables = tuple(config_of(part) for part in defences)
         losses = [i for i, part in enumerate(defences) if overrides(part, "loss")]
         if len(losses) > 1:
             names = " and ".join(f"part {i} ({tables[i]['name']})" for i in losses)
@@ -72,7 +73,7 @@ class Chain(Defence):
         if sum(overrides(part, "admit") for part in defences) > 1:
             needs |= {Need.MODEL}  # to show each part the step that the one before it shortened
         # The class is frozen: these are set once, here, and follow from `parts`.
-        object.__setattr__(self, "parts", tuple(config_of(part) for part in defences))
+        object.__setattr__(self, "parts", tables)
         object.__setattr__(self, "defences", tuple(defences))
         object.__setattr__(self, "needs", needs)
 
@@ -127,11 +128,17 @@ class Chain(Defence):
                     break
                 said = checked(part, batch, part.screen(batch, inside))
                 if said.flagged is not None:
+                    flags = said.flagged.cpu()
                     flagged = torch.zeros(received, dtype=torch.bool) if flagged is None else flagged
-                    flagged[place[said.flagged]] = True
+                    flagged[place[flags]] = True
                     if said.batch.size < batch.size:
-                        place = place[~said.flagged]
-                        weights = None if weights is None else weights[~said.flagged.to(weights.device)]
+                        if said.batch.size != int((~flags).sum()):
+                            raise AssertionError(
+                                f"{type(part).__name__} flags more samples than it drops, so a chain cannot know which "
+                                "are left: let one defence drop, and another one correct or weigh"
+                            )
+                        place = place[~flags]
+                        weights = None if weights is None else weights[~flags.to(weights.device)]
                 if said.weights is not None:
                     weights = said.weights if weights is None else weights * said.weights
                 batch = said.batch
@@ -153,24 +160,25 @@ class Chain(Defence):
 
     def admit(self, before: Weights, view: View) -> Verdict:
         """The first refusal, or the step as every part left it."""
-        reasons: list[str] = []
+        reasons: dict[int, str] = {}
         shortened: Mapping[str, Tensor] | None = None
         with self._asked(view, "admit") as asked:
-            waiting = list(range(len(asked)))
+            waiting, may_shorten = list(range(len(asked))), set(range(len(asked)))
             while waiting:
                 number = waiting.pop(0)
                 part, inside = asked[number]
                 said = part.admit(before, inside)
                 if not said.admit:
                     return said
-                reasons += [said.reason] if said.reason else []
-                if said.parameters is None:
+                reasons[number] = said.reason
+                if said.parameters is None or number not in may_shorten:
                     continue
-                waiting += [] if shortened is not None else range(number)  # these have judged a longer step
+                may_shorten.remove(number)
                 shortened = said.parameters
+                waiting = [*range(number + 1, len(asked)), *range(number)]  # these have not judged this shorter step
                 if waiting:
                     _show(view.model.module, shortened)
-        return Verdict(admit=True, reason="; ".join(reasons), parameters=shortened)
+        return Verdict(admit=True, reason="; ".join(filter(None, reasons.values())), parameters=shortened)
 
     def committed(self, view: View) -> None:
         """Every part takes notes of the state that was reached."""
@@ -208,15 +216,6 @@ def chain(*parts: Defence) -> Chain:
         ConfigError: A part is not registered, or two have a loss of their own.
     """
     return Chain(parts=tuple(config_of(part) for part in parts))
-
-
-def _flattened(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tables of all parts, those of a chain in its place."""
-    return [
-        inner
-        for table in tables
-        for inner in (_flattened(table.get("parts", ())) if table.get("name") == "chain" else [dict(table)])
-    ]
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion
+from mithridate.core.model import Criterion, answer
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
@@ -69,13 +69,13 @@ class Mart(AdversariallyLearned):
         """The three terms; a weight of 0 leaves its term out."""
         y = batch.y
         worst = self.up_the_loss(batch, view)
-        answer = model(batch.x) if self.lam > 0 and self.searches else None
-        logits = model(worst)
+        clean = answer(model, batch.x) if self.lam > 0 and self.searches else None
+        logits = answer(model, worst)
         loss = criterion(logits, y)
         if self.boost > 0:
             loss = loss + self.boost * rivalry(logits, y).mean()
-        if answer is not None:
-            loss = loss + self.lam * (divergence(answer, logits, "kl") * doubt(answer, y)).mean()
+        if clean is not None:
+            loss = loss + self.lam * (divergence(clean, logits, "kl") * doubt(clean, y)).mean()
         return loss
 
 

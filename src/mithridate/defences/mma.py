@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion
+from mithridate.core.model import Criterion, answer
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned, eval_logits
@@ -74,7 +74,7 @@ class Mma(AdversariallyLearned):
             return super().loss(model, batch, criterion, view)
         x, counts = self.at_the_boundary(batch, view)
         plain = super().loss(model, batch, criterion, view) if self.clean_weight > 0 else 0.0
-        logits = model(x)  # all of them: BatchNorm's statistics should not depend on which ones count
+        logits = answer(model, x)  # all of them: BatchNorm's statistics should not depend on which ones count
         if bool(counts.any()):
             margin = criterion(logits[counts], batch.y[counts]) * (int(counts.sum()) / len(x))
         else:

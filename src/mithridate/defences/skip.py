@@ -75,11 +75,14 @@ class Skip(Defence):
                 "make warmup smaller or window larger."
             )
 
-    def bound(self, updates: Updates, view: View) -> Updates:
-        """The updates as they are; they are measured here."""
+    def begin(self, view: View) -> None:
+        """What the last step read, if that was refused, is remembered or forgotten."""
         refused = view.memory.pop(PENDING, None)
         if refused is not None and self.remember_outliers:
             self._take_in(refused, view.memory)
+
+    def bound(self, updates: Updates, view: View) -> Updates:
+        """The updates as they are; they are measured here."""
         loss = 0.0 if updates.losses is None else float(updates.losses.double().mean())
         reading = (loss, float(torch.linalg.vector_norm(updates.rows)))
         scores = [self._score(view.memory, column, value) for column, value in enumerate(reading)]

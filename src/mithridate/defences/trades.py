@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion
+from mithridate.core.model import Criterion, answer
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
@@ -63,5 +63,5 @@ class Trades(AdversariallyLearned):
         if self.beta == 0 or not self.searches:
             return super().loss(model, batch, criterion, view)
         nearby = self.up_the_divergence(batch, view)
-        answer = model(batch.x)
-        return criterion(answer, batch.y) + self.beta * divergence(answer, model(nearby), "kl").mean()
+        logits = answer(model, batch.x)
+        return criterion(logits, batch.y) + self.beta * divergence(logits, answer(model, nearby), "kl").mean()

@@ -115,4 +115,12 @@ def toy_learner(
     history = History(keep=8, checkpoints={0: untrained})
     training = [Batch(x.to(dtype), y) for x, y in stream.burn_in.batches(60)]
     trusted = stream.trusted.all()
-    return Learner(model, optimiser, defence=defence, trusted=trusted, history=history, training=training)
+    return Learner(
+        model,
+        optimiser,
+        defence=defence,
+        trusted=trusted,
+        history=history,
+        training=training,
+        domain=stream.domain,
+    )
