@@ -18,9 +18,9 @@ from mithridate.attacks.vanilla import Vanilla
 from mithridate.bench.store import TRACE_SCHEMA
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
-from mithridate.core.defence import Defence, Verdict
+from mithridate.core.defence import Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Snapshot
+from mithridate.core.model import Snapshot, Weights
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
@@ -30,7 +30,9 @@ from mithridate.defences.ema import Ema
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model
 from mithridate.monitors.accuracy_floor import AccuracyFloor
-from mithridate.simulation.online import OnlineRun, Outcome, Progress, Row, adopt_momentum, online_optimiser, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import Outcome, Progress, adopt_momentum, victim_optimiser
+from mithridate.simulation.trace import COLUMNS, TraceRow
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
@@ -57,7 +59,7 @@ def victim(stream: Stream) -> NewLearner:
         model = build_model({"name": "small_cnn", "width": 4, "norm": norm}, stream.info, seed=0)
         if norm not in kept:
             kept[norm] = burn_in(copy.deepcopy(model), stream, BurnIn(epochs=3, batch_size=20, lr=0.05), seed=0).final
-        optimiser = online_optimiser(model.parameters(), run)
+        optimiser = victim_optimiser(model, run)
         learner = Learner(model, optimiser, update_mode=run.update_mode, **options)
         learner.restore(Snapshot(kept[norm].parameters, kept[norm].buffers, optimiser.state_dict(), step=0))
         return learner
@@ -65,7 +67,7 @@ def victim(stream: Stream) -> NewLearner:
     return make
 
 
-def timeless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def timeless(rows: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
@@ -77,7 +79,7 @@ def equal_bits(a: Snapshot, b: Snapshot) -> bool:
 
 
 def column(outcome: Outcome, name: str) -> list[Any]:
-    return [row[name] for row in outcome.trace]
+    return [dict(row)[name] for row in outcome.trace]
 
 
 class Alarm(Monitor):
@@ -127,7 +129,7 @@ def test_rows_are_numbered_named_and_fit_the_schema(stream: Stream, victim: NewL
     assert column(outcome, "step") == [0, 1, 2, 3, 4]
     assert column(outcome, "phase") == ["start", *["accumulative"] * 3, "trigger"]
     for row in outcome.trace:
-        assert list(row.keys() ^ set(TRACE_SCHEMA.names)) == []
+        assert tuple(row) == COLUMNS == tuple(TRACE_SCHEMA.names)
     accuracies = column(outcome, "accuracy")
     assert outcome.accuracy_start == accuracies[0]
     assert outcome.accuracy_before_trigger == accuracies[-2]
@@ -143,7 +145,7 @@ def test_accuracy_is_of_the_whole_test_part(
     stream: Stream, victim: NewLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
-    monkeypatch.setattr("mithridate.simulation.online.EVALUATION_BATCH", 70)
+    monkeypatch.setattr("mithridate.simulation.run.EVALUATION_BATCH", 70)
     pieces = run_online(victim(), stream, Noise(eps=0.1), RUN)
     assert column(pieces, "accuracy") == column(whole, "accuracy")
     assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
@@ -324,7 +326,7 @@ def test_weight_momentum_holds_in_the_phase_and_not_for_the_trigger(stream: Stre
 
 def test_weight_momentum_survives_a_defence_that_rolls_back(stream: Stream, victim: NewLearner) -> None:
     class Never(Defence):
-        def admit(self, before: Snapshot, view: View) -> Verdict:
+        def admit(self, before: Weights, view: View) -> Verdict:
             return Verdict(admit=False, reason="no")
 
     learner = victim(defence=Never())
@@ -347,7 +349,7 @@ def test_the_burn_ins_momentum_can_be_taken_over(stream: Stream, victim: NewLear
     burned.update(stream.victim_batch(0, 9))
     snapshot = burned.snapshot()
     learner = victim()
-    fresh = online_optimiser(learner.model.parameters(), OnlineRun(lr=0.02, momentum=0.5))
+    fresh = victim_optimiser(learner.model, OnlineRun(lr=0.02, momentum=0.5))
     adopt_momentum(fresh, snapshot)
     group = fresh.param_groups[0]
     assert (group["lr"], group["momentum"]) == (0.02, 0.5)
@@ -446,8 +448,8 @@ def test_a_diverging_victim_is_an_outcome(stream: Stream, victim: NewLearner, na
 
 def test_a_batch_that_is_screened_away_is_no_divergence(stream: Stream, victim: NewLearner) -> None:
     class Nothing(Defence):
-        def screen(self, batch: Batch, view: View) -> Batch:
-            return Batch(batch.x[:0], batch.y[:0])
+        def screen(self, batch: Batch, view: View) -> Screened:
+            return Screened(batch.take(slice(0)), torch.ones(batch.size, dtype=torch.bool))
 
     outcome = run_online(victim(defence=Nothing()), stream, Noise(eps=0.1), RUN)
     assert (outcome.status, outcome.drop, outcome.rolled_back) == ("finished", 0, 4)
@@ -488,10 +490,10 @@ def test_buffers_that_do_not_move_explain_nothing(stream: Stream, victim: NewLea
 
 def test_the_notes_of_attack_and_defence_are_apart(stream: Stream, victim: NewLearner) -> None:
     class Notes(Defence):
-        def screen(self, batch: Batch, view: View) -> Batch:
+        def screen(self, batch: Batch, view: View) -> Screened:
             assert "positions.20" not in view.memory
             view.memory["mine"] = torch.ones(1)
-            return batch
+            return Screened(batch)
 
     progress = Progress()
     learner = victim(defence=Notes())
@@ -516,7 +518,7 @@ def test_a_users_own_module_runs(stream: Stream) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
     learner = Learner(model, SGD(model.parameters(), lr=0.1))
-    rows: list[Row] = list(run_online(learner, stream, build("attack", {**CRAFTY, "steps": 1}), RUN).trace)
+    rows: list[TraceRow] = list(run_online(learner, stream, build("attack", {**CRAFTY, "steps": 1}), RUN).trace)
     assert len(rows) == 5
     assert rows[1]["poisoned"] == 1.0
 
