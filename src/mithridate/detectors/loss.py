@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mithridate.core.batch import Batch, check_domain
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, frozen_statistics
+from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
@@ -49,8 +49,7 @@ class Loss(Detector):
     def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         """(n,), in the unit of the criterion."""
         module, criterion = view.model.module, view.model.criterion
-        with frozen_statistics(module, "eval"):
-            logits = module(batch.x)
+        logits = view.model.logits(batch.x)
         check_domain(batch, view.domain, n_classes=logits.shape[1], where=f"batch given to {view.owner}")
         now = _losses(criterion, logits, batch.y)
         if self.epoch is None:
