@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mithridate.bench import store
 from mithridate.bench.store import Run
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 
 MakeRun = Callable[..., Run]
 MakeRow = Callable[..., Row]

@@ -8,7 +8,7 @@ import pytest
 from mithridate.bench.store import Run
 from mithridate.report import doubts
 from mithridate.report.doubts import Doubt, Severity, examine
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]

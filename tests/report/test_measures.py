@@ -12,7 +12,7 @@ from mithridate.bench.store import Run
 from mithridate.report import build_report
 from mithridate.report.measures import QUANTITIES, Measures, measure_records, measure_sections, measures, measures_csv
 from mithridate.report.page import TableSection
-from mithridate.report.tables import Row, rows, undefended, updates
+from mithridate.report.rows import Row, rows, undefended, updates
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]

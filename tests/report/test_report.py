@@ -19,7 +19,7 @@ from mithridate.core.errors import StoreError
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.page import TableSection
 from mithridate.report.page import page as render
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 from mithridate.report.terminal import measures_table, summary_table
 
 Make = Callable[..., Run]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mithridate.bench.store import Run
+from mithridate.report.rows import rows
 from mithridate.report.scores import (
     METRICS,
     Samples,
@@ -25,7 +26,6 @@ from mithridate.report.scores import (
     score_report,
     strongest,
 )
-from mithridate.report.tables import rows
 from mithridate.report.wording import MISSING
 
 Make = Callable[..., Run]

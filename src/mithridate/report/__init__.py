@@ -6,13 +6,13 @@ from pathlib import Path
 
 from mithridate.bench.store import read_runs
 from mithridate.core.files import write_atomically
-from mithridate.report.federated_figures import clipping_table, federated_drawings
-from mithridate.report.figures import Drawing, accuracy_curves, loss_and_norms, poisoned_images
+from mithridate.report.figures.drawing import Drawing, accuracy_curves, loss_and_norms, poisoned_images
+from mithridate.report.figures.score_distributions import clean_stream_accuracy, score_drawings
+from mithridate.report.figures.secrecy import clipping_table, federated_drawings
 from mithridate.report.measures import measure_sections, measures, measures_csv, measures_markdown
 from mithridate.report.page import Section, page
-from mithridate.report.score_figures import clean_stream_accuracy, score_drawings
+from mithridate.report.rows import groups, rows, run_records, summary_records, to_csv, to_markdown
 from mithridate.report.scores import score_report
-from mithridate.report.tables import groups, rows, run_records, summary_records, to_csv, to_markdown
 
 __all__ = ["ReportPaths", "build_report"]
 

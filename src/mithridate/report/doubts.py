@@ -11,7 +11,7 @@ from enum import StrEnum
 from operator import sub
 
 from mithridate.bench.store import Run
-from mithridate.report.tables import (
+from mithridate.report.rows import (
     Row,
     Statistic,
     flattened,

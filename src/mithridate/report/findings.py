@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import sub
 
 from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
-from mithridate.report.tables import (
+from mithridate.report.rows import (
     Row,
     Statistic,
     flattened,

@@ -13,7 +13,7 @@ from operator import sub, truediv
 
 from mithridate.bench.store import Run
 from mithridate.report.page import TableSection
-from mithridate.report.tables import Record, Row, Statistic, groups, spread, step_noun, to_csv, undefended, updates
+from mithridate.report.rows import Record, Row, Statistic, groups, spread, step_noun, to_csv, undefended, updates
 from mithridate.report.wording import MISSING, decimal, listed, number, said_of, span
 
 CLEAN_HEAD = (

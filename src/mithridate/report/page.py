@@ -10,9 +10,9 @@ from markupsafe import Markup, escape
 
 from mithridate.bench.store import Run
 from mithridate.report.doubts import Examined, Severity, examine
-from mithridate.report.figures import Drawing, inline
+from mithridate.report.figures.drawing import Drawing, inline
 from mithridate.report.findings import findings
-from mithridate.report.tables import (
+from mithridate.report.rows import (
     COLUMNS,
     Row,
     columns,

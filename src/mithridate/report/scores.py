@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mithridate.bench.store import Run
 from mithridate.report.page import TableSection
-from mithridate.report.tables import Record, Row, Statistic, flattened, groups, seed, to_csv
+from mithridate.report.rows import Record, Row, Statistic, flattened, groups, seed, to_csv
 from mithridate.report.wording import MISSING, decimal, listed, number, plain
 
 CLEAN, POISONED, OOD = "clean", "poisoned", "ood"

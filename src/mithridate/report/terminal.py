@@ -7,11 +7,11 @@ from rich.text import Text
 
 from mithridate.report.findings import strongest
 from mithridate.report.measures import Measures, measures, signed, times
-from mithridate.report.tables import Row, Statistic, displayed, groups, spread, step_noun
+from mithridate.report.rows import Row, Statistic, displayed, groups, spread, step_noun
 from mithridate.report.wording import MISSING, plain, said_of
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches")
-"""The columns that fit on 80 characters: the first ones of `tables.COLUMNS`, and n."""
+"""The columns that fit on 80 characters: the first ones of `rows.COLUMNS`, and n."""
 
 MEASURED = ("clean", "vs none", "fixed", "after", "vs none", "passed", "time")
 """What is said of each defence: three columns on a clean stream, three under the strongest attack, and time."""
@@ -21,7 +21,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """All rows as a table for the terminal; names are shown as they are, never as markup.
 
     Args:
-        rows: As made by `tables.rows`.
+        rows: As made by `rows.rows`.
     """
     several = len(groups(rows)) > 1
     table = _empty("accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds")
@@ -42,7 +42,7 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
     """One line a defence: a clean stream, the strongest attack, the time of an update; None if nothing is defended.
 
     Args:
-        rows: As made by `tables.rows`.
+        rows: As made by `rows.rows`.
     """
     measured = measures(rows)
     if not measured:

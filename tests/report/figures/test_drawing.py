@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report.figures import (
+from mithridate.report.figures.drawing import (
     LABEL_LENGTH,
     accuracy_curves,
     aligned,
@@ -24,7 +24,7 @@ from mithridate.report.figures import (
     spread_out,
     style,
 )
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]

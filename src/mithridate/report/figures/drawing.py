@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from mithridate.bench.store import Run
-from mithridate.report.tables import Row, seed, step_noun
+from mithridate.report.rows import Row, seed, step_noun
 from mithridate.report.wording import counted, decimal, file_stem, listed, number, points, said_of
 
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")

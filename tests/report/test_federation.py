@@ -8,7 +8,7 @@ import pytest
 from mithridate.bench.store import Run
 from mithridate.report import build_report
 from mithridate.report.doubts import examine
-from mithridate.report.federated_figures import (
+from mithridate.report.figures.secrecy import (
     accumulative_points,
     by_bound,
     clipping_table,
@@ -18,7 +18,7 @@ from mithridate.report.federated_figures import (
 )
 from mithridate.report.findings import headline, setting
 from mithridate.report.measures import measure_sections, measures
-from mithridate.report.tables import columns, groups, rows, settings
+from mithridate.report.rows import columns, groups, rows, settings
 from mithridate.report.terminal import summary_table
 
 Make = Callable[..., Run]

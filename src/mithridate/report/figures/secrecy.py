@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mithridate.bench.store import Run
-from mithridate.report.figures import (
+from mithridate.report.figures.drawing import (
     MAX_COLUMNS,
     MAX_DASHED,
     MAX_MARKED,
@@ -27,7 +27,7 @@ from mithridate.report.figures import (
     style,
 )
 from mithridate.report.page import TableSection
-from mithridate.report.tables import Row, Statistic, flattened, shared, spread
+from mithridate.report.rows import Row, Statistic, flattened, shared, spread
 from mithridate.report.wording import MISSING, decimal, file_stem, listed, number, points
 
 NORMS = ("l2", "linf")

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from mithridate.bench.store import Run
-from mithridate.report.figures import AFTER, COLOURS, looks_of
-from mithridate.report.score_figures import (
+from mithridate.report.figures.drawing import AFTER, COLOURS, looks_of
+from mithridate.report.figures.score_distributions import (
     BINS,
     FLOOR,
     LOOKS,
@@ -35,8 +35,8 @@ from mithridate.report.score_figures import (
     step_lines,
     variants,
 )
+from mithridate.report.rows import Row, rows
 from mithridate.report.scores import ACCUMULATIVE, CLEAN, OOD, POISONED, TRIGGER, Samples, detectors, looking_back
-from mithridate.report.tables import Row, rows
 
 Make = Callable[..., Run]
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from numpy.typing import NDArray
 
 from mithridate.bench.store import Run
-from mithridate.report.figures import (
+from mithridate.report.figures.drawing import (
     AFTER,
     COLOURS,
     DASHES,
@@ -33,6 +33,7 @@ from mithridate.report.figures import (
     style,
     trigger_width,
 )
+from mithridate.report.rows import Row, Statistic, flattened, seeds, shared, varying
 from mithridate.report.scores import (
     ACCUMULATIVE,
     CLEAN,
@@ -52,7 +53,6 @@ from mithridate.report.scores import (
     samples_of,
     strongest,
 )
-from mithridate.report.tables import Row, Statistic, flattened, seeds, shared, varying
 from mithridate.report.wording import decimal, file_stem, listed, number
 
 BINS = 30

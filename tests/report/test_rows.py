@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mithridate.bench.store import Run, read_runs
-from mithridate.report.tables import (
+from mithridate.report.rows import (
     METRICS,
     Row,
     Statistic,
