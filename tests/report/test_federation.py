@@ -7,7 +7,7 @@ import pytest
 
 from mithridate.bench.store import Run
 from mithridate.report import build_report
-from mithridate.report.doubts import examine
+from mithridate.report.doubts.rules import examine
 from mithridate.report.figures.secrecy import (
     accumulative_points,
     by_bound,

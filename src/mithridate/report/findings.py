@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
 
-from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
+from mithridate.report.doubts.rules import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
 from mithridate.report.rows import (
     Row,
     Statistic,

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from mithridate.bench.store import Run
-from mithridate.report.doubts import Examined, Severity, examine
+from mithridate.report.doubts.rules import Examined, Severity, examine
 from mithridate.report.figures.drawing import Drawing, inline
 from mithridate.report.findings import findings
 from mithridate.report.rows import (

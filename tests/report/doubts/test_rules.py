@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report import doubts
-from mithridate.report.doubts import Doubt, Severity, examine
+from mithridate.report.doubts import rules as doubts
+from mithridate.report.doubts.rules import Doubt, Severity, examine
 from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]

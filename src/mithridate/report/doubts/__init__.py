@@ -1,0 +1,1 @@
+"""The report doubts itself: what in the results is not trustworthy, rule by rule."""
