@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report.figures.secrecy import accumulative_points, secrecy
+from mithridate.report.figures.secrecy import AFTER, BEFORE, accumulative_lines, secrecy
 from mithridate.report.rows import rows
 
 Make = Callable[..., Run]
@@ -18,25 +18,25 @@ def test_points_join_lengths_and_keep_weights_apart(federated: Make) -> None:
         for lam in (0.05, 0.02)
         for rounds in (8, 2)
     ]
-    points = accumulative_points(rows(runs))["none"]
-    assert list(points) == ["lam = 0.02", "lam = 0.05"]
-    assert [point.rounds for point in points["lam = 0.05"]] == [2, 8]
-    longest = points["lam = 0.05"][1]
-    assert longest.before.mean == pytest.approx(0.956)
-    assert longest.after.mean == pytest.approx(0.5)
+    lines = accumulative_lines(rows(runs))["none"]
+    assert list(lines) == ["lam = 0.02", "lam = 0.05"]
+    assert [row.mean_steps for row in lines["lam = 0.05"]] == [2, 8]
+    longest = lines["lam = 0.05"][1]
+    assert longest.statistic(BEFORE).mean == pytest.approx(0.956)
+    assert longest.statistic(AFTER).mean == pytest.approx(0.5)
 
 
 def test_other_settings_that_differ_name_the_line(federated: Make) -> None:
     runs = [federated(label=trigger, lam=0.02, trigger=trigger) for trigger in ("clean", "reversed")]
-    points = accumulative_points(rows(runs))["none"]
-    assert set(points) == {"lam = 0.02, trigger = clean", "lam = 0.02, trigger = reversed"}
+    lines = accumulative_lines(rows(runs))["none"]
+    assert set(lines) == {"lam = 0.02, trigger = clean", "lam = 0.02, trigger = reversed"}
 
 
 def test_runs_without_a_trigger_are_no_points(federated: Make) -> None:
     reached = federated(seed=1, lam=0.02, before=0.5)
     halted = replace(reached, summary={**reached.summary, "drop": None, "accuracy_after_trigger": None})
-    ((point,),) = accumulative_points(rows([federated(lam=0.02), halted]))["none"].values()
-    assert (point.before.values, point.after.values) == ((0.95,), (0.7,))
+    ((row,),) = accumulative_lines(rows([federated(lam=0.02), halted]))["none"].values()
+    assert (row.statistic(BEFORE).values, row.statistic(AFTER).values) == ((0.95,), (0.7,))
     assert secrecy(rows([halted])) is None
 
 

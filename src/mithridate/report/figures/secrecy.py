@@ -1,7 +1,7 @@
 """Accuracy after the trigger round against accuracy before it: how secret and how destructive attacks are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from matplotlib.axes import Axes
 
@@ -11,6 +11,9 @@ from mithridate.report.rows import Row
 from mithridate.report.settings import flattened, shared
 from mithridate.report.statistic import Statistic
 from mithridate.report.wording import MISSING, listed, number, points
+
+BEFORE, AFTER = "accuracy_before_trigger", "accuracy_after_trigger"
+"""What the axes show."""
 
 ENDS = frozenset({"label", "max_rounds", "accuracy_floor", "max_drop"})
 """Settings of an attack that say what it is called or when its phase ends, not what is sent in it."""
@@ -23,21 +26,6 @@ FAINT = 0.25
 
 MARGIN = 0.06
 """Room around the points of a panel, relative to what they span."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """One accumulative attack of one length.
-
-    Args:
-        rounds: Mean number of rounds before the trigger.
-        before: Accuracy before the trigger round, fractions.
-        after: Accuracy after it, of the same runs.
-    """
-
-    rounds: float
-    before: Statistic
-    after: Statistic
 
 
 @style()
@@ -53,7 +41,7 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
     Source:
         After Pang et al., NeurIPS 2021, Fig. 3 (b).
     """
-    shown = accumulative_points([row for row in by_bound(rows) if row.federated])
+    shown = accumulative_lines([row for row in by_bound(rows) if row.federated])
     if not shown:
         return None
     looks = looks_of(name for lines in shown.values() for name in lines)
@@ -63,9 +51,9 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
         for i, (name, line) in enumerate(lines.items()):
             _draw_points(ax, line, looks[name], CORNERS[i % len(CORNERS)])
         ax.xaxis.set_tick_params(labelbottom=True)
-    every = [point for lines in shown.values() for line in lines.values() for point in line]
-    axes[0].set_xlim(_limits([point.before for point in every]))
-    axes[0].set_ylim(_limits([point.after for point in every]))
+    every = [row for lines in shown.values() for line in lines.values() for row in line]
+    axes[0].set_xlim(_limits([row.statistic(BEFORE) for row in every]))
+    axes[0].set_ylim(_limits([row.statistic(AFTER) for row in every]))
     for ax in axes:
         ax.axline((50, 50), slope=1, color="#999999", linestyle=":", linewidth=1.2, zorder=1)
     figure.supxlabel("accuracy before the trigger round (%)", fontsize=9)
@@ -84,12 +72,7 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
         alt="Scatter plot of accuracy after the trigger round by accuracy before it. "
         + " ".join(
             f"{defence}, {name}: "
-            + listed(
-                [
-                    f"{points(p.before.mean or 0)} to {points(p.after.mean or 0)} percent after {p.rounds:g} rounds"
-                    for p in line
-                ]
-            )
+            + listed([f"{_percent(r, BEFORE)} to {_percent(r, AFTER)} percent after {_rounds(r)} rounds" for r in line])
             + "."
             for defence, lines in shown.items()
             for name, line in lines.items()
@@ -97,40 +80,44 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
     )
 
 
-def accumulative_points(rows: Sequence[Row]) -> dict[str, dict[str, list[Point]]]:
-    """The points of every accumulative attack, short phases first: by defence, then by what tells the lines apart.
+def accumulative_lines(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """The cells of accumulative attacks, short phases first: by defence, then by what tells the lines apart.
 
     Args:
         rows: Federated rows of one data set and model. Attacks that differ in their length, or in what ends them, make
             one line; other settings that differ are named beside lam.
+
+    Returns:
+        Rows with the runs that reached their trigger.
     """
-    tried = [row for row in rows if row.attack_name == "accumulative" and row.statistic("drop").n]
+    tried = [
+        replace(row, runs=reached)
+        for row in rows
+        if row.attack_name == "accumulative"
+        and (reached := tuple(run for run in row.runs if number(run.summary.get("drop")) is not None))
+    ]
     if not tried:
         return {}
     tables = {row.cell: flattened(row.attack_settings) for row in tried}
     unnamed = {*shared(list(tables.values())), *ENDS, "lam"}
-    by_defence: dict[str, dict[str, list[Point]]] = {row.defence: {} for row in tried}
+    by_defence: dict[str, dict[str, list[Row]]] = {row.defence: {} for row in tried}
     for row in by_strength(tried):
         others = [f"{key} = {value}" for key, value in tables[row.cell].items() if key not in unnamed]
         name = ", ".join([f"lam = {attack_setting(row, 'lam') or MISSING}", *others])
-        by_defence[row.defence].setdefault(name, []).append(_point(row))
-    return {
-        defence: {name: sorted(line, key=lambda point: point.rounds) for name, line in lines.items()}
-        for defence, lines in by_defence.items()
-    }
+        by_defence[row.defence].setdefault(name, []).append(row)
+    return by_defence
 
 
-def _point(row: Row) -> Point:
-    reached = replace(row, runs=tuple(run for run in row.runs if number(run.summary.get("drop")) is not None))
-    return Point(
-        rounds=round(reached.mean_steps, 1),
-        before=reached.statistic("accuracy_before_trigger"),
-        after=reached.statistic("accuracy_after_trigger"),
-    )
+def _percent(row: Row, metric: str) -> str:
+    return points(row.statistic(metric).mean or 0)
 
 
-def _draw_points(ax: Axes, line: Sequence[Point], look: Look, corner: tuple[int, int]) -> None:
-    sides = [point.before for point in line], [point.after for point in line]
+def _rounds(row: Row) -> str:
+    return f"{round(row.mean_steps, 1):g}"
+
+
+def _draw_points(ax: Axes, line: Sequence[Row], look: Look, corner: tuple[int, int]) -> None:
+    sides = [[row.statistic(metric) for row in line] for metric in (BEFORE, AFTER)]
     x, y = ([100 * (statistic.mean or 0) for statistic in side] for side in sides)
     across, along = ([100 * (statistic.std or 0) for statistic in side] for side in sides)
     drawn = ax.errorbar(
@@ -148,10 +135,10 @@ def _draw_points(ax: Axes, line: Sequence[Point], look: Look, corner: tuple[int,
     )
     for bar in drawn[2]:
         bar.set_alpha(FAINT)
-    for point in line[:: max(1, len(line) - 1)]:  # the first and the last
+    for i in sorted({0, len(line) - 1}):
         ax.annotate(
-            f"{point.rounds:g}",
-            (100 * (point.before.mean or 0), 100 * (point.after.mean or 0)),
+            _rounds(line[i]),
+            (x[i], y[i]),
             (6 * corner[0], 6 * corner[1]),
             textcoords="offset points",
             ha="left" if corner[0] > 0 else "right",
