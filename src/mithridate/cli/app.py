@@ -318,7 +318,7 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.store import read_runs
     from mithridate.report import build_report
     from mithridate.report.findings import findings
-    from mithridate.report.tables import rows
+    from mithridate.report.rows import rows
     from mithridate.report.terminal import measures_table, summary_table
 
     paths = build_report(directories, out_dir)
