@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mithridate.bench.store import read_runs as read_runs
     from mithridate.core.attack import Attack as Attack
     from mithridate.core.batch import Batch as Batch
+    from mithridate.core.batch import Domain as Domain
     from mithridate.core.defence import Defence as Defence
     from mithridate.core.errors import UserError as UserError
     from mithridate.core.model import Snapshot as Snapshot
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mithridate.core.watch import Detector as Detector
     from mithridate.core.watch import Monitor as Monitor
     from mithridate.data.shards import Shards as Shards
+    from mithridate.data.stream import Stream as Stream
     from mithridate.data.stream import StreamSettings as StreamSettings
     from mithridate.data.stream import open_stream as open_stream
     from mithridate.defences.clip import Clip as Clip
@@ -51,14 +53,14 @@ _HOME = {
     "bench.recipe": ["read_recipe"],
     "bench.store": ["read_runs"],
     "core.attack": ["Attack"],
-    "core.batch": ["Batch"],
+    "core.batch": ["Batch", "Domain"],
     "core.defence": ["Defence"],
     "core.model": ["Snapshot"],
     "core.update_attack": ["Honest", "UpdateAttack"],
     "core.view": ["Need", "View"],
     "core.watch": ["Detector", "Monitor"],
     "data.shards": ["Shards"],
-    "data.stream": ["StreamSettings", "open_stream"],
+    "data.stream": ["Stream", "StreamSettings", "open_stream"],
     "defences.clip": ["Clip"],
     "core.errors": ["UserError"],
     "training.burn_in": ["BurnIn", "burn_in"],

@@ -209,7 +209,7 @@ def test_check_model_names_what_it_got_and_leaves_the_model_alone() -> None:
         check_model(model, info)
     assert [m.training for m in model] == [True, False, True]
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
-    with pytest.raises(ConfigError, match="Sequential cannot take an image of mnist"):
+    with pytest.raises(ConfigError, match="Sequential cannot take one image of mnist"):
         check_model(model, DATASETS["mnist"])
     check_model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10).double()), info)
 

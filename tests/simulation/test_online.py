@@ -424,7 +424,7 @@ def test_the_phase_ends_when_published_accuracy_leaves_the_attackers_range(strea
 def test_a_stream_too_short_is_refused_before_anything_is_learned(stream: Stream, victim: NewLearner) -> None:
     learner = victim()
     before = learner.snapshot()
-    with pytest.raises(DataError, match="5 accumulative batches and the trigger batch of 20 images need 120"):
+    with pytest.raises(DataError, match="5 accumulative batches and the trigger batch of 20 samples need 120"):
         run_online(learner, stream, Clean(), OnlineRun(steps=5))
     assert equal_bits(learner.snapshot(), before)
     assert run_online(learner, stream, Clean(), OnlineRun(steps=4)).steps == 4

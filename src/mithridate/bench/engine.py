@@ -5,7 +5,7 @@ import os
 import platform
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -66,12 +66,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def run_recipe(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     device: str = "auto",
     resume: bool = False,
-    data_root: Path | None = None,
-    cache: Path | None = None,
+    data_root: str | Path | None = None,
+    cache: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> Grid:
     """Run every cell of a recipe and write each to `out/<run id>/`.
@@ -89,11 +89,12 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
             directory is made, wherever it can be found then.
     """
-    watcher = watcher or Watcher()
-    cells = list(recipe.cells())
+    watcher, out = watcher or Watcher(), Path(out)
     chosen = choose_device(device)
-    _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
+    recipe = replace(recipe, data=stream.settings)  # sizes as the data that are there gave them
+    cells = list(recipe.cells())
+    _check_directories(cells, out, resume=resume)
     _check_length(cells, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
@@ -265,7 +266,7 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
         "seed": cell.seed,
         "attack": cell.attack.label,
         "defence": cell.defence.label,
-        "dataset": cell.recipe.data.name,
+        "dataset": cell.recipe.data.label,
         "model": config_of(cell.recipe.model)["name"],
         "burn_in_key": burned.key,
         "burn_in_seconds": burned.seconds,

@@ -43,7 +43,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def other_images(
-    recipe: Recipe, stream: Stream, device: torch.device, data_root: Path | None, cache: Path | None
+    recipe: Recipe, stream: Stream, device: torch.device, data_root: str | Path | None, cache: str | Path | None
 ) -> list[Batch]:
     """Batches of the other image set that detectors score, if the recipe names one."""
     if recipe.ood is None:

@@ -38,6 +38,9 @@ TABLES = (
     "clients",
     "federated",
 )
+PATHS = (("data", "path"), ("burn_in", "checkpoint"))
+"""Settings that are paths."""
+
 _GRID: tuple[Kind, ...] = ("attack", "defence", "detector", "monitor")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
@@ -184,8 +187,10 @@ class Recipe:
                         yield Cell(attack, replace(defence, label=both), seed, replace(self, run=run, rules={}))
 
 
-def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Recipe:
+def read_recipe(path: str | Path, *, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Recipe:
     """A recipe from a TOML file.
+
+    Paths in it that are not absolute start at its folder, those in `changes` at the current one.
 
     Args:
         path: The file.
@@ -195,6 +200,7 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
     Raises:
         ConfigError: The file is missing, no TOML, or asks for what is not there.
     """
+    path = Path(path)
     try:
         with path.open("rb") as handle:
             tables = tomllib.load(handle)
@@ -203,6 +209,10 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable TOML: {error}.") from None
     _check_tables(tables)
+    for table, key in PATHS:
+        value = tables.get(table, {}).get(key)
+        if isinstance(value, str) and value:
+            tables[table][key] = str(path.parent / Path(value).expanduser())
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:

@@ -368,7 +368,7 @@ def _shown(value: object) -> str:
 def _list_datasets() -> None:
     from mithridate.core.registry import defaults
     from mithridate.data.catalogue import DATASETS
-    from mithridate.data.stream import StreamSettings
+    from mithridate.data.settings import OWN, StreamSettings
 
     table = Table(title="datasets", title_justify="left", show_lines=True)
     for column in ("name", "what it is", "images", "hub id", "source"):
@@ -379,6 +379,8 @@ def _list_datasets() -> None:
         table.add_row(
             info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source
         )
+    for name, summary in OWN.items():
+        table.add_row(name, escape(summary), "your own", "", "")
     out.print(table)
     fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
     out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")

@@ -27,7 +27,7 @@ class SmallConvNet(nn.Module):
 
     def __init__(self, config: "SmallCNN", info: DatasetInfo) -> None:
         super().__init__()
-        channels, height, width = info.shape
+        channels, height, width = info.image_shape
         if min(height, width) < 4:
             raise ConfigError(f"small_cnn needs images of 4x4 pixels or more, and {info.name} has {height}x{width}.")
         layers: list[nn.Module] = []
@@ -45,7 +45,7 @@ class SmallConvNet(nn.Module):
         self.normalise = Normalise(info.mean, info.std)
         self.convolutions = nn.Sequential(*layers)
         self.fc1 = nn.Linear(channels * (height // 4) * (width // 4), hidden)
-        self.fc2 = nn.Linear(hidden, len(info.classes))
+        self.fc2 = nn.Linear(hidden, info.outputs)
 
     def features(self, x: Tensor) -> Tensor:
         """The hidden linear layer's activations: (n, 4 * width)."""

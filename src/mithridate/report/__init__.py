@@ -47,16 +47,17 @@ class ReportPaths:
     scores: tuple[Path, ...] = ()
 
 
-def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
+def build_report(directories: str | Path | Sequence[str | Path], out: str | Path) -> ReportPaths:
     """Read finished runs and write what they show. The same runs give the same bytes.
 
     Args:
-        directories: Run directories, or directories that hold some.
+        directories: One or several run directories, or directories that hold some.
         out: Where the files go; made if missing.
 
     Raises:
         StoreError: A directory does not exist, a run is unreadable, or there is none.
     """
+    out = Path(out)
     cells = rows(read_runs(directories))
     measured, scored = measures(cells), run_score_records(cells)
     scores = averaged(scored)

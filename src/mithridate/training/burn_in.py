@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
+from mithridate.core.files import AbsolutePath
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -55,7 +56,7 @@ class BurnIn:
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
-    checkpoint: str | None = None
+    checkpoint: AbsolutePath | None = None
 
     def __post_init__(self) -> None:
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
@@ -108,7 +109,7 @@ def burn_in(
     *,
     seed: int,
     model_config: Mapping[str, Any] | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     on_epoch: Callable[[int, int], None] | None = None,
 ) -> BurnInResult:
     """Train `model` in place on the stream's burn-in part, or fetch the result of an earlier, equal training.
@@ -140,7 +141,7 @@ def burn_in(
                 on_epoch(epoch, how.epochs)
         return BurnInResult(learner.snapshot(), "", seconds=time.perf_counter() - began)
     key = burn_in_key(stream, model_config or {}, how, seed=seed, device=learner.device)
-    folder = cache / "burn_in" / key
+    folder = Path(cache) / "burn_in" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         return _train_or_resume(learner, stream, how, seed, folder, on_epoch)
