@@ -10,13 +10,25 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_type_hints
-
-import pydantic
-from pydantic.dataclasses import dataclass as checked_dataclass
-from pydantic_core import PydanticUndefined
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.settings import defaults, fields_of, make, settings
+
+__all__ = [
+    "KINDS",
+    "Entry",
+    "Kind",
+    "build",
+    "config_of",
+    "defaults",
+    "entries",
+    "entry",
+    "fields_of",
+    "make",
+    "register",
+    "settings",
+]
 
 Kind = Literal["aggregator", "attack", "update_attack", "defence", "detector", "model", "monitor"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -59,14 +71,6 @@ class Entry:
 
 
 _entries: dict[Kind, dict[str, Entry]] = {kind: {} for kind in KINDS}
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
-def settings(cls: type[T]) -> type[T]:
-    """Make a class a frozen, keyword-only dataclass whose types and ranges are checked when it is made."""
-    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
-    made: type[T] = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)  # type: ignore[assignment]  # pydantic's own type
-    return made
 
 
 def register(
@@ -142,43 +146,6 @@ def build(kind: Kind, config: Mapping[str, Any], *, where: str = "") -> Any:  # 
     return make(found.cls, {**start, **values}, where=f"{where} {found.name}")
 
 
-def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
-    """A settings object from plain values, with messages that a recipe's author understands.
-
-    Raises:
-        ConfigError: Unknown key (names the nearest), missing key, wrong type or range.
-    """
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]  # settings
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, known)}")
-    try:
-        return cls(**values)
-    except pydantic.ValidationError as error:
-        problems = "; ".join(_problem(e) for e in error.errors())
-        raise ConfigError(f"{where}: {problems}.") from None
-
-
-def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)
-    place = ".".join(str(part) for part in e["loc"])
-    if e["type"] == "missing":
-        return f"{place} has no default; give it a value"
-    message = str(e["msg"]).removeprefix("Value error, ")
-    return f"{place} = {e['input']!r}: {message[0].lower()}{message[1:]}" if place else message
-
-
-def defaults(cls: type) -> dict[str, Any]:
-    """Every field of a settings class with its default; `dataclasses.MISSING` where there is none."""
-    return {f.name: _default(f) for f in dataclasses.fields(cls)}
-
-
-def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  (a field holds anything)
-    if isinstance(field.default, pydantic.fields.FieldInfo):
-        default = field.default.get_default(call_default_factory=True)
-        return dataclasses.MISSING if default is PydanticUndefined else default
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
 def config_of(component: object) -> dict[str, Any]:
     """A component as the table that builds it: `name` and every field; one that is None is left out (TOML has none).
 
@@ -190,9 +157,3 @@ def config_of(component: object) -> dict[str, Any]:
             if type(component) is item.cls:
                 return {"name": item.name, **fields_of(component)}
     raise ConfigError(f"{type(component).__name__} is not a registered component; decorate it with `register`.")
-
-
-def fields_of(settings_object: object) -> dict[str, Any]:
-    """Field values of a settings object, without those that are None."""
-    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(settings_object)}  # type: ignore[arg-type]  # every settings class is a dataclass
-    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}
