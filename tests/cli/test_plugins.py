@@ -152,6 +152,7 @@ def lay_out(project: Path, target: Path) -> None:
     (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_an_installed_package_runs_from_a_recipe_and_again_from_its_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_an_installed_package_runs_from_a_recipe_and_again_from_its_config(
         assert part in out
 
 
+@pytest.mark.slow
 def test_a_plugin_and_a_place_are_found_in_the_current_directory_and_recorded(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()

@@ -70,6 +70,8 @@ def test_a_module_is_loaded_by_its_name(tmp_path: Path) -> None:
     assert entry("defence", "halve").origin == "zoo.halving"
     assert config_of(build("defence", {"name": "halve", "factor": 0.25})) == {"name": "halve", "factor": 0.25}
     assert load_plugin("zoo.halving") == "zoo.halving"  # twice is once
+    with pytest.raises(ConfigError, match="unknown defence 'halv': did you mean 'halve'"):
+        entry("defence", "halv")
 
 
 def test_a_file_is_loaded_by_its_path_from_any_folder(tmp_path: Path) -> None:

@@ -302,9 +302,8 @@ def main() -> None:
     """The entry point of the `mithridate` command."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sys.path.append(
-        str(Path.cwd())
-    )  # the user's own modules, as with `python -m`, but hiding nothing that is installed
+    # The current directory, as with `python -m`, but last: it hides nothing that is installed.
+    sys.path.append("")
     app()
 
 

@@ -35,8 +35,8 @@ def module_of(plugin: str) -> ModuleType:
     """Import a plug-in.
 
     Args:
-        plugin: `package.module`, or the absolute path of a .py file. A file hides no other
-            module, whatever it is called.
+        plugin: `package.module`, or the absolute path of a .py file. A file hides no other module,
+            whatever it is called.
 
     Raises:
         ConfigError: There is no such module or file, or it raises; names it and the error.
