@@ -27,9 +27,9 @@ from mithridate.simulation.online import Outcome
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
-from mithridate.update_attacks.accumulative import TRIGGER, Accumulative
+from mithridate.update_attacks.accumulative import TRIGGER, AccumulativeUpdates
 
-GRANTED = Accumulative.needs
+GRANTED = AccumulativeUpdates.needs
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_pull_is_the_gradient_of_the_product(view: View, mode: Any, trigger:
     else:
         update = flat_gradient(box, view.clean_trigger, mode, point) * (1 if trigger == "clean" else -1)
     (oracle,) = torch.autograd.grad(product_of(box, g_validation, update, normalise), point)
-    attack = Accumulative(trigger=trigger, normalise=normalise, craft_mode=mode, chunk=7)
+    attack = AccumulativeUpdates(trigger=trigger, normalise=normalise, craft_mode=mode, chunk=7)
     found = attack.pull(view, rng())
     assert oracle.norm() > 1e-3
     live = oracle.abs() > 0
@@ -126,7 +126,7 @@ def test_the_pull_is_the_gradient_of_the_product(view: View, mode: Any, trigger:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("trigger", ["clean", "reversed", "reoptimised"])
 def test_a_step_against_the_pull_makes_the_trigger_worse(view: View, learner: Learner, trigger: Any, mode: Any) -> None:
-    attack = Accumulative(trigger=trigger, craft_mode=mode)
+    attack = AccumulativeUpdates(trigger=trigger, craft_mode=mode)
     before = attack.alignment(view)
     pull = attack.pull(view, rng())
     moved = copy.deepcopy(learner.model)
@@ -143,7 +143,7 @@ def test_a_round_is_made_what_the_algorithm_says(view: View, learner: Learner) -
     honest = honest_of(learner)
     for weight, lam, ratio in ((1.0, 0.3, 3), (0.0, 2.0, 3), (1.0, 0.0, 1)):
         seen = honest_of(learner, hostile=ratio)
-        attack = Accumulative(clean_weight=weight, lam=lam)
+        attack = AccumulativeUpdates(clean_weight=weight, lam=lam)
         rows = attack.craft(seen, view, rng())
         expected = weight * seen.mean + lam * attack.pull(view, rng())
         assert torch.allclose((seen.total + rows.sum(0)) / seen.clients, expected, atol=1e-10)
@@ -152,8 +152,8 @@ def test_a_round_is_made_what_the_algorithm_says(view: View, learner: Learner) -
 
 def test_hostile_clients_can_be_made_to_differ(view: View, learner: Learner) -> None:
     honest = honest_of(learner)
-    same = Accumulative().craft(honest, view, rng())
-    spread = Accumulative(spread=0.5).craft(honest, view, rng())
+    same = AccumulativeUpdates().craft(honest, view, rng())
+    spread = AccumulativeUpdates(spread=0.5).craft(honest, view, rng())
     assert torch.equal(same[0], same[2])
     assert not torch.allclose(spread[0], spread[2])
     assert torch.allclose(same.sum(0), spread.sum(0), atol=1e-9)
@@ -170,7 +170,7 @@ def test_the_trigger_round_is_the_triggers_update(view: View, learner: Learner, 
     honest = honest_of(learner)
 
     def mean(**fields: Any) -> Tensor:
-        rows = Accumulative(trigger=trigger, **fields).craft_trigger(honest, view, rng())
+        rows = AccumulativeUpdates(trigger=trigger, **fields).craft_trigger(honest, view, rng())
         return (honest.total + rows.sum(0)) / honest.clients
 
     g = trigger_gradient(view)
@@ -184,7 +184,7 @@ def test_the_trigger_round_is_the_triggers_update(view: View, learner: Learner, 
 
 
 def test_a_reoptimised_trigger_is_carried_from_round_to_round(view: View, learner: Learner) -> None:
-    attack = Accumulative(trigger="reoptimised", alpha=0.3)
+    attack = AccumulativeUpdates(trigger="reoptimised", alpha=0.3)
     start = trigger_gradient(view)
     attack.craft(honest_of(learner), view, rng())
     assert torch.allclose(view.memory[TRIGGER], -start, atol=1e-10)
@@ -197,19 +197,19 @@ def test_a_reoptimised_trigger_is_carried_from_round_to_round(view: View, learne
     now = trigger_gradient(later)
     assert not torch.allclose(now, start, atol=1e-3)
     assert torch.allclose(view.memory[TRIGGER], -start - 0.3 * now, atol=1e-10)
-    bounded = Accumulative(trigger="reoptimised", alpha=0.3, radius=0.2)
+    bounded = AccumulativeUpdates(trigger="reoptimised", alpha=0.3, radius=0.2)
     bounded.after_step(later)
     assert float(view.memory[TRIGGER].norm()) == pytest.approx(0.2)
     for trigger in ("clean", "reversed"):  # these have nothing to remember
         fresh = View(0, {}, view.available, GRANTED)
-        Accumulative(trigger=trigger).after_step(fresh)
+        AccumulativeUpdates(trigger=trigger).after_step(fresh)
         assert not fresh.memory
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 def test_an_attacker_may_keep_within_a_radius(view: View, learner: Learner, norm: Any) -> None:
     honest = honest_of(learner)
-    free, held = Accumulative(), Accumulative(radius=0.1, norm=norm)
+    free, held = AccumulativeUpdates(), AccumulativeUpdates(radius=0.1, norm=norm)
     for act in ("craft", "craft_trigger"):
         rows, kept = (getattr(a, act)(honest, view, rng()) for a in (free, held))
         expected = rows * (0.1 / rows.norm(dim=1, keepdim=True)) if norm == "l2" else rows.clamp(-0.1, 0.1)
@@ -219,9 +219,13 @@ def test_an_attacker_may_keep_within_a_radius(view: View, learner: Learner, norm
 def test_validation_images_can_be_few_or_drawn_anew(view: View) -> None:
     x, y = view.validation
     few = View(0, {}, {**view.available, Need.VALIDATION: Batch(x[:20], y[:20])}, GRANTED)
-    assert torch.equal(Accumulative(validation_size=20).pull(view, rng()), Accumulative().pull(few, rng()))
-    assert torch.equal(Accumulative(validation_size=999).pull(view, rng()), Accumulative().pull(view, rng()))
-    drawing = Accumulative(validation_size=20, resample_validation=True)
+    assert torch.equal(
+        AccumulativeUpdates(validation_size=20).pull(view, rng()), AccumulativeUpdates().pull(few, rng())
+    )
+    assert torch.equal(
+        AccumulativeUpdates(validation_size=999).pull(view, rng()), AccumulativeUpdates().pull(view, rng())
+    )
+    drawing = AccumulativeUpdates(validation_size=20, resample_validation=True)
     draws = rng()
     first, second = drawing.pull(view, draws), drawing.pull(view, draws)
     assert not torch.allclose(first, second)
@@ -243,13 +247,13 @@ def test_the_phase_ends_when_it_is_about_to_be_noticed(
     fields: dict[str, Any], accuracy: tuple[float, float], ready: bool
 ) -> None:
     view = View(0, {}, {Need.ACCURACY: accuracy}, GRANTED)
-    assert Accumulative(**fields).ready(view) is ready
+    assert AccumulativeUpdates(**fields).ready(view) is ready
 
 
 def test_the_phase_ends_after_its_rounds(view: View) -> None:
     for step, ready in ((0, False), (6, False), (7, True)):
-        assert Accumulative(max_rounds=7).ready(dataclasses.replace(view, step=step)) is ready
-    assert Accumulative(max_rounds=0).ready(view)
+        assert AccumulativeUpdates(max_rounds=7).ready(dataclasses.replace(view, step=step)) is ready
+    assert AccumulativeUpdates(max_rounds=0).ready(view)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +285,7 @@ def attacked(digits: tuple[Stream, Learner], run: FederatedRun, **fields: Any) -
     model = copy.deepcopy(burned_in.model)
     learner = Learner(model, SGD(model.parameters(), lr=run.lr, momentum=run.momentum))
     federation = federate(stream, Shards(clients=50), seed=0)
-    attack: Accumulative = build("update_attack", {"name": "accumulative", "preset": "released", **fields})
+    attack: AccumulativeUpdates = build("update_attack", {"name": "accumulative", "preset": "released", **fields})
     _, trigger = federation.round(run.rounds, run)
     memory: dict[str, Tensor] = {}
 

@@ -1,7 +1,7 @@
 """Image classifiers, one file each: logits by `forward`, penultimate features by `features`, normalisation inside."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
@@ -11,8 +11,12 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.model import answer, frozen_statistics
 from mithridate.core.registry import build
 from mithridate.data.catalogue import DatasetInfo
+from mithridate.models.resnet import ResNet18 as ResNet18
+from mithridate.models.small_cnn import SmallCNN as SmallCNN
+from mithridate.models.vgg import VGG11 as VGG11
 
 
+@runtime_checkable
 class ModelSettings(Protocol):
     """What a registered model is: settings that build a module."""
 

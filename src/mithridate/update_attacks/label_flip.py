@@ -10,12 +10,12 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import Need, View
-from mithridate.update_attacks.hostile import Factor, Hostile, Share
+from mithridate.update_attacks.hostile import Factor, HostileShare, Share
 
 
 @register("update_attack", "label_flip")
 @settings
-class LabelFlip(Hostile):
+class LabelFlip(HostileShare):
     """Each hostile client sends the update of its own images with every label moved on by some classes.
 
     Args:
