@@ -21,5 +21,5 @@ from mithridate.defences.trades import Trades as Trades
 retire(
     "defence",
     "robust",
-    'a robust rule is the server\'s setting now: write rule = {name = "median"} in [federated], and take this table out.',
+    'a robust rule is a setting of the server now: write rule = {name = "median"} in [federated].',
 )

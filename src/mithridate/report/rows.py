@@ -55,8 +55,12 @@ class Row:
 
     @property
     def defence_name(self) -> str:
-        """Name of the defence's component, whatever its label."""
-        return _component(self.runs[0], "defence")
+        """Name of the defence's component, whatever its label; without one, of the server's robust rule."""
+        name = _component(self.runs[0], "defence")
+        rule = config_table(self.runs[0], "federated").get("rule")
+        if name == "none" and isinstance(rule, Mapping) and rule["name"] != "mean":
+            return str(rule["name"])
+        return name
 
     @property
     def attack_settings(self) -> Mapping[str, Any]:
