@@ -22,8 +22,7 @@ from mithridate.defences.mma import Mma
 from mithridate.defences.trades import Trades
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, sample_norms
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
@@ -71,12 +70,6 @@ def same_loss_and_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> 
     for a, b in zip(ours, theirs, strict=True):
         assert float(b.abs().max()) > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check, name: str) -> None:
-    check(VARIANTS[name])
 
 
 def test_trades_is_its_formula() -> None:
@@ -264,22 +257,6 @@ def test_fat_with_patience_is_at_and_without_need_hands_the_batch_on() -> None:
     known = Batch(BATCH.x[right], BATCH.y[right])
     assert Fat(tau=0).screen(known, view) is known
     assert not bool(view.memory[FLAGGED].any())
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_neutral_is_no_defence_bit_for_bit_and_the_defaults_repeat(name: str) -> None:
-    cls = VARIANTS[name]
-
-    def end(defence: Defence | None) -> dict[str, Tensor]:
-        learner = toy_learner(STREAM, defence=defence)
-        for step in range(2):
-            learner.update(STREAM.victim_batch(step, 0))
-        return copy.deepcopy(learner.model.state_dict())
-
-    plain, neutral, one, other = (end(d) for d in (None, cls(**cls.neutral), cls(), cls()))
-    assert all(torch.equal(plain[n], neutral[n]) for n in plain)
-    assert all(torch.equal(one[n], other[n]) for n in plain)
-    assert any(not torch.equal(one[n], plain[n]) for n in plain)
 
 
 @pytest.mark.parametrize("defence", AROUND, ids=lambda d: type(d).__name__)
