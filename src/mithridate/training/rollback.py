@@ -17,14 +17,12 @@ class Rollback:
 
     Copies go into the same memory each time, so that a step costs copies and no allocation. What a step first makes
     (momentum buffers, a state that the optimiser had not) is deleted when it is taken back.
-
-    Args:
-        module: The model.
-        optimiser: Its optimiser; None where something else makes the steps.
     """
 
-    def __init__(self, module: nn.Module, optimiser: Optimizer | None) -> None:
-        self.module, self.optimiser = module, optimiser
+    module: nn.Module
+    optimiser: Optimizer | None
+
+    def __init__(self) -> None:
         self._parameters: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._state: dict[Tensor, dict[str, Any]] = {}
@@ -37,16 +35,22 @@ class Rollback:
         return Weights(self._parameters, self._buffers, "before the step")
 
     @torch.no_grad()
-    def save(self) -> None:
-        """Remember the model and its optimiser as they are now."""
-        self._parameters = _copied(dict(self.module.named_parameters()), self._parameters)
-        self._buffers = _copied(dict(self.module.named_buffers()), self._buffers)
+    def save(self, module: nn.Module, optimiser: Optimizer | None) -> None:
+        """Remember a model and its optimiser as they are now.
+
+        Args:
+            module: The model.
+            optimiser: Its optimiser; None where something else makes the steps.
+        """
+        self.module, self.optimiser = module, optimiser
+        self._parameters = copied(dict(self.module.named_parameters()), self._parameters)
+        self._buffers = copied(dict(self.module.named_buffers()), self._buffers)
         self._flags = [(m, m.training) for m in self.module.modules()]
         if self.optimiser is None:
             return
         state: dict[Tensor, dict[str, Any]] = {}
         for parameter, entries in self.optimiser.state.items():
-            state[parameter] = _copied(entries, self._state.get(parameter, {}))
+            state[parameter] = copied(entries, self._state.get(parameter, {}))
         self._state = state
         self._groups = [
             {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
@@ -57,6 +61,9 @@ class Rollback:
     def restore(self) -> None:
         """Bring back what was remembered."""
         write(dict(self.module.named_parameters()), self._parameters)
+        for name in dict(self.module.named_buffers()).keys() - self._buffers.keys():  # the step made them
+            owner, _, last = name.rpartition(".")
+            setattr(self.module.get_submodule(owner), last, None)
         write(dict(self.module.named_buffers()), self._buffers)
         for m, flag in self._flags:
             m.training = flag
@@ -82,18 +89,22 @@ class Rollback:
             yield p.detach() - self._parameters[name]
 
 
-def _copied(live: Mapping[str, Any], into: dict[str, Any]) -> dict[str, Any]:
+def copied(live: Mapping[str, Any], into: dict[str, Any]) -> dict[str, Any]:
     """Copies of tensors and containers, in the memory of earlier copies where these fit."""
     out: dict[str, Any] = {}
     for name, value in live.items():
-        kept = into.get(name)
+        earlier = into.get(name)
         if not isinstance(value, Tensor):
             out[name] = copy.deepcopy(value)
-        elif isinstance(kept, Tensor) and kept.shape == value.shape and kept.dtype == value.dtype:
-            out[name] = kept.copy_(value.detach())
+        elif isinstance(earlier, Tensor) and _alike(earlier, value):
+            out[name] = earlier.copy_(value.detach())
         else:
             out[name] = value.detach().clone()
     return out
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from mithridate.core.batch import AnyBatch, Domain, check_batch
 from mithridate.core.defence import Defence, Screened, Verdict, checked
-from mithridate.core.errors import ConfigError
+from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import BatchNormMode, Criterion, WhiteBox, in_mode
 from mithridate.core.tolerance import check_labels
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.training.history import History
-from mithridate.training.rollback import Rollback, require_fit, write
+from mithridate.training.rollback import Rollback, copied, require_fit, write
 
 
 class Received(NamedTuple):
@@ -86,7 +86,8 @@ class DefendedStep:
         self.domain = domain
         self.step = 0
         self.memory: Memory = {}
-        self._rollback = Rollback(model, optimiser)
+        self._rollback = Rollback()
+        self._notes: Memory = {}
 
     @property
     def device(self) -> torch.device:
@@ -116,8 +117,8 @@ class DefendedStep:
         """A step begins: remember where it starts, let the defence take notes; undo everything if the block raises."""
         if self.history is not None:
             self.history.record(self.step, self.model)
-        self._rollback.save()
-        notes, step = dict(self.memory), self.step
+        self._rollback.save(self.model, self.optimiser)
+        self._notes, step = copied(self.memory, self._notes), self.step
         try:
             self.defence.begin(self.view())
             yield
@@ -125,7 +126,7 @@ class DefendedStep:
             self._rollback.restore()
             self.step = step
             self.memory.clear()
-            self.memory.update(notes)
+            self.memory.update({key: t.clone() for key, t in self._notes.items()})
             if self.optimiser is not None:
                 self.optimiser.zero_grad(set_to_none=True)
             raise
@@ -162,7 +163,7 @@ class DefendedStep:
             mode: BatchNorm: `train` uses and records the batch's statistics; `eval` leaves them alone.
 
         Raises:
-            DataError: Labels do not fit the model.
+            DataError: Targets do not fit the model or the criterion.
             ConfigError: The criterion gives no scalar.
         """
         for p in self.model.parameters():
@@ -175,7 +176,13 @@ class DefendedStep:
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         check_labels(logits, y, where="the batch")
-        loss = self.criterion(logits, y)
+        try:
+            loss = self.criterion(logits, y)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"the criterion cannot compare outputs {logits.dtype} {tuple(logits.shape)} with targets {y.dtype} "
+                f"{tuple(y.shape)}: {error}; give targets, or a model, of the shape that the criterion takes."
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ConfigError(

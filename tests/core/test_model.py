@@ -1,0 +1,288 @@
+"""What a model is looked at through: its answers and loss as pure functions, its past; and that nothing is moved."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import FrozenInstanceError
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+
+from mithridate.core.batch import Batch
+from mithridate.core.errors import CheckpointError, ConfigError
+from mithridate.core.model import (
+    IGNORED,
+    BatchNormMode,
+    Snapshot,
+    Weights,
+    WhiteBox,
+    answer,
+    frozen_statistics,
+    in_mode,
+    right_answers,
+)
+
+MODES: tuple[BatchNormMode, ...] = ("eval", "train")
+
+
+def rng(seed: int = 0) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def batch_of(n: int = 4, *, seed: int = 0) -> Batch:
+    x = torch.rand(n, 3, 4, 4, generator=rng(seed))
+    return Batch(x, torch.randint(10, (n,), generator=rng(seed + 1)))
+
+
+# What a model says.
+
+
+class Saying(nn.Module):
+    """Gives its logits in some wrapping."""
+
+    def __init__(self, wrap: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+        self.wrap = wrap
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        logits = x * self.weight[0] + (0.0 if y is None else y * self.weight[1])
+        return logits if self.wrap is None else self.wrap(logits)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [None, lambda z: SimpleNamespace(logits=z), lambda z: {"logits": z, "hidden": z + 1}],
+    ids=["tensor", "object", "mapping"],
+)
+def test_an_answer_is_a_tensor_or_stands_under_logits(wrap: Any) -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])
+    model = Saying(wrap)
+    assert answer(model, x).tolist() == [2.0, 4.0]
+    assert answer(model, [x, y]).tolist() == answer(model, (x, y)).tolist() == [32.0, 64.0]
+    assert answer(model, {"y": y, "x": x}).tolist() == [32.0, 64.0]
+    assert answer(model, x, {"weight": torch.zeros(2)}).tolist() == [0.0, 0.0]
+    assert answer(model, {"x": x, "y": y}, {"weight": torch.tensor([1.0, 0.0])}).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("wrap", [lambda z: (z, z), lambda z: {"scores": z}, lambda z: SimpleNamespace(logits=3)])
+def test_an_answer_of_another_kind_is_refused(wrap: Any) -> None:
+    with pytest.raises(ConfigError, match=r"Saying gives a .*under `\.logits`\. Wrap it"):
+        answer(Saying(wrap), torch.ones(2))
+
+
+def test_targets_are_hit_by_class_by_position_or_by_label() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 2.0]])
+    classes = right_answers(logits, torch.tensor([0, 1, 1]))
+    assert classes is not None
+    assert classes.tolist() == [True, False, True]
+    some = right_answers(logits, torch.tensor([0, IGNORED, 2]))
+    assert some is not None
+    assert some.tolist() == [True, False]
+    positions = right_answers(logits.expand(2, 3, 3), torch.tensor([[0, 2, 1], [1, 2, IGNORED]]))
+    assert positions is not None
+    assert positions.tolist() == [True, True, True, False, True]
+    labels = right_answers(torch.tensor([[1.0, -1.0], [-2.0, -1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    assert labels is not None
+    assert labels.tolist() == [True, False, True, True]
+
+
+def test_regression_has_no_hits() -> None:
+    assert right_answers(torch.randn(4, 1), torch.randn(4, 1)) is None
+    assert right_answers(torch.randn(4), torch.tensor([0.0, 1.0, 0.5, 1.0])) is None
+
+
+# The white box.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.frozen = nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.plain = nn.BatchNorm2d(4, track_running_stats=False)
+        self.head = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(self.frozen(self.norm(self.conv(x))))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]  # a module's call is Any to mypy
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = Net()
+        net(torch.rand(16, 3, 4, 4))  # statistics that are not the initial ones
+        net.train()
+        net.frozen.eval()  # mixed flags, as in fine-tuning
+        net.conv.weight.requires_grad_(False)
+        yield net
+
+
+def flags(net: nn.Module) -> dict[str, tuple[bool, bool | None]]:
+    return {name: (m.training, getattr(m, "track_running_stats", None)) for name, m in net.named_modules()}
+
+
+def statistics(net: nn.Module) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in net.state_dict().items()}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_looking_at_a_model_changes_nothing(mode: BatchNormMode, net: Net) -> None:
+    before, state = flags(net), statistics(net)
+    box, batch = WhiteBox(net, F.cross_entropy), batch_of(8)
+    with box.objective(mode) as objective:
+        assert {m.training for m in net.modules()} == {mode == "train"}
+        objective(box.parameters, *batch)
+    assert flags(net) == before
+    assert same(statistics(net), state)
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_is_put_back_after_an_error_too(mode: BatchNormMode, net: Net) -> None:
+    before, state = flags(net), statistics(net)
+    box = WhiteBox(net, F.cross_entropy)
+
+    def fail() -> None:
+        with box.objective(mode) as objective:
+            objective(box.parameters, *batch_of(8))
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert flags(net) == before
+    assert same(statistics(net), state)
+
+
+def test_modes_use_different_statistics() -> None:
+    """`eval` scores an image by itself, `train` by its company."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 10))
+    box, batch = WhiteBox(net, F.cross_entropy), batch_of(8)
+    losses: dict[str, Tensor] = {}
+    for mode in MODES:
+        with box.objective(mode) as objective:
+            losses[mode] = objective(box.parameters, *batch)
+            alone = torch.stack([objective(box.parameters, x[None], y[None]) for x, y in zip(*batch, strict=True)])
+        assert torch.allclose(alone.mean(), losses[mode], atol=1e-5) == (mode == "eval")
+    net.train()
+    expected = F.cross_entropy(net(batch.x), batch.y)
+    torch.testing.assert_close(losses["train"], expected)
+    assert not torch.allclose(losses["eval"], expected, atol=1e-3)
+
+
+def test_the_objective_is_a_function_of_the_given_parameters(net: Net) -> None:
+    box, batch = WhiteBox(net, F.cross_entropy), batch_of(8)
+    moved = {name: p + 0.1 for name, p in box.parameters.items()}
+    with box.objective() as objective:
+        here, there = objective(box.parameters, *batch), objective(moved, *batch)
+    assert float(here) != float(there)
+    net.load_state_dict({**net.state_dict(), **moved})
+    with box.objective() as objective:
+        assert torch.equal(objective(box.parameters, *batch), there)
+
+
+def test_a_white_box_shows_trainable_parameters_detached(net: Net) -> None:
+    shown = WhiteBox(net, F.cross_entropy).parameters
+    assert set(shown) == {name for name, p in net.named_parameters()} - {"conv.weight"}
+    assert not any(t.requires_grad for t in shown.values())
+    assert shown["head.bias"].data_ptr() == net.head.bias.data_ptr()
+
+
+def test_contexts_nest(net: Net) -> None:
+    before = flags(net)
+    with frozen_statistics(net, "train"):
+        outer = flags(net)
+        with frozen_statistics(net, "eval"):
+            assert not net.training
+        assert flags(net) == outer
+    assert flags(net) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_logits_are_those_of_the_mode_differentiable_in_inputs_and_given_parameters(
+    mode: BatchNormMode, net: Net
+) -> None:
+    before, state = flags(net), statistics(net)
+    net.frozen.get_submodule("1").p = 0.0  # type: ignore[assignment]  # no dropout: both passes see the same model
+    box, batch = WhiteBox(net, F.cross_entropy), batch_of(8)
+    x = batch.x.clone().requires_grad_()
+    logits = box.logits(x, mode)
+    twin = copy.deepcopy(net).train(mode == "train")
+    torch.testing.assert_close(logits, twin(batch.x))
+    (slope,) = torch.autograd.grad(logits.square().sum(), x)
+    assert float(slope.abs().sum()) > 0
+    zero = {name: torch.zeros_like(p) for name, p in box.parameters.items()}
+    assert not box.logits(x, mode, parameters=zero).any()
+    assert flags(net) == before
+    assert same(statistics(net), state)
+
+
+# Flags.
+
+
+def test_every_module_gets_its_own_flag_back(net: Net) -> None:
+    before = flags(net)
+    with in_mode(net, "eval"):
+        assert not any(m.training for m in net.modules())
+    assert flags(net) == before
+    with in_mode(net, "train"):
+        assert all(m.training for m in net.modules())
+        assert net.norm.track_running_stats  # an update records
+    assert flags(net) == before
+
+
+# What it was.
+
+
+def test_weights_share_memory_until_they_are_copied(net: Net) -> None:
+    live = Weights.of(net, "now")
+    copied = live.copied()
+    assert (live.label, copied.label) == ("now", "now")
+    assert not any(t.requires_grad for t in copied.parameters.values())
+    kept = {**copied.parameters, **copied.buffers}
+    assert same(kept, statistics(net))
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.add_(1)
+    assert same({**live.parameters, **live.buffers}, net.state_dict())
+    assert not any(torch.equal(t, net.state_dict()[name]) for name, t in kept.items())
+
+
+def test_an_old_model_answers_through_the_new_ones_module(net: Net) -> None:
+    batch = batch_of(8)
+    old = Weights.of(copy.deepcopy(net)).copied()
+    expected = WhiteBox(net, F.cross_entropy).logits(batch.x).detach()
+    with torch.no_grad():
+        net.head.weight.mul_(-2)
+        net.norm.running_mean.add_(1)  # type: ignore[union-attr]  # it tracks
+    before, state = flags(net), statistics(net)
+    assert torch.equal(old.logits(net, batch.x), expected)
+    assert flags(net) == before
+    assert same(statistics(net), state)
+    wider = Weights({**old.parameters, "head.bias": torch.zeros(11)}, old.buffers, "wider")
+    for foreign in (wider, Weights(old.parameters, {}, "wider")):
+        with pytest.raises(CheckpointError, match=r"the old model \(wider\) is of another architecture"):
+            foreign.logits(net, batch.x)
+
+
+def test_values_are_frozen() -> None:
+    values: list[Any] = [
+        Snapshot(MappingProxyType({}), {}, {}, 0),
+        Weights({}, {}),
+        WhiteBox(nn.Linear(1, 1), F.cross_entropy),
+    ]
+    for value in values:
+        with pytest.raises(FrozenInstanceError):
+            setattr(value, next(iter(value.__dataclass_fields__)), None)
