@@ -1,10 +1,10 @@
 """The defence keeps the rules of every component, and adds the noise that it says."""
 
 import torch
+from mithridate.core.update import Gradient
 from weak_dp import WeakDP
 
 import mithridate as mi
-from mithridate.core.update import Gradient
 from mithridate.testing import check_component
 
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
+from mithridate.core.update import Gradient
 from pydantic import Field
 
 import mithridate as mi
 from mithridate.core.seeding import generator
-from mithridate.core.update import Gradient
 from mithridate.maths.norms import clip_rows
 
 

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from mithridate.bench.store import read_runs as read_runs
     from mithridate.core.aggregator import Aggregator as Aggregator
     from mithridate.core.attack import Attack as Attack
-    from mithridate.core.batch import PIXELS as PIXELS
     from mithridate.core.batch import Batch as Batch
-    from mithridate.core.batch import Domain as Domain
     from mithridate.core.defence import Defence as Defence
     from mithridate.core.defence import Screened as Screened
     from mithridate.core.defence import Verdict as Verdict
-    from mithridate.core.model import Snapshot as Snapshot
+    from mithridate.core.domain import PIXELS as PIXELS
+    from mithridate.core.domain import Domain as Domain
+    from mithridate.core.past import Snapshot as Snapshot
     from mithridate.core.registry import build as build
     from mithridate.core.registry import load_plugin as load_plugin
     from mithridate.core.registry import register as register

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 import mithridate as mi
-from mithridate.core.batch import PIXELS, check_batch, check_domain
+from mithridate.core.batch import check_batch
+from mithridate.core.domain import PIXELS, check_domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.data import StreamSettings, open_stream
 from mithridate.models import build_model, check_model

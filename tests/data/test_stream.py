@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mithridate.core.batch import PIXELS, check_domain
+from mithridate.core.domain import PIXELS, check_domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import fields_of, make
 from mithridate.core.seeding import generator

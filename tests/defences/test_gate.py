@@ -11,7 +11,7 @@ from torch.optim import SGD, AdamW
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Verdict
 from mithridate.core.errors import DataError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.gate import MEASURED, SEEN, Gate, Measure

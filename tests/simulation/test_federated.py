@@ -18,7 +18,7 @@ from mithridate.bench.store import TRACE_SCHEMA
 from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import build, make
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates

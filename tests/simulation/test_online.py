@@ -20,7 +20,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.data.stream import Part, Stream
 from mithridate.models import build_model
 from mithridate.testing import toy_stream

@@ -7,7 +7,8 @@ from torch import Tensor, cat, split
 
 from mithridate.attacks.losses import by_targets
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.calculus import Normalise, Parameters, add, gradient, input_gradient, unit

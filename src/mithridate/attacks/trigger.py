@@ -14,7 +14,8 @@ from mithridate.attacks.budget import Iterated
 from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
-from mithridate.core.model import Weights, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards

@@ -15,7 +15,8 @@ from mithridate.core.batch import Batch
 from mithridate.core.component import Component
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DeviceError
-from mithridate.core.model import Snapshot, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import config_of
 from mithridate.core.view import Need
 from mithridate.data.foreign import foreign_batches

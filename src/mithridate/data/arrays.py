@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mithridate.core.batch import PIXELS, Domain
+from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import DataError
 from mithridate.data.catalogue import DatasetInfo
 from mithridate.data.part import Part, each_array

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mithridate.core.batch import PIXELS, Domain
+from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ConfigError, DataError, nearest
 from mithridate.data.catalogue import DatasetInfo
 from mithridate.data.decode import decode_images

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Generator
 
-from mithridate.core.batch import PIXELS, AnyBatch, Batch, Domain
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import make
 from mithridate.core.seeding import derived_seed, generator

@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.seeding import derived_seed
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings

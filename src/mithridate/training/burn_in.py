@@ -17,7 +17,7 @@ from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import AbsolutePath
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
 from mithridate.data.stream import Stream
@@ -110,8 +110,13 @@ class BurnInResult:
     reused: bool = False
 
 
-def burn_in_key(stream: Stream, model: Mapping[str, Any], how: BurnIn, *, seed: int, device: torch.device) -> str:
+def burn_in_key(
+    stream: Stream, fresh: nn.Module, model: Mapping[str, Any], how: BurnIn, *, seed: int, device: torch.device
+) -> str:
     """A hash of everything that determines a burn-in: data, augmentation, model, settings, seed, torch, device type.
+
+    The fresh model counts by its layers and initial weights, since a name and settings do not say what a function of
+    the user's own builds today.
 
     Left out is which epochs are kept and, where the rate does not depend on it, how long it lasts: burn-ins that differ
     in nothing else share their epochs.
@@ -122,12 +127,22 @@ def burn_in_key(stream: Stream, model: Mapping[str, Any], how: BurnIn, *, seed: 
         "data": stream.fingerprint,
         "augment": stream.settings.augment,
         "model": dict(model),
+        "fresh": _fingerprint(fresh),
         "burn_in": {key: value for key, value in fields_of(how).items() if key not in shared},
         "seed": seed,
         "torch": torch.__version__,
         "device": device.type,
     }
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """A hash of a model's layers and of all its tensors."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def burn_in(
@@ -168,7 +183,7 @@ def burn_in(
             if on_epoch:
                 on_epoch(epoch, how.epochs)
         return BurnInResult(learner.snapshot(), "", seconds=time.perf_counter() - began)
-    key = burn_in_key(stream, model_config or {}, how, seed=seed, device=learner.device)
+    key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
     folder = Path(cache) / "burn_in" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):

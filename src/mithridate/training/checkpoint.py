@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import CheckpointError
 from mithridate.core.files import write_atomically
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 
 FORMAT = "mithridate-snapshot-1"
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import write_atomically
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.training.checkpoint import load_snapshot
 
 
