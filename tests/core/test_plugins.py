@@ -373,7 +373,7 @@ def test_a_function_gets_what_its_signature_names(nets: None) -> None:
         ({"name": "nets:Bare", "widht": 3}, r"^\[model\] nets:Bare: unknown key 'widht': did you mean 'width'"),
         ({"name": "nets:linear", "seed": 3}, r"^\[model\] nets:linear: unknown key 'seed'"),
         ({"name": "nets:Bare", "width": "x"}, r"^\[model\] nets:Bare cannot make a model for digits \(TypeError"),
-        ({"name": "nets:Bare", "width": 3, "pixels": 9}, "Bare cannot take an image of digits"),
+        ({"name": "nets:Bare", "width": 3, "pixels": 9}, "Bare cannot take one image of digits"),
         ({"name": "nets:number"}, r"^\[model\] nets:number gives int; it must return a torch\.nn\.Module"),
         ({"name": "nets:liner"}, "has no liner: did you mean 'linear'"),
     ],
