@@ -95,7 +95,7 @@ def run_recipe(
     recipe = replace(recipe, data=stream.settings)  # sizes as the data that are there gave them
     cells = list(recipe.cells())
     _check_directories(cells, out, resume=resume)
-    _check_length(cells, stream)
+    _check_runs(cells, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
     context = Context(stream, ood, chosen, cache_directory(cache), watcher)
@@ -173,10 +173,13 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
                 raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
 
 
-def _check_length(cells: Sequence[Cell], stream: Stream) -> None:
-    """Refuse a stream that is too short, and what a federation cannot do, before anything is trained."""
+def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
+    """Refuse a stream that is too short, inputs that a component cannot work on, and what a federation cannot do."""
+    sample = stream.victim.batch(slice(1))
     for cell in cells:
         run, clients = cell.recipe.run, cell.recipe.clients
+        for component in (cell.attack.component, cell.defence.component, *(d.component for d in cell.recipe.detectors)):
+            component.check_inputs(sample)
         if isinstance(run, OnlineRun):
             stream.require(run.steps)
         elif clients is not None:
