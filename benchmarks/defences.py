@@ -38,7 +38,7 @@ from torch import nn
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.defences.at import AT

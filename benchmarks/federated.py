@@ -55,7 +55,7 @@ from mithridate.simulation.per_client.gradients import PASS, Way, client_gradien
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
 from mithridate.testing.memory import peak_memory
 from mithridate.training.learner import Learner
-from mithridate.update_attacks.clean import Clean
+from mithridate.update_attacks.clean import CleanUpdates
 
 DATA = "cifar10"
 TRAINING_STEPS, TRAINING_BATCH = 20, 100
@@ -171,7 +171,7 @@ def whole_round(model: nn.Module, clients: int, clip: float) -> Callable[[], Ten
     def go() -> Tensor:
         own = copy.deepcopy(model)
         learner = Learner(own, federated_optimiser(own.parameters(), run), defence=Clip(clip_norm=clip))
-        run_federated(learner, federation, Clean(), run)
+        run_federated(learner, federation, CleanUpdates(), run)
         moved = [p.detach() - q.detach() for p, q in zip(model.parameters(), own.parameters(), strict=True)]
         return torch.cat([m.flatten() for m in moved]) * (clients / run.lr)
 
@@ -235,9 +235,9 @@ def round_of(clients: int, batch_norm: Literal["frozen", "synchronised"], args: 
     federation = federate(stream, Shards(clients=clients, partition="one"), seed=0)
     run = FederatedRun(rounds=0, bound="before", batch_norm=batch_norm)
     learner = Learner(model, federated_optimiser(model.parameters(), run), defence=Clip(clip_norm=args.clip))
-    run_federated(learner, federation, Clean(), replace(run, per_round=2))
+    run_federated(learner, federation, CleanUpdates(), replace(run, per_round=2))
     start, used = time.perf_counter(), time.process_time()
-    size = peak_memory(lambda: run_federated(learner, federation, Clean(), run))
+    size = peak_memory(lambda: run_federated(learner, federation, CleanUpdates(), run))
     return {"bytes": size, "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - used}
 
 

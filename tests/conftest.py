@@ -10,10 +10,15 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Decoded images go to a folder of this session; torch uses one thread: small models gain nothing from two."""
+    """Decoded images go to a folder that the run's workers share; torch has as many threads as the environment says.
+
+    One by default: small models gain nothing from two, and `make test` keeps every core busy as it is.
+    """
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MITHRIDATE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        torch.set_num_threads(1)
+        patch.setenv("MITHRIDATE_CACHE", str(run / "shared-cache"))
+        torch.set_num_threads(int(os.environ.get("MITHRIDATE_TEST_THREADS", "1")))
         yield
 
 

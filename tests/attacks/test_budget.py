@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mithridate.core.attack import Attack
-from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, ThreatModelError
 from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build, config_of
@@ -140,12 +139,3 @@ def test_poison_of_another_model_still_hurts(victim: Learner, surrogate: WhiteBo
 def test_settings_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build("attack", {"name": "pgd", **values})
-
-
-def test_one_batch_is_enough() -> None:
-    """Labels of the batch, not of the view, say what is ascended."""
-    learner = toy_learner(STREAM)
-    one = Batch(BATCH.x[:1], BATCH.y[:1])
-    for loss in ("ce", "kl", "cw"):
-        sent = attack_of("pgd", loss=loss).poison(one, View(0, {}, everything(learner)), rng=torch.Generator())
-        assert float((sent.x - one.x).abs().max()) == pytest.approx(0.1, abs=1e-5)

@@ -213,17 +213,6 @@ def test_the_trigger_is_sent_whole_unless_asked() -> None:
     assert float((made[True] - trigger.x).abs().max()) < float((made[False] - trigger.x).abs().max())
 
 
-def test_half_a_poisoned_batch_keeps_its_positions() -> None:
-    attack = GateAware(**SHARED, poison_ratio=0.5)
-    learner = toy_learner(STREAM)
-    memory: dict[str, Any] = {}
-    changed = []
-    for i, act in ((0, attack.poison), (1, attack.poison), (3, attack.trigger)):
-        batch = STREAM.victim_batch(i, 0)
-        changed.append((act(batch, view_of(learner, attack, memory), rng=rng(i)).x != batch.x).flatten(1).any(1))
-    assert int(torch.stack(changed).any(0).sum()) == 10
-
-
 def test_a_killed_run_goes_on_as_if_nothing_had_happened() -> None:
     """All that it infers and remembers, the inner attack's notes too, is in the memory that the loop saves."""
     attack = GateAware(**{**SHARED, "inner": {**INNER, "resample_validation": True}}, reference="best")

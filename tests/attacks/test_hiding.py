@@ -17,7 +17,7 @@ from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, s
 from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
 from mithridate.testing import toy_learner, toy_stream

@@ -24,7 +24,7 @@ from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import federated_optimiser, run_federated
 from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
-from mithridate.update_attacks.accumulative import Accumulative
+from mithridate.update_attacks.accumulative import AccumulativeUpdates
 from mithridate.update_attacks.sign_flip import SignFlip
 
 RECIPE = """
@@ -127,7 +127,7 @@ def test_what_the_tables_build() -> None:
     recipe = recipe_of()
     assert recipe.clients == Shards(clients=10, partition="dirichlet", alpha=1.0, smallest=2)
     assert recipe.run == FederatedRun(rounds=3, per_round=6, local_batch=2, lr=0.05)
-    assert [type(a.component) for a in recipe.attacks] == [SignFlip, Accumulative]
+    assert [type(a.component) for a in recipe.attacks] == [SignFlip, AccumulativeUpdates]
     plain = make_recipe({"federated": {}, "attack": {"name": "clean"}})
     assert (plain.clients, plain.run) == (Shards(), FederatedRun())
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mithridate.aggregators.fltrust import FLTrust
 from mithridate.aggregators.mean import Mean
-from mithridate.core.aggregator import Aggregator, Context, Spread, stack, unusable
+from mithridate.core.aggregator import Aggregator, Context, Spread
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
 from mithridate.core.registry import build, settings
+from mithridate.core.usable_rows import unusable
 
 
 def context(n: int, **things: Any) -> Context:
@@ -114,27 +115,6 @@ def test_unusable_rows_of_every_dtype(dtype: torch.dtype) -> None:
     rows = torch.ones(5, 2, dtype=dtype)
     rows[1, 0], rows[2, 1], rows[3, 0], rows[4, 1] = torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max
     assert unusable(rows).tolist() == [False, True, True, True, dtype == torch.float64]
-
-
-def test_stack_makes_the_matrix() -> None:
-    assert torch.equal(stack(list(ROWS)), ROWS)
-
-
-@pytest.mark.parametrize(
-    ("updates", "message"),
-    [
-        ([], "no updates"),
-        (
-            [torch.ones(3), torch.ones(3), torch.ones(4)],
-            r"client 9: torch.float32 of shape \(4,\) on cpu; the others are",
-        ),
-        ([torch.ones(3), torch.ones(3).double(), torch.ones(3)], r"client 8: torch.float64"),
-        ([torch.ones(3, 1), torch.ones(3, 1), torch.ones(3, 1)], r"client 7: .*client 8: .*client 9: .*\('P',\)"),
-    ],
-)
-def test_stack_says_who_differs(updates: list[Tensor], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        stack(updates, [7, 8, 9][: len(updates)])
 
 
 def test_shares_sum_to_one_and_follow_the_weights() -> None:

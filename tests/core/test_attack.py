@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from mithridate.core.attack import Attack
-from mithridate.core.batch import AnyBatch, Batch, Domain
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.view import View
 from mithridate.maths.norms import Ball, Norm

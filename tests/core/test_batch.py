@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.batch import PIXELS, TOLERANCE, AnyBatch, Batch, Domain, check_batch, check_domain, tensors_of
+from mithridate.core.batch import AnyBatch, Batch, check_batch, tensors_of
+from mithridate.core.domain import PIXELS, TOLERANCE, Domain, check_domain
 from mithridate.core.errors import DataError
 
 

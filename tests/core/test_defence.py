@@ -18,7 +18,7 @@ from mithridate.core.defence import (
     overrides,
 )
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.updates import Updates
 from mithridate.core.view import View
 

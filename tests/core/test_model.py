@@ -13,17 +13,8 @@ from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import (
-    IGNORED,
-    BatchNormMode,
-    Snapshot,
-    Weights,
-    WhiteBox,
-    answer,
-    frozen_statistics,
-    in_mode,
-    right_answers,
-)
+from mithridate.core.model import IGNORED, BatchNormMode, WhiteBox, answer, frozen_statistics, in_mode, right_answers
+from mithridate.core.past import Snapshot, Weights
 
 MODES: tuple[BatchNormMode, ...] = ("eval", "train")
 

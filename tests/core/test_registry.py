@@ -1,6 +1,9 @@
 """Names, settings and messages of the registry, tried on components that are registered for one test only."""
 
+import copy
 import dataclasses
+import inspect
+import pickle
 import tomllib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -10,8 +13,10 @@ import tomli_w
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import Field, ValidationError
+from pydantic import Field
+from pydantic.errors import PydanticUndefinedAnnotation
 
+import mithridate as mi
 from mithridate.core import registry
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import (
@@ -25,6 +30,7 @@ from mithridate.core.registry import (
     fields_of,
     make,
     register,
+    retire,
     settings,
 )
 
@@ -34,8 +40,9 @@ NAME, OTHER = "zyzzyva", "quokka-47"
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Import the real components first, then work on a copy that is thrown away."""
-    copy = {kind: dict(entries(kind)) for kind in KINDS}
-    monkeypatch.setattr(registry, "_entries", copy)
+    known = {kind: dict(entries(kind)) for kind in KINDS}
+    monkeypatch.setattr(registry, "_entries", known)
+    monkeypatch.setattr(registry, "_retired", {kind: dict(names) for kind, names in registry._retired.items()})
     yield
     monkeypatch.undo()
     assert all(NAME not in entries(kind) for kind in KINDS)
@@ -85,16 +92,38 @@ def test_settings_are_frozen() -> None:
 
 
 def test_settings_are_keyword_only() -> None:
-    with pytest.raises((TypeError, ValidationError)):
+    with pytest.raises(TypeError, match="positional"):
         Toy(0.1)  # type: ignore[call-arg]  # on purpose: what is refused
     assert all(f.kw_only for f in dataclasses.fields(Toy))
+    assert list(inspect.signature(Toy).parameters) == [f.name for f in dataclasses.fields(Toy)]
+
+
+class Undecorated(Toy):
+    """As an author's subclass that adds no field."""
 
 
 def test_settings_are_checked_without_the_registry_too() -> None:
-    with pytest.raises(ValidationError):
+    """What `mi.UserError` catches, and no error of pydantic's."""
+    with pytest.raises(mi.UserError, match=r"^Toy: eps = -1\.0: input should be greater than or equal to 0\.$"):
         Toy(eps=-1.0)
-    with pytest.raises(ValidationError):
+    with pytest.raises(mi.UserError, match=r"^Toy: eps = 'wide': .*number"):
+        Toy(eps="wide")  # type: ignore[arg-type]  # on purpose: what is refused
+    with pytest.raises(mi.UserError, match=r"^Toy: unknown key 'epz': did you mean 'eps'\?"):
         Toy(epz=1.0)  # type: ignore[call-arg]  # on purpose: what is refused
+    with pytest.raises(mi.UserError, match=r"^Toy: steps = 0: "):
+        dataclasses.replace(Toy(), steps=0)
+    with pytest.raises(mi.UserError, match=r"^Undecorated: steps = 0: "):
+        Undecorated(steps=0)
+
+
+def test_settings_are_ordinary_values() -> None:
+    made = Toy(eps=0.5, sizes=(3,))
+    assert made == Toy(eps=0.5, sizes=(3,))
+    assert made != Toy(eps=0.25, sizes=(3,))
+    assert dataclasses.replace(made, eps=0.25) == Toy(eps=0.25, sizes=(3,))
+    assert copy.deepcopy(made) == made
+    assert pickle.loads(pickle.dumps(made)) == made  # noqa: S301  (our own bytes)
+    assert hash(mi.defences.Clip(clip_norm=2.0)) == hash(mi.defences.Clip(clip_norm=2.0))
 
 
 def test_a_default_out_of_range_is_found() -> None:
@@ -102,8 +131,51 @@ def test_a_default_out_of_range_is_found() -> None:
     class Wrong:
         eps: Annotated[float, Field(ge=0)] = -1.0
 
-    with pytest.raises(ValidationError):
+    with pytest.raises(ConfigError, match=r"^Wrong: eps = -1\.0"):
         Wrong()
+
+
+def test_a_type_that_is_not_there_is_found_at_once() -> None:
+    """Found later, pydantic would put its own checks in place of ours."""
+
+    class Early:
+        rule: "NoSuchType"  # type: ignore[name-defined]  # noqa: F821  (on purpose: what is refused)
+
+    with pytest.raises(PydanticUndefinedAnnotation):
+        settings(Early)
+
+
+def test_settings_inside_settings_name_the_inner_field() -> None:
+    @settings
+    class Outer:
+        toy: Toy = Toy()
+
+    assert Outer(toy=Toy(steps=5)).toy.steps == 5
+    with pytest.raises(ConfigError, match=r"^Outer: toy\.steps = 0: "):
+        make(Outer, {"toy": {"steps": 0}}, where="Outer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A dataclass that checks itself."""
+
+    low: int
+    high: int = 3
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError("low must not exceed high")
+
+
+def test_a_plain_dataclass_is_made_with_the_same_messages() -> None:
+    assert make(Plain, {"low": 1}, where="here") == Plain(low=1)
+    for values, message in (
+        ({}, r"^here: low has no default; give it a value\.$"),
+        ({"low": 1, "hihg": 2}, r"^here: unknown key 'hihg': did you mean 'high'\?"),
+        ({"low": 4}, r"^here: low must not exceed high"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(Plain, values, where="here")
 
 
 # Building.
@@ -197,7 +269,7 @@ toys = st.builds(
 @given(toys)
 def test_a_component_and_its_table_are_the_same_thing(made: Toy) -> None:
     """Through TOML, as a stored run does it."""
-    registry._entries["attack"][NAME] = Entry("attack", NAME, Toy, {})
+    registry._entries["attack"][NAME] = Entry("attack", NAME, Toy, {}, origin="a plug-in")
     try:
         table = config_of(made)
         assert build("attack", tomllib.loads(tomli_w.dumps(table))) == made
@@ -220,9 +292,21 @@ def test_a_field_that_may_be_none_must_default_to_none() -> None:
     assert NAME not in entries("monitor")
 
 
-def test_only_registered_components_have_a_table() -> None:
-    with pytest.raises(ConfigError, match="Toy is not a registered component"):
-        config_of(Toy())
+def test_a_class_that_another_process_could_not_find_has_no_table() -> None:
+    @settings
+    class Local:
+        pass
+
+    with pytest.raises(ConfigError, match="Local is not a registered component"):
+        config_of(Local())
+    register("attack", NAME)(Local)
+    assert config_of(Local()) == {"name": NAME}  # the best there is
+
+
+def test_what_the_program_itself_registered_is_named_by_its_place(toy: type[Toy]) -> None:
+    """A recipe read by another process knows nothing of this one's names."""
+    assert config_of(toy(eps=0.5))["name"] == f"{__name__}:Toy"
+    assert config_of(mi.defences.Clip())["name"] == "clip"
 
 
 # Names.
@@ -252,6 +336,15 @@ def test_a_class_of_the_same_name_from_another_module_is_another_class(toy: type
         register("attack", NAME)(stranger)
 
 
+def test_a_class_without_settings_is_refused() -> None:
+    class Bare:
+        pass
+
+    with pytest.raises(ConfigError, match="'zyzzyva': Bare is no dataclass; put `@settings` below `@register`"):
+        register("attack", NAME)(Bare)
+    assert NAME not in entries("attack")
+
+
 def test_registering_a_class_again_takes_its_newer_self(toy: type[Toy]) -> None:
     """As when a notebook cell or a module is run again."""
     again = dataclasses.make_dataclass(Toy.__qualname__, [("eps", float, 0.1)], frozen=True, kw_only=True)
@@ -271,10 +364,35 @@ def test_entries_are_sorted_and_a_copy(toy: type[Toy]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_a_package_with_a_component(kind: registry.Kind) -> None:
-    assert entries(kind)
-    for name, found in entries(kind).items():
+    built_in = {name: found for name, found in entries(kind).items() if found.built_in}
+    assert built_in
+    for name, found in built_in.items():
         assert (found.kind, found.name) == (kind, name)
-        assert found.cls.__module__.startswith(f"mithridate.{registry._PACKAGES[kind]}.")
+        assert found.cls.__module__.startswith(f"mithridate.{kind}s.")
+
+
+def test_a_wrong_kind_names_the_nearest() -> None:
+    message = "^unknown kind of component 'defense': did you mean 'defence'"
+    wrong: Any = "defense"
+    for call in (
+        lambda: build(wrong, {"name": "clip"}),
+        lambda: entry(wrong, "clip"),
+        lambda: entries(wrong),
+        lambda: register(wrong, NAME),
+        lambda: retire(wrong, NAME, "never."),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_a_retired_name_says_how_to_write_it_now(toy: type[Toy]) -> None:
+    retire("defence", NAME, "write rule = {name = 'median'} in [federated].")
+    with pytest.raises(ConfigError, match=r"^defence 'zyzzyva' is no more: write rule = .* in \[federated\]\.$"):
+        build("defence", {"name": NAME})
+    with pytest.raises(ConfigError, match=r"^unknown defence 'zyzyva': Known"):
+        build("defence", {"name": "zyzyva"})
+    assert build("attack", {"name": NAME}) == toy()  # another kind
+    assert NAME not in entries("defence")
 
 
 # What the docs' tables show.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mithridate.core.batch import PIXELS, Domain
+from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ThreatModelError
 from mithridate.core.view import Need, View
 

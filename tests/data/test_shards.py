@@ -117,3 +117,10 @@ def test_the_clients_of_a_round_depend_on_seed_and_round_alone() -> None:
 def test_no_client_or_more_than_there_are_cannot_be_sampled(per_round: int) -> None:
     with pytest.raises(DataError, match=f"{per_round} of 10 clients asked for"):
         sampled(10, per_round, round_=0, seed=0)
+
+
+def test_a_draw_by_class_needs_classes() -> None:
+    part = Part("victim", np.zeros((9, 2), np.float32), np.linspace(0, 1, 9, dtype=np.float32))
+    with pytest.raises(DataError, match=r"targets of the part 'victim' are float32 of shape \(9,\), no class numbers"):
+        divide(part, Shards(clients=3, partition="dirichlet"), seed=0)
+    assert len(divide(part, Shards(clients=3), seed=0)) == 3

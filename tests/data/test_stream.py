@@ -1,13 +1,13 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mithridate.core.batch import PIXELS, check_domain
+from mithridate.core.domain import PIXELS, check_domain
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.registry import make
+from mithridate.core.registry import fields_of, make
 from mithridate.core.seeding import generator
 from mithridate.data import DATASETS, Part, Stream, StreamSettings, load_images, open_stream
 
@@ -71,9 +71,9 @@ def test_cifar10_by_default(cifar10: Stream, data_root: Path) -> None:
 @pytest.mark.parametrize("name", DATASETS)
 def test_settings_resolve_to_numbers_that_resolve_to_themselves(name: str) -> None:
     resolved = StreamSettings(name=name).resolved()
-    assert None not in asdict(resolved).values()
+    assert all(isinstance(getattr(resolved, part), int) for part in PARTS)
     assert resolved.resolved() == resolved
-    assert make(StreamSettings, asdict(resolved), where="[data]") == resolved
+    assert make(StreamSettings, fields_of(resolved), where="[data]") == resolved
     assert resolved.batch_size == (50 if name == "digits" else 100)
 
 
@@ -99,13 +99,17 @@ def test_burn_in_and_its_fingerprint_survive_a_change_of_the_other_parts(digits:
 
 
 def test_too_many_images_are_refused_with_the_numbers() -> None:
-    with pytest.raises(DataError, match="'all' has 1797 images, too few for victim 1000, trusted 97, validation 100"):
+    with pytest.raises(
+        DataError,
+        match="'all' has 1797 samples, too few for victim 1000, trusted 97 by default, validation 100 by default, "
+        "burn_in 700 by default, 1897 in all",
+    ):
         open_stream(StreamSettings(victim=1000))
     with pytest.raises(
-        DataError, match="'train' has 50000 images, too few for victim 60000, trusted 500, burn_in -10500"
+        DataError, match="'train' has 50000 samples, too few for victim 60000, trusted 500 by default, 60500 in all"
     ):
         StreamSettings(name="cifar10", victim=60_000).resolved()
-    with pytest.raises(DataError, match="no image of the split 'test' is left to test on"):
+    with pytest.raises(DataError, match="'test' has 10000 samples, and none is left to test on"):
         StreamSettings(name="cifar10", validation=10_000).resolved()
 
 
@@ -118,15 +122,115 @@ def test_settings_are_checked() -> None:
         StreamSettings(name="digit")
 
 
-def test_svhn_without_its_training_split(data_root: Path, tmp_path: Path) -> None:
-    only_test = tmp_path / "ufldl-stanford"
-    only_test.mkdir()
-    (only_test / "svhn").mkdir()
-    (only_test / "svhn" / "cropped_digits").mkdir()
+def test_svhn_without_its_training_split_says_how_to_go_on_and_then_goes_on(data_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "ufldl-stanford" / "svhn" / "cropped_digits"
+    folder.mkdir(parents=True)
     for path in (data_root / "ufldl-stanford/svhn/cropped_digits").glob("test*.parquet"):
-        (only_test / "svhn" / "cropped_digits" / path.name).symlink_to(path.resolve())
-    with pytest.raises(DataError, match="svhn: no split 'train'"):
+        (folder / path.name).symlink_to(path.resolve())
+    with pytest.raises(
+        DataError, match=r"svhn: no split 'train'.*cut every part from what is there, set split = 'test'"
+    ):
         open_stream(StreamSettings(name="svhn"), data_root=tmp_path)
+    stream = open_stream(StreamSettings(name="svhn", split="test"), data_root=str(tmp_path))
+    held = load_images("svhn", "test", data_root=tmp_path)
+    found = [identity for part in parts(stream).values() for identity in identities(part)]
+    assert sorted(found) == sorted(identities(Part("all", held.x, held.y)))
+    assert (len(stream.victim), len(stream.test), stream.batch_size) == (3 * len(held) // 10, len(held) // 5, 100)
+    assert stream.settings.resolved() == stream.settings
+    assert stream.info == DATASETS["svhn"]
+
+
+def test_a_split_that_a_known_set_lacks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="svhn has no split 'tets': did you mean 'test'"):
+        StreamSettings(name="svhn", split="tets")
+
+
+# Sizes.
+
+
+def test_a_share_is_one_of_the_split_that_the_part_is_cut_from() -> None:
+    resolved = StreamSettings(name="mnist", victim=0.29, validation=0.07, trusted=0.001).resolved(
+        {"train": 1000, "test": 100}
+    )
+    assert (resolved.victim, resolved.trusted, resolved.burn_in) == (290, 1, 709)
+    assert (resolved.validation, resolved.test) == (7, 93)  # 0.07 * 100 is a little more than 7 in binary
+    exact = StreamSettings(burn_in=0.25, victim=0.25, validation=0.125, trusted=0.125, test=0.25).resolved({"all": 16})
+    assert [getattr(exact, part) for part in PARTS] == [4, 4, 2, 2, 4]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("value", [1.0, 0.0, 1.5, -0.1, -1, True, "half", float("nan")])
+def test_one_and_one_point_nought_are_not_confused(part: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"\[data\]: {part} = .*a number of samples, .* or a share of the split"):
+        make(StreamSettings, {part: value}, where="[data]")
+
+
+def test_one_is_one_sample_and_numbers_of_numpy_are_numbers() -> None:
+    settings = make(StreamSettings, {"victim": np.int64(1), "test": np.float64(0.5)}, where="[data]")
+    assert [type(value) for value in (settings.victim, settings.test)] == [int, float]
+    assert (settings.resolved().victim, settings.resolved().test) == (1, 898)
+
+
+def test_shares_that_add_to_more_than_one_are_refused() -> None:
+    with pytest.raises(DataError, match=r"the split 'all': the shares 0\.5 \+ 0\.4 \+ 0\.2 are more than 1"):
+        StreamSettings(victim=0.5, test=0.4, burn_in=0.2).resolved()
+
+
+@pytest.mark.parametrize("rows", [3, 10, 100, 1797, 70_000])
+@pytest.mark.parametrize("asked", [{}, {"burn_in": 0.5}, {"test": 1}, {"victim": 1, "burn_in": 0}])
+def test_own_data_of_any_size_are_divided_by_default(rows: int, asked: dict[str, float]) -> None:
+    resolved = make(StreamSettings, {"name": "arrays", **asked}, where="").resolved({"all": rows})
+    sizes = {part: getattr(resolved, part) for part in PARTS}
+    assert sum(sizes.values()) == rows
+    assert min(sizes.values()) >= 0
+    assert min(sizes["victim"], sizes["test"]) >= 1
+    assert resolved.batch_size == max(1, min(100, sizes["victim"] // 21))
+
+
+def test_a_stream_shorter_than_its_parts_is_refused_in_counts() -> None:
+    for asked, message in (
+        (
+            {"victim": 5, "trusted": 4, "test": 3},
+            "10 samples, too few for victim 5, trusted 4, validation 0 by default",
+        ),
+        ({"burn_in": 0.95, "test": 1}, "too few for victim 3 by default, .* burn_in 9, 13 in all"),
+        ({"test": 0.05}, "10 samples, and none is left to test on"),
+        ({"victim": 0.05}, "10 samples, and none is left to learn online from"),
+        ({"burn_in": 7}, "10 samples, and none is left to test on"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            make(StreamSettings, {"name": "arrays", **asked}, where="").resolved({"all": 10})
+        assert "-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"name": "folder"}, "name = 'folder' needs a `path`"),
+        ({"name": "digits", "path": "x"}, "path says nothing of 'digits', but of folder, npz, parquet, saved"),
+        ({"name": "folder", "path": "x", "columns": ("a", "b")}, "columns says nothing of 'folder'"),
+        ({"name": "folder", "path": "x", "domain": [0, 1]}, "domain says nothing of 'folder'"),
+        ({"name": "npz", "path": "x", "domain": [1, 0]}, "give two numbers, the lower first"),
+        ({"name": "npz", "path": "x", "domain": "seen"}, "or 'observed'"),
+        ({"name": "npz", "path": ""}, "give the path of a file or folder"),
+        ({"name": "npz", "path": 3}, "give the path of a file or folder"),
+        ({"name": "floder", "path": "x"}, "unknown data set 'floder': did you mean 'folder'"),
+        ({"std": [0.0]}, "std"),
+    ],
+)
+def test_settings_of_own_data_are_checked(asked: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(StreamSettings, asked, where="[data]")
+
+
+def test_a_path_is_text_or_a_path_and_kept_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = str(tmp_path / "here")
+    assert StreamSettings(name="folder", path="here").path == expected
+    assert StreamSettings(name="folder", path=Path("here")).path == expected
+
+
+# Batches.
 
 
 def test_a_batch_is_what_a_model_may_see(digits: Stream) -> None:

@@ -263,22 +263,6 @@ def test_fat_with_patience_is_at_and_without_need_hands_the_batch_on() -> None:
     assert not bool(screened.flagged.any())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_neutral_is_no_defence_bit_for_bit_and_the_defaults_repeat(name: str) -> None:
-    cls = VARIANTS[name]
-
-    def end(defence: Defence | None) -> dict[str, Tensor]:
-        learner = toy_learner(STREAM, defence=defence)
-        for step in range(2):
-            learner.update(STREAM.victim_batch(step, 0))
-        return copy.deepcopy(learner.model.state_dict())
-
-    plain, neutral, one, other = (end(d) for d in (None, cls(**cls.neutral), cls(), cls()))
-    assert all(torch.equal(plain[n], neutral[n]) for n in plain)
-    assert all(torch.equal(one[n], other[n]) for n in plain)
-    assert any(not torch.equal(one[n], plain[n]) for n in plain)
-
-
 @pytest.mark.parametrize("defence", AROUND, ids=lambda d: type(d).__name__)
 def test_the_nudge_follows_the_step_and_nothing_else(defence: AdversariallyLearned) -> None:
     model = toy_learner(STREAM).model

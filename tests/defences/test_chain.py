@@ -15,7 +15,8 @@ from mithridate.attacks.noise import Noise
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Criterion, Weights
+from mithridate.core.model import Criterion
+from mithridate.core.past import Weights
 from mithridate.core.registry import build, config_of
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View

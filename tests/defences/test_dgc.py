@@ -12,7 +12,8 @@ from torch.optim import SGD
 from mithridate.core.defence import Defence
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
 from mithridate.core.registry import build
 from mithridate.core.updates import Updates
 from mithridate.core.view import View

@@ -11,7 +11,7 @@ from torch.optim import SGD
 from mithridate.attacks.noise import Noise
 from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Verdict
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.ema import Ema

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import build, config_of
 from mithridate.core.view import Need
 from mithridate.defences.chain import chain

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Snapshot, Weights
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import build
 from mithridate.core.updates import Updates
 from mithridate.core.view import View

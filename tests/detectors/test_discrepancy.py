@@ -8,7 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.view import Need
 from mithridate.detectors.discrepancy import Discrepancy
 from mithridate.training.history import History

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Weights, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.detectors.loss import Loss
 from mithridate.training.history import History

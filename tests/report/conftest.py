@@ -1,6 +1,7 @@
 """Synthetic runs, in memory and in a store, shaped like those that the library writes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from numpy.typing import NDArray
 
 from mithridate.bench import store
 from mithridate.bench.store import Run
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 
 MakeRun = Callable[..., Run]
 MakeRow = Callable[..., Row]
+Said = Mapping[int, Mapping[str, Sequence[float]]]
+"""Scores by step and kind of sample; `same` are received samples that nobody changed."""
 
 ENVIRONMENT = {"mithridate": "0.1.0", "python": "3.11.9", "torch": "2.12.0", "device": "cpu", "threads": 2}
 
@@ -132,6 +135,8 @@ def save(run: Run) -> Run:
     store.write_json(run.path / store.ENVIRONMENT, run.environment)
     if run.images:
         store.write_arrays(run.path / store.IMAGES, run.images)
+    if run.scores:
+        store.write_scores(run.path / store.SCORES, run.scores)
     store.write_json(run.path / store.SUMMARY, run.summary)
     return run
 
@@ -186,6 +191,66 @@ def demonstration(folder: Path) -> list[Run]:
                 )
             )
     return [save(run) for run in runs]
+
+
+def scored(run: Run, said: Mapping[str, Said], tables: Sequence[Mapping[str, Any]] = ()) -> Run:
+    """The run with the scores of some detectors, which `tables` describe."""
+    lines = [
+        (step, {"poisoned": "received", "same": "received"}.get(kind, kind), detector, i, kind == "poisoned", value)
+        for detector, steps in said.items()
+        for step, kinds in steps.items()
+        for kind, values in kinds.items()
+        for i, value in enumerate(values)
+    ]
+    names = ("step", "source", "detector", "sample", "poisoned", "score")
+    kinds = (np.int64, object, object, np.int64, np.bool_, np.float64)
+    columns: dict[str, Any] = {
+        name: np.array(column, dtype=kind)
+        for name, column, kind in zip(names, zip(*lines, strict=True), kinds, strict=True)
+    }
+    known = list(tables) or [{"name": "gda", "label": label} for label in said]
+    return replace(run, scores=columns, config={**run.config, "detector": known})
+
+
+CLIPS: dict[str, dict[str, Any]] = {
+    "none": {"name": "none"},
+    "linf-1": {"name": "clip", "clip_norm": 1.0, "norm": "linf", "label": "linf-1"},
+    "narrow": {"name": "clip", "clip_norm": 0.1, "norm": "l2", "label": "narrow"},
+    "wide": {"name": "clip", "clip_norm": 10.0, "norm": "l2", "label": "wide"},
+}
+
+
+def in_rounds(
+    attack: str = "accumulative",
+    *,
+    defence: str = "none",
+    seed: int = 0,
+    rounds: int = 3,
+    before: float = 0.95,
+    after: float = 0.7,
+    folder: Path = Path("store"),
+    label: str | None = None,
+    **attack_settings: Any,
+) -> Run:
+    """One run of a federation under one of `CLIPS`, from 0.98 to `before` in its rounds and to `after` in the last."""
+    steps = 0 if attack == "direct" else rounds
+    run = in_memory(
+        attack=attack,
+        defence=defence,
+        seed=seed,
+        accuracies=(0.98,) * (steps or 1) + ((before,) if steps else ()),
+        after=after,
+        label=label,
+        folder=folder / f"{rounds}",
+        config={
+            "attack": {"name": attack, "poison_ratio": 1.0, **attack_settings} | ({"label": label} if label else {}),
+            "defence": CLIPS[defence],
+            "clients": {"clients": 25, "partition": "iid"},
+            "federated": {"rounds": rounds, "seeds": [seed]},
+        },
+    )
+    config = {key: value for key, value in run.config.items() if key != "run"}
+    return replace(run, config=config, trace=[{**step, "poison_linf": None} for step in run.trace])
 
 
 DEFENDED_SEEDS = (0, 1, 2)
@@ -251,6 +316,21 @@ def make_run() -> MakeRun:
 @pytest.fixture(scope="session")
 def save_run() -> Callable[[Run], Run]:
     return save
+
+
+@pytest.fixture(scope="session")
+def with_scores() -> Callable[..., Run]:
+    return scored
+
+
+@pytest.fixture(scope="session")
+def federated() -> MakeRun:
+    return in_rounds
+
+
+@pytest.fixture(scope="session")
+def clips() -> Mapping[str, Mapping[str, Any]]:
+    return CLIPS
 
 
 @pytest.fixture(scope="session")

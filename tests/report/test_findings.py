@@ -4,7 +4,7 @@ import pytest
 
 from mithridate.bench.store import Run
 from mithridate.report.findings import findings, headline, setting, strongest
-from mithridate.report.tables import Row, rows
+from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]

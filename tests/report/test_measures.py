@@ -1,31 +1,24 @@
 import csv
 import io
-import operator
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report import build_report
-from mithridate.report.measures import QUANTITIES, Measures, measure_records, measure_sections, measures, measures_csv
-from mithridate.report.page import TableSection
-from mithridate.report.tables import Row, rows, undefended, updates
+from mithridate.report.measures import QUANTITIES, Measures, measure_records, measures
+from mithridate.report.records import to_csv
+from mithridate.report.rows import Row, rows
+from mithridate.report.tables.defences import defence_tables
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]
 
 
-def found(measured: list[Measures], attack: str, defence: str) -> Measures:
+def of(measured: list[Measures], attack: str, defence: str) -> Measures:
     (one,) = [m for m in measured if (m.row.attack, m.row.defence) == (attack, defence)]
     return one
-
-
-def column(table: TableSection, name: str) -> list[str]:
-    (lines,) = table.rows.values()
-    return [line[table.head.index(name)] for line in lines]
 
 
 def test_what_is_measured_and_in_which_order(defended_rows: list[Row]) -> None:
@@ -54,7 +47,7 @@ def test_a_clean_stream_without_a_phase_is_no_clean_oracle(make_row: MakeRow) ->
 
 def test_the_clean_stream(defended_rows: list[Row]) -> None:
     measured = measures(defended_rows)
-    dsc, gate = (found(measured, "clean-trigger", defence) for defence in ("dsc", "gate"))
+    dsc, gate = (of(measured, "clean-trigger", defence) for defence in ("dsc", "gate"))
     assert dsc.accuracy_after_trigger.values == pytest.approx((0.96, 0.94, 0.92))
     assert dsc.against_none.values == pytest.approx((-0.01, -0.02, -0.03))
     assert dsc.flagged_clean.values == pytest.approx((0.04, 0.05, 0.06))
@@ -64,12 +57,12 @@ def test_the_clean_stream(defended_rows: list[Row]) -> None:
     assert gate.refused.values == pytest.approx((0, 1 / 5, 2 / 5))  # four batches and the trigger step
     assert gate.against_none.values == pytest.approx((0, 0, 0))
     assert gate.flagged_clean.n == 0
-    assert found(measured, "clean-trigger", "none").time_ratio.n == 0
+    assert of(measured, "clean-trigger", "none").time_ratio.n == 0
 
 
 def test_the_attack(defended_rows: list[Row]) -> None:
     measured = measures(defended_rows)
-    none, dsc, gate = (found(measured, "accumulative", defence) for defence in ("none", "dsc", "gate"))
+    none, dsc, gate = (of(measured, "accumulative", defence) for defence in ("none", "dsc", "gate"))
     assert dsc.attack_success.values == pytest.approx((0.3, 0.2, 0.1))
     assert dsc.against_none.values == pytest.approx((0.20, 0.21, 0.22))
     assert dsc.drop.values == pytest.approx((0.06, 0.05, 0.04))
@@ -84,7 +77,7 @@ def test_the_attack(defended_rows: list[Row]) -> None:
 def test_comparisons_are_made_seed_by_seed(make_run: Make) -> None:
     none = [make_run(seed=seed, after=0.5 + 0.1 * seed, summary={"update_seconds": 1.0 + seed}) for seed in (0, 1, 2)]
     some = [make_run(seed=s, after=0.9, defence="clip", summary={"update_seconds": 6.0}) for s in (2, 7, 1)]
-    one = found(measures(rows([*none, *some])), "accumulative", "clip")
+    one = of(measures(rows([*none, *some])), "accumulative", "clip")
     assert one.against_none.values == pytest.approx((0.9 - 0.7, 0.9 - 0.6))
     assert one.time_ratio.values == pytest.approx((2, 3))
 
@@ -94,47 +87,21 @@ def test_a_store_from_before_these_measures_is_read(make_run: Make) -> None:
     runs = [make_run(defence=defence, attack=a) for defence in ("none", "clip") for a in ("clean", "pgd")]
     old = [replace(run, summary={k: v for k, v in run.summary.items() if k not in new}) for run in runs]
     measured = measures(rows(old))
-    one = found(measured, "pgd", "clip")
+    one = of(measured, "pgd", "clip")
     assert one.against_none.n == 1
     assert one.refused.n == one.time_ratio.n == one.quarantined.n == one.attack_success.n == 0
-    for table in measure_sections(measured):
+    for table in defence_tables(measured):
         assert "steps refused" not in table.head
 
 
 def test_a_time_of_zero_gives_no_ratio(make_run: Make) -> None:
     runs = [make_run(summary={"update_seconds": 0.0}), make_run(defence="clip")]
-    assert found(measures(rows(runs)), "accumulative", "clip").time_ratio.n == 0
-
-
-def test_halted_runs_took_no_trigger_step(make_run: Make) -> None:
-    halted = make_run(defence="gate", after=None, status="halted", summary={"rolled_back": 1})
-    assert updates(halted) == 3
-    assert updates(make_run()) == 4
-    assert updates(make_run(summary={"steps": None})) == 0
-    (one,) = measures(rows([halted]))
-    assert one.refused.values == pytest.approx((1 / 3,))
-    (_, table) = measure_sections([one])
-    assert column(table, "n") == ["0 of 1"]
-    assert column(table, "steps refused") == ["1 of 3"]
-
-
-def test_undefended_is_the_same_attack_on_the_same_data(make_row: MakeRow) -> None:
-    none, other, elsewhere = make_row(0.1), make_row(0.1, label="other"), make_row(0.1, dataset="mnist")
-    defended = make_row(0.1, defence="clip")
-    assert undefended(defended, [elsewhere, other, defended, none]) is none
-    assert undefended(defended, [elsewhere, other]) is None
-    assert undefended(none, [none]) is None
-
-
-def test_against_leaves_out_what_one_side_lacks(make_run: Make) -> None:
-    (ours,) = rows([make_run(seed=0), make_run(seed=1, after=None)])
-    (theirs,) = rows([make_run(seed=1, defence="clip"), make_run(seed=0, defence="clip", after=0.5)])
-    assert ours.against(theirs, "accuracy_after_trigger", operator.sub).values == pytest.approx((0.26,))
+    assert of(measures(rows(runs)), "accumulative", "clip").time_ratio.n == 0
 
 
 def test_csv_has_every_measure(defended_rows: list[Row]) -> None:
     measured = measures(defended_rows)
-    records = list(csv.DictReader(io.StringIO(measures_csv(measured))))
+    records = list(csv.DictReader(io.StringIO(to_csv(measure_records(measured)))))
     assert len(records) == len(measure_records(measured)) == 6
     assert {f"{name}_{what}" for name in QUANTITIES for what in ("mean", "std", "n")} < set(records[0])
     dsc = next(r for r in records if (r["attack"], r["defence"]) == ("accumulative", "dsc"))
@@ -142,43 +109,3 @@ def test_csv_has_every_measure(defended_rows: list[Row]) -> None:
     assert float(dsc["attack_success_std"]) == pytest.approx(0.1)
     assert float(dsc["time_ratio_mean"]) == pytest.approx(statistics.mean((3, 12 / 5, 2)))
     assert (dsc["flagged_clean_mean"], dsc["flagged_clean_n"], dsc["first_alarm_step_n"]) == ("", "0", "0")
-
-
-def test_tables_as_people_read_them(defended_rows: list[Row]) -> None:
-    clean, attacked = measure_sections(measures(defended_rows))
-    assert column(clean, "defence") == ["none", "dsc", "gate"]
-    assert column(clean, "final accuracy (%)") == ["96.0 ± 1.0", "94.0 ± 2.0", "96.0 ± 1.0"]
-    assert column(clean, "against none (points)") == ["—", "-2.0 ± 1.0", "0.0 ± 0.0"]
-    assert column(clean, "clean samples corrected (%)") == ["—", "5.0 ± 1.0", "—"]
-    assert column(clean, "steps refused") == ["0", "0", "3 of 15"]
-    assert column(clean, "seconds a batch") == ["0.0050 ± 0.0010", "0.010 ± 0.000", "0.0060 ± 0.0000"]
-    assert column(clean, "time / none") == ["—", "2.1 ± 0.4", "1.2 ± 0.3"]
-    assert "stream" not in clean.head
-    assert "false alarms" not in clean.head
-    assert clean.note == "None in any row, so not shown: false alarms."
-    assert column(attacked, "attack success (%)") == ["—", "20.0 ± 10.0", "—"]
-    assert column(attacked, "first alarm (batch)") == ["3", "—", "3 (2 of 3)"]
-    assert column(attacked, "steps refused") == ["0", "0", "6 of 9"]
-    assert column(attacked, "quarantined") == ["0", "3", "0"]
-    assert attacked.note == ""
-
-
-def test_several_clean_streams_are_named(make_row: MakeRow) -> None:
-    streams = [make_row(0.0, attack="clean", label=label, defence="clip") for label in ("short", "long")]
-    clean, attacked = measure_sections(measures(streams))
-    assert sorted(column(clean, "stream")) == ["long", "short"]
-    assert clean.names == 2
-    assert attacked.rows == {}
-
-
-def test_the_report_has_them_as_files(defended_store: Path, tmp_path: Path) -> None:
-    built = build_report([defended_store], tmp_path)
-    assert built.measures_csv is not None
-    assert built.measures_markdown is not None
-    assert built.measures_csv.read_text(encoding="utf-8").count("\n") == 7
-    text = built.measures_markdown.read_text(encoding="utf-8")
-    assert text.count("## What the defences") == 2
-    assert "| accumulative | dsc | 96.0 ± 0.0 | 91.0 ± 1.0 | 5.0 ± 1.0 | +21.0 ± 1.0 | 20.0 ± 10.0 |" in text
-    runs = csv.DictReader(io.StringIO(built.runs_csv.read_text(encoding="utf-8")))
-    flagged = [float(run["flagged_poisoned"]) for run in runs if run["flagged_poisoned"]]
-    assert sorted(flagged) == pytest.approx([0.7, 0.8, 0.9])

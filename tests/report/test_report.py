@@ -3,8 +3,6 @@
 import csv
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from mithridate.bench.store import Run, read_runs
 from mithridate.core.errors import StoreError
 from mithridate.report import ReportPaths, build_report
-from mithridate.report.page import TableSection
+from mithridate.report.figures.accuracy_curves import accuracy_curves
+from mithridate.report.page import inline
 from mithridate.report.page import page as render
-from mithridate.report.tables import Row, rows
-from mithridate.report.terminal import measures_table, summary_table
+from mithridate.report.rows import Row
+from mithridate.report.tables.section import TableSection
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]
@@ -310,53 +308,14 @@ def test_an_empty_store_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_report_imports_no_torch() -> None:
-    code = "import sys, mithridate.report, mithridate.report.terminal; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0  # noqa: S603  (a fixed command)
-
-
-def test_terminal_table(demo_store: Path) -> None:
-    made = rows(read_runs([demo_store]))
-    assert summary_table(made).row_count == len(made)
-    table = summary_table(made)
-    drops = [str(cell) for cell in table.columns[5].cells]
-    assert drops[4] == "19.3±2.0"
-
-
-def test_terminal_shows_markup_as_text(make_run: Make) -> None:
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(summary_table(rows([make_run(label="[red]x[/red]\x1b[31m"), make_run(dataset="mnist")])))
-    assert "[red]x[/red] [31m" in capture.get()
-    assert "mnist" in capture.get()
-
-
-def test_terminal_measures(defended_rows: list[Row]) -> None:
-    table = measures_table(defended_rows)
-    assert table is not None
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(table)
-    lines = [line.split() for line in capture.get().splitlines()]
-    assert lines[1:4] == [
-        ["none", "96.0±1.0", "—", "—", "70.0±0.0", "—", "—", "—"],
-        ["dsc", "94.0±2.0", "-2.0±1.0", "5.0", "91.0±1.0", "+21.0±1.0", "20.0", "2.1"],
-        ["gate", "96.0±1.0", "0.0±0.0", "—", "95.0±0.0", "+25.0±0.0", "—", "1.2"],
-    ]
-    assert "trigger of accumulative" in " ".join(capture.get().split())
-
-
-def test_terminal_has_no_measures_without_a_defence(make_row: MakeRow) -> None:
-    assert measures_table([make_row(0.1), make_row(0.0, attack="clean")]) is None
-
-
-def test_terminal_measures_of_what_was_run_only(make_row: MakeRow) -> None:
-    hostile = make_row(0.1, defence="clip", defence_label="[red]clip[/red]", label="[bold]x[/bold]")
-    table = measures_table([hostile, make_row(0.0, attack="clean", dataset="mnist", defence="clip")])
-    assert table is not None
-    console = Console(width=200)
-    with console.capture() as capture:
-        console.print(table)
-    assert "[red]clip[/red]" in capture.get()
-    assert "trigger of [bold]x[/bold]" in capture.get()
-    assert table.row_count == 2
+def test_inlined_figures_share_no_ids(make_row: MakeRow) -> None:
+    drawing = accuracy_curves([make_row(0.2)])
+    assert drawing is not None
+    first, second = (inline(replace(drawing, alt='a "quoted" <alt>'), prefix) for prefix in ("one", "two"))
+    assert first.startswith('<svg role="img" aria-label="a &#34;quoted&#34; &lt;alt&gt;"')
+    ids = [{part.partition('"')[0] for part in svg.split(' id="')[1:]} for svg in (first, second)]
+    assert len(ids[0]) == len(ids[1]) > 10
+    assert not ids[0] & ids[1]
+    used = {part.partition('"')[0] for part in first.split('xlink:href="#')[1:]}
+    assert used
+    assert used <= ids[0]

@@ -18,7 +18,7 @@ from mithridate.bench.store import TRACE_SCHEMA
 from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import build, make
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
@@ -44,11 +44,11 @@ from mithridate.simulation.per_client.sums import summed_gradients
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner, Update
-from mithridate.update_attacks.accumulative import Accumulative
+from mithridate.update_attacks.accumulative import AccumulativeUpdates
 from mithridate.update_attacks.alie import Alie
-from mithridate.update_attacks.clean import Clean
+from mithridate.update_attacks.clean import CleanUpdates
 from mithridate.update_attacks.direct import Direct
-from mithridate.update_attacks.hostile import Hostile
+from mithridate.update_attacks.hostile import HostileShare
 from mithridate.update_attacks.sign_flip import SignFlip
 
 RUN = FederatedRun(rounds=2, lr=0.05)
@@ -171,7 +171,7 @@ def test_a_stream_that_augments_does_so_here_too(stream: Stream, federation: Fed
 def test_an_honest_federation_is_sgd_on_the_union(federation: Federation, server: NewLearner) -> None:
     run = dataclasses.replace(PLAIN, rounds=2)
     learner, by_hand = server(run), server(run)
-    outcome = run_federated(learner, federation, Clean(), run)
+    outcome = run_federated(learner, federation, CleanUpdates(), run)
     _, data = federation.round(0, run)
     x, y = data.x.flatten(0, 1), data.y.flatten()
     by_hand.model.eval()
@@ -194,7 +194,7 @@ def test_an_honest_federation_is_sgd_on_the_union(federation: Federation, server
 def test_momentum_and_weight_decay_are_the_servers(federation: Federation, server: NewLearner) -> None:
     run = FederatedRun(rounds=2, lr=0.03, momentum=0.7, weight_decay=0.01, batch_norm="frozen")
     learner, by_hand = server(run), server(run)
-    run_federated(learner, federation, Clean(), run)
+    run_federated(learner, federation, CleanUpdates(), run)
     optimiser = SGD(by_hand.model.parameters(), lr=0.03, momentum=0.7, weight_decay=0.01)
     for gradient in learner.applied:
         for name, g in gradient.named().items():
@@ -255,7 +255,7 @@ def test_a_bound_acts_after_or_before_the_aggregation(
     for where, limit in places:
         run = dataclasses.replace(PLAIN, bound=where)
         learner = server(run, Clip(clip_norm=limit, norm=norm, how=how))
-        outcome = run_federated(learner, federation, Clean(), run)
+        outcome = run_federated(learner, federation, CleanUpdates(), run)
         assert torch.allclose(learner.applied[0].rows[0], expected[where], atol=1e-6)
         assert outcome.trace[1]["bounded_norm"] == pytest.approx(float(expected[where].norm()), rel=1e-4)
         assert outcome.trace[1]["gradient_norm"] == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-4)
@@ -263,7 +263,7 @@ def test_a_bound_acts_after_or_before_the_aggregation(
 
 
 @pytest.mark.parametrize("defence", [None, Robust(rule={"name": "median"})], ids=["sums", "rows"])
-@pytest.mark.parametrize("attack", [Clean(), SignFlip(poison_ratio=0.3)])
+@pytest.mark.parametrize("attack", [CleanUpdates(), SignFlip(poison_ratio=0.3)])
 @pytest.mark.parametrize("samples", [1, 7])
 def test_batch_norm_synchronised_records_the_union(
     federation: Federation,
@@ -296,7 +296,7 @@ def test_batch_norm_synchronised_records_the_union(
         )
         assert torch.allclose(found[f"{name}.running_var"], 0.9 * start[f"{name}.running_var"] + 0.1 * var, atol=1e-6)
         assert found[f"{name}.num_batches_tracked"] == start[f"{name}.num_batches_tracked"] + 1
-    if isinstance(attack, Clean) and defence is None:
+    if isinstance(attack, CleanUpdates) and defence is None:
         rows = rows_of(server(), federation.round(0, run)[1])  # gradients use the running statistics from before
         assert torch.allclose(learner.applied[0].rows[0], rows.mean(0), atol=1e-6)
 
@@ -307,7 +307,7 @@ def test_batch_norm_averaged_is_the_mean_over_clients(
     monkeypatch.setattr("mithridate.simulation.server_round.PASS", 12)  # some clients at a time
     run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=4)
     learner = server(run)
-    run_federated(learner, federation, Clean(), run)
+    run_federated(learner, federation, CleanUpdates(), run)
     _, data = federation.round(0, run)
     each = []
     for pixels in data.x:
@@ -322,7 +322,7 @@ def test_batch_norm_averaged_is_the_mean_over_clients(
         assert b.dtype == each[0][name].dtype
         assert torch.allclose(b.double(), mean, atol=1e-5)
     synchronised = server(run)
-    run_federated(synchronised, federation, Clean(), dataclasses.replace(run, batch_norm="synchronised"))
+    run_federated(synchronised, federation, CleanUpdates(), dataclasses.replace(run, batch_norm="synchronised"))
     other = synchronised.snapshot().buffers
     assert any(not torch.allclose(found[n].double(), other[n].double(), atol=1e-3) for n in found)
     rows = rows_of(server(), data, "train")  # each client's own statistics in its gradient
@@ -334,15 +334,15 @@ def test_dropout_and_statistics_of_each_clients_own_are_refused(federation: Fede
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.1))
     learner = Watched(model, federated_optimiser(model.parameters(), run))
     with pytest.raises(ConfigError, match="dropout would draw anew"):
-        run_federated(learner, federation, Clean(), run)
+        run_federated(learner, federation, CleanUpdates(), run)
     run_federated(
-        learner, federation, Clean(), dataclasses.replace(run, batch_norm="frozen")
+        learner, federation, CleanUpdates(), dataclasses.replace(run, batch_norm="frozen")
     )  # eval mode draws nothing
 
 
 def test_batch_norm_frozen_is_not_touched(federation: Federation, server: NewLearner) -> None:
     learner, start = server(), server().snapshot()
-    run_federated(learner, federation, Clean(), dataclasses.replace(RUN, batch_norm="frozen"))
+    run_federated(learner, federation, CleanUpdates(), dataclasses.replace(RUN, batch_norm="frozen"))
     after = learner.snapshot()
     assert all(torch.equal(after.buffers[n], start.buffers[n]) for n in start.buffers)
     assert not torch.equal(parameters_of(learner), flat(start.parameters))
@@ -384,7 +384,7 @@ def test_norm_parameters_can_be_left_out_of_distances(federation: Federation, se
     rows = rows_of(server(), federation.round(0, PLAIN)[1])
     apart = norm_places(learner.model)
     assert 0 < int(apart.sum()) < len(apart) / 2
-    run_federated(learner, federation, Clean(), run)
+    run_federated(learner, federation, CleanUpdates(), run)
     shown = torch.cat([g.rows for g in defence.bounded]) if bound == "before" else defence.ruled[0].rows
     assert torch.allclose(shown, rows[:, ~apart], atol=1e-6)
     applied = learner.applied[0].rows[0]
@@ -405,9 +405,9 @@ def test_normalisation_layers_are_known_by_type() -> None:
 
 
 SUMMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
-    "honest": (Clean(), None, RUN),
-    "accumulative": (Accumulative(poison_ratio=0.3, lam=0.5, spread=0.1), Clip(clip_norm=0.3), RUN),
-    "accumulative, all": (Accumulative(poison_ratio=1.0, lam=0.5), Clip(clip_norm=0.3), RUN),
+    "honest": (CleanUpdates(), None, RUN),
+    "accumulative": (AccumulativeUpdates(poison_ratio=0.3, lam=0.5, spread=0.1), Clip(clip_norm=0.3), RUN),
+    "accumulative, all": (AccumulativeUpdates(poison_ratio=1.0, lam=0.5), Clip(clip_norm=0.3), RUN),
     "a clip after": (SignFlip(), Clip(clip_norm=0.1, norm="linf"), RUN),
     "a clip before": (SignFlip(), Clip(clip_norm=0.05), dataclasses.replace(RUN, bound="before")),
     "apart": (Direct(), Clip(clip_norm=0.05), dataclasses.replace(RUN, bound="before", distances="without_norm")),
@@ -457,7 +457,7 @@ class Halving(Clip):
 def test_a_bound_that_factors_do_not_tell_sees_rows(federation: Federation, server: NewLearner) -> None:
     run = dataclasses.replace(PLAIN, bound="before")
     learner = server(run, Halving(clip_norm=1e-3))
-    run_federated(learner, federation, Clean(), run)
+    run_federated(learner, federation, CleanUpdates(), run)
     rows = rows_of(server(), federation.round(0, run)[1])
     assert torch.allclose(learner.applied[0].rows[0], rows.mean(0) / 2, atol=1e-6)
 
@@ -473,7 +473,7 @@ def test_an_update_that_is_not_finite_is_refused_where_rows_are_not_formed(
         return F.cross_entropy(logits, labels) * (math.inf if broken else 1.0)
 
     learner.criterion = loss
-    outcome = run_federated(learner, federation, Clean(), PLAIN)
+    outcome = run_federated(learner, federation, CleanUpdates(), PLAIN)
     assert outcome.trace[1]["quarantined"] == 1
     rows = rows_of(server(), data)
     kept = torch.arange(10) != 2
@@ -483,8 +483,8 @@ def test_an_update_that_is_not_finite_is_refused_where_rows_are_not_formed(
 @pytest.mark.parametrize(
     ("attack", "defence", "who"),
     [
-        (Clean(), Robust(), "Robust"),
-        (Clean(), chain(Clip(), Robust()), "Chain"),
+        (CleanUpdates(), Robust(), "Robust"),
+        (CleanUpdates(), chain(Clip(), Robust()), "Chain"),
         (Alie(), None, "Alie"),
     ],
 )
@@ -500,7 +500,7 @@ def test_who_looks_at_all_rows_needs_them_held(
 
 
 @dataclasses.dataclass(frozen=True)
-class Sending(Hostile):
+class Sending(HostileShare):
     """Sends one number everywhere, or a row of its own making."""
 
     value: float = math.nan
@@ -583,7 +583,7 @@ def test_hostile_clients_are_rounded_up(federation: Federation, server: NewLearn
     assert outcome.trace[1]["poisoned"] == hostile / 10
 
 
-class Spying(Hostile):
+class Spying(HostileShare):
     """Sends the honest rows; keeps what it was shown."""
 
     every_row: ClassVar[bool] = True
@@ -637,7 +637,7 @@ def test_what_an_attacker_is_shown(stream: Stream, federation: Federation, serve
     assert torch.allclose(learner.applied[0].rows[0], bounded.mean(0), atol=1e-6)
 
 
-class Peeking(Hostile):
+class Peeking(HostileShare):
     """Looks at what it does not declare."""
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
@@ -733,13 +733,13 @@ def test_an_alarm_does_what_it_is_set_to(
     federation: Federation, server: NewLearner, on_alarm: Any, phases: list[str], stopped_by: str
 ) -> None:
     run = FederatedRun(rounds=3, on_alarm=on_alarm)
-    outcome = run_federated(server(run), federation, Clean(), run, monitors=[Alarm(1)])
+    outcome = run_federated(server(run), federation, CleanUpdates(), run, monitors=[Alarm(1)])
     assert column(outcome, "phase") == phases
     assert (outcome.stopped_by, outcome.first_alarm_step) == (stopped_by, 1)
     assert (outcome.status == "halted") == (on_alarm == "halt") == (outcome.drop is None)
 
 
-@pytest.mark.parametrize("attack", [Clean(phase=False), Direct()])
+@pytest.mark.parametrize("attack", [CleanUpdates(phase=False), Direct()])
 def test_without_a_phase_the_same_trigger_comes_first(
     federation: Federation, server: NewLearner, attack: UpdateAttack
 ) -> None:
@@ -769,7 +769,7 @@ def test_a_defence_that_only_takes_notes_may_stand_before_a_federation(
     federation: Federation, server: NewLearner
 ) -> None:
     learner = server(RUN, Counting())
-    run_federated(learner, federation, Clean(), RUN)
+    run_federated(learner, federation, CleanUpdates(), RUN)
     assert learner.memory["batches"] == 3
 
 
@@ -779,7 +779,7 @@ def test_a_gate_rolls_back_parameters_statistics_and_momentum(
     run = dataclasses.replace(RUN, rounds=1)
     seen: list[Snapshot] = []
     learner = server(run, Gate(max_loss_rise=0.2, max_accuracy_drop=math.inf), trusted=stream.trusted.all())
-    attack = Accumulative(trigger="reversed", lam=0.0, clean_weight=1.0, trigger_norm=100.0)
+    attack = AccumulativeUpdates(trigger="reversed", lam=0.0, clean_weight=1.0, trigger_norm=100.0)
     outcome = run_federated(learner, federation, attack, run, on_step=lambda _: seen.append(learner.snapshot()))
     assert column(outcome, "admitted") == [True, True, False]
     assert "trusted loss" in outcome.trace[-1]["verdict"]
@@ -797,8 +797,8 @@ def test_an_average_is_what_is_served(federation: Federation, server: NewLearner
     learner, plain = server(run, Ema(decay=0.5)), server(run)
     states = [plain.snapshot()]
     tests = [federation.stream.test.all()]
-    outcome = run_federated(learner, federation, Clean(), run)
-    free = run_federated(plain, federation, Clean(), run, on_step=lambda _: states.append(plain.snapshot()))
+    outcome = run_federated(learner, federation, CleanUpdates(), run)
+    free = run_federated(plain, federation, CleanUpdates(), run, on_step=lambda _: states.append(plain.snapshot()))
     states.append(plain.snapshot())
     assert equal_bits(learner.snapshot(), plain.snapshot())  # the model that learns is the same
     average = {**states[0].parameters, **states[0].buffers}
@@ -835,7 +835,7 @@ def test_a_defence_that_acts_on_samples_is_refused(
 ) -> None:
     learner = server(RUN, defence, trusted=stream.trusted.all(), history=History(keep=1))
     with pytest.raises(ConfigError, match="acts on training samples, and the server of a federation sees none"):
-        run_federated(learner, federation, Clean(), RUN)
+        run_federated(learner, federation, CleanUpdates(), RUN)
     assert learner.step == 0
 
 
@@ -864,7 +864,7 @@ def test_defences_are_checked_before_anything_is_learned(defence: Defence, run: 
 def test_skip_watches_the_updates_of_rounds(federation: Federation, server: NewLearner) -> None:
     run = FederatedRun(rounds=3, lr=0.01, momentum=0.0)
     learner = server(run, Skip(watch="gradient", warmup=2, threshold=20.0))
-    attack = Accumulative(trigger="reversed", lam=0.0, clean_weight=1.0, trigger_scale=100.0)
+    attack = AccumulativeUpdates(trigger="reversed", lam=0.0, clean_weight=1.0, trigger_scale=100.0)
     outcome = run_federated(learner, federation, attack, run)
     assert column(outcome, "admitted") == [True] * 4 + [False]
     assert outcome.drop == 0
@@ -914,7 +914,7 @@ def test_looking_back_counts_from_the_model_as_it_is(federation: Federation, ser
     """As online: no update back is the current model, not the one before it."""
     run = dataclasses.replace(RUN, bound=bound, per_round=2)
     defence = Recalling()
-    run_federated(server(run, defence, history=History(keep=3)), federation, Clean(), run)
+    run_federated(server(run, defence, history=History(keep=3)), federation, CleanUpdates(), run)
     assert list(dict.fromkeys(defence.labels)) == [
         ("before update 0", "none"),
         ("before update 1", "before update 0"),
@@ -979,7 +979,7 @@ def test_more_than_there_is_is_refused_before_anything_is_learned(
 ) -> None:
     learner = server()
     with pytest.raises(DataError, match=message):
-        run_federated(learner, federation, Clean(), FederatedRun(**run))
+        run_federated(learner, federation, CleanUpdates(), FederatedRun(**run))
     assert learner.step == 0
 
 
@@ -991,7 +991,7 @@ def test_a_later_round_that_asks_for_too_much_is_found_at_the_start(stream: Stre
     assert first > 0
     learner = server(run)
     with pytest.raises(DataError, match=f"a client of round {first} holds 2 images"):
-        run_federated(learner, federation, Clean(), run)
+        run_federated(learner, federation, CleanUpdates(), run)
     assert learner.step == 0
 
 
@@ -1010,11 +1010,11 @@ def test_a_client_of_one_sample_has_no_statistics_to_average(server: NewLearner,
     """Single pixels in the last maps: no variance. The small net has larger ones, and goes through."""
     run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=1)
     federation = federate(stream, Shards(clients=10), seed=0)
-    run_federated(server(run), federation, Clean(), run)
+    run_federated(server(run), federation, CleanUpdates(), run)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))
     learner = Learner(model, SGD(model.parameters(), lr=0.1))
     with pytest.raises(DataError, match="1 samples a client"):
-        run_federated(learner, federation, Clean(), run)
+        run_federated(learner, federation, CleanUpdates(), run)
 
 
 class Own(nn.Module):
@@ -1031,7 +1031,7 @@ class Own(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("attack", [Clean(), SignFlip(), Accumulative(poison_ratio=0.1), Alie()])
+@pytest.mark.parametrize("attack", [CleanUpdates(), SignFlip(), AccumulativeUpdates(poison_ratio=0.1), Alie()])
 def test_a_users_own_module_runs(federation: Federation, attack: UpdateAttack) -> None:
     torch.manual_seed(0)
     model = Own()
@@ -1046,13 +1046,13 @@ def test_an_online_learner_is_the_federation_of_one_client(stream: Stream, serve
     """One client that brings the whole victim part in a round: an online step on it, with BatchNorm in eval mode."""
     settings = dataclasses.replace(stream.settings, batch_size=100)
     whole = dataclasses.replace(stream, settings=settings)
-    from mithridate.attacks.clean import Clean as OnlineClean
+    from mithridate.attacks.clean import Clean
     from mithridate.simulation.online import OnlineRun
 
     run = FederatedRun(rounds=0, lr=0.05, batch_norm="frozen")
     learner, online = server(run), server(run)
     online.update_mode = "eval"
-    federated = run_federated(learner, federate(whole, Shards(clients=1), seed=0), Clean(), run)
-    other = run_online(online, whole, OnlineClean(), OnlineRun(steps=0, lr=0.05, update_mode="eval"), seed=0)
+    federated = run_federated(learner, federate(whole, Shards(clients=1), seed=0), CleanUpdates(), run)
+    other = run_online(online, whole, Clean(), OnlineRun(steps=0, lr=0.05, update_mode="eval"), seed=0)
     for name in ("accuracy", "loss", "batch_loss", "bounded_norm", "update_norm"):
         assert federated.trace[1][name] == pytest.approx(other.trace[1][name], rel=1e-4)

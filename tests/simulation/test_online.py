@@ -20,7 +20,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Snapshot, Weights
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
@@ -426,7 +426,7 @@ def test_the_phase_ends_when_published_accuracy_leaves_the_attackers_range(strea
 def test_a_stream_too_short_is_refused_before_anything_is_learned(stream: Stream, victim: NewLearner) -> None:
     learner = victim()
     before = learner.snapshot()
-    with pytest.raises(DataError, match="5 accumulative batches and the trigger batch of 20 images need 120"):
+    with pytest.raises(DataError, match="5 accumulative batches and the trigger batch of 20 samples need 120"):
         run_online(learner, stream, Clean(), OnlineRun(steps=5))
     assert equal_bits(learner.snapshot(), before)
     assert run_online(learner, stream, Clean(), OnlineRun(steps=4)).steps == 4
@@ -461,10 +461,12 @@ def test_a_batch_that_is_screened_away_is_no_divergence(stream: Stream, victim: 
 
 
 def test_the_trigger_steps_buffers_are_weighed_alone(stream: Stream, victim: NewLearner) -> None:
-    attack = Vanilla(eps=0.2, steps=3)
-    learner = victim()
-    outcome = run_online(learner, stream, attack, RUN)
-    by_hand = victim()
+    attack, run = Vanilla(eps=0.5, steps=3), dataclasses.replace(RUN, lr=1.0)
+    learner, by_hand = victim(run=run), victim(run=run)
+    for module in (*learner.model.modules(), *by_hand.model.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # so that one batch's statistics do something by themselves
+    outcome = run_online(learner, stream, attack, run)
     before = by_hand.snapshot()
     view = View(0, {}, {Need.MODEL: by_hand.white_box, Need.VALIDATION: stream.validation.all()})
     by_hand.update(attack.trigger(stream.trigger_batch(3, 0), view, rng=Generator()))

@@ -11,6 +11,7 @@ from mithridate.testing import (
     update_attack_checks,
 )
 from mithridate.testing.conformance import Check
+from mithridate.testing.for_aggregators import aggregator_checks
 
 EXPECTED: dict[Kind, set[str]] = {
     "attack": {"accumulative", "clean", "fgsm", "gate_aware", "mim", "noise", "pgd", "vanilla"},
@@ -97,3 +98,9 @@ def test_detector(check: Check, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(EXPECTED["update_attack"]))
 def test_update_attack(check: Check, name: str) -> None:
     check(entries("update_attack")[name].cls)
+
+
+@pytest.mark.parametrize("check", aggregator_checks(), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("name", sorted(EXPECTED["aggregator"]))
+def test_aggregator(check: Check, name: str) -> None:
+    check(entries("aggregator")[name].cls)

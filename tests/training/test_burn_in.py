@@ -1,26 +1,30 @@
 """Burn-in: trained once for all that agree on it, and the same bits however often it is killed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 from mithridate.data.stream import Part, Stream
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
-from mithridate.training.burn_in import BurnIn, BurnInResult, burn_in
+from mithridate.training.burn_in import BurnIn, BurnInResult, Schedule, burn_in
 from mithridate.training.checkpoint import load_snapshot
 from mithridate.training.learner import Learner, Update
 
 CONFIG = {"name": "small_cnn", "width": 4}
 HOW = BurnIn(epochs=3, batch_size=40, lr=0.05, checkpoints=(0, 2))
+CONSTANT = replace(HOW, schedule="constant")
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +73,49 @@ def unkilled(stream: Stream, tmp_path_factory: pytest.TempPathFactory) -> BurnIn
     return train(stream, tmp_path_factory.mktemp("unkilled"))
 
 
-def test_it_learns(stream: Stream, unkilled: BurnInResult) -> None:
-    model = model_of(stream)
-    learner = Learner(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
-    test = [stream.test.all()]
-    chance = learner.evaluate(test).accuracy
-    learner.restore(unkilled.final)
-    assert learner.evaluate(test).accuracy > max(0.6, chance + 0.2)
-    assert unkilled.final.step == 3 * 3
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_it_learns(schedule: Schedule) -> None:
+    """Four classes: chance is a quarter."""
+    accuracies = []
+    for seed in range(5):
+        stream = toy_stream(seed)
+        model = model_of(stream, seed, {"name": "small_cnn", "width": 8})
+        how = BurnIn(epochs=4, batch_size=20, lr=0.05, schedule=schedule)
+        assert burn_in(model, stream, how, seed=seed).final.step == 4 * 12
+        accuracies.append(Learner(model, SGD(model.parameters(), lr=0.05)).evaluate([stream.test.all()]).accuracy)
+    assert median(accuracies) > 0.8
+
+
+TORCHS: dict[Schedule, Callable[[SGD, int], LRScheduler]] = {
+    "constant": lambda optimiser, steps: ConstantLR(optimiser, factor=1.0),
+    "linear": lambda optimiser, steps: LinearLR(optimiser, start_factor=1.0, end_factor=0.0, total_iters=steps),
+    "cosine": lambda optimiser, steps: CosineAnnealingLR(optimiser, T_max=steps),
+}
+
+
+@pytest.mark.parametrize("schedule", TORCHS)
+@pytest.mark.parametrize(("images", "steps"), [(120, 3), (110, 3), (81, 2)])  # the last image of 81 is left out
+def test_rates_are_those_of_torchs_schedules_step_by_step(
+    stream: Stream, schedule: Schedule, images: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, rates = Learner.update, list[float]()
+
+    def spy(self: Learner, batch: Batch) -> Update:
+        rates.append(self.optimiser.param_groups[0]["lr"])
+        return update(self, batch)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    part = stream.burn_in
+    shorter = replace(stream, burn_in=Part("burn_in", part.x[:images], part.y[:images]))
+    final = train(shorter, None, replace(HOW, schedule=schedule)).final
+    optimiser = SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
+    theirs, expected = TORCHS[schedule](optimiser, 3 * steps), list[float]()
+    for _ in range(3 * steps):
+        expected.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        theirs.step()
+    assert rates == pytest.approx(expected, rel=1e-12)
+    assert final.optimiser["param_groups"][0]["lr"] == 0.05  # who goes on with this optimiser begins anew
 
 
 def test_the_second_call_trains_nothing(stream: Stream, tmp_path: Path) -> None:
@@ -145,11 +184,8 @@ def test_killed_within_an_epoch_it_goes_on_from_the_last_whole_one(
     assert differing(resumed.final, unkilled.final) == []
 
 
-def test_kept_epochs_are_those_of_shorter_trainings(stream: Stream, unkilled: BurnInResult) -> None:
+def test_only_the_epochs_that_were_asked_for_are_kept(unkilled: BurnInResult) -> None:
     assert list(unkilled.epochs) == [0, 2, 3]
-    for epoch, path in unkilled.epochs.items():
-        shorter = train(stream, None, replace(HOW, epochs=epoch, checkpoints=()))
-        assert differing(load_snapshot(path)[0], shorter.final) == []
     folder = unkilled.epochs[3].parent
     assert {p.name for p in folder.iterdir() if p.suffix == ".safetensors"} == {
         p.name for p in unkilled.epochs.values()
@@ -167,6 +203,8 @@ def test_zero_epochs_leave_the_model_as_initialised(stream: Stream, tmp_path: Pa
 
 CHANGES: dict[str, dict[str, Any]] = {
     "lr": {"how": replace(HOW, lr=0.04)},
+    "schedule": {"how": CONSTANT},
+    "length": {"how": replace(HOW, epochs=4)},
     "momentum": {"how": replace(HOW, momentum=0.8)},
     "weight decay": {"how": replace(HOW, weight_decay=0.0)},
     "batch size": {"how": replace(HOW, batch_size=60)},
@@ -192,29 +230,42 @@ def test_whatever_changes_the_result_changes_the_key(
     assert differing(result.final, unkilled.final) != []
 
 
-def test_burn_ins_of_other_lengths_share_their_epochs(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
+def test_at_a_constant_rate_burn_ins_of_other_lengths_share_their_epochs(stream: Stream, tmp_path: Path) -> None:
+    apart = {n: train(stream, None, replace(CONSTANT, epochs=n, checkpoints=())).final for n in (0, 2, 3)}
     done: list[int] = []
-    short = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
+    short = train(stream, tmp_path, replace(CONSTANT, epochs=2, checkpoints=()), epochs=done)
     assert done == [1, 2]
-    longer = train(stream, tmp_path, replace(HOW, checkpoints=(1,)), epochs=done)
+    longer = train(stream, tmp_path, replace(CONSTANT, checkpoints=(1,)), epochs=done)
     assert done == [1, 2, 1, 2, 3]  # epoch 1 was not kept
-    whole = train(stream, tmp_path, epochs=done)
-    assert short.key == longer.key == whole.key == unkilled.key
-    assert differing(longer.final, unkilled.final) == []
-    assert differing(whole.final, unkilled.final) == []
-    for epoch in (0, 2, 3):
-        assert differing(load_snapshot(whole.epochs[epoch])[0], load_snapshot(unkilled.epochs[epoch])[0]) == []
-    again = train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=(1,)), epochs=done)
+    whole = train(stream, tmp_path, CONSTANT, epochs=done)
+    assert short.key == longer.key == whole.key
+    for epoch, path in whole.epochs.items():
+        assert differing(load_snapshot(path)[0], apart[epoch]) == []
+    assert differing(longer.final, apart[3]) == []
+    again = train(stream, tmp_path, replace(CONSTANT, epochs=2, checkpoints=(1,)), epochs=done)
     assert again.reused
-    assert differing(again.final, short.final) == []
+    assert differing(again.final, apart[2]) == []
     assert again.seconds < whole.seconds
 
 
-def test_a_longer_burn_in_goes_on_where_a_shorter_one_ended(stream: Stream, tmp_path: Path) -> None:
+def test_at_a_constant_rate_a_longer_burn_in_goes_on_where_a_shorter_one_ended(stream: Stream, tmp_path: Path) -> None:
     done: list[int] = []
-    train(stream, tmp_path, replace(HOW, epochs=2, checkpoints=()), epochs=done)
-    train(stream, tmp_path, replace(HOW, epochs=3, checkpoints=(2,)), epochs=done)
+    train(stream, tmp_path, replace(CONSTANT, epochs=2, checkpoints=()), epochs=done)
+    train(stream, tmp_path, replace(CONSTANT, epochs=3, checkpoints=(2,)), epochs=done)
     assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_where_the_rate_depends_on_the_length_no_epoch_is_shared(
+    stream: Stream, tmp_path: Path, schedule: Schedule
+) -> None:
+    how = replace(HOW, schedule=schedule)
+    whole = train(stream, tmp_path, how)
+    done: list[int] = []
+    short = train(stream, tmp_path, replace(how, epochs=2, checkpoints=()), epochs=done)
+    assert done == [1, 2]
+    assert short.key != whole.key
+    assert differing(short.final, load_snapshot(whole.epochs[2])[0]) != []
 
 
 def test_runs_that_name_a_seed_share_one_burn_in(stream: Stream, tmp_path: Path) -> None:

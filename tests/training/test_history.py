@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import Snapshot, Weights
+from mithridate.core.past import Snapshot, Weights
 from mithridate.training.checkpoint import save_snapshot
 from mithridate.training.history import History
 

@@ -13,7 +13,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer, RMSprop
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.view import View
 from mithridate.training.learner import Learner
 from mithridate.training.rollback import Rollback, put_weights

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.core.batch import AnyBatch, Batch, Domain
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
+from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, ConfigError, DataError
-from mithridate.core.model import Criterion, Snapshot, Weights
+from mithridate.core.model import Criterion
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.training.history import History

@@ -5,8 +5,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mithridate.aggregators.bounded import Bounded, HostileRows
 from mithridate.aggregators.krum import ranking
-from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import by_column, middle, squared_distances
 
@@ -36,7 +37,7 @@ class Bulyan(Bounded):
     times: ClassVar[int] = 4
     besides: ClassVar[int] = 3
 
-    hostile: Hostile | None = None
+    hostile: HostileRows | None = None
 
     def leeway(self, honest: Spread, n: int, context: Context) -> float:
         """The width of the box in every parameter, as above."""

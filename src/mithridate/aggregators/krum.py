@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import squared_distances
 
@@ -38,7 +39,7 @@ class Krum(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 3
 
-    hostile: Hostile | None = None
+    hostile: HostileRows | None = None
 
     def leeway(self, honest: Spread, n: int, context: Context) -> float:
         """The distance from the nearest honest row, as above."""

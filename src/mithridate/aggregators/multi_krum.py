@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mithridate.aggregators.bounded import Bounded, HostileRows
 from mithridate.aggregators.krum import ranking, reach
-from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import blend, squared_distances
@@ -35,7 +36,7 @@ class MultiKrum(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 3
 
-    hostile: Hostile | None = None
+    hostile: HostileRows | None = None
     keep: Annotated[int, Field(ge=1)] | None = None
 
     def check(self, n: int) -> None:

@@ -7,9 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mithridate.aggregators.bounded import HostileRows
 from mithridate.aggregators.mixing import Front, inner_context
 from mithridate.aggregators.worker_momentum import Beta
-from mithridate.core.aggregator import Context, Hostile, Spread
+from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import mixtures, squared_distances
@@ -43,7 +44,7 @@ class NearestNeighbourMixing(Front):
     """
 
     inner: dict[str, Any] = Field(default_factory=lambda: {"name": "median"})
-    hostile: Hostile | None = None
+    hostile: HostileRows | None = None
     worker_momentum: Beta = 0.0
 
     def __hash__(self) -> int:

@@ -5,7 +5,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.aggregator import Bounded, Context, Hostile, Spread
+from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import by_column
 
@@ -33,7 +34,7 @@ class TrimmedMean(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 1
 
-    hostile: Hostile | None = None
+    hostile: HostileRows | None = None
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
     def most_hostile(self, n: int) -> int:

@@ -1,1 +1,10 @@
 """Attacks, one file each: what an adversary does to the batches of a stream."""
+
+from mithridate.attacks.accumulative import Accumulative as Accumulative
+from mithridate.attacks.clean import Clean as Clean
+from mithridate.attacks.fgsm import FGSM as FGSM
+from mithridate.attacks.gate_aware import GateAware as GateAware
+from mithridate.attacks.mim import MIM as MIM
+from mithridate.attacks.noise import Noise as Noise
+from mithridate.attacks.pgd import PGD as PGD
+from mithridate.attacks.vanilla import Vanilla as Vanilla

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.losses import Loss, nudged
 from mithridate.core.attack import Attack
-from mithridate.core.batch import Domain
+from mithridate.core.domain import Domain
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View

@@ -1,35 +1,95 @@
 """What an attacker does who knows of Memorization Discrepancy: its derivatives, and a slope that keeps it low."""
 
+from typing import Annotated, Literal
+
+from pydantic import Field
 from torch import Tensor, cat, split
-from torch.func import functional_call
 
 from mithridate.attacks.losses import by_targets
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, WhiteBox, frozen_statistics
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
+from mithridate.core.registry import settings
 from mithridate.core.view import View
-from mithridate.maths.calculus import Parameters, gradient, input_gradient
+from mithridate.maths.calculus import Normalise, Parameters, add, gradient, input_gradient, unit
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
 
-def old_model(view: View, epoch: int | None) -> Weights:
-    """The victim's old self that the attacker expects the defence to compare with.
+@settings
+class Hiding:
+    """How poison hides from Memorization Discrepancy.
 
     Args:
-        view: Of an attack that declares `Need.HISTORY`.
-        epoch: Of the burn-in; None for the earliest kept.
+        beta: Weight of the attempt to hide, >= 0; 0: none.
+        hide_from: Burn-in epoch of the old model that the defence is expected to use; unset: the earliest kept.
+        hide: `gradient`: the direction w that the batch's gradient is turned towards gains beta * grad_theta D,
+            normalised like its other terms, so that the victim's step lowers the discrepancy D = KL(old || now) of the
+            batch (Eq. (21) as printed). It is taken at the poisoned batch as it is at each inner step, and held
+            constant while the pixels are differentiated, as w is elsewhere. It acts on the model after the step,
+            whereas the defence looks before it. `pixels`: the pixels climb H_t and descend D, each gradient at unit
+            length a sample: what the defence looks at. D is taken in eval mode, as there.
+        hide_trigger: With `pixels`: the trigger hides too.
 
     Raises:
-        ConfigError: The burn-in kept none such.
+        ConfigError: `hide_trigger` without `hide = "pixels"`.
+
+    Source:
+        Zhu et al., ICML 2023, Table 3, C.12, Eq. (21).
     """
-    held = view.history.checkpoint(epoch)
-    if held is None:
-        which = "no checkpoint" if epoch is None else f"no checkpoint of epoch {epoch}"
-        raise ConfigError(
-            f"{view.owner} hides from an old model (beta > 0), and the burn-in keeps {which}; add it to `checkpoints` "
-            "in [burn_in], or set hide_from to one that it keeps."
-        )
-    return held
+
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    hide_from: Annotated[int, Field(ge=0)] | None = None
+    hide: Literal["gradient", "pixels"] = "gradient"
+    hide_trigger: bool = False
+
+    def check_hiding(self) -> None:
+        """Refuse settings that contradict each other."""
+        if self.hide_trigger and self.hide != "pixels":
+            raise ConfigError('hide_trigger works on pixels; set hide = "pixels" with it.')
+
+    def hidden_from(self, view: View) -> Weights | None:
+        """The victim's old self that the defence is expected to compare with; None if nothing is hidden.
+
+        Args:
+            view: Of an attack that declares `Need.HISTORY`.
+
+        Raises:
+            ConfigError: The burn-in kept none such.
+        """
+        if self.beta == 0:
+            return None
+        old = view.history.checkpoint(self.hide_from)
+        if old is None:
+            which = "no checkpoint" if self.hide_from is None else f"no checkpoint of epoch {self.hide_from}"
+            raise ConfigError(
+                f"{view.owner} hides from an old model (beta > 0), and the burn-in keeps {which}; add it to "
+                "`checkpoints` in [burn_in], or set hide_from to one that it keeps."
+            )
+        return old
+
+    def hidden_direction(
+        self,
+        w: Parameters,
+        box: WhiteBox,
+        old: Weights | None,
+        x: Tensor,
+        *,
+        normalise: Normalise,
+        chunk: int | None,
+    ) -> Parameters:
+        """The direction that the batch's gradient is turned towards, with Eq. (21)'s third term if it hides by that."""
+        if old is None or self.hide != "gradient":
+            return w
+        return add(w, unit(discrepancy_gradient(box, old, x, chunk=chunk), normalise), scale=self.beta)
+
+    def hidden_slope(
+        self, slope: Tensor, box: WhiteBox, old: Weights | None, x: Tensor, *, chunk: int | None, trigger: bool = False
+    ) -> Tensor:
+        """The slope that is followed in the pixels: away from the discrepancy, where these hide from it."""
+        if old is None or self.hide != "pixels" or (trigger and not self.hide_trigger):
+            return slope
+        return steer(slope, discrepancy_slope(box, old, x, chunk=chunk), self.beta)
 
 
 def discrepancy_gradient(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int | None = None) -> Parameters:
@@ -63,10 +123,9 @@ def discrepancy_slope(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int | No
     """
 
     def objective(parameters: Parameters, x: Tensor, _: Tensor) -> Tensor:
-        return divergence(old.logits(box.module, x), functional_call(box.module, parameters, (x,))).sum()
+        return divergence(old.logits(box.module, x), box.logits(x, parameters=parameters)).sum()
 
-    with frozen_statistics(box.module, "eval"):
-        return cat([input_gradient(objective, box.parameters, piece, piece) for piece in split(x, chunk or len(x))])
+    return cat([input_gradient(objective, box.parameters, piece, piece) for piece in split(x, chunk or len(x))])
 
 
 def steer(slope: Tensor, away: Tensor, beta: float) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch, Domain
+from mithridate.core.batch import Batch
+from mithridate.core.domain import Domain
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.maths.norms import Ball
 

@@ -39,8 +39,8 @@ def calibrate_recipe(
     rate: float | None = None,
     unseen: int = 10,
     device: str = "auto",
-    data_root: Path | None = None,
-    cache: Path | None = None,
+    data_root: str | Path | None = None,
+    cache: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> Iterator[Checked]:
     """Calibrate one DSC of a recipe, seed by seed; nothing is written but the burn-in's cache.

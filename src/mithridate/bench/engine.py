@@ -5,7 +5,7 @@ import os
 import platform
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -66,12 +66,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def run_recipe(
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     device: str = "auto",
     resume: bool = False,
-    data_root: Path | None = None,
-    cache: Path | None = None,
+    data_root: str | Path | None = None,
+    cache: str | Path | None = None,
     watcher: Watcher | None = None,
 ) -> Grid:
     """Run every cell of a recipe and write each to `out/<run id>/`.
@@ -89,12 +89,13 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
             directory is made, wherever it can be found then.
     """
-    watcher = watcher or Watcher()
-    cells = list(recipe.cells())
+    watcher, out = watcher or Watcher(), Path(out)
     chosen = choose_device(device)
-    _check_directories(cells, out, resume=resume)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
-    _check_length(cells, stream)
+    recipe = replace(recipe, data=stream.settings)  # sizes as the data that are there gave them
+    cells = list(recipe.cells())
+    _check_directories(cells, out, resume=resume)
+    _check_runs(cells, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
     context = Context(stream, ood, chosen, cache_directory(cache), watcher)
@@ -172,10 +173,13 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
                 raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
 
 
-def _check_length(cells: Sequence[Cell], stream: Stream) -> None:
-    """Refuse a stream that is too short, and what a federation cannot do, before anything is trained."""
+def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
+    """Refuse a stream that is too short, inputs that a component cannot work on, and what a federation cannot do."""
+    sample = stream.victim.batch(slice(1))
     for cell in cells:
         run, clients = cell.recipe.run, cell.recipe.clients
+        for component in (cell.attack.component, cell.defence.component, *(d.component for d in cell.recipe.detectors)):
+            component.check_inputs(sample)
         if isinstance(run, OnlineRun):
             stream.require(run.steps)
         elif clients is not None:
@@ -265,7 +269,7 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
         "seed": cell.seed,
         "attack": cell.attack.label,
         "defence": cell.defence.label,
-        "dataset": cell.recipe.data.name,
+        "dataset": cell.recipe.data.label,
         "model": config_of(cell.recipe.model)["name"],
         "burn_in_key": burned.key,
         "burn_in_seconds": burned.seconds,

@@ -15,7 +15,8 @@ from mithridate.core.batch import Batch
 from mithridate.core.component import Component
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DeviceError
-from mithridate.core.model import Snapshot, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import config_of
 from mithridate.core.view import Need
 from mithridate.data.foreign import foreign_batches
@@ -43,7 +44,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def other_images(
-    recipe: Recipe, stream: Stream, device: torch.device, data_root: Path | None, cache: Path | None
+    recipe: Recipe, stream: Stream, device: torch.device, data_root: str | Path | None, cache: str | Path | None
 ) -> list[Batch]:
     """Batches of the other image set that detectors score, if the recipe names one."""
     if recipe.ood is None:

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -38,6 +38,11 @@ TABLES = (
     "clients",
     "federated",
 )
+PATHS = (("data", "path"), ("burn_in", "checkpoint"))
+"""Settings that are paths."""
+
+_KEYS = ("title", "plugins")
+"""What stands before the tables."""
 _GRID: tuple[Kind, ...] = ("attack", "defence", "detector", "monitor")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
@@ -115,6 +120,7 @@ class Cell:
         uses_surrogate = Need.SURROGATE in self.attack.component.needs
         return {
             "title": r.title,
+            **({"plugins": list(r.plugins)} if r.plugins else {}),
             "data": fields_of(r.data.resolved()),
             "model": config_of(r.model),
             "burn_in": fields_of(r.burn_in),
@@ -146,6 +152,7 @@ class Recipe:
         rules: Robust rules of a federation's server, by label: a run of each pair for each. Empty: the rule of `run`.
         seeds: One run of each pair a seed.
         clients: Of a federation; None for an online run.
+        plugins: Loaded before anything is looked up: modules by name, files by their absolute path.
     """
 
     title: str
@@ -172,6 +179,8 @@ class Recipe:
         """BatchNorm in the victim's updates."""
         return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
 
+    plugins: Sequence[str] = ()
+
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
         for seed in self.seeds:
@@ -184,17 +193,27 @@ class Recipe:
                         yield Cell(attack, replace(defence, label=both), seed, replace(self, run=run, rules={}))
 
 
-def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int] | None = None) -> Recipe:
+def read_recipe(
+    path: str | Path,
+    *,
+    plugins: Sequence[str] = (),
+    changes: Sequence[str] = (),
+    seeds: Sequence[int] | None = None,
+) -> Recipe:
     """A recipe from a TOML file.
 
+    Paths in it that are not absolute start at its folder, those in `changes` at the current one.
+
     Args:
-        path: The file.
+        path: The file. The plug-ins that it names as files are looked for beside it.
+        plugins: Plug-ins to load besides (see `registry.load_plugin`); they become part of the recipe.
         changes: `table.key=value` each; see `apply_change`.
         seeds: Replace the recipe's.
 
     Raises:
         ConfigError: The file is missing, no TOML, or asks for what is not there.
     """
+    path = Path(path)
     try:
         with path.open("rb") as handle:
             tables = tomllib.load(handle)
@@ -203,6 +222,14 @@ def read_recipe(path: Path, *, changes: Sequence[str] = (), seeds: Sequence[int]
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable TOML: {error}.") from None
     _check_tables(tables)
+    for table, key in PATHS:
+        value = tables.get(table, {}).get(key)
+        if isinstance(value, str) and value:
+            tables[table][key] = str(path.parent / Path(value).expanduser())
+    tables["plugins"] = [
+        *(registry.load_plugin(plugin, folder=path.parent) for plugin in tables.get("plugins", [])),
+        *(registry.load_plugin(plugin) for plugin in plugins),
+    ]
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:
@@ -230,8 +257,10 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
     loop = "federated" if federated else "run"
     run = dict(tables.get(loop, {}))
     rules = _rules(run) if federated and isinstance(run.get("rule"), list) else {}
+    plugins = tuple(dict.fromkeys(registry.load_plugin(plugin) for plugin in tables.get("plugins", [])))
     recipe = Recipe(
         title=str(tables.get("title", "")),
+        plugins=plugins,
         data=make(StreamSettings, tables.get("data", {}), where="[data]"),
         model=registry.build("model", tables.get("model", {"name": "small_cnn"})),
         seeds=_seeds(run.pop("seeds", [0]), where=f"[{loop}]"),
@@ -279,9 +308,11 @@ def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
 def _check_tables(tables: Mapping[str, Any]) -> None:
     """Known names, and tables where tables belong."""
     for key, value in tables.items():
-        if key not in (*TABLES, "title"):
+        if key == "plugins" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ConfigError(f"plugins = {value!r}: give a list of modules or .py files, such as ['my_defences.py'].")
+        if key not in (*TABLES, *_KEYS):
             raise ConfigError(f"unknown table [{key}]: {nearest(key, TABLES)}")
-        if key != "title" and not isinstance(value, dict if key not in _GRID else dict | list):
+        if key not in _KEYS and not isinstance(value, dict if key not in _GRID else dict | list):
             raise ConfigError(f"[{key}] must be a table, not {value!r}.")
         for item in value if key in _GRID and isinstance(value, list) else []:
             if not isinstance(item, dict):
@@ -307,10 +338,16 @@ def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labe
     made: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         values = dict(table)
-        label = values.pop("label", values.get("name", ""))
+        label = _label(values)
+        values.pop("label", None)
         component = registry.build(kind_of or kind, values, where=f"[{kind}]")
         made.append(Labelled(_checked_label(kind, label, {m.label for m in made}), component))
     return made
+
+
+def _label(table: Mapping[str, Any]) -> str:
+    """What a component is called: its label, its name, or the class of `package.module:Class`."""
+    return str(table.get("label", str(table.get("name", "")).rpartition(":")[2]))
 
 
 def apply_change(tables: Table, change: str) -> None:
@@ -342,7 +379,7 @@ def apply_change(tables: Table, change: str) -> None:
     held = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
     targets = held if isinstance(held, list) else [held]
     if label:
-        labels = {t.get("label", t.get("name", "")): t for t in targets}
+        labels = {_label(t): t for t in targets}
         if label not in labels:
             raise ConfigError(f"--set {change}: no {table} '{label}' in the recipe: {nearest(label, labels)}")
         labels[label][key] = value
@@ -360,7 +397,7 @@ def apply_change(tables: Table, change: str) -> None:
 
 
 def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of _GRID, checked by the caller)
-    return {f.name for f in fields(registry.entry(kind, str(table.get("name", ""))).cls)}
+    return set(registry.entry(kind, str(table.get("name", ""))).fields)
 
 
 def _toml_value(text: str) -> Any:  # noqa: ANN401  (whatever TOML can hold)

@@ -136,12 +136,13 @@ class Run:
     scores: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: str | Path) -> Run:
     """One finished run.
 
     Raises:
         StoreError: A file is missing or unreadable.
     """
+    path = Path(path)
     try:
         with (path / CONFIG).open("rb") as handle:
             config = tomllib.load(handle)
@@ -181,19 +182,18 @@ def finished(path: Path) -> bool:
     return (path / SUMMARY).is_file()
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """All finished runs in the given directories (run directories, or directories of them), ordered by name.
+def read_runs(directories: str | Path | Sequence[str | Path]) -> list[Run]:
+    """All finished runs in one or several directories (run directories, or directories of them), ordered by name.
 
     Raises:
         StoreError: A directory does not exist, or none holds a finished run.
     """
+    given = [directories] if isinstance(directories, str | Path) else directories
     found: list[Path] = []
-    for directory in directories:
+    for directory in map(Path, given):
         if not directory.is_dir():
             raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
         found += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
     if not found:
-        raise StoreError(
-            f"no finished run in {', '.join(map(str, directories))}; `mithridate run RECIPE.toml` makes some."
-        )
+        raise StoreError(f"no finished run in {', '.join(map(str, given))}; `mithridate run RECIPE.toml` makes some.")
     return [read_run(path) for path in dict.fromkeys(found)]

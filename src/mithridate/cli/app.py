@@ -129,6 +129,17 @@ ChangesOption = Annotated[
         help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
     ),
 ]
+PluginsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE|FILE.py",
+        help=(
+            "Load components from a module or a .py file; repeatable. Modules are also looked for in the current "
+            "directory, after all that is installed, as they are for a NAME = package.module:Class of a recipe."
+        ),
+    ),
+]
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
 
 
@@ -155,6 +166,7 @@ def demo(
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
     changes: ChangesOption = None,
+    plugins: PluginsOption = None,
     seeds: SeedsOption = None,
     device: DeviceOption = Device.auto,
     out_dir: Annotated[
@@ -174,6 +186,7 @@ def run(
         recipe,
         out_dir or Path("runs") / recipe.stem,
         changes=changes or [],
+        plugins=plugins or [],
         seeds=_seeds(seeds),
         threads=threads,
         data_root=data_root,
@@ -188,6 +201,7 @@ def run(
 def calibrate(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
     changes: ChangesOption = None,
+    plugins: PluginsOption = None,
     defence: Annotated[str | None, typer.Option(help="Its label, if the recipe has several.")] = None,
     rate: Annotated[
         float | None,
@@ -210,7 +224,7 @@ def calibrate(
     from mithridate.bench.recipe import read_recipe
 
     torch.set_num_threads(threads or _cores())
-    wanted = read_recipe(recipe, changes=changes or [], seeds=_seeds(seeds))
+    wanted = read_recipe(recipe, plugins=plugins or [], changes=changes or [], seeds=_seeds(seeds))
     table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
     for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
         table.add_column(column, justify="right")
@@ -253,10 +267,16 @@ def report(
 @_told
 def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
+    plugins: PluginsOption = None,
 ) -> None:
-    """Show the components by name: what each is, where it comes from, its settings and their defaults."""
-    from mithridate.core.registry import KINDS, entries
+    """Show the components by name: what each is, where it comes from, its settings and their defaults.
 
+    Those of installed packages and plug-ins are among them, each with its package or file.
+    """
+    from mithridate.core.registry import KINDS, broken_packages, entries, load_plugin
+
+    for plugin in plugins or []:
+        load_plugin(plugin)
     kinds = {f"{kind}s": kind for kind in KINDS}
     for shelf in [what] if what else list(Shelf):
         if shelf is Shelf.datasets:
@@ -271,14 +291,20 @@ def list_(
         for name, entry in found.items():
             fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
             presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
-            table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(entry.source))
+            origin = "" if entry.built_in else f"\n\nplug-in: {entry.origin or entry.cls.__module__}"
+            source = f"{entry.source}{origin}".strip()
+            table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(source))
         out.print(table)
+    if broken := broken_packages():
+        raise ConfigError("\n".join(broken))
 
 
 def main() -> None:
     """The entry point of the `mithridate` command."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The current directory, as with `python -m`, but last: it hides nothing that is installed.
+    sys.path.append("")
     app()
 
 
@@ -287,6 +313,7 @@ def _run(
     out_dir: Path,
     *,
     changes: Sequence[str] = (),
+    plugins: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     threads: int,
     data_root: Path | None = None,
@@ -300,7 +327,7 @@ def _run(
     from mithridate.bench.recipe import read_recipe
 
     torch.set_num_threads(threads or _cores())
-    recipe = read_recipe(recipe_path, changes=changes, seeds=seeds)
+    recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
         out.print(f"[bold]{escape(recipe.title)}[/]")
     with _Bars() as bars:
@@ -318,7 +345,7 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.store import read_runs
     from mithridate.report import build_report
     from mithridate.report.findings import findings
-    from mithridate.report.tables import rows
+    from mithridate.report.rows import rows
     from mithridate.report.terminal import measures_table, summary_table
 
     paths = build_report(directories, out_dir)
@@ -368,7 +395,7 @@ def _shown(value: object) -> str:
 def _list_datasets() -> None:
     from mithridate.core.registry import defaults
     from mithridate.data.catalogue import DATASETS
-    from mithridate.data.stream import StreamSettings
+    from mithridate.data.settings import OWN, StreamSettings
 
     table = Table(title="datasets", title_justify="left", show_lines=True)
     for column in ("name", "what it is", "images", "hub id", "source"):
@@ -379,6 +406,8 @@ def _list_datasets() -> None:
         table.add_row(
             info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source
         )
+    for name, summary in OWN.items():
+        table.add_row(name, escape(summary), "your own", "", "")
     out.print(table)
     fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
     out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")

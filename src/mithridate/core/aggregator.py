@@ -1,24 +1,17 @@
 """What an aggregator is: the updates of one round's clients in, one update out."""
 
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.core.errors import ConfigError, DataError, ThreatModelError
-from mithridate.core.registry import settings
+from mithridate.core.errors import ConfigError, ThreatModelError
+from mithridate.core.usable_rows import check_rows
 from mithridate.core.view import Memory
 from mithridate.maths.rows import lengths, squared_distances
-
-LARGEST = 1e300
-"""The largest entry that a row may hold: sums and differences of such entries do not overflow in float64."""
-
-Hostile = Annotated[int, Field(ge=0)]
 
 Property = Literal["translation", "scale", "consensus"]
 """`translation`: all rows moved by v move the result by v. `scale`: all rows (and the trusted update) times c > 0 give
@@ -151,7 +144,7 @@ class Aggregator(ABC):
             ThreatModelError: The rule needs a trusted update and there is none.
         """
         name = type(self).__name__
-        check_rows(rows, context, where=name)
+        check_rows(rows, clients=context.clients, weights=context.weights, trusted=context.trusted, where=name)
         self.check(len(rows))
         if self.needs_trusted and context.trusted is None:
             raise ThreatModelError(
@@ -164,123 +157,3 @@ class Aggregator(ABC):
         if not made.isfinite().all():
             raise AssertionError(f"{name} made NaN or infinity of finite rows")
         return made
-
-
-@settings
-class Bounded(Aggregator, ABC):
-    """A rule that is told how many hostile rows to expect, and needs n >= `times` * f + `besides` rows for f of them.
-
-    Args:
-        hostile: Hostile rows to expect, f; unset: as many as the bound allows among the rows of the round.
-    """
-
-    times: ClassVar[int]
-    besides: ClassVar[int]
-
-    hostile: Hostile | None = None
-
-    def most_hostile(self, n: int) -> int:
-        """By the bound, and no more than it was told to expect."""
-        allowed = max((n - self.besides) // self.times, 0)
-        return allowed if self.hostile is None else min(self.hostile, allowed)
-
-    def check(self, n: int) -> None:
-        """Refuse too few rows for the hostile ones to expect."""
-        super().check(n)
-        f = self.hostile or 0
-        fewest = self.times * f + self.besides
-        if n < fewest:
-            raise ConfigError(
-                f"{type(self).__name__}: {n} rows are too few for {f} hostile ones: it needs n >= {self.times}f + "
-                f"{self.besides} = {fewest}; ask more clients"
-                + (" or expect fewer hostile ones." if f else ", or take another rule.")
-            )
-
-
-def unusable(rows: Tensor) -> Tensor:
-    """Which rows no rule takes, since an entry is NaN, infinite or beyond `LARGEST`: (n, P) -> (n,) bool."""
-    limit = min(LARGEST, torch.finfo(rows.dtype).max)
-    return ~(rows.abs() <= limit).all(1)  # a comparison with NaN is false
-
-
-def check_rows(rows: Tensor, context: Context, *, where: str) -> None:
-    """Refuse a round that no rule can work on.
-
-    Args:
-        rows: (n, P), floating point.
-        context: Of the round.
-        where: Named in the message.
-
-    Raises:
-        DataError: Rows are no matrix of floats or hold unusable entries; ids are not one a row, int64 and distinct;
-            weights are not one a row, finite, >= 0 and somewhere positive; the trusted update does not fit the rows.
-    """
-    if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
-        raise DataError(
-            f"{where}: rows are {rows.dtype} of shape {tuple(rows.shape)}; make them a matrix of floats (client, "
-            "parameter), as `stack` does."
-        )
-    n, width = rows.shape
-    clients, weights, trusted = context.clients, context.weights, context.trusted
-    if clients.shape != (n,) or clients.dtype != torch.int64:
-        raise DataError(
-            f"{where}: {n} rows, but client ids are {clients.dtype} of shape {tuple(clients.shape)}; give one int64 a "
-            "row."
-        )
-    twice = [client for client, count in Counter(clients.tolist()).items() if count > 1]
-    if twice:
-        raise DataError(f"{where}: {_named(twice)} sent more than one row; keep one row a client.")
-    bad = clients[unusable(rows).to(clients.device)].tolist()
-    if bad:
-        raise DataError(
-            f"{where}: {_named(bad)} sent NaN, infinite or larger entries than {LARGEST:g}; leave those rows out "
-            "(`unusable` finds them)."
-        )
-    if weights is not None:
-        if weights.shape != (n,):
-            raise DataError(f"{where}: {n} rows, but weights of shape {tuple(weights.shape)}; give one weight a row.")
-        odd = clients[~(weights.isfinite() & (weights >= 0)).to(clients.device)].tolist()
-        if odd:
-            raise DataError(
-                f"{where}: {_named(odd)} have a negative or non-finite weight; weights are finite and >= 0."
-            )
-        if n and not bool((weights > 0).any()):
-            raise DataError(f"{where}: all {n} weights are zero; leave them unset to count all clients alike.")
-    if trusted is not None and (trusted.shape != (width,) or bool(unusable(trusted.unsqueeze(0)))):
-        raise DataError(
-            f"{where}: the trusted update has shape {tuple(trusted.shape)} or holds NaN, infinite or larger entries "
-            f"than {LARGEST:g}; it must be one finite row of {width}, like the clients'."
-        )
-
-
-def stack(updates: Sequence[Tensor], clients: Sequence[int] | None = None) -> Tensor:
-    """The matrix (client, parameter) of some flat updates.
-
-    Args:
-        updates: One (P,) a client, of one length, dtype and device.
-        clients: Their ids, for messages; by default their positions.
-
-    Raises:
-        DataError: There are none, or some differ from what most of them are; names those.
-    """
-    if not updates:
-        raise DataError("no updates to stack; skip a round in which no client answered.")
-    ids = range(len(updates)) if clients is None else clients
-    kinds = [(tuple(update.shape), update.dtype, update.device) for update in updates]
-    (usual, _), *others = Counter(kinds).most_common()
-    if others or len(usual[0]) != 1:
-        shape = usual[0] if len(usual[0]) == 1 else ("P",)
-        odd = [
-            f"{client}: {kind[1]} of shape {kind[0]} on {kind[2]}"
-            for client, kind in zip(ids, kinds, strict=True)
-            if kind != usual or len(kind[0]) != 1
-        ]
-        raise DataError(
-            f"updates differ: client {'; client '.join(odd)}; the others are {usual[1]} of shape {shape} on {usual[2]}."
-            " Leave those out, or flatten and convert them."
-        )
-    return torch.stack(list(updates))
-
-
-def _named(clients: Sequence[int]) -> str:
-    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients))}"

@@ -7,8 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.batch import AnyBatch, Batch, check_domain
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import Component, check_moves
+from mithridate.core.domain import check_domain
 from mithridate.core.view import View
 from mithridate.maths.norms import Ball
 

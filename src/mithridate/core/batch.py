@@ -1,6 +1,5 @@
-"""What flows: a batch of samples with their targets, and what a valid sample is."""
+"""What flows: a batch of samples with their targets."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple
 
@@ -15,39 +14,6 @@ Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 dimension of each counts the samples."""
 
 X_co = TypeVar("X_co", bound=Inputs, default=Tensor, covariant=True)
-
-TOLERANCE = 1e-4
-"""How far outside its domain a value may lie, as a share of the domain's width: float arithmetic is not exact."""
-
-
-class Domain(NamedTuple):
-    """What a valid input is: each value lies in [low, high]. Attacks and corrections stay inside it.
-
-    Args:
-        low: A number, or a tensor shaped like one sample (one bound a feature); -inf for none.
-        high: The same; inf for none.
-    """
-
-    low: Tensor | float = -math.inf
-    high: Tensor | float = math.inf
-
-    def clamp(self, x: Tensor) -> Tensor:
-        """The nearest valid inputs: (n, ...) -> (n, ...)."""
-        return x.clamp(self._bound(self.low, x), self._bound(self.high, x))  # type: ignore[arg-type,call-overload,unused-ignore]  # torch takes numbers and tensors, both of a kind
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether all inputs are valid, up to `TOLERANCE`; NaN is not."""
-        low, high = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in self)
-        slack = TOLERANCE * torch.nan_to_num(high - low, nan=0.0, posinf=0.0)
-        return bool(((x >= low - slack) & (x <= high + slack)).all())
-
-    def _bound(self, bound: Tensor | float, x: Tensor) -> Tensor | float:
-        mixed = isinstance(self.low, Tensor) or isinstance(self.high, Tensor)
-        return torch.as_tensor(bound, dtype=x.dtype, device=x.device) if mixed else bound
-
-
-PIXELS = Domain(0.0, 1.0)
-"""The domain of images."""
 
 
 class Batch(NamedTuple, Generic[X_co]):
@@ -147,45 +113,3 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
 
 def _kind(value: object) -> str:
     return "a single number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def check_domain(batch: Batch, domain: Domain, *, n_classes: int | None = None, where: str = "batch") -> None:
-    """Refuse inputs that no stream with this domain yields, and labels that are no class numbers.
-
-    Args:
-        batch: Samples with a float tensor of inputs.
-        domain: What a valid input is.
-        n_classes: Labels must be int64 in [0, n_classes); None skips that check.
-        where: Named in the message.
-
-    Raises:
-        DataError: Inputs are not float, not finite or outside the domain, or labels are out of range.
-    """
-    check_batch(batch, where=where)
-    x, y = batch
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise DataError(
-            f"{where}: inputs are {what}, and must be one tensor of floats; divide bytes by 255 so that pixels lie in "
-            "[0, 1]."
-        )
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-        raise DataError(f"{where}: {bad} of {len(x)} samples hold NaN or infinity; drop them before they come here.")
-    if not domain.holds(x):
-        low, high = (f"{float(b):.4g}" if not isinstance(b, Tensor) or b.ndim == 0 else "low to high" for b in domain)
-        raise DataError(
-            f"{where}: inputs span [{float(x.min()):.4g}, {float(x.max()):.4g}], outside the domain [{low}, {high}]; "
-            "scale them. Normalisation (mean, std) of images belongs inside the model, not in the stream."
-        )
-    if n_classes is None:
-        return
-    if y.dtype != torch.int64 or y.ndim != 1:
-        raise DataError(
-            f"{where}: labels are {y.dtype} of shape {tuple(y.shape)}; class numbers must be int64, one a sample."
-        )
-    if int(y.min()) < 0 or int(y.max()) >= n_classes:
-        raise DataError(
-            f"{where}: labels span [{int(y.min())}, {int(y.max())}], but the model has {n_classes} classes (0 to "
-            f"{n_classes - 1})."
-        )

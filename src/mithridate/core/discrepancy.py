@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mithridate.core.batch import Inputs
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.divergence import Divergence, divergence

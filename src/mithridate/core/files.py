@@ -4,17 +4,29 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import platformdirs
+from pydantic import PlainValidator
 
 CACHE = "MITHRIDATE_CACHE"
 """Environment variable: where decoded images and burn-ins are kept; without it, the user's cache directory."""
 
 
-def cache_directory(given: Path | None = None) -> Path:
+def _absolute(value: object) -> str:
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError("give the path of a file or folder")
+    return str(Path(value).expanduser().absolute())
+
+
+AbsolutePath = Annotated[str | Path, PlainValidator(_absolute)]
+"""The type of a setting: given as text or `Path`, kept as the text of an absolute path, which TOML can hold."""
+
+
+def cache_directory(given: str | Path | None = None) -> Path:
     """Where decoded images and burn-ins are kept: `given`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
     named = os.environ.get(CACHE)
-    return given or (Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("mithridate")))
+    return Path(given or named or platformdirs.user_cache_dir("mithridate")).expanduser()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import DataError
-from mithridate.core.model import IGNORED, Weights, WhiteBox, right_answers
+from mithridate.core.model import IGNORED, WhiteBox, right_answers
+from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Memory
 

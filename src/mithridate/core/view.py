@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mithridate.core.batch import PIXELS, Batch, Domain
+from mithridate.core.batch import Batch
+from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ThreatModelError
-from mithridate.core.model import Past, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Past
 
 Memory = dict[str, Tensor]
 """A component's private notes between steps. The loop saves them, so a resumed run remembers."""

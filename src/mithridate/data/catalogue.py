@@ -1,8 +1,10 @@
-"""The image sets that are known by name: where they are, what they must look like, how a stream divides them."""
+"""What is known of data sets, and the image sets that are known by name: where they lie, how a stream divides them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from mithridate.core.batch import Inputs
 from mithridate.core.errors import ConfigError, nearest
 
 DIGIT_NAMES = tuple("0123456789")
@@ -44,46 +46,81 @@ class PartSizes:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """What is known of an image set before it is read.
+    """What a model needs to know of the samples that it is built for.
 
     Args:
-        name: Its name in recipes.
+        name: What messages call the data set.
+        shape: Of one sample: (channels, height, width) of an image, (features,) of a row; () of a mapping of tensors.
+        classes: Names by class number; empty where targets are no class numbers.
+        targets: Shape of one target where there are no classes: () for a number, (k,) for k numbers or labels.
+        mean: Mean of each channel over the images that a model learns from, in pixel units of [0, 1]; empty without
+            images.
+        std: Standard deviation of each channel, same unit.
+        flip: Whether a mirrored image still shows its class, so that augmentation may flip.
+        crop_padding: Pixels of zero padding for random crops, >= 0.
+        example: One sample as a batch of one, where samples are no images; None for images.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    classes: tuple[str, ...] = ()
+    targets: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    flip: bool = False
+    crop_padding: int = 0
+    example: Inputs | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def images(self) -> bool:
+        """Whether samples are images."""
+        return self.example is None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image.
+
+        Raises:
+            ConfigError: Samples are no images.
+        """
+        if not self.images:
+            raise ConfigError(f"{self.name} holds no images, and this model takes nothing else; give a model of yours.")
+        channels, height, width = self.shape
+        return channels, height, width
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers a model gives for one sample: one a class, or one a target."""
+        return len(self.classes) or math.prod(self.targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedSet(DatasetInfo):
+    """An image set that is known by name, and where it lies.
+
+    Args:
         hub_id: Repository on the Hugging Face hub; empty if the set comes with scikit-learn.
         hub_config: Configuration (subset) in that repository.
         image_column: Column of the images.
         label_column: Column of the class numbers.
         summary: One line on what it shows.
         source: Who made it.
-        shape: (channels, height, width) of every image.
-        classes: Names by class number.
-        mean: Mean of each channel over the training images, in pixel units of [0, 1].
-        std: Standard deviation of each channel, same unit.
         splits: Number of rows of each split of the full set; a mirror may hold fewer.
-        flip: Whether a mirrored image still shows its class, so that augmentation may flip.
-        crop_padding: Pixels of zero padding for random crops, >= 0; the digits have 0, because their strokes fill all
-            8x8 pixels and a shift by one cuts them off.
         sizes: How a stream divides it by default.
     """
 
-    name: str
     hub_id: str
     hub_config: str
     image_column: str
     label_column: str
     summary: str
     source: str
-    shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
     splits: Mapping[str, int]
-    flip: bool
-    crop_padding: int
     sizes: PartSizes = field(default_factory=PartSizes)
 
 
 _ALL = (
-    DatasetInfo(
+    NamedSet(
         name="digits",
         hub_id="",
         hub_config="",
@@ -97,10 +134,10 @@ _ALL = (
         std=(0.3759,),
         splits={"all": 1797},
         flip=False,
-        crop_padding=0,
+        crop_padding=0,  # strokes fill all 8x8 pixels: a shift by one cuts them off
         sizes=PartSizes(burn_in=700, victim=550, validation=100, trusted=97, batch_size=50),
     ),
-    DatasetInfo(
+    NamedSet(
         name="cifar10",
         hub_id="uoft-cs/cifar10",
         hub_config="plain_text",
@@ -116,7 +153,7 @@ _ALL = (
         flip=True,
         crop_padding=4,
     ),
-    DatasetInfo(
+    NamedSet(
         name="cifar100",
         hub_id="uoft-cs/cifar100",
         hub_config="cifar100",
@@ -132,7 +169,7 @@ _ALL = (
         flip=True,
         crop_padding=4,
     ),
-    DatasetInfo(
+    NamedSet(
         name="mnist",
         hub_id="ylecun/mnist",
         hub_config="mnist",
@@ -148,7 +185,7 @@ _ALL = (
         flip=False,
         crop_padding=2,
     ),
-    DatasetInfo(
+    NamedSet(
         name="svhn",
         hub_id="ufldl-stanford/svhn",
         hub_config="cropped_digits",
@@ -166,11 +203,11 @@ _ALL = (
     ),
 )
 
-DATASETS: Mapping[str, DatasetInfo] = {info.name: info for info in _ALL}
+DATASETS: Mapping[str, NamedSet] = {info.name: info for info in _ALL}
 """Every known image set by name."""
 
 
-def dataset_info(name: str) -> DatasetInfo:
+def dataset_info(name: str) -> NamedSet:
     """The image set of that name.
 
     Args:

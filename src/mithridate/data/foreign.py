@@ -18,8 +18,8 @@ def foreign_batches(
     *,
     batches: int,
     batch_size: int,
-    data_root: Path | None = None,
-    cache: Path | None = None,
+    data_root: str | Path | None = None,
+    cache: str | Path | None = None,
 ) -> list[Batch]:
     """The first test images of another set, in its order.
 
@@ -35,16 +35,18 @@ def foreign_batches(
         cache: As in `load_images`.
 
     Raises:
-        ConfigError: Unknown set, or the model's own.
+        ConfigError: Unknown set, or the stream's own; or the stream is not one of images with classes.
         DataError: It is not to be had, or has too few images.
     """
     if name == info.name:
         raise ConfigError(f"ood = '{name}': the stream itself is made of these images; name another set.")
+    channels, *size = info.image_shape
+    if not info.classes:
+        raise ConfigError(f"ood = '{name}': {info.name} has no classes, and other images no targets; leave ood out.")
     images = load_images(name, list(dataset_info(name).splits)[-1], data_root=data_root, cache=cache)
     if len(images) < batches * batch_size:
         raise DataError(f"{name}: {len(images)} images, too few for {batches} batches of {batch_size}.")
     x = torch.from_numpy(images.x[: batches * batch_size].astype(np.float32)) / 255
-    channels, *size = info.shape
     if x.shape[1] != channels:
         x = x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
     if list(x.shape[2:]) != size:

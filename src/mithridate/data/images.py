@@ -1,10 +1,9 @@
 """Named image sets as arrays of bytes, decoded once and checked on the way."""
 
 import hashlib
-import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
-from PIL import Image
 
 from mithridate.core.errors import ConfigError, DataError, nearest
 from mithridate.core.files import CACHE, cache_directory, write_atomically
-from mithridate.data.catalogue import DatasetInfo, dataset_info
-from mithridate.data.sources import Rows, hub_rows, mirror_files, mirror_rows
+from mithridate.data.catalogue import NamedSet, dataset_info
+from mithridate.data.decode import Frame, decode_images
+from mithridate.data.sources import Rows, encoded, hub_rows, mirror_files, parquet_rows
 
 DATA_ROOT = "MITHRIDATE_DATA"
 """Environment variable: a folder that mirrors hub repositories; without it, data come from the hub."""
@@ -48,14 +47,16 @@ class ImageSet:
     split: str
     x: NDArray[np.uint8]
     y: NDArray[np.int64]
-    info: DatasetInfo
+    info: NamedSet
     fingerprint: str
 
     def __len__(self) -> int:
         return len(self.y)
 
 
-def load_images(name: str, split: str, *, data_root: Path | None = None, cache: Path | None = None) -> ImageSet:
+def load_images(
+    name: str, split: str, *, data_root: str | Path | None = None, cache: str | Path | None = None
+) -> ImageSet:
     """One split of a named image set.
 
     The first call decodes the images and keeps them in the cache; later calls read them from there, and decode again if
@@ -77,7 +78,7 @@ def load_images(name: str, split: str, *, data_root: Path | None = None, cache: 
         raise ConfigError(f"{name} has no split '{split}': {nearest(split, info.splits)}")
     if not info.hub_id:
         return _image_set(info, split, *_embedded_digits())
-    root = data_root or _folder_from(DATA_ROOT)
+    root = Path(data_root) if data_root else _folder_from(DATA_ROOT)
     files = mirror_files(info, split, root) if root is not None else []
     path = cache_directory(cache) / "images"
     path /= f"{name}-{split}-{_source_key(info, split, files)}.safetensors"
@@ -89,7 +90,8 @@ def load_images(name: str, split: str, *, data_root: Path | None = None, cache: 
         with filelock.FileLock(path.with_suffix(".lock")):
             known = _read_cached(path, info, split)
             if known is None:
-                rows = mirror_rows(info, files) if root is not None else hub_rows(info, split)
+                columns = (info.image_column, info.label_column)
+                rows = parquet_rows(files, columns, whose=name) if root is not None else hub_rows(info, split)
                 known = _image_set(info, split, *_decode(rows, info, split))
                 _write_cached(path, known)
     except (OSError, safetensors.SafetensorError) as error:
@@ -113,7 +115,7 @@ def _embedded_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.rint(loaded.images[:, None] * (255 / 16)).astype(np.uint8), loaded.target.astype(np.int64)
 
 
-def _image_set(info: DatasetInfo, split: str, x: NDArray[np.uint8], y: NDArray[np.int64]) -> ImageSet:
+def _image_set(info: NamedSet, split: str, x: NDArray[np.uint8], y: NDArray[np.int64]) -> ImageSet:
     digest = hashlib.sha256(json.dumps([info.name, split, x.shape]).encode())
     digest.update(np.ascontiguousarray(x).data)
     digest.update(np.ascontiguousarray(y, dtype="<i8").data)
@@ -122,7 +124,7 @@ def _image_set(info: DatasetInfo, split: str, x: NDArray[np.uint8], y: NDArray[n
     return ImageSet(info.name, split, x, y, info, digest.hexdigest()[:16])
 
 
-def _source_key(info: DatasetInfo, split: str, files: Iterable[Path]) -> str:
+def _source_key(info: NamedSet, split: str, files: Iterable[Path]) -> str:
     """16 hex digits that change whenever the source files do."""
     states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     source: object = states or [info.hub_id, info.hub_config]
@@ -136,7 +138,7 @@ def _write_cached(path: Path, images: ImageSet) -> None:
     write_atomically(path, lambda part: safetensors.numpy.save_file(arrays, part, metadata=notes))
 
 
-def _read_cached(path: Path, info: DatasetInfo, split: str) -> ImageSet | None:
+def _read_cached(path: Path, info: NamedSet, split: str) -> ImageSet | None:
     """What the cache file holds, or None if there is none or its content is not what was written."""
     if not path.is_file():
         return None
@@ -150,42 +152,23 @@ def _read_cached(path: Path, info: DatasetInfo, split: str) -> ImageSet | None:
     return found if found.fingerprint == notes.get("fingerprint") else None
 
 
-def _decode(rows: Iterable[Rows], info: DatasetInfo, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    x, y = [], []
-    for piece in rows:
-        for offset, (image, label) in enumerate(zip(piece.images, piece.labels, strict=True)):
-            where = f"{info.name}: row {piece.first + offset} of {piece.place}"
-            x.append(_pixels(image, info, where))
-            y.append(_label(label, info, where))
+def _decode(pieces: Iterable[Rows], info: NamedSet, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    y: list[int] = []
+
+    def images() -> Iterator[tuple[str, bytes]]:
+        for piece in pieces:
+            for where, image, label in piece.each(info.name):
+                y.append(_label(label, info, where))
+                yield where, encoded(image, where)
+
+    channels, height, width = info.shape
+    x = decode_images(images(), frame=Frame("L" if channels == 1 else "RGB", height, width), whose=info.name)
     if not y:
         raise DataError(f"{info.name}: the split '{split}' has no rows; fetch it again.")
-    pixels = np.stack(x)
-    channels_first = pixels.transpose(0, 3, 1, 2) if pixels.ndim == 4 else pixels[:, None]
-    return np.ascontiguousarray(channels_first), np.array(y, dtype=np.int64)
+    return x, np.array(y, dtype=np.int64)
 
 
-def _pixels(encoded: object, info: DatasetInfo, where: str) -> NDArray[np.uint8]:
-    """One image: (height, width), or (height, width, 3) in colour."""
-    data = encoded.get("bytes") if isinstance(encoded, dict) else encoded
-    if not isinstance(data, bytes):
-        raise DataError(f"{where} holds no encoded image (column '{info.image_column}'); fetch the data again.")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            mode, (width, height) = image.mode, image.size
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where} is not a readable image ({error}); fetch the data again.") from error
-    channels, *size = info.shape
-    expected = "L" if channels == 1 else "RGB"
-    if mode != expected or [height, width] != size:
-        raise DataError(
-            f"{where} is an image of mode {mode}, {height}x{width} pixels; {info.name} has mode {expected}, "
-            f"{size[0]}x{size[1]} pixels. Convert it, or fetch the data again."
-        )
-    return pixels
-
-
-def _label(label: object, info: DatasetInfo, where: str) -> int:
+def _label(label: object, info: NamedSet, where: str) -> int:
     if not isinstance(label, int) or not 0 <= label < len(info.classes):
         raise DataError(
             f"{where} has the label {label!r} (column '{info.label_column}'); {info.name} has the class numbers 0 to "

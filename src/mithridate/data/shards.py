@@ -45,8 +45,14 @@ def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
         seed: Of the draw.
 
     Raises:
-        DataError: There are fewer images than the clients need, or no draw gave every client enough.
+        DataError: There are fewer images than the clients need, no draw gave every client enough, or a draw by class
+            finds no classes.
     """
+    if how.partition == "dirichlet" and (part.y.ndim != 1 or part.y.dtype != np.int64):
+        raise DataError(
+            f"partition = \"dirichlet\" divides by class, and targets of the part '{part.name}' are {part.y.dtype} of "
+            f'shape {part.y.shape}, no class numbers; use "iid" or "one".'
+        )
     rng = np.random.default_rng(derived_seed("shards", how.partition, seed))
     needed = how.clients * (how.smallest if how.partition == "dirichlet" else 1)
     if needed > len(part):

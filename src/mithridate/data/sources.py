@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mithridate.core.errors import DataError
-from mithridate.data.catalogue import DatasetInfo
+from mithridate.data.catalogue import NamedSet
 
 ROWS_AT_ONCE = 1_000
 
@@ -33,8 +33,25 @@ class Rows:
     images: Sequence[Any]
     labels: Sequence[Any]
 
+    def each(self, whose: str) -> Iterator[tuple[str, Any, Any]]:
+        """Row by row: what messages call it, its image, its label."""
+        for offset, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
+            yield f"{whose}: row {self.first + offset} of {self.place}", image, label
 
-def mirror_files(info: DatasetInfo, split: str, root: Path) -> list[Path]:
+
+def encoded(image: object, where: str) -> bytes:
+    """The content of an image file, as a row of a Hugging Face data set holds it; a path in it is not followed.
+
+    Raises:
+        DataError: There is none.
+    """
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if not isinstance(data, bytes):
+        raise DataError(f"{where} holds no encoded image; fetch the data again, or store images with their content.")
+    return data
+
+
+def mirror_files(info: NamedSet, split: str, root: Path) -> list[Path]:
     """The Parquet files of one split, in order, in a folder that mirrors hub repositories.
 
     Args:
@@ -52,6 +69,29 @@ def mirror_files(info: DatasetInfo, split: str, root: Path) -> list[Path]:
         )
     repository = root / info.hub_id
     folders = [repository / info.hub_config, repository / "data", repository]
+    if files := split_files(folders, split):
+        return files
+    others = [f"split = '{other}'" for other in info.splits if other != split and split_files(folders, other)]
+    held = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
+    alone = f" To cut every part from what is there, set {' or '.join(others)} in [data]." if others else ""
+    raise DataError(
+        f"{info.name}: no split '{split}' under the data root {root}. "
+        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
+        f"there is {', '.join(held) if held else 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
+        f"load it from the hub.{alone}"
+    )
+
+
+def split_files(folders: Sequence[Path], split: str) -> list[Path]:
+    """The Parquet files of one split, in order, from the first folder that has some; empty if none has.
+
+    Args:
+        folders: Where to look, for files that begin with the split's name or lie in a folder of that name.
+        split: Which split.
+
+    Raises:
+        DataError: Some shards are missing.
+    """
     in_name = re.compile(rf"{re.escape(split)}([-_.].*)?\.parquet")
     for folder in folders:
         for found in (
@@ -62,13 +102,7 @@ def mirror_files(info: DatasetInfo, split: str, root: Path) -> list[Path]:
                 files = sorted(found)
                 _require_all_shards(files)
                 return files
-    held = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
-    raise DataError(
-        f"{info.name}: no split '{split}' under the data root {root}. "
-        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
-        f"there is {', '.join(held) if held else 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
-        "load it from the hub."
-    )
+    return []
 
 
 def _require_all_shards(files: list[Path]) -> None:
@@ -83,33 +117,30 @@ def _require_all_shards(files: list[Path]) -> None:
             raise DataError(f"{path.parent} is incomplete: {', '.join(missing)} is missing; fetch it again.")
 
 
-def mirror_rows(info: DatasetInfo, files: Sequence[Path]) -> Iterator[Rows]:
+def parquet_rows(files: Sequence[Path], columns: tuple[str, str], *, whose: str) -> Iterator[Rows]:
     """The rows of Parquet files, in order.
 
     Args:
-        info: The image set.
-        files: As `mirror_files` returns them.
+        files: As `split_files` returns them.
+        columns: Those of images and labels.
+        whose: Named in messages.
 
     Raises:
         DataError: A file is unreadable, or lacks a column.
     """
-    wanted = [info.image_column, info.label_column]
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                held = file.schema_arrow.names
-                _require_columns(info, held, str(path))
+                _require_columns(columns, file.schema_arrow.names, str(path), whose)
                 first = 0
-                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=wanted):
-                    yield Rows(
-                        str(path), first, batch.column(wanted[0]).to_pylist(), batch.column(wanted[1]).to_pylist()
-                    )
+                for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
+                    yield Rows(str(path), first, *(batch.column(column).to_pylist() for column in columns))
                     first += len(batch)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path} is not a readable Parquet file ({error}); fetch it again.") from error
 
 
-def hub_rows(info: DatasetInfo, split: str) -> Iterator[Rows]:
+def hub_rows(info: NamedSet, split: str) -> Iterator[Rows]:
     """The rows of one split from the Hugging Face hub, or from that library's own cache.
 
     Args:
@@ -120,7 +151,7 @@ def hub_rows(info: DatasetInfo, split: str) -> Iterator[Rows]:
         DataError: The hub is out of reach, or its repository does not look as expected.
     """
     place = f"{info.hub_id} ({info.hub_config}, {split}) on the hub"
-    with _quiet_hub():
+    with quiet_hub():
         import datasets
 
         try:
@@ -131,23 +162,33 @@ def hub_rows(info: DatasetInfo, split: str) -> Iterator[Rows]:
                 f"MITHRIDATE_DATA to a folder laid out as <folder>/{info.hub_id}/{info.hub_config}/{split}*.parquet, "
                 "or use the data set 'digits', which needs neither."
             ) from error
-        wanted = [info.image_column, info.label_column]
-        _require_columns(info, rows.column_names, place)
-        rows = rows.select_columns(wanted).cast_column(info.image_column, datasets.Image(decode=False))
-        first = 0
-        for table in rows.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-            yield Rows(place, first, table.column(wanted[0]).to_pylist(), table.column(wanted[1]).to_pylist())
-            first += len(table)
+        columns = (info.image_column, info.label_column)
+        _require_columns(columns, rows.column_names, place, info.name)
+        yield from dataset_rows(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, place=place)
 
 
-def _require_columns(info: DatasetInfo, held: Sequence[str], place: str) -> None:
-    for column in (info.image_column, info.label_column):
+def dataset_rows(dataset: Any, columns: tuple[str, str], *, place: str) -> Iterator[Rows]:  # noqa: ANN401  (a datasets.Dataset, of no known type)
+    """The rows of a loaded Hugging Face data set, as they are stored.
+
+    Args:
+        dataset: One split.
+        columns: Those of images and labels.
+        place: Where it is from, for messages.
+    """
+    first = 0
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        yield Rows(place, first, *(table.column(column).to_pylist() for column in columns))
+        first += len(table)
+
+
+def _require_columns(columns: Sequence[str], held: Sequence[str], place: str, whose: str) -> None:
+    for column in columns:
         if column not in held:
-            raise DataError(f"{place} has no column '{column}', but {', '.join(held)}; is this {info.name}?")
+            raise DataError(f"{place} has no column '{column}', but {', '.join(held)}; is this {whose}?")
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Keep progress bars and retry notices off; the settings come back as they were."""
     import datasets.utils
     import huggingface_hub.utils

@@ -1,188 +1,49 @@
-"""A stream: one image set divided into burn-in, victim, validation, trusted and test parts that share no image."""
+"""A stream: a data set divided into burn-in, victim, validation, trusted and test parts that share no sample."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field
 from torch import Generator
 
-from mithridate.core.batch import PIXELS, Batch, Domain
-from mithridate.core.errors import DataError
-from mithridate.core.registry import settings
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.domain import PIXELS, Domain
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.registry import make
 from mithridate.core.seeding import derived_seed, generator
+from mithridate.data.arrays import Bounds, array_samples, npz_samples
 from mithridate.data.augment import crop_and_flip
 from mithridate.data.catalogue import DatasetInfo, dataset_info
-from mithridate.data.images import ImageSet, load_images
+from mithridate.data.division import pools
+from mithridate.data.folder import folder_samples
+from mithridate.data.images import load_images
+from mithridate.data.part import Loader, Part
+from mithridate.data.samples import LONE, Samples
+from mithridate.data.settings import ARRAYS, OWN, StreamSettings
+from mithridate.data.tables import parquet_samples, saved_samples
 
-_TRAINING = ("victim", "trusted", "burn_in")
-_HELD_OUT = ("validation", "test")
-
-
-@settings
-class StreamSettings:
-    """Which images a run sees, and in what portions. A size of None is chosen by data set, as stated.
-
-    Args:
-        name: The image set; one of `DATASETS`.
-        burn_in: Images to learn from before the stream, >= 0. None: 700 for digits; else all that the victim and
-            trusted parts leave of the training split.
-        victim: Images of the victim stream, >= 1: the accumulative batches and the trigger batch. None: 550 for
-            digits, else 10,000 of the training split.
-        validation: The attacker's own images S_val, >= 0. None: 100 for digits, else 500 of the test split.
-        trusted: Images that the defender knows to be clean, >= 0. None: 97 for digits, else 500 of the training split.
-        test: Images on which accuracy is reported, >= 1. None: the rest of the test split (350 of digits).
-        batch_size: Images in one batch of the stream, >= 1. None: 50 for digits, else 100.
-        augment: Whether burn-in batches are randomly cropped and, where a mirrored image keeps its class, flipped.
-        augment_stream: Whether the victim's batches are, too, before anyone poisons them.
-        seed: Decides which image goes to which part.
-    """
-
-    name: str = "digits"
-    burn_in: Annotated[int, Field(ge=0)] | None = None
-    victim: Annotated[int, Field(ge=1)] | None = None
-    validation: Annotated[int, Field(ge=0)] | None = None
-    trusted: Annotated[int, Field(ge=0)] | None = None
-    test: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    augment: bool = True
-    augment_stream: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        dataset_info(self.name)
-
-    def resolved(self, rows: Mapping[str, int] | None = None) -> "StreamSettings":
-        """The same settings with a number in place of every None.
-
-        Args:
-            rows: Images that each split really holds; by default as many as the full set.
-
-        Raises:
-            DataError: The parts need more images than there are.
-        """
-        info = dataset_info(self.name)
-        rows = info.splits if rows is None else rows
-        sizes = {part: getattr(self, part) for part in _TRAINING + _HELD_OUT}
-        for part in ("burn_in", "victim", "validation", "trusted"):
-            if sizes[part] is None:
-                sizes[part] = getattr(info.sizes, part)
-        for split, parts in _pools(info).items():
-            taken = sum(sizes[part] or 0 for part in parts)
-            for part in parts:
-                if sizes[part] is None:
-                    sizes[part] = rows[split] - taken
-            wanted = ", ".join(f"{part} {sizes[part]}" for part in parts)
-            if any(sizes[part] < 0 for part in parts) or sum(sizes[part] for part in parts) > rows[split]:
-                raise DataError(
-                    f"{self.name}: the split '{split}' has {rows[split]} images, too few for {wanted}; ask for fewer."
-                )
-            if "test" in parts and sizes["test"] == 0:
-                raise DataError(
-                    f"{self.name}: no image of the split '{split}' is left to test on ({wanted}); ask for fewer."
-                )
-        return replace(self, **sizes, batch_size=self.batch_size or info.sizes.batch_size)
-
-
-def _pools(info: DatasetInfo) -> dict[str, tuple[str, ...]]:
-    """The parts that are cut from each split."""
-    if len(info.splits) == 1:
-        return dict.fromkeys(info.splits, _TRAINING[:-1] + _HELD_OUT + _TRAINING[-1:])
-    return {"train": _TRAINING, "test": _HELD_OUT}
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Some images of a stream, kept as bytes; batches of them are float32 in [0, 1].
-
-    Args:
-        name: Which part.
-        x: Pixels, uint8.
-        y: Class numbers, int64.
-
-    Shape:
-        x (n, channels, height, width); y (n,).
-    """
-
-    name: str
-    x: NDArray[np.uint8]
-    y: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def batch(self, index: slice | NDArray[np.int64], device: torch.device | str = "cpu") -> Batch:
-        """Some images in the given order.
-
-        Args:
-            index: Which ones, by position in this part.
-            device: Where the batch goes.
-        """
-        x = torch.from_numpy(self.x[index].astype(np.float32) / np.float32(255))
-        return Batch(x, torch.from_numpy(self.y[index].copy())).to(device)
-
-    def all(self, device: torch.device | str = "cpu") -> Batch:
-        """Every image, in the order of the part."""
-        return self.batch(slice(None), device)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        rng: Generator | None = None,
-        drop_last: bool = False,
-        device: torch.device | str = "cpu",
-    ) -> Iterator[Batch]:
-        """Every image once.
-
-        Args:
-            batch_size: Images a batch, >= 1; the last may be smaller.
-            rng: Draws a new order; None keeps that of the part.
-            drop_last: Leave out a last batch that is smaller (BatchNorm cannot train on a single value).
-            device: Where the batches go.
-        """
-        order = np.arange(len(self)) if rng is None else torch.randperm(len(self), generator=rng).numpy()
-        end = len(self) // batch_size * batch_size if drop_last else len(self)
-        for start in range(0, end, batch_size):
-            yield self.batch(order[start : min(start + batch_size, end)], device)
-
-
-@dataclass(frozen=True, eq=False)
-class Loader:
-    """A part as batches that can be gone through again and again.
-
-    Args:
-        part: Whose images.
-        batch_size: Images a batch, >= 1; the last may be smaller.
-        device: Where the batches go.
-    """
-
-    part: Part
-    batch_size: int
-    device: torch.device | str = "cpu"
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self.part.batches(self.batch_size, device=self.device)
+__all__ = ["Loader", "Part", "Stream", "StreamSettings", "open_stream"]
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One image set in parts that share no image.
+    """One data set in parts that share no sample.
 
     Args:
-        settings: How it was divided, resolved: no field is None.
-        info: What is known of the image set.
+        settings: How it was divided, resolved: each size is a number of samples.
+        info: What models need to know of the samples.
         burn_in: What the model learns from before the stream.
         victim: What it learns from in the stream.
-        validation: The attacker's own images; in no reported accuracy.
+        validation: The attacker's own samples; in no reported accuracy.
         trusted: What the defender knows to be clean.
         test: What accuracy is reported on.
-        fingerprint: 16 hex digits that name the burn-in images and their order.
+        fingerprint: 16 hex digits that name the burn-in samples, their order and what models are told of them.
+        domain: What a valid input is; [0, 1] of images.
     """
 
     settings: StreamSettings
@@ -193,15 +54,56 @@ class Stream:
     trusted: Part
     test: Part
     fingerprint: str
+    domain: Domain = PIXELS
 
-    @property
-    def domain(self) -> Domain:
-        """What a valid input is: pixels in [0, 1]."""
-        return PIXELS
+    @classmethod
+    def from_arrays(
+        cls,
+        x: Any,  # noqa: ANN401  (arrays and tensors, or mappings of them)
+        y: Any,  # noqa: ANN401  (arrays and tensors)
+        *,
+        x_test: Any = None,  # noqa: ANN401  (as x)
+        y_test: Any = None,  # noqa: ANN401  (as y)
+        classes: Sequence[str] | None = None,
+        domain: Bounds | None = None,
+        name: str = ARRAYS,
+        **settings: Any,  # noqa: ANN401  (fields of StreamSettings, which checks them)
+    ) -> "Stream":
+        """A stream of arrays or tensors in memory; they are copied, and checked once.
+
+        Args:
+            x: Inputs. Images are bytes, or floats in [0, 1]; rows of floats and of token ids have two dimensions; a
+                mapping holds arrays with a row a sample. With a `domain`, floats of any shape that are no images.
+            y: Targets: class numbers 0, 1, ..., k - 1; floats; many labels.
+            x_test: Inputs of samples for the validation and test parts; unset: they are cut from `x`, too.
+            y_test: Their targets.
+            classes: Names by class number; unset: the numbers.
+            domain: What a valid input is, if it is no image: a `Domain`, its least and largest value, or `observed` for
+                those of the data, feature by feature. Unset: [0, 1] of images, any number of other inputs.
+            name: What messages call the data.
+            settings: Fields of `StreamSettings`: burn_in, victim, validation, trusted, test, batch_size, seed and those
+                of augmentation.
+
+        Shape:
+            x: images (n, c, h, w), (n, h, w) or, with 1 or 3 channels, (n, h, w, c); rows (n, features). y: (n,) or
+            (n, k). Floats become float32, whole numbers int64.
+
+        Raises:
+            ConfigError: Unknown settings, or such as do not fit.
+            DataError: Arrays are unequal in length, of a type that is not taken, hold NaN or lie outside their domain,
+                labels are no class numbers, or there are too few samples.
+        """
+        if (x_test is None) != (y_test is None):
+            raise DataError(f"{name}: x_test and y_test come together; give both, or none.")
+        said = {} if isinstance(domain, Domain) else {"domain": domain}
+        plan = make(StreamSettings, {"name": ARRAYS, **said, **settings}, where="Stream.from_arrays")
+        bounds = domain if isinstance(domain, Domain) else plan.domain
+        splits = {LONE: (x, y)} if x_test is None else {"train": (x, y), "test": (x_test, y_test)}
+        return _divided(array_samples(splits, name=name, classes=classes, domain=bounds), plan)
 
     @property
     def batch_size(self) -> int:
-        """Images in one batch of the victim stream."""
+        """Samples in one batch of the victim stream."""
         return cast("int", self.settings.batch_size)
 
     def require(self, steps: int) -> None:
@@ -217,12 +119,12 @@ class Stream:
             fit = len(self.victim) // self.batch_size - 1
             what = f"at most {fit} fit" if fit >= 0 else "not even the trigger batch fits"
             raise DataError(
-                f"{self.info.name}: {steps} accumulative batches and the trigger batch of {self.batch_size} images "
+                f"{self.info.name}: {steps} accumulative batches and the trigger batch of {self.batch_size} samples "
                 f"need {(steps + 1) * self.batch_size}, and the victim part has {len(self.victim)}; {what}. Use fewer "
                 "steps, a smaller batch_size or a larger victim part."
             )
 
-    def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> Batch:
+    def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
         """One clean batch of the victim stream; it depends on the arguments alone, so a resumed run sees the same.
 
         Args:
@@ -240,12 +142,12 @@ class Stream:
             batch = self.augmented(batch, generator("victim augmentation", seed, step))
         return batch
 
-    def victim_batches(self, steps: int, *, seed: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
+    def victim_batches(self, steps: int, *, seed: int, device: torch.device | str = "cpu") -> Iterator[AnyBatch]:
         """The batches of the accumulative phase in order: `victim_batch` of 0 to steps - 1."""
         self.require(steps)
         return (self.victim_batch(step, seed, device) for step in range(steps))
 
-    def trigger_batch(self, steps: int, seed: int, device: torch.device | str = "cpu") -> Batch:
+    def trigger_batch(self, steps: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
         """The batch after the last accumulative one.
 
         Args:
@@ -255,63 +157,134 @@ class Stream:
         """
         return self.victim_batch(steps, seed, device)
 
-    def augmented(self, batch: Batch, rng: Generator) -> Batch:
-        """A batch randomly cropped, and flipped where this image set allows it.
+    def augmented(self, batch: AnyBatch, rng: Generator) -> AnyBatch:
+        """A batch of images randomly cropped, and flipped where their class allows it.
 
         Args:
             batch: The batch; not changed.
             rng: A generator on the CPU.
+
+        Raises:
+            ConfigError: Samples are no images.
         """
+        if not self.info.images:
+            raise ConfigError(f"{self.info.name} holds no images, which alone are augmented; leave augmentation out.")
         x = crop_and_flip(batch.x, padding=self.info.crop_padding, flip=self.info.flip, rng=rng)
         return Batch(x, batch.y)
 
 
-def open_stream(stream: StreamSettings, *, data_root: Path | None = None, cache: Path | None = None) -> Stream:
-    """Load an image set and divide it.
-
-    Sets with a train and a test split give burn-in, victim and trusted images from the first, validation and test
-    images from the second; a set with one split gives all parts from it.
+def open_stream(
+    stream: StreamSettings, *, data_root: str | Path | None = None, cache: str | Path | None = None
+) -> Stream:
+    """Load a data set and divide it; see `StreamSettings`.
 
     Args:
-        stream: Which images, in what portions.
-        data_root: As in `load_images`.
-        cache: As in `load_images`.
+        stream: Which samples, in what portions.
+        data_root: As in `load_images`; of image sets by name.
+        cache: As in `load_images`; of image sets by name.
 
     Raises:
-        ConfigError: Unknown data set.
-        DataError: The data are not to be had, or are too few.
+        ConfigError: Unknown data set, or settings that do not fit what it holds.
+        DataError: The data are not to be had, are not what they should be, or are too few.
     """
+    return _divided(_samples(stream, data_root, cache), stream)
+
+
+def _samples(stream: StreamSettings, data_root: str | Path | None, cache: str | Path | None) -> Samples:
+    """Everything that the settings lead to."""
+    split, name = stream.split, stream.label
+    if stream.name == ARRAYS:
+        raise ConfigError(
+            f"[data] name = '{ARRAYS}': these samples were given to Stream.from_arrays, and are nowhere on disk. Write "
+            "them by `np.savez(path, x=x, y=y)`, and use name = 'npz'."
+        )
+    if stream.name in OWN:
+        path = Path(cast("str", stream.path))
+        match stream.name:
+            case "folder":
+                return folder_samples(path, split, name=name)
+            case "npz":
+                return npz_samples(path, split, name=name, domain=stream.domain)
+            case "saved":
+                return saved_samples(path, split, stream.columns, name=name)
+            case _:
+                return parquet_samples(path, split, stream.columns, name=name)
     info = dataset_info(stream.name)
-    pools = _pools(info)
-    held = {split: load_images(info.name, split, data_root=data_root, cache=cache) for split in pools}
-    resolved = stream.resolved({split: len(images) for split, images in held.items()})
+    wanted = list(info.splits) if split is None else [split]
+    held = {key: load_images(info.name, key, data_root=data_root, cache=cache) for key in wanted}
+    return Samples(info, {key: Part(key, images.x, images.y) for key, images in held.items()})
+
+
+def _divided(samples: Samples, settings: StreamSettings) -> Stream:
+    resolved = settings.resolved({split: len(part) for split, part in samples.splits.items()})
     parts: dict[str, Part] = {}
-    fingerprint = ""
-    for split, names in pools.items():
-        order = np.random.default_rng(derived_seed("parts", split, stream.seed)).permutation(len(held[split]))
+    for split, names in pools(samples.splits).items():
+        whole = samples.splits[split]
+        order = np.random.default_rng(derived_seed("parts", split, settings.seed)).permutation(len(whole))
         *first, last = names
         start = 0
-        chosen: dict[str, NDArray[np.int64]] = {}
         for name in first:
-            chosen[name] = order[start : start + getattr(resolved, name)]
-            start += len(chosen[name])
-        # The last part is cut from the far end: its images stay the same when another part grows into unused ones.
-        chosen[last] = order[len(order) - getattr(resolved, last) :]
-        for name, index in chosen.items():
-            parts[name] = _part(name, held[split], index)
-        if "burn_in" in chosen:
-            fingerprint = _fingerprint(held[split], chosen["burn_in"])
-    return Stream(settings=resolved, info=info, fingerprint=fingerprint, **parts)
+            chosen = order[start : start + getattr(resolved, name)]
+            parts[name] = whole.take(name, chosen)
+            start += len(chosen)
+        # The last part is cut from the far end: its samples stay the same when another part grows into unused ones.
+        parts[last] = whole.take(last, order[len(order) - getattr(resolved, last) :])
+    resolved, info = _described(resolved, samples.info, parts["burn_in"])
+    fingerprint = _fingerprint(parts["burn_in"], info)
+    return Stream(settings=resolved, info=info, fingerprint=fingerprint, domain=samples.domain, **parts)
 
 
-def _part(name: str, images: ImageSet, index: NDArray[np.int64]) -> Part:
-    x, y = images.x[index], images.y[index]
-    x.flags.writeable = False
-    y.flags.writeable = False
-    return Part(name, x, y)
+def _described(settings: StreamSettings, info: DatasetInfo, burn_in: Part) -> tuple[StreamSettings, DatasetInfo]:
+    """What the settings and the burn-in part say of the samples, each known to the other."""
+    if not info.images:
+        for key in ("augment", "augment_stream", "flip", "crop_padding", "mean", "std"):
+            if getattr(settings, key):
+                raise ConfigError(
+                    f"{info.name} holds no images, which alone are cropped, flipped and normalised; leave {key} out."
+                )
+        return replace(settings, augment=False), info
+    known: dict[str, Any] = {"flip": info.flip, "crop_padding": info.crop_padding, "mean": info.mean, "std": info.std}
+    said = {key: getattr(settings, key) for key in known if getattr(settings, key) is not None}
+    if not info.mean and not {"mean", "std"} <= said.keys():
+        known |= _measured(burn_in, info.name)
+    told = {**known, **said}
+    for key in ("mean", "std"):
+        if len(told[key]) != info.shape[0]:
+            raise ConfigError(
+                f"[data] {key} has {len(told[key])} numbers, and images of {info.name} have {info.shape[0]} channels; "
+                "give one a channel."
+            )
+    if info.mean:  # known by name: settings stay as they were given
+        return settings, replace(info, **told)
+    return replace(settings, augment=settings.augment is not False, **told), replace(info, **told)
 
 
-def _fingerprint(images: ImageSet, index: NDArray[np.int64]) -> str:
-    digest = hashlib.sha256(images.fingerprint.encode())
-    digest.update(np.ascontiguousarray(index, dtype="<i8").data)
+def _measured(part: Part, name: str) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each channel, in pixel units of [0, 1]."""
+    if not len(part):
+        raise DataError(
+            f"{name}: no image is left for burn-in, so mean and std cannot be measured; set them in [data], or give "
+            "burn_in some."
+        )
+    unit = 255 if part.x.dtype == np.uint8 else 1
+    channels = [part.x[:, channel] for channel in range(part.x.shape[1])]
+    mean = [float(pixels.mean(dtype=np.float64)) / unit for pixels in channels]
+    std = [float(pixels.std(dtype=np.float64)) / unit for pixels in channels]
+    if 0 in std:
+        raise DataError(
+            f"{name}: channel {std.index(0)} is the same in every pixel of the burn-in part, so its std is 0; set "
+            "std, or leave the channel out."
+        )
+    # Four digits, so that the order of a sum on another machine does not matter
+    return {key: tuple(float(f"{v:.4g}") for v in values) for key, values in (("mean", mean), ("std", std))}
+
+
+def _fingerprint(burn_in: Part, info: DatasetInfo) -> str:
+    """What decides a burn-in as far as the data do: samples in their order, and what models are built from."""
+    digest = hashlib.sha256()
+    arrays = burn_in.x if isinstance(burn_in.x, Mapping) else {"": burn_in.x}
+    for key, array in [*arrays.items(), ("targets", burn_in.y)]:
+        digest.update(json.dumps([key, array.dtype.name, array.shape]).encode())
+        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+    digest.update(json.dumps([info.outputs, info.mean, info.std, info.flip, info.crop_padding]).encode())
     return digest.hexdigest()[:16]

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from mithridate.core.defence import ADMITTED, Defence, Verdict
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View

@@ -19,7 +19,8 @@ from mithridate.core.defence import (
     overrides,
 )
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, Weights
+from mithridate.core.model import Criterion
+from mithridate.core.past import Weights
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View

@@ -11,7 +11,7 @@ from torch import Tensor
 from mithridate.core.defence import Defence, Rounds
 from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View

@@ -13,7 +13,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.defence import Calibration, Defence, Rehearsal, Screened
 from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.defences.correction import Correcting

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.defence import Defence
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Memory, Need, View
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
 from mithridate.core.errors import DataError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.tolerance import Quality, Tolerance, quality
 from mithridate.core.view import Need, View

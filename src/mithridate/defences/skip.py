@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, View

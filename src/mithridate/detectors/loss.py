@@ -7,7 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch, check_domain
+from mithridate.core.batch import Batch
+from mithridate.core.domain import check_domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from mithridate.core.batch import PIXELS, Batch, check_domain
+from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Verdict
+from mithridate.core.domain import PIXELS, check_domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import settings

@@ -1,34 +1,39 @@
 """Image classifiers, one file each: logits by `forward`, penultimate features by `features`, normalisation inside."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import nn
 
+from mithridate.core.batch import each_tensor
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import frozen_statistics
+from mithridate.core.model import answer, frozen_statistics
 from mithridate.core.registry import build
 from mithridate.data.catalogue import DatasetInfo
+from mithridate.models.resnet import ResNet18 as ResNet18
+from mithridate.models.small_cnn import SmallCNN as SmallCNN
+from mithridate.models.vgg import VGG11 as VGG11
 
 
+@runtime_checkable
 class ModelSettings(Protocol):
     """What a registered model is: settings that build a module."""
 
     def build(self, info: DatasetInfo, *, seed: int) -> nn.Module:
-        """A fresh module for an image set, the same for the same seed."""
+        """A fresh module for a data set, the same for the same seed."""
 
 
 def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *, seed: int) -> nn.Module:
-    """A fresh model for an image set.
+    """A fresh model for a data set.
 
     Args:
         config: The table `[model]` of a recipe, or settings made from it.
-        info: Gives channels, size, classes and the constants of normalisation.
+        info: Gives the shape of a sample, the number of outputs and the constants of normalisation.
         seed: Decides the initial parameters; no global generator is touched.
 
     Raises:
-        ConfigError: The table is wrong, or the model does not fit the image set.
+        ConfigError: The table is wrong, or the model does not fit the data set.
     """
     chosen = cast("ModelSettings", build("model", config)) if isinstance(config, Mapping) else config
     module = chosen.build(info, seed=seed)
@@ -37,27 +42,36 @@ def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *,
 
 
 def check_model(module: nn.Module, info: DatasetInfo) -> None:
-    """Run one black image through a model, in eval mode; the model stays as it was.
+    """Run one sample through a model, in eval mode; the model stays as it was.
 
     Args:
-        module: Any module, the user's own included.
-        info: The image set that it is to classify.
+        module: Any module, the user's own included. It gives a tensor, or an object that has one as `logits`.
+        info: The data set that it is to learn.
 
     Raises:
-        ConfigError: It cannot take such an image, or gives something else than (1, classes) logits.
+        ConfigError: It cannot take a sample, or gives something else than (1, classes) logits; where targets are no
+            class numbers, something else than a row for the sample.
     """
     like = next(module.parameters(), torch.empty(0))
-    image = torch.zeros(1, *info.shape, dtype=like.dtype, device=like.device)
-    name = type(module).__name__
+    black = torch.zeros(1, *info.shape, dtype=like.dtype)
+    x = each_tensor(
+        black if info.example is None else info.example,
+        lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype),
+    )
+    name, sample = type(module).__name__, "image" if info.images else "sample"
+    shapes = each_tensor(x, lambda t: tuple(t.shape))  # type: ignore[arg-type,return-value]  # shapes in place of tensors
     with torch.no_grad(), frozen_statistics(module, "eval"):
         try:
-            logits = module(image)
-        except (RuntimeError, ValueError) as error:
+            logits = answer(module, x)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
-                f"{name} cannot take an image of {info.name}, of shape {tuple(image.shape)} ({error}); choose another "
-                "model or data set."
+                f"{name} cannot take one {sample} of {info.name}, of shape {shapes} ({error}); choose another model or "
+                "data set."
             ) from error
-    expected = (1, len(info.classes))
-    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if got != expected:
-        raise ConfigError(f"{name} gives {got} for one image of {info.name}; expected logits of shape {expected}.")
+    shape = tuple(logits.shape)
+    if info.classes and shape != (1, info.outputs):
+        raise ConfigError(
+            f"{name} gives {shape} for one {sample} of {info.name}; expected logits of shape {(1, info.outputs)}."
+        )
+    if not shape or shape[0] != 1:
+        raise ConfigError(f"{name} gives {shape} for one {sample} of {info.name}; expected a tensor with one row.")

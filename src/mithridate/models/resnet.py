@@ -47,7 +47,7 @@ class ResNet(nn.Module):
         width, norm, groups = config.width, config.norm, config.groups
         self.stem_pool = config.stem_pool
         self.normalise = Normalise(info.mean, info.std)
-        self.conv1 = nn.Conv2d(info.shape[0], width, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(info.image_shape[0], width, 3, padding=1, bias=False)
         self.bn1 = norm_layer(norm, width, groups)
 
         def layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
         self.layer2 = layer(width, 2 * width, 2)
         self.layer3 = layer(2 * width, 4 * width, 2)
         self.layer4 = layer(4 * width, 8 * width, 2)
-        self.fc = nn.Linear(8 * width, len(info.classes))
+        self.fc = nn.Linear(8 * width, info.outputs)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -28,7 +28,7 @@ class VGG(nn.Module):
 
     def __init__(self, config: "VGG11", info: DatasetInfo) -> None:
         super().__init__()
-        channels, *size = info.shape
+        channels, *size = info.image_shape
         layers: list[nn.Module] = []
         for stage in STAGES:
             for factor in stage:
@@ -44,7 +44,7 @@ class VGG(nn.Module):
                 size = [side // 2 for side in size]
         self.normalise = Normalise(info.mean, info.std)
         self.stages = nn.Sequential(*layers)
-        self.fc = nn.Linear(channels, len(info.classes))
+        self.fc = nn.Linear(channels, info.outputs)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -6,13 +6,18 @@ from pathlib import Path
 
 from mithridate.bench.store import read_runs
 from mithridate.core.files import write_atomically
-from mithridate.report.federated_figures import clipping_table, federated_drawings
-from mithridate.report.figures import Drawing, accuracy_curves, loss_and_norms, poisoned_images
-from mithridate.report.measures import measure_sections, measures, measures_csv, measures_markdown
-from mithridate.report.page import Section, page
-from mithridate.report.score_figures import clean_stream_accuracy, score_drawings
-from mithridate.report.scores import score_report
-from mithridate.report.tables import groups, rows, run_records, summary_records, to_csv, to_markdown
+from mithridate.report.figures import figure_sections
+from mithridate.report.figures.drawing import Drawing
+from mithridate.report.measures import measure_records, measures
+from mithridate.report.page import page
+from mithridate.report.records import run_records, summary_records, to_csv
+from mithridate.report.rows import rows
+from mithridate.report.scores import averaged, run_score_records
+from mithridate.report.tables.clipping import clipping_table
+from mithridate.report.tables.defences import defence_tables
+from mithridate.report.tables.detectors import detector_tables
+from mithridate.report.tables.results import to_markdown
+from mithridate.report.tables.section import markdown
 
 __all__ = ["ReportPaths", "build_report"]
 
@@ -42,66 +47,34 @@ class ReportPaths:
     scores: tuple[Path, ...] = ()
 
 
-def build_report(directories: Sequence[Path], out: Path) -> ReportPaths:
+def build_report(directories: str | Path | Sequence[str | Path], out: str | Path) -> ReportPaths:
     """Read finished runs and write what they show. The same runs give the same bytes.
 
     Args:
-        directories: Run directories, or directories that hold some.
+        directories: One or several run directories, or directories that hold some.
         out: Where the files go; made if missing.
 
     Raises:
         StoreError: A directory does not exist, a run is unreadable, or there is none.
     """
-    found = rows(read_runs(directories))
-    compared = groups(found)
-    by_group = compared.values()
-    measured = measures(found)
-    tables = measure_sections(measured)
-    scored = score_report(found)
-    sections = [
-        Section(
-            "accuracy",
-            "Accuracy along the steps",
-            "No run has a trace.",
-            False,
-            [
-                drawing
-                for members in by_group
-                for drawing in (accuracy_curves(members), clean_stream_accuracy(members))
-                if drawing
-            ],
-        ),
-        Section(
-            "images",
-            "Images",
-            "No attacked run stored images.",
-            True,
-            [drawing for members in by_group for drawing in poisoned_images(members)],
-        ),
-        Section(
-            "norms",
-            "Loss and norms",
-            "No run recorded losses or norms.",
-            False,
-            [drawing for members in by_group if (drawing := loss_and_norms(members))],
-        ),
-    ]
-    if all(row.federated for row in found):
-        sections = [section for section in sections if section.id != "images"]  # updates are poisoned, not images
-    if drawings := [drawing for members in by_group for drawing in score_drawings(members)]:
-        sections.insert(1, Section("scores", "What detectors see", "", True, drawings))
-    if drawings := [drawing for members in by_group for drawing in federated_drawings(members)]:
-        sections.insert(1, Section("federation", "Rounds of the federation", "", True, drawings))
+    out = Path(out)
+    cells = rows(read_runs(directories))
+    measured, scored = measures(cells), run_score_records(cells)
+    scores = averaged(scored)
+    of_defences, of_detectors = defence_tables(measured), detector_tables(cells, scores)
+    sections = figure_sections(cells)
     figures = _write_figures([drawing for section in sections for drawing in section.drawings], out / "figures")
+    score_files = {"scores.csv": to_csv(scores), "scores_runs.csv": to_csv(scored)} if scored else {}
+    score_files |= {"scores.md": markdown(of_detectors)} if of_detectors else {}
     return ReportPaths(
-        html=_write(out / "report.html", page(found, [clipping_table(compared), *tables, *scored.tables, *sections])),
-        summary_csv=_write(out / "summary.csv", to_csv(summary_records(found))),
-        runs_csv=_write(out / "runs.csv", to_csv(run_records(found))),
-        markdown=_write(out / "summary.md", to_markdown(found)),
+        html=_write(out / "report.html", page(cells, [clipping_table(cells), *of_defences, *of_detectors, *sections])),
+        summary_csv=_write(out / "summary.csv", to_csv(summary_records(cells))),
+        runs_csv=_write(out / "runs.csv", to_csv(run_records(cells))),
+        markdown=_write(out / "summary.md", to_markdown(cells)),
         figures=tuple(figures),
-        measures_csv=_write(out / "measures.csv", measures_csv(measured)) if measured else None,
-        measures_markdown=_write(out / "measures.md", measures_markdown(tables)) if measured else None,
-        scores=tuple(_write(out / name, text) for name, text in scored.files.items()),
+        measures_csv=_write(out / "measures.csv", to_csv(measure_records(measured))) if measured else None,
+        measures_markdown=_write(out / "measures.md", markdown(of_defences)) if measured else None,
+        scores=tuple(_write(out / name, text) for name, text in score_files.items()),
     )
 
 

@@ -4,20 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
 
-from mithridate.report.doubts import QUIET_POINTS, alarmed_early, budget, noise_bar, noise_of
-from mithridate.report.tables import (
-    Row,
-    Statistic,
-    flattened,
-    groups,
-    seed,
-    seeds,
-    shared,
-    spread,
-    step_noun,
-    undefended,
-)
-from mithridate.report.wording import counted, decimal, listed, number, points, span
+from mithridate.report.comparisons import budget, noise_bar, noise_of, undefended
+from mithridate.report.doubts.rules import QUIET_POINTS
+from mithridate.report.rows import Row, groups, seed, seeds, step_noun
+from mithridate.report.settings import flattened, shared
+from mithridate.report.statistic import Statistic, spread
+from mithridate.report.wording import counted, decimal, listed, noun_of, number, out_of, points, span
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,7 @@ def setting(rows: Sequence[Row]) -> str:
     attacks = list(dict.fromkeys(row.attack for row in rows if row.attacking))
     defences = list(dict.fromkeys(row.defence for row in rows))
     by_seed = {seed(run): run for run in runs}
-    all_seeds = f"{'seed' if len(by_seed) == 1 else 'seeds'} {seeds(by_seed.values())}"
+    all_seeds = f"{noun_of(len(by_seed), 'seed')} {seeds(by_seed.values())}"
     changes = [c for run in runs for step in run.trace if (c := number(step.get("poison_linf"))) is not None]
     largest = (
         f" No pixel was moved by more than {decimal(max(changes), 3)} of its range [0, 1]." if any(changes) else ""
@@ -63,8 +55,8 @@ def setting(rows: Sequence[Row]) -> str:
     against = f"was attacked by {listed(attacks)}" if attacks else "was not attacked"
     return (
         f"{_learning(rows, settings)}{burn_in} {against}, "
-        f"under the {'defence' if len(defences) == 1 else 'defences'} {listed(defences)}: "
-        f"{counted(str(len(runs)), 'run')}, {all_seeds}.{largest}{_hostile(rows)}"
+        f"under the {noun_of(len(defences), 'defence')} {listed(defences)}: "
+        f"{counted(len(runs), 'run')}, {all_seeds}.{largest}{_hostile(rows)}"
     )
 
 
@@ -95,10 +87,11 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     Args:
         rows: Rows of one data set and model.
     """
-    plain = _undefended(rows)
+    bare = _undefended(rows)
     best = strongest(rows)
     if best is None:
-        return ("No attack reached its trigger." if any(map(_claimed, plain)) else _without_attack(plain)), ()
+        attacked = any(row.claims_drop for row in bare)
+        return ("No attack reached its trigger." if attacked else _without_attack(bare)), ()
     if not _supported(best, rows):
         return (
             f"No attack is shown to work: the largest drop in a trigger step is {_cost(best)}, by {best.attack}, "
@@ -108,14 +101,14 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     under = "" if best.defence_name == "none" else f" under {best.defence}"
     noun = step_noun([best])
     what = f"One {noun}" if best.poisons_trigger else f"One unpoisoned {noun}"
-    alone = _alone(best, plain)
+    alone = _alone(best, bare)
     if not best.poisons_before_trigger:
-        return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, plain) + _defended(best, rows)
+        return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, bare) + _defended(best, rows)
     sentence = f"{what} cost {_cost(best)}{under} {_phase(best)}"
     if alone is not None:
         same = f"the same kind of {noun}" if _same_kind(best, alone) else f"a {noun}"
         sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
-    return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, plain), *_defended(best, rows))
+    return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, bare), *_defended(best, rows))
 
 
 def strongest(rows: Sequence[Row]) -> Row | None:
@@ -124,17 +117,13 @@ def strongest(rows: Sequence[Row]) -> Row | None:
     Args:
         rows: Rows of one data set and model.
     """
-    tried = [row for row in _undefended(rows) if _claimed(row) and row.statistic("drop").n]
+    tried = [row for row in _undefended(rows) if row.claims_drop and row.statistic("drop").n]
     return max(tried, key=lambda row: (_supported(row, rows), row.statistic("drop").mean or 0), default=None)
 
 
 def _undefended(rows: Sequence[Row]) -> list[Row]:
     """The undefended rows; where everything is defended, those of the first defence."""
     return [row for row in rows if row.defence_name == "none"] or [r for r in rows if r.defence == rows[0].defence]
-
-
-def _claimed(row: Row) -> bool:
-    return row.attacking and not row.is_noise
 
 
 def _cost(row: Row) -> str:
@@ -147,25 +136,22 @@ def _effect(row: Row) -> str:
 
 
 def _n(row: Row) -> str:
-    n = row.statistic("drop").n
-    return f"n = {n}" if n == len(row.runs) else f"n = {n} of {len(row.runs)}"
+    return f"n = {out_of(row.statistic('drop').n, len(row.runs))}"
 
 
 def _supported(row: Row, rows: Sequence[Row]) -> bool:
-    drop = row.statistic("drop")
-    noise = noise_of(row, rows)
-    bar = None if noise is None else noise_bar(noise)
+    drop, bar = row.statistic("drop"), noise_bar(row, rows)
     return drop.mean is not None and drop.mean - (drop.std or 0) > 0 and (bar is None or drop.mean > bar)
 
 
 def _phase(row: Row) -> str:
     length = counted(span(row.statistic("steps").values), step_noun([row]))
     lost = row.difference("accuracy_start", "accuracy_before_trigger").mean or 0
-    alarmed = alarmed_early(row)
+    alarmed = row.alarmed_early()
     if lost <= QUIET_POINTS and not alarmed:
         return f"after a quiet phase of {length}"
     noted = [f"had already cost {points(lost)} points"] if lost > QUIET_POINTS else []
-    noted += [f"raised alarms in {len(alarmed)} of {counted(str(len(row.runs)), 'run')}"] if alarmed else []
+    noted += [f"raised alarms in {len(alarmed)} of {counted(len(row.runs), 'run')}"] if alarmed else []
     return f"after a phase of {length} that {listed(noted)}"
 
 
@@ -173,11 +159,7 @@ def _alone(best: Row, rows: Sequence[Row]) -> Row | None:
     """The row of a trigger without a poisoned phase: equal budget first, then the same attack or another alone."""
     if not best.poisons_trigger:
         return next((row for row in rows if not row.attacking and row.statistic("drop").n), None)
-    alone = [
-        row
-        for row in rows
-        if row.attacking and not row.is_noise and row.poisons_trigger and not row.poisons_before_trigger
-    ]
+    alone = [row for row in rows if row.claims_drop and row.poisons_trigger and not row.poisons_before_trigger]
     return max(
         (row for row in alone if row.statistic("drop").n),
         key=lambda row: (
@@ -216,7 +198,7 @@ def _defended(best: Row, rows: Sequence[Row]) -> tuple[str, ...]:
         stopped = len(row.with_status("halted"))
         drop = row.statistic("drop")
         cost = f"it cost {spread(drop)} points ({_n(row)})" if drop.n else "it did not reach its trigger"
-        total = counted(str(len(row.runs)), "run")
+        total = counted(len(row.runs), "run")
         halted = f"; a monitor stopped {stopped} of {total} before the trigger" if stopped else ""
         sentences.append(f"Under {row.defence} {cost}{_ends(row, rows)}{halted}.")
     return tuple(sentences)
@@ -228,9 +210,9 @@ def _ends(row: Row, rows: Sequence[Row]) -> str:
     under = [r for r in rows if r.defence == row.defence and not r.attacking and r.has_phase and r.statistic(final).n]
     if not under or not row.statistic(final).n:
         return ""
-    clean = max(under, key=lambda r: r.statistic("steps").mean or 0)
+    clean = max(under, key=lambda r: r.mean_steps)
     none = undefended(clean, rows)
-    change = Statistic(()) if none is None else clean.against(none, final, sub)
+    change = Statistic() if none is None else clean.against(none, final, sub)
     return f" and left {spread(row.statistic(final))} %; a clean stream left {spread(clean.statistic(final))} %" + (
         f", {_changed(change)}" if change.n else ""
     )

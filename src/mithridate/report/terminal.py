@@ -6,12 +6,20 @@ from rich.table import Table
 from rich.text import Text
 
 from mithridate.report.findings import strongest
-from mithridate.report.measures import Measures, measures, signed, times
-from mithridate.report.tables import Row, Statistic, displayed, groups, spread, step_noun
+from mithridate.report.measures import Measures, measures
+from mithridate.report.rows import Row, groups, step_noun
+from mithridate.report.statistic import Statistic, signed, spread, times
+from mithridate.report.tables.results import displayed
 from mithridate.report.wording import MISSING, plain, said_of
 
-HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches")
-"""The columns that fit on 80 characters: the first ones of `tables.COLUMNS`, and n."""
+GROUP = ("data set", "model")
+"""The columns that are there only if several are compared."""
+
+LEFT_OUT = {"alarms", "seconds"}
+"""The columns of the results for which 80 characters have no room."""
+
+HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
+"""What the others are called."""
 
 MEASURED = ("clean", "vs none", "fixed", "after", "vs none", "passed", "time")
 """What is said of each defence: three columns on a clean stream, three under the strongest attack, and time."""
@@ -21,20 +29,19 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """All rows as a table for the terminal; names are shown as they are, never as markup.
 
     Args:
-        rows: As made by `tables.rows`.
+        rows: All rows.
     """
     several = len(groups(rows)) > 1
-    table = _empty("accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds")
-    for name in (*(("data set", "model") if several else ()), *HEADINGS[:2]):
-        table.add_column(name, overflow="fold")
-    for column in (*(said_of(step_noun(rows), name) for name in HEADINGS[2:]), "n"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _empty(
+        "accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds",
+        (*(GROUP if several else ()), *HEADINGS[:2]),
+        [said_of(step_noun(rows), name) for name in HEADINGS[2:]],
+    )
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
             table.add_section()
-        shown = [_tight(cell) for cell in displayed(row)]
-        cells = (*(row.group if several else ()), *shown[: len(HEADINGS)], shown[len(HEADINGS) + 1])
-        table.add_row(*map(Text, cells))
+        shown = [_tight(cell) for name, cell in displayed(row).items() if name not in LEFT_OUT]
+        table.add_row(*map(Text, (*(row.group if several else ()), *shown)))
     return table
 
 
@@ -42,7 +49,7 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
     """One line a defence: a clean stream, the strongest attack, the time of an update; None if nothing is defended.
 
     Args:
-        rows: As made by `tables.rows`.
+        rows: All rows.
     """
     measured = measures(rows)
     if not measured:
@@ -53,46 +60,43 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
     table = _empty(
         "clean, fixed: final accuracy on a clean stream, share of its samples corrected; after, passed: accuracy after "
         f"the trigger of {names or 'an attack'}, share of poisoned samples let pass; all in %. vs none: points against "
-        "no defence. time: of an update, a multiple of no defence's"
+        "no defence. time: of an update, a multiple of no defence's",
+        (*(GROUP if several else ()), "defence"),
+        MEASURED,
     )
-    for name in (*(("data set", "model") if several else ()), "defence"):
-        table.add_column(name, overflow="fold")
-    for column in MEASURED:
-        table.add_column(column, justify="right", no_wrap=True)
     for group, strong in attacks.items():
-        members = [one for one in measured if one.row.group == group]
+        members = [cell for cell in measured if cell.row.group == group]
         table.add_section()
-        for defence in dict.fromkeys(one.row.defence for one in members):
-            own = [one for one in members if one.row.defence == defence]
-            clean = max((one for one in own if not one.row.attacking), key=_length, default=None)
-            attacked = next((one for one in own if strong is not None and one.row.attack == strong.attack), None)
+        for defence in dict.fromkeys(cell.row.defence for cell in members):
+            under = [cell for cell in members if cell.row.defence == defence]
+            clean = max(
+                (cell for cell in under if not cell.row.attacking), key=lambda cell: cell.row.mean_steps, default=None
+            )
+            attacked = next((cell for cell in under if strong is not None and cell.row.attack == strong.attack), None)
             table.add_row(*map(Text, (*(group if several else ()), defence, *_line(clean, attacked))))
     return table
 
 
 def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:
     unmeasured = (MISSING,) * 3
-    on_clean = unmeasured
-    if clean is not None:
-        on_clean = (spread(clean.accuracy_after_trigger), signed(clean.against_none), _mean(clean.flagged_clean))
-    under_attack = unmeasured
-    if attacked is not None:
-        under_attack = (
-            spread(attacked.accuracy_after_trigger),
-            signed(attacked.against_none),
-            _mean(attacked.attack_success),
-        )
+    on_clean = unmeasured if clean is None else (*_accuracy(clean), _mean(clean.flagged_clean))
+    under_attack = unmeasured if attacked is None else (*_accuracy(attacked), _mean(attacked.attack_success))
     timed = clean if clean is not None and clean.time_ratio.n else attacked  # the clean one has more steps to average
     ratio = MISSING if timed is None else times(timed.time_ratio).partition(" ")[0]
     return tuple(map(_tight, (*on_clean, *under_attack, ratio)))
 
 
-def _empty(caption: str) -> Table:
-    return Table(box=None, pad_edge=False, caption=Text(caption), caption_justify="left")
+def _empty(caption: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, caption=Text(caption), caption_justify="left")
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table
 
 
-def _length(one: Measures) -> float:
-    return one.steps.mean or 0
+def _accuracy(cell: Measures) -> tuple[str, str]:
+    return spread(cell.accuracy_after_trigger), signed(cell.against_none)
 
 
 def _mean(statistic: Statistic) -> str:

@@ -52,7 +52,7 @@ def file_stem(*names: str) -> str:
     return "-".join(slug for slug in slugs if slug)
 
 
-def number(value: float | None) -> float | None:
+def number(value: object) -> float | None:
     """The value if it is a finite number, otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -77,6 +77,17 @@ def points(fraction: float) -> str:
     return decimal(100 * fraction)
 
 
+def with_spread(mean: float | None, std: float | None, digits: int = 1, *, scale: float = 1) -> str:
+    """A mean with its standard deviation, or alone if that is None.
+
+    >>> with_spread(0.5, 0.25, scale=100), with_spread(2, None), with_spread(None, None)
+    ('50.0 ± 25.0', '2.0', '—')
+    """
+    if mean is None:
+        return MISSING
+    return decimal(scale * mean, digits) + ("" if std is None else f" ± {decimal(scale * std, digits)}")
+
+
 def span(values: Sequence[float]) -> str:
     """Whole numbers as one figure, or as the range that they cover.
 
@@ -89,13 +100,31 @@ def span(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def counted(count: str, noun: str) -> str:
+def noun_of(count: object, noun: str) -> str:
+    """A noun in the singular after 1, otherwise in the plural.
+
+    >>> noun_of(1, "seed"), noun_of("3 to 7", "batch")
+    ('seed', 'batches')
+    """
+    return noun if str(count) == "1" else "batches" if noun == "batch" else f"{noun}s"
+
+
+def counted(count: object, noun: str) -> str:
     """A number with its noun.
 
-    >>> counted("1", "batch"), counted("4", "batch")
+    >>> counted(1, "batch"), counted("4", "batch")
     ('1 batch', '4 batches')
     """
-    return f"{count} {noun}" if count == "1" else f"{count} {'batches' if noun == 'batch' else noun + 's'}"
+    return f"{count} {noun_of(count, noun)}"
+
+
+def out_of(part: int, total: int) -> str:
+    """How many of some runs, the number alone if it is all of them.
+
+    >>> out_of(2, 3), out_of(3, 3)
+    ('2 of 3', '3')
+    """
+    return str(total) if part == total else f"{part} of {total}"
 
 
 def said_of(noun: str, text: str) -> str:
@@ -108,7 +137,7 @@ def said_of(noun: str, text: str) -> str:
     >>> said_of("round", "seconds a batch"), said_of("round", "phase (batches)")
     ('seconds a round', 'phase (rounds)')
     """
-    return text.replace("batches", counted("", noun).strip()).replace("batch", noun)
+    return text.replace("batches", noun_of(2, noun)).replace("batch", noun)
 
 
 def listed(names: Sequence[str]) -> str:

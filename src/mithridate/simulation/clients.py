@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mithridate.core.aggregator import Aggregator
-from mithridate.core.batch import Batch
+from mithridate.core.batch import Batch, each_tensor
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import build, config_of, settings
 from mithridate.core.seeding import derived_seed, generator
@@ -175,7 +175,9 @@ class Federation:
         batch = self.stream.victim.batch(np.concatenate(chosen), device)
         if self.stream.settings.augment_stream:
             batch = self.stream.augmented(batch, generator("federated augmentation", self.seed, number))
-        return who, Batch(batch.x.reshape(len(who), size, *batch.x.shape[1:]), batch.y.reshape(len(who), size))
+        by_client = (len(who), size)
+        x = each_tensor(batch.x, lambda t: t.reshape(*by_client, *t.shape[1:]))
+        return who, Batch(x, batch.y.reshape(*by_client, *batch.y.shape[1:]))
 
 
 def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:

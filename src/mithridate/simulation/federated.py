@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
@@ -47,6 +48,11 @@ class _Federated(Simulation):
         learner.defence.check_federation(run, clients)
         check_model(learner.model, run)
         _, data = federation.round(run.rounds, run, learner.device)
+        if not isinstance(data.x, Tensor):
+            raise ConfigError(
+                "a federation is simulated for inputs that are one tensor, and these are several; run an online recipe "
+                "([run] in place of [federated])."
+            )
         trigger = Batch(data.x.flatten(0, 1), data.y.flatten())
         super().__init__(
             learner,

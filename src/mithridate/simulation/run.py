@@ -14,7 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch
-from mithridate.core.model import Snapshot, Weights
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.seeding import generator
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory, Need, View

@@ -23,7 +23,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, overrides
 from mithridate.core.errors import ConfigError, UserError
 from mithridate.core.features import observe
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import KINDS, build, config_of, entries
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View

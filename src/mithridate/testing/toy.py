@@ -8,7 +8,7 @@ from torch.optim import SGD
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.core.seeding import derived_seed
 from mithridate.data.catalogue import DatasetInfo, PartSizes
 from mithridate.data.stream import Part, Stream, StreamSettings
@@ -23,22 +23,13 @@ TEST = 200
 
 TOY = DatasetInfo(
     name="toy",
-    hub_id="",
-    hub_config="",
-    image_column="",
-    label_column="",
-    summary="A bright bar in one of four places, in noise.",
-    source="Made by this module.",
     shape=(1, 8, 8),
     classes=tuple("abcd"),
     mean=(0.4,),
     std=(0.3,),
-    splits={"all": 640},
-    flip=False,
     crop_padding=1,
-    sizes=SIZES,
 )
-"""What the toy images are."""
+"""What the toy images are: a bright bar in one of four places, in noise."""
 
 
 def toy_stream(seed: int = 0) -> Stream:
@@ -56,9 +47,8 @@ def toy_stream(seed: int = 0) -> Stream:
             x[i, 0, :, 2 * label : 2 * label + 2] += 0.2
         return Part(name, (255 * x.clip(0, 1)).astype(np.uint8), y.astype(np.int64))
 
-    # The settings name a real set, since they are checked; only the sizes are used here.
     settings = StreamSettings(
-        name="digits",
+        name="arrays",
         burn_in=SIZES.burn_in,
         victim=SIZES.victim,
         validation=SIZES.validation,

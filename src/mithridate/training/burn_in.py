@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock
@@ -15,7 +16,8 @@ from torch import nn
 from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Snapshot
+from mithridate.core.files import AbsolutePath
+from mithridate.core.past import Snapshot
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
 from mithridate.data.stream import Stream
@@ -28,15 +30,23 @@ METHOD = 1
 LATEST = "latest.safetensors"
 """Where a killed burn-in goes on."""
 
+Schedule = Literal["constant", "linear", "cosine"]
+"""How the learning rate goes from `lr` at the first step towards 0 at the last."""
+
 
 @settings
 class BurnIn:
     """Training on clean data before the stream begins.
 
+    The learning rate falls by default. At a constant 0.1 a burn-in now and then ends on a spike of its loss, and which
+    seed's does depends on the processor; `benchmarks/burn_in.py` prints start accuracies by schedule.
+
     Args:
         epochs: Passes over the burn-in part; 0 leaves the model as initialised.
         batch_size: Images a step.
-        lr: Learning rate of SGD, constant.
+        lr: Learning rate of SGD at the first step, > 0.
+        schedule: Of the learning rate, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a straight line,
+            from `lr` to 0), or `constant`.
         momentum: Momentum factor of SGD.
         weight_decay: L2 penalty of SGD.
         checkpoints: Epochs whose model is kept besides the last (DSC and discrepancy look back at them).
@@ -45,22 +55,40 @@ class BurnIn:
             training; `epochs` is then not used.
 
     Source:
-        Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1.
+        Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1, constant.
+        Cosine: Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983, Eq. (5), without restarts.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 100
     lr: Annotated[float, Field(gt=0)] = 0.1
+    schedule: Schedule = "cosine"
     momentum: Annotated[float, Field(ge=0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
-    checkpoint: str | None = None
+    checkpoint: AbsolutePath | None = None
 
     def __post_init__(self) -> None:
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
         if late:
             raise ConfigError(f"[burn_in] checkpoints {late} come after the last of {self.epochs} epochs; lower them.")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the rate of a step depends on `epochs`, so that burn-ins of other lengths share no epoch."""
+        return self.schedule != "constant"
+
+    def rate(self, passes: float) -> float:
+        """The learning rate of a step: a formula of where it stands, so that a resumed burn-in has the same bits.
+
+        Args:
+            passes: Over the burn-in part before this step, fractions included, in [0, epochs).
+        """
+        if self.schedule == "constant":
+            return self.lr
+        share = passes / self.epochs
+        return self.lr * (1 - share if self.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
 @dataclass(frozen=True)
@@ -82,23 +110,39 @@ class BurnInResult:
     reused: bool = False
 
 
-def burn_in_key(stream: Stream, model: Mapping[str, Any], how: BurnIn, *, seed: int, device: torch.device) -> str:
+def burn_in_key(
+    stream: Stream, fresh: nn.Module, model: Mapping[str, Any], how: BurnIn, *, seed: int, device: torch.device
+) -> str:
     """A hash of everything that determines a burn-in: data, augmentation, model, settings, seed, torch, device type.
 
-    Left out is how long it lasts and which epochs are kept: burn-ins that differ in nothing else share their epochs.
+    The fresh model counts by its layers and initial weights, since a name and settings do not say what a function of
+    the user's own builds today.
+
+    Left out is which epochs are kept and, where the rate does not depend on it, how long it lasts: burn-ins that differ
+    in nothing else share their epochs.
     """
-    shared = {"epochs", "checkpoints", "checkpoint", "seed"}
+    shared = {"checkpoints", "checkpoint", "seed"} | (set() if how.depends_on_length else {"epochs"})
     plan = {
         "method": METHOD,
         "data": stream.fingerprint,
         "augment": stream.settings.augment,
         "model": dict(model),
+        "fresh": _fingerprint(fresh),
         "burn_in": {key: value for key, value in fields_of(how).items() if key not in shared},
         "seed": seed,
         "torch": torch.__version__,
         "device": device.type,
     }
     return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """A hash of a model's layers and of all its tensors."""
+    digest = hashlib.sha256(repr(module).encode())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def burn_in(
@@ -108,7 +152,7 @@ def burn_in(
     *,
     seed: int,
     model_config: Mapping[str, Any] | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     on_epoch: Callable[[int, int], None] | None = None,
 ) -> BurnInResult:
     """Train `model` in place on the stream's burn-in part, or fetch the result of an earlier, equal training.
@@ -139,8 +183,8 @@ def burn_in(
             if on_epoch:
                 on_epoch(epoch, how.epochs)
         return BurnInResult(learner.snapshot(), "", seconds=time.perf_counter() - began)
-    key = burn_in_key(stream, model_config or {}, how, seed=seed, device=learner.device)
-    folder = cache / "burn_in" / key
+    key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
+    folder = Path(cache) / "burn_in" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         return _train_or_resume(learner, stream, how, seed, folder, on_epoch)
@@ -200,10 +244,18 @@ def _sgd(model: nn.Module, how: BurnIn) -> SGD:
 
 
 def _train_epoch(learner: Learner, stream: Stream, how: BurnIn, seed: int, epoch: int) -> None:
-    """One pass in an order, and with an augmentation, that depend on (seed, epoch) alone."""
+    """One pass; its order and augmentation depend on (seed, epoch) alone, its rates on the settings and the epoch."""
     part = stream.burn_in
     order = generator("burn-in order", seed, epoch)
     change = generator("burn-in augmentation", seed, epoch)
     lone = len(part) % how.batch_size == 1  # BatchNorm has no variance of one value
-    for batch in part.batches(how.batch_size, rng=order, drop_last=lone, device=learner.device):
+    steps = math.ceil(len(part) / how.batch_size) - lone
+    for step, batch in enumerate(part.batches(how.batch_size, rng=order, drop_last=lone, device=learner.device)):
+        _set_rate(learner, how.rate(epoch - 1 + step / steps))
         learner.update(stream.augmented(batch, change) if stream.settings.augment else batch)
+    _set_rate(learner, how.lr)  # whoever restores a snapshot with its optimiser learns at this rate, not at almost 0
+
+
+def _set_rate(learner: Learner, lr: float) -> None:
+    for group in learner.optimiser.param_groups:
+        group["lr"] = lr

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import CheckpointError
 from mithridate.core.files import write_atomically
-from mithridate.core.model import Snapshot
+from mithridate.core.past import Snapshot
 
 FORMAT = "mithridate-snapshot-1"
 
 
 def save_snapshot(
-    path: Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None
+    path: str | Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None
 ) -> None:
     """Write a snapshot as one safetensors file, atomically.
 
@@ -52,10 +52,10 @@ def save_snapshot(
     }
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     text = json.dumps(header)
-    write_atomically(path, lambda part: safetensors.torch.save_file(ready, part, metadata={"mithridate": text}))
+    write_atomically(Path(path), lambda part: safetensors.torch.save_file(ready, part, metadata={"mithridate": text}))
 
 
-def load_snapshot(path: Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
+def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
     """Read what `save_snapshot` wrote: the snapshot, the extra tensors and the note.
 
     Raises:
@@ -88,7 +88,7 @@ def load_snapshot(path: Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
     return snapshot, parts["extra"], header["note"]
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: str | Path, model: nn.Module) -> None:
     """Fill a model from a checkpoint that somebody else may have made: `.safetensors`, or `.pt`/`.pth` as bare tensors.
 
     Wrapper prefixes (`module.`) are taken off; a state dict under `net`, `model` or `state_dict` is found. A file that
@@ -101,7 +101,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: Missing, unreadable, unsafe, or its tensors do not fit the model.
     """
-    found = {name.removeprefix("module."): t for name, t in _read_weights(path).items()}
+    found = {name.removeprefix("module."): t for name, t in _read_weights(Path(path)).items()}
     wanted = model.state_dict()
     if not any(name in wanted for name in found):
         inside = {name: t for name, t in ((_after_dot(n), t) for n, t in found.items()) if name in wanted}

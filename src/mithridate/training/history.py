@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import write_atomically
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 from mithridate.training.checkpoint import load_snapshot
 
 
@@ -31,13 +31,14 @@ class History:
         *,
         every: int = 1,
         keep: int = 0,
-        folder: Path | None = None,
-        checkpoints: Mapping[int, Path | Weights] | None = None,
+        folder: str | Path | None = None,
+        checkpoints: Mapping[int, str | Path | Weights] | None = None,
     ) -> None:
         if every < 1 or keep < 0:
             raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
-        self.every, self.keep, self.folder = every, keep, folder
-        self.checkpoints = dict(checkpoints or {})
+        self.every, self.keep = every, keep
+        self.folder = Path(folder) if folder is not None else None
+        self.checkpoints = {k: Path(v) if isinstance(v, str) else v for k, v in (checkpoints or {}).items()}
         self._states: dict[int, Weights | Path] = {}
 
     @torch.no_grad()

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import AnyBatch, Domain
+from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence, Verdict
+from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import BatchNormMode, Criterion, Snapshot, Weights, answer, frozen_statistics, right_answers
+from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics, right_answers
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.updates import Updates
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_fit

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mithridate.core.errors import CheckpointError
-from mithridate.core.model import Weights
+from mithridate.core.past import Weights
 
 
 class Rollback:

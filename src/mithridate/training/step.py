@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import AnyBatch, Domain, check_batch
+from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Screened, Verdict, checked
+from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import BatchNormMode, Criterion, WhiteBox, in_mode
 from mithridate.core.tolerance import check_labels

@@ -23,7 +23,7 @@ from mithridate.maths.calculus import (
     unit,
 )
 from mithridate.maths.norms import Norm
-from mithridate.update_attacks.hostile import Factor, Hostile, Length, Share, scaled, shared_out, within, zero_sum
+from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
 
 TRIGGER = "trigger"
 """Where the attack keeps its poisoned trigger between rounds, (parameters,)."""
@@ -38,7 +38,7 @@ TRIGGER = "trigger"
     },
 )
 @settings
-class Accumulative(Hostile):
+class AccumulativeUpdates(HostileShare):
     """Round after round move the model to where the trigger's update is harmful, at unchanged accuracy; then send it.
 
     Each round's mean update becomes clean_weight * (honest mean) + lam * G_t, where G_t is the gradient, in the

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import View
-from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
+from mithridate.update_attacks.hostile import HostileShare, Share, every_honest_row
 
 LARGEST_SHARE = 1 - 1e-6
 """Of the honest clients; the quantile of 1 is infinite."""
@@ -18,7 +18,7 @@ LARGEST_SHARE = 1 - 1e-6
 
 @register("update_attack", "alie")
 @settings
-class Alie(Hostile):
+class Alie(HostileShare):
     """All hostile clients send mean - z * std of the honest updates, entry by entry.
 
     Args:

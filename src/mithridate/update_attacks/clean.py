@@ -7,12 +7,12 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import View
-from mithridate.update_attacks.hostile import Hostile, Share
+from mithridate.update_attacks.hostile import HostileShare, Share
 
 
 @register("update_attack", "clean")
 @settings
-class Clean(Hostile):
+class CleanUpdates(HostileShare):
     """Every client is honest.
 
     Args:

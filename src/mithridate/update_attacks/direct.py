@@ -7,12 +7,12 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import Need, View
-from mithridate.update_attacks.hostile import Factor, Hostile, Length, Share, scaled, shared_out
+from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out
 
 
 @register("update_attack", "direct")
 @settings
-class Direct(Hostile):
+class Direct(HostileShare):
     """In the trigger round alone, make the round's mean a multiple of minus the honest update.
 
     Args:

@@ -19,7 +19,7 @@ Length = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @settings
-class Hostile(UpdateAttack, ABC):
+class HostileShare(UpdateAttack, ABC):
     """A share of each round's clients is hostile.
 
     Args:

@@ -5,12 +5,12 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import View
-from mithridate.update_attacks.hostile import Factor, Hostile, Share
+from mithridate.update_attacks.hostile import Factor, HostileShare, Share
 
 
 @register("update_attack", "ipm")
 @settings
-class InnerProductManipulation(Hostile):
+class InnerProductManipulation(HostileShare):
     """All hostile clients send -scale times the mean of the honest updates.
 
     Args:

@@ -7,16 +7,15 @@ from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import frozen_statistics
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import Need, View
-from mithridate.update_attacks.hostile import Factor, Hostile, Share
+from mithridate.update_attacks.hostile import Factor, HostileShare, Share
 
 
 @register("update_attack", "label_flip")
 @settings
-class LabelFlip(Hostile):
+class LabelFlip(HostileShare):
     """Each hostile client sends the update of its own images with every label moved on by some classes.
 
     Args:
@@ -41,8 +40,8 @@ class LabelFlip(Hostile):
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Updates that the wrong labels give."""
         box = view.model
-        with torch.no_grad(), frozen_statistics(box.module, "eval"):
-            classes = int(box.module(honest.x[0, :1]).shape[1])
+        with torch.no_grad():
+            classes = box.logits(honest.x[0, :1]).shape[1]
         if self.shift % classes == 0:
             raise ConfigError(f"label_flip: shift = {self.shift} leaves every label of {classes} classes as it is.")
         return self.scale * honest.gradients(honest.x, (honest.y + self.shift) % classes)

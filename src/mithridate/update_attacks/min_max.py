@@ -9,12 +9,12 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import View
-from mithridate.update_attacks.hostile import Hostile, Share, every_honest_row
+from mithridate.update_attacks.hostile import HostileShare, Share, every_honest_row
 
 
 @register("update_attack", "min_max")
 @settings
-class MinMax(Hostile):
+class MinMax(HostileShare):
     """All hostile clients send mean + gamma * direction, gamma as large as the honest rows' own distances allow.
 
     The largest distance to an honest row stays within the largest distance of two honest rows; gamma is found by

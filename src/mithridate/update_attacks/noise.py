@@ -8,12 +8,12 @@ from torch import Generator, Tensor
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import View
-from mithridate.update_attacks.hostile import Factor, Hostile, Share
+from mithridate.update_attacks.hostile import Factor, HostileShare, Share
 
 
 @register("update_attack", "noise")
 @settings
-class Noise(Hostile):
+class NoiseUpdates(HostileShare):
     """Each hostile client sends a random direction as long as its honest update, scaled.
 
     Args:

@@ -1,0 +1,149 @@
+"""The trigger of the accumulative attack: which one it is, and how it is poisoned."""
+
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor
+
+from mithridate.attacks.budget import Iterated
+from mithridate.attacks.hiding import Hiding
+from mithridate.attacks.losses import by_targets, targets
+from mithridate.core.batch import Batch
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
+from mithridate.core.registry import settings
+from mithridate.core.view import Need, View
+from mithridate.maths.alignment import turn_towards
+from mithridate.maths.calculus import Normalise, Objective, Parameters, gradient, unit
+
+TRIGGER = "trigger.x"
+"""Where the attack keeps its poisoned trigger between steps."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round of crafting looks at.
+
+    Args:
+        box: The model, under a criterion that reads from the targets which loss a sample is under.
+        objective: Its loss, in the craft mode.
+        parameters: Its parameters.
+        validation: S_val of this round.
+        g_validation: grad_theta L(S_val).
+        trigger_y: Targets of the trigger.
+        old: The old model that the poison hides from, if it hides.
+    """
+
+    box: WhiteBox
+    objective: Objective
+    parameters: Parameters
+    validation: Batch
+    g_validation: Parameters
+    trigger_y: Tensor
+    old: Weights | None
+
+
+@settings
+class TriggerPoisoner(Hiding, Iterated, ABC):
+    """An attack that prepares one trigger, and knows S_val.
+
+    Args:
+        trigger_mode: `clean`: the trigger batch as it is; `fixed`: poisoned once, against the burn-in model;
+            `reoptimised`: poisoned further at every step ("optimizing P").
+        trigger_update: How `reoptimised` works: `joint` ascends H_t in the trigger's pixels inside the same inner loop,
+            with third derivatives (Algorithm 1 as printed); `after_step` descends <g_val, g_tri> from the last trigger
+            once the victim has taken its step (the released code).
+        normalise: Gradients in products as they are (`none`), at unit length (`global`), or each tensor of them
+            (`tensor`).
+        validation_size: Images of S_val; unset: all that the attacker has.
+        resample_validation: Draw S_val anew at every step, with replacement ("re-sampling S_val").
+        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
+
+    Source:
+        Pang et al., NeurIPS 2021, section 3.2 and section 4.1.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
+
+    trigger_mode: Literal["clean", "fixed", "reoptimised"] = "reoptimised"
+    trigger_update: Literal["joint", "after_step"] = "joint"
+    normalise: Normalise = "none"
+    validation_size: Annotated[int, Field(ge=1)] | None = None
+    resample_validation: bool = False
+    chunk: Annotated[int, Field(ge=1)] = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_hiding()
+        if self.beta > 0:
+            object.__setattr__(self, "needs", self.needs | {Need.HISTORY})
+
+    @property
+    def joint(self) -> bool:
+        """Whether the trigger is poisoned in the same inner loop as each batch."""
+        return self.trigger_mode == "reoptimised" and self.trigger_update == "joint"
+
+    def after_step(self, view: View, rng: Generator) -> None:
+        """With `after_step`: poison the trigger further, for the model as it is now."""
+        if self.trigger_mode == "reoptimised" and not self.joint and TRIGGER in view.memory:
+            with self.round(view, rng) as at:
+                view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, view.memory[TRIGGER])
+
+    def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
+        """The trigger as the phase has left it; crafted now if there was no phase."""
+        with self.round(view, rng) as at:
+            return self.current_trigger(at, view, rng)
+
+    @property
+    def pieces(self) -> int | None:
+        """Samples computed at a time; None where they see each other."""
+        return None if self.craft_mode == "train" else self.chunk
+
+    @contextmanager
+    def round(self, view: View, rng: Generator) -> Iterator[Round]:
+        """What this round looks at, with the model in the craft mode."""
+        box = by_targets(self.target(view))
+        parameters = box.parameters
+        trigger_y = targets(self.loss, box, view.clean_trigger, self.craft_mode)
+        old = self.hidden_from(view)
+        with box.objective(self.craft_mode) as objective:
+            validation = self._validation(view, rng)
+            g_validation = gradient(objective, parameters, *validation, chunk=self.pieces)
+            yield Round(box, objective, parameters, validation, g_validation, trigger_y, old)
+
+    def _validation(self, view: View, rng: Generator) -> Batch:
+        """S_val of this round."""
+        pool = view.validation
+        size = min(self.validation_size or pool.size, pool.size)
+        if not self.resample_validation:
+            return pool.take(slice(size))
+        return pool.take(torch.randint(pool.size, (size,), generator=rng))
+
+    def turned(self, at: Round, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
+        """How pixels turn their parameter gradient towards `w`."""
+        return turn_towards(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
+
+    def current_trigger(self, at: Round, view: View, rng: Generator) -> Tensor:
+        """The trigger as it stands. `joint` begins with the clean one, the others poison it when first asked for."""
+        if self.trigger_mode == "clean" or (self.joint and TRIGGER not in view.memory):
+            return view.clean_trigger.x
+        if TRIGGER not in view.memory:
+            view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, None)
+        return view.memory[TRIGGER]
+
+    def _poisoned_trigger(self, at: Round, view: View, rng: Generator, start: Tensor | None) -> Tensor:
+        """Descend <g_val, g_tri> in the trigger's pixels, Eq. (6), from `start` or from the clean trigger."""
+        clean = view.clean_trigger.x
+        wanted = unit(at.g_validation, self.normalise)
+
+        def down(x: Tensor) -> Tensor:
+            slope = -self.turned(at, x, at.trigger_y, wanted)
+            return self.hidden_slope(slope, at.box, at.old, x, chunk=self.pieces, trigger=True)
+
+        mask = self.positions(len(clean), view, rng).to(clean.device)
+        return self.climb(clean, down, mask, view.domain, rng, start=start)

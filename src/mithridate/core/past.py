@@ -1,0 +1,81 @@
+"""What a model was earlier."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from mithridate.core.batch import Inputs
+from mithridate.core.errors import CheckpointError
+from mithridate.core.model import answer, frozen_statistics
+
+
+class Past(Protocol):
+    """A model's own past, as a defence or an attack may look at it."""
+
+    def back(self, k: int) -> "Weights | None":
+        """The model as it was `k` updates ago, or the nearest kept state older than that; None if there is none."""
+
+    def checkpoint(self, epoch: int | None = None) -> "Weights | None":
+        """The model at the end of a burn-in epoch; unset: the earliest kept one. None if there is none."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters and buffers of one past model.
+
+    Args:
+        parameters: By name.
+        buffers: By name.
+        label: When it was, for messages.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    label: str = ""
+
+    @classmethod
+    def of(cls, module: nn.Module, label: str = "") -> "Weights":
+        """Those of a model as it is now; they share its memory."""
+        return cls(dict(module.named_parameters()), dict(module.named_buffers()), label)
+
+    def copied(self) -> "Weights":
+        """The same, in memory of its own."""
+        parameters, buffers = (
+            {name: t.detach().clone() for name, t in tensors.items()} for tensors in (self.parameters, self.buffers)
+        )
+        return Weights(parameters, buffers, self.label)
+
+    def logits(self, module: nn.Module, x: Inputs) -> Tensor:
+        """What that model says of `x`, in eval mode, through a module of the same architecture.
+
+        Raises:
+            CheckpointError: It is of another architecture or class count.
+        """
+        now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        state = {**self.parameters, **self.buffers}
+        if now.keys() != state.keys() or any(now[name].shape != state[name].shape for name in now):
+            raise CheckpointError(
+                f"the old model ({self.label or 'unnamed'}) is of another architecture or class count than the current "
+                "one; look back at a state of the same model."
+            )
+        with frozen_statistics(module, "eval"):
+            return answer(module, x, state)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a learner is at one moment: a value, detached copies, restored bit for bit.
+
+    Args:
+        parameters: Parameters by name.
+        buffers: Buffers by name (BatchNorm statistics among them).
+        optimiser: The optimiser's state dict (momentum and the like).
+        step: Number of updates made.
+    """
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    optimiser: Mapping[str, Any]
+    step: int

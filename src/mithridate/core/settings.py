@@ -1,0 +1,98 @@
+"""Settings: frozen, keyword-only dataclasses whose values are checked, and the messages when one is wrong."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass as checked_dataclass
+from pydantic.dataclasses import rebuild_dataclass
+from pydantic_core import ArgsKwargs, PydanticUndefined
+
+from mithridate.core.errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
+def settings(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass whose keys, types and ranges are checked when it is made.
+
+    What is wrong with a value is told as a `ConfigError`, from Python as from a recipe.
+    """
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
+    checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
+    rebuild_dataclass(checked)  # a type that is not known yet is an error now: later, pydantic would replace `__init__`
+
+    def __init__(self: T, **values: Any) -> None:  # noqa: ANN401  (a field holds anything)
+        _fill(self, values, where=type(self).__name__)
+
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    checked.__init__ = __init__
+    made: type[T] = checked
+    return made
+
+
+def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
+    """A settings object from plain values, with messages that a recipe's author understands.
+
+    Args:
+        cls: A settings class, or any dataclass; the types of a plain dataclass are not checked.
+        values: By field.
+        where: Begins the message, such as the recipe's table.
+
+    Raises:
+        ConfigError: Unknown key (names the nearest), missing key, wrong type or range.
+    """
+    made = cls.__new__(cls)
+    _fill(made, values, where=where)
+    return made
+
+
+def _fill(made: Any, values: Mapping[str, Any], *, where: str) -> None:  # noqa: ANN401  (any dataclass)
+    """Initialise a dataclass from values."""
+    fields = {f.name: f for f in dataclasses.fields(made)}
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, fields)}")
+    initialised_by = next(cls for cls in type(made).__mro__ if "__init__" in vars(cls))
+    validator = vars(initialised_by).get("__pydantic_validator__")
+    try:
+        if validator is not None:
+            validator.validate_python(ArgsKwargs((), dict(values)), self_instance=made)
+            return
+        for key, field in fields.items():
+            if key not in values and field.init and _default(field) is dataclasses.MISSING:
+                raise ConfigError(f"{where}: {key} has no default; give it a value.")
+        made.__init__(**values)
+    except pydantic.ValidationError as error:
+        problems = "; ".join(_problem(e) for e in error.errors())
+        raise ConfigError(f"{where}: {problems}.") from None
+    except ValueError as error:  # from the `__post_init__` of a plain dataclass
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)
+    place = ".".join(str(part) for part in e["loc"])
+    if e["type"] == "missing":
+        return f"{place} has no default; give it a value"
+    message = str(e["msg"]).removeprefix("Value error, ")
+    return f"{place} = {e['input']!r}: {message[0].lower()}{message[1:]}" if place else message
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Every field of a settings class with its default; `dataclasses.MISSING` where there is none."""
+    return {f.name: _default(f) for f in dataclasses.fields(cls)}
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  (a field holds anything)
+    if isinstance(field.default, pydantic.fields.FieldInfo):
+        default = field.default.get_default(call_default_factory=True)
+        return dataclasses.MISSING if default is PydanticUndefined else default
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def fields_of(settings_object: object) -> dict[str, Any]:
+    """Field values of a settings object, without those that are None."""
+    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(settings_object)}  # type: ignore[arg-type]  # every settings class is a dataclass
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}

@@ -1,0 +1,91 @@
+"""Encoded images as arrays of bytes. What they hold is not trusted: few formats, one size, no picture that unfolds."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mithridate.core.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "BMP", "PPM", "TIFF", "WEBP")
+"""What is read; Pillow knows more, and some of it runs other programs."""
+
+CHANNELS = {"L": 1, "RGB": 3}
+"""Modes of Pillow that are read: grey and colour, a byte a channel."""
+
+MAX_PIXELS = 2**24
+"""Largest image, in pixels; a larger one is refused before it is decoded."""
+
+
+class Frame(NamedTuple):
+    """What the header of an image says.
+
+    Args:
+        mode: `L` (grey) or `RGB`.
+        height: In pixels.
+        width: In pixels.
+    """
+
+    mode: str
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"mode {self.mode}, {self.height}x{self.width} pixels"
+
+
+def decode_images(
+    images: Iterable[tuple[str, Path | bytes]], *, frame: Frame | None = None, whose: str = ""
+) -> NDArray[np.uint8]:
+    """Decode images that share one size and mode.
+
+    Args:
+        images: (what messages call it, file or its content) each.
+        frame: What all must have; None: what the first one has.
+        whose: What messages say has that frame.
+
+    Shape:
+        Returns (n, channels, height, width); (0, 0, 0, 0) if there are none.
+
+    Raises:
+        DataError: An image is unreadable, of another size or mode than the others, or too large.
+    """
+    pixels = []
+    for where, image in images:
+        decoded, found = _decode(image, where, frame, whose)
+        frame, whose = (found, where) if frame is None else (frame, whose)
+        pixels.append(decoded)
+    if not pixels:
+        return np.empty((0, 0, 0, 0), dtype=np.uint8)
+    stacked = np.stack(pixels)
+    return np.ascontiguousarray(stacked.transpose(0, 3, 1, 2) if stacked.ndim == 4 else stacked[:, None])
+
+
+def _decode(image: Path | bytes, where: str, wanted: Frame | None, whose: str) -> tuple[NDArray[np.uint8], Frame]:
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+            frame = Frame(opened.mode, opened.height, opened.width)
+            _check(frame, where, wanted, whose, pictures=getattr(opened, "n_frames", 1))
+            return np.asarray(opened), frame
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise DataError(
+            f"{where} is not a readable image ({type(error).__name__}: {error}); fetch it again, or take it out. Read "
+            f"are {', '.join(FORMATS)}."
+        ) from error
+
+
+def _check(frame: Frame, where: str, wanted: Frame | None, whose: str, *, pictures: int) -> None:
+    if wanted is not None and frame != wanted:
+        raise DataError(f"{where} is an image of {frame}; {whose} has {wanted}. All must be alike: convert it.")
+    if frame.mode not in CHANNELS:
+        raise DataError(f"{where} is an image of {frame}; convert it to grey (L) or colour (RGB), a byte a channel.")
+    if pictures > 1:
+        raise DataError(f"{where} holds {pictures} pictures; give one a file.")
+    if frame.height * frame.width > MAX_PIXELS:
+        raise DataError(f"{where} has {frame.height}x{frame.width} pixels, and {MAX_PIXELS:,} are the most; shrink it.")

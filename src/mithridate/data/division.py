@@ -1,0 +1,82 @@
+"""How many samples of a data set go to which part of a stream."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from mithridate.core.errors import DataError
+
+TRAINING = ("victim", "trusted", "burn_in")
+HELD_OUT = ("validation", "test")
+
+Size = int | float
+"""A number of samples (int), or a share in (0, 1) of the split that they are cut from (float)."""
+
+
+def pools(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """The parts that are cut from each split, in order; a lone split gives all of them."""
+    names = tuple(splits)
+    if len(names) == 1:
+        return {names[0]: TRAINING[:-1] + HELD_OUT + TRAINING[-1:]}
+    return {"train": TRAINING, "test": HELD_OUT}
+
+
+def sizes_by_default(rows: int, asked: Mapping[str, Size | None]) -> dict[str, int]:
+    """How a split of a user's own data is divided where nobody says.
+
+    What the burn-in part leaves unsaid it gets as the rest; where it is stated, or cut from another split, the test
+    part gets the rest.
+
+    Args:
+        rows: Samples in the split.
+        asked: What the user wants of each part that is cut from it; None: unsaid.
+    """
+    sizes = {
+        "victim": max(1, min(10_000, 3 * rows // 10)),
+        "trusted": min(500, rows // 20),
+        "validation": min(500, rows // 20),
+        "test": max(1, rows // 5),
+    }
+    rest = "burn_in" if asked.get("burn_in", 0) is None else "test"
+    return {part: size for part, size in sizes.items() if part in asked and part != rest}
+
+
+def counts(
+    asked: Mapping[str, Size | None], default: Mapping[str, int | None], rows: int, *, where: str
+) -> dict[str, int]:
+    """The samples of each part of one split.
+
+    Args:
+        asked: What the user wants; None: the default.
+        default: Number by part; None, or no entry: all that the others leave.
+        rows: Samples in the split.
+        where: Names the split in messages.
+
+    Raises:
+        DataError: The parts need more samples than there are.
+    """
+    shares = [size for size in asked.values() if isinstance(size, float)]
+    if math.fsum(shares) > 1 + 1e-9:
+        raise DataError(f"{where}: the shares {_sum(shares)} are more than 1; ask for less.")
+    sizes = {part: default.get(part) if size is None else _count(size, rows) for part, size in asked.items()}
+    taken = sum(size for size in sizes.values() if size is not None)
+    told = ", ".join(
+        f"{part} {size}{' by default' if asked[part] is None else ''}"
+        for part, size in sizes.items()
+        if size is not None
+    )
+    if taken > rows:
+        raise DataError(f"{where} has {rows} samples, too few for {told}, {taken} in all; ask for fewer.")
+    whole = {part: rows - taken if size is None else size for part, size in sizes.items()}
+    for part, what in (("victim", "to learn online from"), ("test", "to test on")):
+        if whole.get(part) == 0:
+            raise DataError(f"{where} has {rows} samples, and none is left {what} ({told}); ask for fewer.")
+    return whole
+
+
+def _count(size: Size, rows: int) -> int:
+    # 0.29 * 100 is a little less than 29 in binary
+    return size if isinstance(size, int) else math.floor(size * rows + 1e-9)
+
+
+def _sum(shares: Iterable[float]) -> str:
+    return " + ".join(f"{share:g}" for share in shares)

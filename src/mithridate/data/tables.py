@@ -1,0 +1,148 @@
+"""Images in a Hugging Face data set on disk: as `save_to_disk` wrote it, or as a repository of Parquet files."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.data.samples import LONE, Row, Samples, image_samples, wanted_splits
+from mithridate.data.sources import Rows, dataset_rows, encoded, parquet_rows, quiet_hub, split_files
+
+Columns = tuple[str, str]
+"""Of images, of labels."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split.
+
+    Args:
+        features: What each column holds, as `datasets` says it.
+        rows: Gives the rows of an image and a label column.
+    """
+
+    features: Mapping[str, Any]
+    rows: Callable[[Columns], Iterable[Rows]]
+
+
+def saved_samples(path: Path, split: str | None, columns: Columns | None, *, name: str) -> Samples:
+    """The images of a data set that `save_to_disk` wrote.
+
+    Args:
+        path: Its folder.
+        split: One of its splits; None: train and test, or the only one.
+        columns: Of images and labels; None: the only ones of their type.
+        name: What messages call the data set.
+
+    Raises:
+        ConfigError: There is no such split or column, or it is not clear which is meant.
+        DataError: It is not such a folder, or its rows are no images with class numbers.
+    """
+    import datasets
+
+    try:
+        with quiet_hub():
+            loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # a folder that is something else breaks in many ways
+        raise DataError(
+            f"{path} is not a data set that `save_to_disk` wrote ({type(error).__name__}: {error}); set [data] path to "
+            'the folder that was given to it, or name = "parquet" for a folder of Parquet files.'
+        ) from error
+
+    def table(one: Any, place: str) -> Table:  # noqa: ANN401  (a datasets.Dataset, of no known type)
+        return Table(one.features, lambda chosen: dataset_rows(one, chosen, place=place))
+
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {LONE: loaded}
+    tables = {key: table(one, f"{path} ({key})") for key, one in splits.items()}
+    return _samples(tables, split, columns, path, name)
+
+
+def parquet_samples(path: Path, split: str | None, columns: Columns | None, *, name: str) -> Samples:
+    """The images of a repository of Parquet files.
+
+    Args:
+        path: A folder laid out as `train*.parquet` and `test*.parquet`, or `train/*.parquet` and `test/*.parquet`, in
+            it or in its `data/`; or a single file.
+        split: What other files begin with; None: train and test, or the only one of them.
+        columns: Of images and labels; None: the only ones of their type.
+        name: What messages call the data set.
+
+    Raises:
+        ConfigError: There is no such split or column, or it is not clear which is meant.
+        DataError: There is no such file, or its rows are no images with class numbers.
+    """
+    import datasets
+
+    named = dict.fromkeys(["train", "test", *([split] if split else [])])
+    found = {key: split_files([path, path / "data"], key) for key in named}
+    files = {LONE: [path]} if path.is_file() else {key: there for key, there in found.items() if there}
+    if not files:
+        there = sorted(str(file.relative_to(path)) for file in path.glob("**/*.parquet"))
+        raise DataError(
+            f"{path} holds no train*.parquet and no test*.parquet, in itself or in data/; there is "
+            f"{', '.join(there) or 'no Parquet file'}. Set [data] path to their folder, or split to what their names "
+            "begin with."
+        )
+
+    def table(shards: list[Path]) -> Table:
+        try:
+            features = datasets.Features.from_arrow_schema(pq.read_schema(shards[0]))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{shards[0]} is not a readable Parquet file ({error}); fetch it again.") from error
+        return Table(features, lambda chosen: parquet_rows(shards, chosen, whose=name))
+
+    return _samples({key: table(shards) for key, shards in files.items()}, split, columns, path, name)
+
+
+def _samples(tables: Mapping[str, Table], split: str | None, columns: Columns | None, path: Path, name: str) -> Samples:
+    chosen = wanted_splits(tables, split, where=path)
+    features = tables[chosen[0]].features
+    image, label = columns or (_only(features, _is_image, "image", path), _only(features, _is_label, "label", path))
+    for column in (image, label):
+        if column not in features:
+            raise ConfigError(f"{path} has no column '{column}'; there is {_told(features)}.")
+    classes = getattr(features[label], "names", None)
+
+    def rows(key: str) -> Iterator[Row]:
+        for piece in tables[key].rows((image, label)):
+            for where, content, number in piece.each(name):
+                if type(number) is not int:
+                    raise DataError(f"{where} has the label {number!r} in '{label}'; class numbers are whole numbers.")
+                yield where, encoded(content, where), number
+
+    return image_samples(name, {key: rows(key) for key in chosen}, classes)
+
+
+def _only(features: Mapping[str, Any], fits: Callable[[str, Any], bool], what: str, path: Path) -> str:
+    """The one column of a type.
+
+    Raises:
+        ConfigError: There is none, or several.
+    """
+    found = [column for column, feature in features.items() if fits(column, feature)]
+    if len(found) != 1:
+        many = f"{len(found)} columns" if found else "no column"
+        raise ConfigError(
+            f'{path} has {many} that may be the {what}: {_told(features)}. Set columns = ["image", "label"] in [data] '
+            "to the names of yours."
+        )
+    return found[0]
+
+
+def _is_image(_: str, feature: object) -> bool:
+    if isinstance(feature, dict):  # an image without the library's note on it
+        return "bytes" in feature
+    return type(feature).__name__ == "Image"
+
+
+def _is_label(column: str, feature: object) -> bool:
+    whole = str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
+    return type(feature).__name__ == "ClassLabel" or (whole and column in {"label", "labels"})
+
+
+def _told(features: Mapping[str, Any]) -> str:
+    return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())

@@ -1,0 +1,44 @@
+"""The report doubts itself: what in the results is not trustworthy, rule by rule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mithridate.report.doubts.doubt import Doubt, Severity
+from mithridate.report.doubts.rules import RULES
+from mithridate.report.rows import Row, groups
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What one rule found.
+
+    Args:
+        title: The rule in a few words.
+        meaning: What it looks for: its docstring's first line.
+        doubts: The gravest first; empty if there was nothing.
+    """
+
+    title: str
+    meaning: str
+    doubts: tuple[Doubt, ...]
+
+
+def examine(rows: Sequence[Row]) -> list[Examined]:
+    """Ask every rule about every group of rows that are compared.
+
+    Args:
+        rows: All rows of the report.
+
+    Returns:
+        One answer a rule, those with the gravest doubts first, those without doubts last; so are the doubts in each.
+    """
+    compared = groups(rows)
+    answers = []
+    for title, rule in RULES.items():
+        doubts = []
+        for members in compared.values():
+            where = f"{members[0].subject}: " if len(compared) > 1 else ""
+            doubts += [replace(doubt, cell=where + doubt.cell) for doubt in rule(members)]
+        doubts.sort(key=lambda doubt: doubt.severity.rank)
+        answers.append(Examined(title, (rule.__doc__ or "").partition("\n")[0], tuple(doubts)))
+    return sorted(answers, key=lambda a: a.doubts[0].severity.rank if a.doubts else len(Severity))

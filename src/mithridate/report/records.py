@@ -1,0 +1,75 @@
+"""The numbers as files: one record a cell or a run, in full precision."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+from mithridate.report.rows import Row, seed
+from mithridate.report.statistic import Statistic
+from mithridate.report.wording import number, plain, spreadsheet_safe
+
+METRICS = (
+    "accuracy_start",
+    "accuracy_before_trigger",
+    "accuracy_after_trigger",
+    "accuracy_after_buffers",
+    "drop",
+    "steps",
+    "alarms",
+    "seconds",
+)
+"""The numbers of `summary.json` that are averaged over seeds; accuracies and the drop are fractions."""
+
+RUN_METRICS = (*METRICS, "rolled_back", "quarantined", "flagged_clean", "flagged_poisoned", "update_seconds")
+"""The numbers of `summary.json` that `runs.csv` lists; older stores lack the last ones."""
+
+Record = Mapping[str, str | float | int | None]
+
+
+def means(statistics: Mapping[str, Statistic]) -> dict[str, float | int | None]:
+    """Mean, standard deviation and n of each quantity, every one a column."""
+    return {
+        f"{name}_{what}": value
+        for name, statistic in statistics.items()
+        for what, value in (("mean", statistic.mean), ("std", statistic.std), ("n", statistic.n))
+    }
+
+
+def summary_records(rows: Sequence[Row]) -> list[Record]:
+    """One record a cell: names, number of runs by outcome, and mean, std and n of every metric."""
+    return [
+        {
+            **row.names,
+            "runs": len(row.runs),
+            **{status: len(row.with_status(status)) for status in ("diverged", "halted")},
+            **means({metric: row.statistic(metric) for metric in METRICS}),
+        }
+        for row in rows
+    ]
+
+
+def run_records(rows: Sequence[Row]) -> list[Record]:
+    """One record a run: names, outcome and every metric."""
+    return [
+        {
+            "run": plain(run.path.name),
+            **row.names,
+            "seed": seed(run),
+            "status": plain(run.summary.get("status", "")),
+            "stopped_by": plain(run.summary.get("stopped_by", "")),
+            "first_alarm_step": number(run.summary.get("first_alarm_step")),
+            **{metric: number(run.summary.get(metric)) for metric in RUN_METRICS},
+        }
+        for row in rows
+        for run in row.runs
+    ]
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """Records as CSV: numbers in full precision, nothing where there is none, names that no spreadsheet evaluates."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    for record in records:
+        writer.writerow({k: spreadsheet_safe(v) if isinstance(v, str) else v for k, v in record.items()})
+    return text.getvalue()

@@ -1,0 +1,48 @@
+"""The settings of runs as flat text: what all of them share, and what differs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mithridate.bench.store import Run
+from mithridate.report.wording import plain
+
+
+def config_table(run: Run, name: str) -> Mapping[str, Any]:
+    """One table of a run's settings; empty if the run has none of that name."""
+    table = run.config.get(name, {})
+    return table if isinstance(table, Mapping) else {}
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as `table.key -> value`, both as text."""
+    flat: dict[str, str] = {}
+    for key, value in table.items():
+        name = f"{prefix}{plain(key)}"
+        if isinstance(value, Mapping):
+            flat |= flattened(value, f"{name}.")
+        else:
+            flat[name] = plain(value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False))
+    return flat
+
+
+def settings(run: Run) -> dict[str, str]:
+    """The run's settings but the title and the seed, flattened."""
+    apart = {"title", "run.seed", "run.seeds", "federated.seeds"}
+    return {key: value for key, value in flattened(run.config).items() if key not in apart}
+
+
+def shared(tables: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The entries that all tables have with the same value."""
+    return {key: value for key, value in tables[0].items() if all(table.get(key) == value for table in tables)}
+
+
+def varying(tables: Sequence[Mapping[str, str]], apart_from: Mapping[str, str]) -> dict[str, str]:
+    """The other entries; where the tables disagree, all their values.
+
+    Args:
+        tables: Some runs' settings or environments.
+        apart_from: Keys to leave out.
+    """
+    keys = dict.fromkeys(key for table in tables for key in table if key not in apart_from)
+    return {key: " | ".join(dict.fromkeys(table.get(key, "unset") for table in tables)) for key in keys}

@@ -1,0 +1,57 @@
+"""The table of results: accuracy at the start, before and after the trigger, one row a cell."""
+
+from collections.abc import Sequence
+
+from mithridate.report.rows import Row, groups, step_noun
+from mithridate.report.statistic import spread
+from mithridate.report.tables.section import TableSection, markdown_table
+from mithridate.report.wording import MISSING, decimal, out_of, said_of, span
+
+
+def results_table(rows: Sequence[Row]) -> TableSection:
+    """All rows as the page shows them.
+
+    Args:
+        rows: All rows of the report.
+    """
+    return TableSection(
+        id="results",
+        heading="Results",
+        intro="Accuracy on the test part, mean ± standard deviation over seeds (none for a single run). Drop: accuracy "
+        "before the trigger step minus after it. n: runs with a drop.",
+        line=1,
+        bold=5,
+    ).filled([(row.subject, dict(zip(columns(rows), displayed(row).values(), strict=True))) for row in rows])
+
+
+def columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """The headings of `displayed`, with what one step of these rows takes in instead of a batch."""
+    return tuple(said_of(step_noun(rows), name) for name in displayed(rows[0]))
+
+
+def displayed(row: Row) -> dict[str, str]:
+    """One row as people read it, by headings as of online runs; the first two columns are names."""
+    drop = row.statistic("drop")
+    seconds = row.statistic("seconds").mean
+    return {
+        "attack": row.attack,
+        "defence": row.defence,
+        "start (%)": spread(row.statistic("accuracy_start")),
+        "before trigger (%)": spread(row.statistic("accuracy_before_trigger")),
+        "after trigger (%)": spread(row.statistic("accuracy_after_trigger")),
+        "drop (points)": spread(drop),
+        "phase (batches)": span(row.statistic("steps").values),
+        "alarms": span(row.statistic("alarms").values),
+        "n": out_of(drop.n, len(row.runs)),
+        "seconds": MISSING if seconds is None else decimal(seconds),
+    }
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The results as one GitHub table; data set and model are columns only where they differ."""
+    several = len(groups(rows)) > 1
+    return markdown_table(
+        [*(("data set", "model") if several else ()), *columns(rows)],
+        [(*(row.group if several else ()), *displayed(row).values()) for row in rows],
+        names=4 if several else 2,
+    )

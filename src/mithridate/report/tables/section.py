@@ -1,0 +1,80 @@
+"""What every table is: its words, its head and its rows, for the page and as Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from mithridate.report.wording import markdown_safe
+
+
+@dataclass(frozen=True)
+class TableSection:
+    """A part of the page that holds one table.
+
+    Args:
+        id: Its anchor.
+        heading: Its heading.
+        intro: What the table shows, above it.
+        head: The headings of its columns.
+        rows: Its rows by what they are about (`Row.subject`, which is written only if there are several), each as long
+            as `head`, as text.
+        note: Said below it; nothing if empty.
+        names: How many columns on the left hold names, which are set to the left; numbers are set to the right.
+        line: The column whose change draws a line between rows; None draws none.
+        bold: The column that the eye should find; None for none.
+    """
+
+    id: str
+    heading: str
+    intro: str
+    head: Sequence[str] = ()
+    rows: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    note: str = ""
+    names: int = 2
+    line: int | None = None
+    bold: int | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not self.rows
+
+    def filled(self, cells: Sequence[tuple[str, Mapping[str, str]]]) -> "TableSection":
+        """The table with head and rows.
+
+        Args:
+            cells: Row by row what it is about, and its cells by heading; all rows have the same headings.
+        """
+        rows: dict[str, list[Sequence[str]]] = {}
+        for subject, line in cells:
+            rows.setdefault(subject, []).append(list(line.values()))
+        return replace(self, head=list(cells[0][1]) if cells else (), rows=rows)
+
+    def markdown(self) -> str:
+        """The table for GitHub, without heading and words."""
+        several = len(self.rows) > 1
+        return markdown_table(
+            [*(["model and data set"] if several else []), *self.head],
+            [(*([subject] if several else []), *row) for subject, rows in self.rows.items() for row in rows],
+            names=self.names + several,
+        )
+
+
+def markdown(tables: Iterable[TableSection]) -> str:
+    """Tables with their headings and words for GitHub; those without rows are left out."""
+    return "\n".join(
+        f"## {table.heading}\n\n{table.intro}\n\n{table.markdown()}" + (f"\n{table.note}\n" if table.note else "")
+        for table in tables
+        if not table.empty
+    )
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, names: int) -> str:
+    """A GitHub table; cells are shown as they are, never as markup.
+
+    Args:
+        head: The headings, which are ours.
+        rows: Each as long as `head`.
+        names: How many columns on the left hold names; the others hold numbers and are set to the right.
+    """
+    lines = [head, ["---"] * names + ["---:"] * (len(head) - names), *([*map(markdown_safe, row)] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

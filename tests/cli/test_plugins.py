@@ -1,0 +1,266 @@
+"""Components from elsewhere on the command line: an installed package, `--plugin`, and `package.module:Class`."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mithridate.bench.recipe import read_recipe
+from mithridate.bench.store import read_run, read_runs
+from mithridate.cli import app as cli
+from mithridate.core import registry
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import KINDS, config_of, entries
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
+SMALL = """
+[data]
+name = "digits"
+burn_in = 150
+victim = 100
+validation = 30
+trusted = 20
+test = 150
+batch_size = 20
+[burn_in]
+epochs = 1
+[run]
+steps = 2
+"""
+WEAK_DP = (
+    SMALL
+    + """
+[model]
+name = "small_cnn"
+width = 4
+[attack]
+name = "clean"
+[[defence]]
+name = "none"
+[[defence]]
+name = "weak_dp"
+clip_norm = 0.5
+"""
+)
+TINY = (
+    SMALL
+    + """
+[model]
+name = "parts:Linear"
+[attack]
+name = "noise"
+[[monitor]]
+name = "parts:Silent"
+[[defence]]
+name = "halve"
+[[defence]]
+name = "parts:Scale"
+factor = 0.25
+"""
+)
+PARTS = """
+import mithridate as mi
+from torch import nn
+
+@mi.register("defence", "halve")
+@mi.settings
+class Halve(mi.Defence):
+    "Half of every gradient."
+    factor: float = 0.5
+
+    def bound(self, gradient, view):
+        return gradient.with_rows(gradient.rows * self.factor)
+
+@mi.settings
+class Scale(Halve):
+    pass
+
+@mi.settings
+class Silent(mi.Monitor):
+    def alarm(self, readings):
+        return None
+
+class Linear(nn.Module):
+    def __init__(self, info):
+        super().__init__()
+        channels, height, width = info.shape
+        self.last = nn.Linear(channels * height * width, len(info.classes))
+
+    def forward(self, x):
+        return self.last(x.flatten(1))
+"""
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test imports and registers is forgotten after it; terminals are wide."""
+    monkeypatch.setattr(registry, "_entries", {kind: dict(entries(kind)) for kind in KINDS})
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    registry.broken_packages.cache_clear()
+    yield
+    for name in set(sys.modules) - modules:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path) or name == "weak_dp":
+            del sys.modules[name]
+    registry.broken_packages.cache_clear()
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    """The command in this process: exit code, stdout, stderr, white space folded."""
+    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+def command(*arguments: object, folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in a folder."""
+    places = [str(path)] if path else []
+    places += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+    program = Path(sys.executable).parent / "mithridate"
+    return subprocess.run(  # noqa: S603  (a fixed command)
+        [program, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def lay_out(project: Path, target: Path) -> None:
+    """What `pip install --target` leaves of a project, as far as Python looks at it."""
+    about = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    for name in about["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+        target.mkdir(exist_ok=True)
+        shutil.copy(project / name, target / name)
+    name, version = about["project"]["name"], about["project"]["version"]
+    info = target / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    lines = [
+        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in points.items())
+        for group, points in about["project"]["entry-points"].items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_installed_package_runs_from_a_recipe_and_again_from_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "installed"
+    lay_out(EXAMPLE, target)
+    (tmp_path / "small.toml").write_text(WEAK_DP, encoding="utf-8")
+    call = ("run", "small.toml", "--threads", "1", "--out", "first", "--set", "defence.weak_dp.noise=0.5")
+    done = command(*call, folder=tmp_path, path=target)
+    assert (done.returncode, done.stderr) == (0, "")
+    first = read_run(tmp_path / "first" / "clean__weak_dp__seed0")
+    assert first.config["defence"] == {"name": "weak_dp", "clip_norm": 0.5, "noise": 0.5, "seed": 0}
+    assert "plugins" not in first.config  # whoever has the package needs no more
+
+    code, out, _ = invoke("report", "first", "--out", "report")  # a report needs no plug-in
+    assert code == 0
+    assert "weak_dp" in out
+    assert "weak_dp" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    again = ("run", first.path / "config.toml", "--threads", "1", "--out", "again")
+    code, _, err = invoke(*again)
+    assert code == 2
+    assert err.startswith("error: unknown defence 'weak_dp': Known: ")
+
+    monkeypatch.syspath_prepend(target)
+    registry.broken_packages.cache_clear()
+    code, _, err = invoke(*again)
+    assert (code, err) == (0, "")
+    second = read_run(tmp_path / "again" / first.path.name)
+    assert second.config == first.config
+    assert [row["accuracy"] for row in second.trace] == [row["accuracy"] for row in first.trace]
+    undefended = read_run(tmp_path / "first" / "clean__none__seed0")
+    assert [row["loss"] for row in first.trace] != [row["loss"] for row in undefended.trace]
+
+    code, out, _ = invoke("list", "defences")
+    assert code == 0
+    for part in ("weak_dp", "Clip each update", "noise = 0.001", "arXiv:1911.07963", "plug-in: mithridate-weak-dp 0.1"):
+        assert part in out
+
+
+@pytest.mark.slow
+def test_a_plugin_and_a_place_are_found_in_the_current_directory_and_recorded(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "parts.py").write_text(PARTS, encoding="utf-8")
+    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    call = ("run", "../tiny.toml", "--plugin", "parts.py", "--threads", "1", "--out", tmp_path / "out")
+    done = command(*call, "--set", "defence.Scale.factor=0.125", folder=work)
+    assert (done.returncode, done.stderr) == (0, "")
+    configs = {run.path.name: run.config for run in read_runs([tmp_path / "out"])}
+    assert set(configs) == {"noise__halve__seed0", "noise__Scale__seed0"}
+    for config in configs.values():
+        assert config["plugins"] == [str(work / "parts.py")]
+        assert config["model"] == {"name": "parts:Linear"}
+        assert config["monitor"] == {"name": "parts:Silent", "label": "Silent"}
+    assert configs["noise__Scale__seed0"]["defence"] == {"name": "parts:Scale", "label": "Scale", "factor": 0.125}
+    assert configs["noise__halve__seed0"]["defence"] == {"name": "halve", "factor": 0.5}
+
+    for name, config in configs.items():  # from another folder: the plug-in is named by its path
+        (cell,) = read_recipe(tmp_path / "out" / name / "config.toml").cells()
+        assert cell.run_id == name
+        assert cell.config() == config
+
+
+def test_the_recipe_of_the_example_is_whole() -> None:
+    recipe = read_recipe(EXAMPLE / "recipe.toml", plugins=[str(EXAMPLE / "weak_dp.py")])
+    assert [d.label for d in recipe.defences] == ["none", "weak_dp"]
+
+
+def test_a_recipe_names_plugins_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "parts.py").write_text(PARTS, encoding="utf-8")
+    path = tmp_path / "recipes" / "tiny.toml"
+    path.write_text('plugins = ["parts.py"]\n' + TINY, encoding="utf-8")
+    recipe = read_recipe(path, plugins=["recipes/parts.py"], changes=["defence.factor=0.75"])
+    assert recipe.plugins == (str(tmp_path / "recipes" / "parts.py"),)
+    assert [config_of(d.component)["factor"] for d in recipe.defences] == [0.75, 0.75]
+    with pytest.raises(ConfigError, match=r"no defence of the recipe has 'facto': did you mean 'factor'"):
+        read_recipe(path, changes=["defence.facto=0.75"])
+    path.write_text("plugins = 3\n" + TINY, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^plugins = 3: give a list of modules or \.py files"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("command_", ["run", "calibrate", "list"])
+def test_a_plugin_that_cannot_be_loaded_ends_with_code_2(tmp_path: Path, command_: str) -> None:
+    recipe = [] if command_ == "list" else ["tiny.toml"]
+    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    code, out, err = invoke(command_, *recipe, "--plugin", "no_such_module")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the plug-in no_such_module cannot be loaded (ModuleNotFoundError: ")
+
+
+def test_a_plugin_is_listed_with_where_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS, encoding="utf-8")
+    code, out, _ = invoke("list", "defences", "--plugin", "parts.py")
+    assert code == 0
+    assert "Half of every gradient" in out
+    assert "plug-in:" in out
+    assert "parts.py" in out
+
+
+def test_a_broken_package_is_told_after_the_list_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "installed"
+    lay_out(EXAMPLE, target)
+    (target / "weak_dp.py").write_text("import no_such_module\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(target)
+    registry.broken_packages.cache_clear()
+    code, out, err = invoke("list", "monitors")
+    assert code == 2
+    assert "accuracy_floor" in out
+    assert err.startswith("error: The components of the installed package mithridate-weak-dp cannot be loaded (Module")
+    assert err.endswith("pip uninstall mithridate-weak-dp).")

@@ -1,0 +1,58 @@
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from mithridate.bench.store import Run, read_runs
+from mithridate.report.rows import Row, rows
+from mithridate.report.terminal import measures_table, summary_table
+
+Make = Callable[..., Run]
+MakeRow = Callable[..., Row]
+
+
+def test_terminal_table(demo_store: Path) -> None:
+    made = rows(read_runs([demo_store]))
+    assert summary_table(made).row_count == len(made)
+    table = summary_table(made)
+    drops = [str(cell) for cell in table.columns[5].cells]
+    assert drops[4] == "19.3±2.0"
+
+
+def test_terminal_shows_markup_as_text(make_run: Make) -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(summary_table(rows([make_run(label="[red]x[/red]\x1b[31m"), make_run(dataset="mnist")])))
+    assert "[red]x[/red] [31m" in capture.get()
+    assert "mnist" in capture.get()
+
+
+def test_terminal_measures(defended_rows: list[Row]) -> None:
+    table = measures_table(defended_rows)
+    assert table is not None
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(table)
+    lines = [line.split() for line in capture.get().splitlines()]
+    assert lines[1:4] == [
+        ["none", "96.0±1.0", "—", "—", "70.0±0.0", "—", "—", "—"],
+        ["dsc", "94.0±2.0", "-2.0±1.0", "5.0", "91.0±1.0", "+21.0±1.0", "20.0", "2.1"],
+        ["gate", "96.0±1.0", "0.0±0.0", "—", "95.0±0.0", "+25.0±0.0", "—", "1.2"],
+    ]
+    assert "trigger of accumulative" in " ".join(capture.get().split())
+
+
+def test_terminal_has_no_measures_without_a_defence(make_row: MakeRow) -> None:
+    assert measures_table([make_row(0.1), make_row(0.0, attack="clean")]) is None
+
+
+def test_terminal_measures_of_what_was_run_only(make_row: MakeRow) -> None:
+    hostile = make_row(0.1, defence="clip", defence_label="[red]clip[/red]", label="[bold]x[/bold]")
+    table = measures_table([hostile, make_row(0.0, attack="clean", dataset="mnist", defence="clip")])
+    assert table is not None
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    assert "[red]clip[/red]" in capture.get()
+    assert "trigger of [bold]x[/bold]" in capture.get()
+    assert table.row_count == 2
