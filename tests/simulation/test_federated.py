@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mithridate.defences.robust import Robust
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
+from mithridate.aggregators.median import Median
+from mithridate.attacks.clean import Clean
 from mithridate.bench.store import TRACE_SCHEMA
+from mithridate.core.aggregator import Context
 from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
-from mithridate.core.past import Snapshot
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import build, make
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
@@ -29,6 +31,7 @@ from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
+from mithridate.defences.dgc import DGC
 from mithridate.defences.dsc import DSC
 from mithridate.defences.ema import Ema
 from mithridate.defences.filter import Filter
@@ -36,11 +39,14 @@ from mithridate.defences.gate import Gate
 from mithridate.defences.skip import Skip
 from mithridate.defences.trades import Trades
 from mithridate.models.norm_layers import norm_layer
-from mithridate.simulation.clients import FederatedRun, Federation, check_defence, federate
-from mithridate.simulation.federated import federated_optimiser, hostile_clients, run_federated
-from mithridate.simulation.online import Outcome, Progress, run_online
+from mithridate.simulation.clients import FederatedRun, Federation, federate
+from mithridate.simulation.federated import hostile_clients, run_federated
+from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.per_client.gradients import client_gradients
 from mithridate.simulation.per_client.sums import summed_gradients
+from mithridate.simulation.run import Outcome, Progress, victim_optimiser
+from mithridate.simulation.server_round import unmeasured_parameters
+from mithridate.simulation.trace import COLUMNS
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner, Update
@@ -69,10 +75,10 @@ def federation(stream: Stream) -> Federation:
 class Watched(Learner):
     """Keeps what each round came to."""
 
-    def apply(self, gradient: Updates, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
-        self.applied: list[Updates] = [*getattr(self, "applied", []), gradient]
+    def apply(self, update: Updates, *, batch_loss: float, learned: int, buffers: Mapping[str, Tensor]) -> Update:
+        self.applied: list[Updates] = [*getattr(self, "applied", []), update]
         self.learned: list[int] = [*getattr(self, "learned", []), learned]
-        return super().apply(gradient, batch_loss=batch_loss, learned=learned, buffers=buffers)
+        return super().apply(update, batch_loss=batch_loss, learned=learned, buffers=buffers)
 
 
 NewLearner = Callable[..., Watched]
@@ -85,7 +91,7 @@ def server(stream: Stream) -> NewLearner:
 
     def new(run: FederatedRun = RUN, defence: Defence | None = None, **options: Any) -> Watched:
         model = copy.deepcopy(burned_in.model)
-        return Watched(model, federated_optimiser(model.parameters(), run), defence=defence, **options)
+        return Watched(model, victim_optimiser(model, run), defence=defence, **options)
 
     return new
 
@@ -102,12 +108,12 @@ def rows_of(learner: Learner, data: Batch, mode: Any = "eval") -> Tensor:
     return client_gradients(learner.model, F.cross_entropy, data.x, data.y, mode=mode, way="mapped")
 
 
-def timeless(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def timeless(rows: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def column(outcome: Outcome, name: str) -> list[Any]:
-    return [row[name] for row in outcome.trace]
+    return [dict(row)[name] for row in outcome.trace]
 
 
 def equal_bits(a: Snapshot, b: Snapshot) -> bool:
@@ -209,7 +215,7 @@ def test_rows_are_numbered_named_and_fit_the_schema(federation: Federation, serv
     assert column(outcome, "step") == [0, 1, 2, 3]
     assert column(outcome, "phase") == ["start", "accumulative", "accumulative", "trigger"]
     for row in outcome.trace:
-        assert row.keys() == set(TRACE_SCHEMA.names)
+        assert tuple(row) == COLUMNS == tuple(TRACE_SCHEMA.names)
     assert column(outcome, "poisoned") == [0.0, 0.2, 0.2, 0.2]
     assert column(outcome, "quarantined") == [0, 0, 0, 0]
     accuracies = column(outcome, "accuracy")
@@ -262,7 +268,7 @@ def test_a_bound_acts_after_or_before_the_aggregation(
     assert not torch.allclose(expected["after"], expected["before"], atol=1e-3)
 
 
-@pytest.mark.parametrize("defence", [None, Robust(rule={"name": "median"})], ids=["sums", "rows"])
+@pytest.mark.parametrize("rule", [None, {"name": "median"}], ids=["sums", "rows"])
 @pytest.mark.parametrize("attack", [CleanUpdates(), SignFlip(poison_ratio=0.3)])
 @pytest.mark.parametrize("samples", [1, 7])
 def test_batch_norm_synchronised_records_the_union(
@@ -270,13 +276,13 @@ def test_batch_norm_synchronised_records_the_union(
     server: NewLearner,
     samples: int,
     attack: UpdateAttack,
-    defence: Defence | None,
+    rule: dict[str, Any] | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("SUMMED_PASS", "EVALUATION_BATCH"):
         monkeypatch.setattr(f"mithridate.simulation.server_round.{name}", 15)  # a few clients at a time
-    run = FederatedRun(rounds=0, local_batch=samples)
-    learner = server(run, defence)
+    run = FederatedRun(rounds=0, local_batch=samples, rule=rule)
+    learner = server(run)
     flags = [m.training for m in learner.model.modules()]
     run_federated(learner, federation, attack, run)
     assert [m.training for m in learner.model.modules()] == flags
@@ -296,7 +302,7 @@ def test_batch_norm_synchronised_records_the_union(
         )
         assert torch.allclose(found[f"{name}.running_var"], 0.9 * start[f"{name}.running_var"] + 0.1 * var, atol=1e-6)
         assert found[f"{name}.num_batches_tracked"] == start[f"{name}.num_batches_tracked"] + 1
-    if isinstance(attack, CleanUpdates) and defence is None:
+    if isinstance(attack, CleanUpdates) and rule is None:
         rows = rows_of(server(), federation.round(0, run)[1])  # gradients use the running statistics from before
         assert torch.allclose(learner.applied[0].rows[0], rows.mean(0), atol=1e-6)
 
@@ -332,7 +338,7 @@ def test_batch_norm_averaged_is_the_mean_over_clients(
 def test_dropout_and_statistics_of_each_clients_own_are_refused(federation: Federation, server: NewLearner) -> None:
     run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Dropout(0.1))
-    learner = Watched(model, federated_optimiser(model.parameters(), run))
+    learner = Watched(model, victim_optimiser(model, run))
     with pytest.raises(ConfigError, match="dropout would draw anew"):
         run_federated(learner, federation, CleanUpdates(), run)
     run_federated(
@@ -352,16 +358,24 @@ class Looking(Defence):
     """Notes what it is shown, keeps nothing of it."""
 
     def __init__(self) -> None:
-        self.bounded: list[Updates] = []
-        self.ruled: list[Updates] = []
+        self.bounded: list[Tensor] = []
 
-    def bound(self, gradient: Updates, view: View) -> Updates:
-        self.bounded.append(gradient)
-        return gradient.with_rows(torch.zeros_like(gradient.rows))
+    def bound(self, updates: Updates, view: View) -> Updates:
+        self.bounded.append(updates.rows.clone())
+        return updates.with_rows(torch.zeros_like(updates.rows))
 
-    def aggregate(self, gradient: Updates, view: View) -> Updates:
-        self.ruled.append(gradient)
-        return gradient.with_rows(gradient.rows[:1] + 1)
+
+@pytest.fixture
+def ruled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Context]]:
+    """What the rule `median` is shown from now on; it gives the first row, and one more."""
+    shown: list[tuple[Tensor, Context]] = []
+
+    def combine(_: Median, rows: Tensor, context: Context) -> Tensor:
+        shown.append((rows.clone(), context))
+        return rows[0] + 1
+
+    monkeypatch.setattr(Median, "combine", combine)
+    return shown
 
 
 def norm_places(model: nn.Module) -> Tensor:
@@ -377,16 +391,23 @@ def norm_places(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("bound", ["after", "before"])
-def test_norm_parameters_can_be_left_out_of_distances(federation: Federation, server: NewLearner, bound: Any) -> None:
-    run = dataclasses.replace(PLAIN, distances="without_norm", bound=bound)
+def test_norm_parameters_can_be_left_out_of_distances(
+    federation: Federation, server: NewLearner, ruled: list[tuple[Tensor, Context]], bound: Any
+) -> None:
+    run = dataclasses.replace(PLAIN, distances="without_norm", bound=bound, rule={"name": "median"})
     defence = Looking()
     learner = server(run, defence)
     rows = rows_of(server(), federation.round(0, PLAIN)[1])
     apart = norm_places(learner.model)
     assert 0 < int(apart.sum()) < len(apart) / 2
     run_federated(learner, federation, CleanUpdates(), run)
-    shown = torch.cat([g.rows for g in defence.bounded]) if bound == "before" else defence.ruled[0].rows
+    shown = torch.cat(defence.bounded) if bound == "before" else ruled[0][0]
     assert torch.allclose(shown, rows[:, ~apart], atol=1e-6)
+    assert len(ruled) == 1
+    if bound == "after":
+        assert torch.equal(defence.bounded[0], shown[:1] + 1)  # what the rule made of them
+    else:
+        assert not ruled[0][0].any()
     applied = learner.applied[0].rows[0]
     assert torch.allclose(applied[apart], rows.mean(0)[apart], atol=1e-6)  # the mean, unbounded
     rest = applied[~apart]
@@ -394,14 +415,12 @@ def test_norm_parameters_can_be_left_out_of_distances(federation: Federation, se
 
 
 def test_normalisation_layers_are_known_by_type() -> None:
-    from mithridate.simulation.server_round import apart
-
     model = nn.Sequential(
         nn.Linear(2, 2), nn.LayerNorm(3), norm_layer("group", 4, 2), nn.InstanceNorm1d(5, affine=True), nn.RMSNorm(6)
     )
     names = {name for name, _ in model.named_parameters()}
-    assert names - apart(model, FederatedRun(distances="without_norm")) == {"0.weight", "0.bias"}
-    assert apart(model, FederatedRun()) == frozenset()
+    assert names - unmeasured_parameters(model, FederatedRun(distances="without_norm")) == {"0.weight", "0.bias"}
+    assert unmeasured_parameters(model, FederatedRun()) == frozenset()
 
 
 SUMMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
@@ -448,18 +467,40 @@ def test_sums_are_those_of_the_rows(
 
 
 class Halving(Clip):
-    """A user's: overrides the bound of a defence that tells it by factors."""
+    """A user's: overrides the bound of a defence that needs no rows."""
 
-    def bound(self, gradient: Updates, view: View) -> Updates:
-        return gradient.with_rows(gradient.rows / 2)
+    def bound(self, updates: Updates, view: View) -> Updates:
+        return updates.with_rows(updates.rows / 2)
 
 
-def test_a_bound_that_factors_do_not_tell_sees_rows(federation: Federation, server: NewLearner) -> None:
+def test_a_bound_that_looks_at_rows_sees_them(federation: Federation, server: NewLearner) -> None:
     run = dataclasses.replace(PLAIN, bound="before")
     learner = server(run, Halving(clip_norm=1e-3))
     run_federated(learner, federation, CleanUpdates(), run)
     rows = rows_of(server(), federation.round(0, run)[1])
     assert torch.allclose(learner.applied[0].rows[0], rows.mean(0) / 2, atol=1e-6)
+
+
+class Noting(Clip):
+    """A user's: counts its calls, in its notes and beside them."""
+
+    calls: ClassVar[list[bool]] = []
+
+    def bound(self, updates: Updates, view: View) -> Updates:
+        self.calls.append(True)
+        view.memory["calls"] += 1
+        return super().bound(updates, view)
+
+
+def test_who_is_asked_whether_it_looks_at_rows_keeps_no_note_of_that(
+    federation: Federation, server: NewLearner
+) -> None:
+    run = dataclasses.replace(PLAIN, bound="before")
+    learner = server(run, Noting(clip_norm=0.05))
+    learner.memory["calls"] = torch.zeros(())
+    Noting.calls.clear()
+    run_federated(learner, federation, CleanUpdates(), run)
+    assert int(learner.memory["calls"]) == len(Noting.calls) - 1 > 0
 
 
 def test_an_update_that_is_not_finite_is_refused_where_rows_are_not_formed(
@@ -481,19 +522,19 @@ def test_an_update_that_is_not_finite_is_refused_where_rows_are_not_formed(
 
 
 @pytest.mark.parametrize(
-    ("attack", "defence", "who"),
+    ("attack", "rule", "who"),
     [
-        (CleanUpdates(), Robust(), "Robust"),
-        (CleanUpdates(), chain(Clip(), Robust()), "Chain"),
+        (CleanUpdates(), {"name": "median"}, "the rule median"),
+        (CleanUpdates(), {"name": "krum", "hostile": 1}, "the rule krum"),
         (Alie(), None, "Alie"),
     ],
 )
 def test_who_looks_at_all_rows_needs_them_held(
-    federation: Federation, server: NewLearner, attack: UpdateAttack, defence: Defence | None, who: str
+    federation: Federation, server: NewLearner, attack: UpdateAttack, rule: dict[str, Any] | None, who: str
 ) -> None:
-    learner = server(RUN, defence)
+    learner = server()
     start = learner.snapshot()
-    run = dataclasses.replace(RUN, max_matrix=1e-6)
+    run = dataclasses.replace(RUN, max_matrix=1e-6, rule=rule)
     with pytest.raises(ConfigError, match=rf"{who} looks at all updates.*10 clients of [\d,]+ parameters.*max_matrix"):
         run_federated(learner, federation, attack, run)
     assert equal_bits(learner.snapshot(), start)
@@ -534,31 +575,24 @@ def test_refused_updates_cannot_stop_a_server_whose_rule_then_has_too_few(
     federation: Federation, server: NewLearner
 ) -> None:
     """Krum with three hostile clients needs nine rows; of ten, three send NaN: the round brings nothing, and passes."""
-    learner = server(PLAIN, Robust(rule={"name": "krum", "hostile": 3}))
+    run = dataclasses.replace(PLAIN, rule={"name": "krum", "hostile": 3})
+    learner = server(run)
     before = learner.snapshot()
-    outcome = run_federated(learner, federation, Sending(), PLAIN)
+    outcome = run_federated(learner, federation, Sending(), run)
     assert (outcome.quarantined, outcome.status) == (3, "finished")
     assert all(torch.equal(p, before.parameters[name]) for name, p in learner.model.named_parameters())
 
 
-class Ids(Defence):
-    def __init__(self) -> None:
-        self.seen: list[list[int]] = []
-
-    def aggregate(self, gradient: Updates, view: View) -> Updates:
-        assert gradient.clients is not None
-        self.seen.append(gradient.clients.tolist())
-        return super().aggregate(gradient, view)
-
-
-def test_a_rule_is_told_whose_rows_it_sees(federation: Federation, server: NewLearner) -> None:
+def test_a_rule_is_told_whose_rows_it_sees(
+    federation: Federation, server: NewLearner, ruled: list[tuple[Tensor, Context]]
+) -> None:
     """Honest rows come first; the hostile clients' rows, here the first three of the round, are refused."""
-    run = dataclasses.replace(PLAIN, per_round=6)
+    run = dataclasses.replace(PLAIN, per_round=6, rule={"name": "median"})
     who = federation.round(0, run)[0].tolist()
     for attack, expected in ((Sending(share=0.5), who[3:]), (SignFlip(poison_ratio=0.5), who[3:] + who[:3])):
-        defence = Ids()
-        run_federated(server(run, defence), federation, attack, run)
-        assert defence.seen == [expected]
+        ruled.clear()
+        run_federated(server(run), federation, attack, run)
+        assert [context.clients.tolist() for _, context in ruled] == [expected]
 
 
 @pytest.mark.parametrize("bound", ["after", "before"])
@@ -566,9 +600,8 @@ def test_a_rule_is_told_whose_rows_it_sees(federation: Federation, server: NewLe
 def test_a_round_without_a_finite_update_moves_nothing(
     federation: Federation, server: NewLearner, bound: Any, rule: bool
 ) -> None:
-    run = dataclasses.replace(PLAIN, bound=bound)
-    defence = chain(Robust(), Clip()) if rule else Clip()
-    learner = server(run, defence)
+    run = dataclasses.replace(PLAIN, bound=bound, rule={"name": "median"} if rule else None)
+    learner = server(run, Clip())
     outcome = run_federated(learner, federation, Sending(share=1.0), run)
     assert torch.equal(parameters_of(learner), parameters_of(server()))
     assert (outcome.quarantined, learner.learned) == (10, [0])
@@ -606,8 +639,8 @@ class Spying(HostileShare):
         self.steps.append(("trigger", view.step))
         return honest.own
 
-    def after_step(self, view: View) -> None:
-        self.steps.append(("fed", view.step))
+    def after_step(self, view: View, rng: Generator) -> None:
+        self.steps.append(("after step", view.step))
 
 
 def test_what_an_attacker_is_shown(stream: Stream, federation: Federation, server: NewLearner) -> None:
@@ -633,7 +666,7 @@ def test_what_an_attacker_is_shown(stream: Stream, federation: Federation, serve
     trigger = federation.round(1, run)[1]
     assert torch.equal(view.clean_trigger.x, trigger.x.flatten(0, 1))
     assert torch.equal(view.validation.x, stream.validation.all().x)
-    assert Spying.steps == [("craft", 0), ("fed", 1), ("trigger", 1)]
+    assert Spying.steps == [("craft", 0), ("after step", 1), ("trigger", 1)]
     assert torch.allclose(learner.applied[0].rows[0], bounded.mean(0), atol=1e-6)
 
 
@@ -659,11 +692,14 @@ ATTACKS: list[dict[str, Any]] = [
     | {"spread": 0.2, "resample_validation": True, "validation_size": 20},
     {"name": "noise", "poison_ratio": 0.4},
 ]
-DEFENCES: dict[str, Defence] = {
-    "clip": Clip(clip_norm=0.3),
-    "memory": Robust(rule={"name": "centered_clipping"}),
-    "average": Ema(decay=0.7),
-    "chain": chain(Robust(rule={"name": "trimmed_mean", "hostile": 2}), Clip(clip_norm=0.5), Skip(watch="gradient")),
+DEFENDED: dict[str, tuple[Defence | None, dict[str, Any] | None]] = {
+    "clip": (Clip(clip_norm=0.3), None),
+    "a rule with memory": (None, {"name": "centered_clipping", "worker_momentum": 0.5}),
+    "average": (Ema(decay=0.7), None),
+    "rule and chain": (
+        chain(Clip(clip_norm=0.5), Skip(watch="gradient")),
+        {"name": "trimmed_mean", "hostile": 2},
+    ),
 }
 
 
@@ -672,17 +708,18 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 2])
-@pytest.mark.parametrize("defence", DEFENCES)
+@pytest.mark.parametrize("defended", DEFENDED)
 @pytest.mark.parametrize("settings", ATTACKS, ids=lambda s: str(s["name"]))
 def test_an_interrupted_run_goes_on_to_the_same_rows(
-    federation: Federation, server: NewLearner, settings: dict[str, Any], defence: str, after: int
+    federation: Federation, server: NewLearner, settings: dict[str, Any], defended: str, after: int
 ) -> None:
-    run = FederatedRun(rounds=3, lr=0.05, per_round=6, local_batch=4)
+    defence, rule = DEFENDED[defended]
+    run = FederatedRun(rounds=3, lr=0.05, per_round=6, local_batch=4, rule=rule)
     attack = build("update_attack", settings)
-    whole_learner = server(run, DEFENCES[defence])
+    whole_learner = server(run, defence)
     whole = run_federated(whole_learner, federation, attack, run)
     kept: list[tuple[Progress, Snapshot, dict[str, Tensor]]] = []
-    learner = server(run, DEFENCES[defence])
+    learner = server(run, defence)
 
     def on_step(progress: Progress) -> None:
         if len(progress.rows) == after + 1:
@@ -692,7 +729,7 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(
     with pytest.raises(Killed):
         run_federated(learner, federation, attack, run, on_step=on_step)
     progress, snapshot, memory = kept[0]
-    again = server(run, DEFENCES[defence])
+    again = server(run, defence)
     again.restore(snapshot)
     again.memory.update(memory)
     resumed = run_federated(again, federation, attack, run, progress=progress)
@@ -756,13 +793,10 @@ def test_without_a_phase_the_same_trigger_comes_first(
 
 
 class Counting(Defence):
-    """A user's: counts batches, changes nothing."""
+    """A user's: counts steps and rounds, changes nothing."""
 
-    notes_only: ClassVar[bool] = True
-
-    def screen(self, batch: Batch, view: View) -> Batch:
-        view.memory["batches"] = view.memory.get("batches", torch.zeros(())) + 1
-        return batch
+    def begin(self, view: View) -> None:
+        view.memory["rounds"] = view.memory.get("rounds", torch.zeros(())) + 1
 
 
 def test_a_defence_that_only_takes_notes_may_stand_before_a_federation(
@@ -770,7 +804,7 @@ def test_a_defence_that_only_takes_notes_may_stand_before_a_federation(
 ) -> None:
     learner = server(RUN, Counting())
     run_federated(learner, federation, CleanUpdates(), RUN)
-    assert learner.memory["batches"] == 3
+    assert learner.memory["rounds"] == 3
 
 
 def test_a_gate_rolls_back_parameters_statistics_and_momentum(
@@ -806,8 +840,8 @@ def test_an_average_is_what_is_served(federation: Federation, server: NewLearner
         now = {**state.parameters, **state.buffers}
         average = {n: torch.lerp(t, now[n], 0.5) if t.is_floating_point() else now[n] for n, t in average.items()}
         averaged = server(run)
-        averaged.restore_parameters({n: average[n] for n in state.parameters})
-        averaged.restore_buffers({n: average[n] for n in state.buffers})
+        averaged.put_parameters({n: average[n] for n in state.parameters})
+        averaged.put_buffers({n: average[n] for n in state.buffers})
         score = averaged.evaluate(tests)
         assert outcome.trace[i]["loss"] == pytest.approx(score.loss, rel=1e-4)
     assert column(outcome, "loss")[2] != pytest.approx(column(free, "loss")[2], rel=1e-3)
@@ -820,7 +854,7 @@ def test_buffers_alone_are_the_trigger_rounds(federation: Federation, server: Ne
     learner = server(run)
     outcome = run_federated(learner, federation, Direct(trigger_scale=20.0), run)
     mixed = server(run)
-    mixed.restore_buffers(learner.snapshot().buffers)
+    mixed.put_buffers(learner.snapshot().buffers)
     assert outcome.accuracy_after_buffers == mixed.evaluate([federation.stream.test.all()]).accuracy
     assert outcome.drop is not None
     assert outcome.drop > 0.1
@@ -839,26 +873,36 @@ def test_a_defence_that_acts_on_samples_is_refused(
     assert learner.step == 0
 
 
+BEFORE = dataclasses.replace(RUN, bound="before")
+WITHOUT_NORM = dataclasses.replace(RUN, distances="without_norm")
+
+
 @pytest.mark.parametrize(
     ("defence", "run", "refused"),
     [
         (Skip(), RUN, ""),
         (Skip(watch="gradient"), RUN, ""),
         (Skip(watch="loss"), RUN, 'skip: .*set watch = "gradient"'),
-        (chain(Skip()), dataclasses.replace(RUN, bound="before"), 'bound = "after"'),
-        (Robust(rule={"name": "krum", "hostile": 3}), RUN, ""),
-        (Robust(rule={"name": "krum", "hostile": 4}), RUN, r"10 rows are too few for 4 hostile ones.*2f \+ 3 = 11"),
-        (chain(Clip(), Robust(rule={"name": "bulyan", "hostile": 2})), RUN, r"n >= 4f \+ 3 = 11"),
+        (chain(Skip()), BEFORE, 'bound = "after"'),
+        (DGC(), RUN, ""),
+        (DGC(), BEFORE, ""),
+        (chain(Clip(), DGC()), WITHOUT_NORM, 'distances = "all"'),
+        (Clip(), WITHOUT_NORM, ""),
         (Gate(), RUN, ""),
         (Ema(), RUN, ""),
+        (chain(Gate(), Ema(), BoundUpdate()), BEFORE, ""),
     ],
 )
-def test_defences_are_checked_before_anything_is_learned(defence: Defence, run: FederatedRun, refused: str) -> None:
+def test_defences_are_checked_before_anything_is_learned(
+    federation: Federation, server: NewLearner, defence: Defence, run: FederatedRun, refused: str
+) -> None:
     if not refused:
-        check_defence(defence, run, 10)
+        defence.check_federation(run, 10)
         return
+    learner = server(run, defence)
     with pytest.raises(ConfigError, match=refused):
-        check_defence(defence, run, 10)
+        run_federated(learner, federation, CleanUpdates(), run)
+    assert learner.step == 0
 
 
 def test_skip_watches_the_updates_of_rounds(federation: Federation, server: NewLearner) -> None:
@@ -882,8 +926,8 @@ def test_a_gradient_made_elsewhere_is_stepped_on_and_recorded(stream: Stream, se
     buffers = {name: b + 1 for name, b in learner.model.named_buffers()}
     stale = next(learner.model.parameters())
     stale.grad = torch.full_like(stale, 100.0)
-    learner.begin_round()
-    done = learner.apply(Updates(rows, shapes), batch_loss=0.5, learned=4, buffers=buffers)
+    with learner.taking():
+        done = learner.apply(Updates(rows, shapes), batch_loss=0.5, learned=4, buffers=buffers)
     assert torch.allclose(parameters_of(learner), flat(start.parameters) - 0.05, atol=1e-6)
     assert all(torch.equal(b, buffers[name]) for name, b in learner.model.named_buffers())
     assert (done.batch_loss, done.learned, done.verdict, learner.step) == (0.5, 4, ADMITTED, 1)
@@ -903,10 +947,10 @@ class Recalling(Defence):
     def __init__(self) -> None:
         self.labels: list[tuple[str, str]] = []
 
-    def bound(self, gradient: Updates, view: View) -> Updates:
+    def bound(self, updates: Updates, view: View) -> Updates:
         found = [view.history.back(k) for k in (0, 1)]
         self.labels.append((found[0].label if found[0] else "none", found[1].label if found[1] else "none"))
-        return gradient
+        return updates
 
 
 @pytest.mark.parametrize("bound", ["after", "before"])
@@ -926,7 +970,7 @@ class Deciding(Defence):
     def __init__(self, verdict: Verdict | Exception) -> None:
         self.verdict = verdict
 
-    def admit(self, before: Snapshot, view: View) -> Verdict:
+    def admit(self, before: Weights, view: View) -> Verdict:
         if isinstance(self.verdict, Exception):
             raise self.verdict
         return self.verdict
@@ -938,16 +982,21 @@ def test_a_refused_round_leaves_everything_as_it_was(server: NewLearner, verdict
     shapes = {name: p.shape for name, p in learner.model.named_parameters()}
     rows = torch.ones(1, len(parameters_of(learner)))
     buffers = {name: b + 1 for name, b in learner.model.named_buffers()}
-    learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=buffers)
+
+    def applied(buffers: Mapping[str, Tensor]) -> Update:
+        with learner.taking():
+            return learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=buffers)
+
+    applied(buffers)
     before = learner.snapshot()
     assert isinstance(learner.defence, Deciding)
     learner.defence.verdict = verdict
     other = {name: b + 1 for name, b in buffers.items()}
     if isinstance(verdict, Exception):
         with pytest.raises(ArithmeticError):
-            learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
+            applied(other)
     else:
-        done = learner.apply(Updates(rows, shapes), batch_loss=0.0, learned=1, buffers=other)
+        done = applied(other)
         assert (done.update_norm, done.verdict) == (0.0, verdict)
     assert equal_bits(learner.snapshot(), before)
 
@@ -956,9 +1005,14 @@ def test_foreign_statistics_are_refused_before_the_step(server: NewLearner) -> N
     learner = server()
     before = learner.snapshot()
     shapes = {name: p.shape for name, p in learner.model.named_parameters()}
-    gradient = Updates(torch.ones(1, len(parameters_of(learner))), shapes)
+    update = Updates(torch.ones(1, len(parameters_of(learner))), shapes)
+
+    def step() -> None:
+        with learner.taking():
+            learner.apply(update, batch_loss=0.0, learned=1, buffers={})
+
     with pytest.raises(CheckpointError, match="buffers are of another model"):
-        learner.apply(gradient, batch_loss=0.0, learned=1, buffers={})
+        step()
     assert equal_bits(learner.snapshot(), before)
     assert all(p.grad is None for p in learner.model.parameters())
 
@@ -1046,8 +1100,6 @@ def test_an_online_learner_is_the_federation_of_one_client(stream: Stream, serve
     """One client that brings the whole victim part in a round: an online step on it, with BatchNorm in eval mode."""
     settings = dataclasses.replace(stream.settings, batch_size=100)
     whole = dataclasses.replace(stream, settings=settings)
-    from mithridate.attacks.clean import Clean
-    from mithridate.simulation.online import OnlineRun
 
     run = FederatedRun(rounds=0, lr=0.05, batch_norm="frozen")
     learner, online = server(run), server(run)

@@ -17,14 +17,17 @@ from mithridate.attacks.noise import Noise
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.bench.store import TRACE_SCHEMA
 from mithridate.core.attack import Attack
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import Defence, Screened, Verdict
+from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
+from mithridate.defences.at import AT
+from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.ema import Ema
 from mithridate.maths.norms import Ball
@@ -502,6 +505,37 @@ def test_the_notes_of_attack_and_defence_are_apart(stream: Stream, victim: NewLe
     run_online(learner, stream, Noise(eps=0.1), RUN, progress=progress)
     assert set(progress.memory) == {"positions.20"}
     assert set(learner.memory) == {"mine"}
+
+
+def test_what_a_valid_input_is_comes_from_the_stream_unless_the_learner_knows(
+    stream: Stream, victim: NewLearner
+) -> None:
+    """A correction does not leave the pixels; a learner with a domain of its own keeps that."""
+    narrow = Domain(0.2, 0.8)
+    for domain, expected in ((None, stream.domain), (narrow, narrow)):
+        seen: list[Domain] = []
+
+        class Looking(Defence):
+            def screen(self, batch: Batch, view: View) -> Screened:
+                seen.append(view.domain)  # noqa: B023  (used inside the loop)
+                return Screened(batch)
+
+        learner = victim(defence=Looking(), domain=domain)
+        run_online(learner, stream, Clean(), dataclasses.replace(RUN, steps=0))
+        assert seen == [expected]
+        assert learner.domain == expected
+
+
+def test_inputs_that_nobody_could_move_are_refused_before_anything_is_learned(
+    stream: Stream, victim: NewLearner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trigger: AnyBatch = Batch({"ids": torch.ones(20, 4, dtype=torch.int64)}, torch.zeros(20, dtype=torch.int64))
+    monkeypatch.setattr(Stream, "trigger_batch", lambda *_: trigger)
+    for attack, defence, who in ((Noise(eps=0.1), None, "Noise"), (Clean(), AT(), "AT"), (Clean(), chain(AT()), "AT")):
+        learner = victim(defence=defence)
+        with pytest.raises(ConfigError, match=f"^{who} moves inputs by small amounts"):
+            run_online(learner, stream, attack, RUN)
+        assert learner.step == 0
 
 
 def test_published_accuracy_is_what_the_attack_reads(stream: Stream, victim: NewLearner) -> None:

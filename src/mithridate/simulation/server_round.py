@@ -142,7 +142,7 @@ class ServerRound:
             raise LookedError
 
         learner = self.learner
-        view = dataclasses.replace(learner.view(), memory=dict(learner.memory))
+        view = dataclasses.replace(learner.view(), memory={key: note.clone() for key, note in learner.memory.items()})
         asked = Updates(look, self._measured_shapes, lengths=torch.ones(1, device=learner.device))
         try:
             return learner.defence.bound(asked, view).factors is None

@@ -196,7 +196,7 @@ def test_lengths_and_sums_are_those_of_the_rows(name: str, samples: int) -> None
     assert not isinstance(found, str)
     assert close(found.total, rows.sum(0))
     assert close(found.lengths, lengths)
-    assert found.plain is None
+    assert found.unweighted is None
     losses = torch.stack([F.cross_entropy(model.eval()(a), b) for a, b in zip(x, y, strict=True)])
     assert close(found.losses, losses.detach())
     weights = torch.linspace(0.1, 2, 5, dtype=torch.float64)
@@ -208,10 +208,10 @@ def test_lengths_and_sums_are_those_of_the_rows(name: str, samples: int) -> None
 
     apart = {next(n for n, _ in model.named_parameters())}
     kept = torch.cat([torch.full((p.numel(),), n not in apart) for n, p in model.named_parameters()])
-    weighted = summed_gradients(model, F.cross_entropy, x, y, factors=factors, apart=apart, plain=True)
+    weighted = summed_gradients(model, F.cross_entropy, x, y, factors=factors, unmeasured=apart, unweighted=True)
     assert not isinstance(weighted, str)
-    assert weighted.plain is not None
-    assert close(weighted.plain, rows.sum(0))
+    assert weighted.unweighted is not None
+    assert close(weighted.unweighted, rows.sum(0))
     assert close(weighted.total, torch.where(kept, weights @ rows, rows.sum(0)))
     assert close(given[0], rows[:, kept].norm(dim=1))
     assert close(weighted.lengths, lengths)
@@ -248,7 +248,7 @@ def test_parameters_that_are_not_trained_or_not_used_are_not_counted() -> None:
     model = made("small_cnn, none")
     model.get_parameter("fc1.weight").requires_grad_(False)
     x, y = samples_of(3, 2)
-    found = summed_gradients(model, F.cross_entropy, x, y, plain=True)
+    found = summed_gradients(model, F.cross_entropy, x, y, unweighted=True)
     assert not isinstance(found, str)
     rows = one_by_one(model, x, y)
     assert close(found.total, rows.sum(0))
