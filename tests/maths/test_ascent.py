@@ -1,6 +1,7 @@
 """Climbing inside a ball: every optimiser goes up, stays inside, and is the published update rule."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,12 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mithridate.maths.ascent import Optimiser, climb
+from mithridate.maths import ascent
+from mithridate.maths.ascent import Optimiser
 from mithridate.maths.norms import Ball, Norm
 
 OPTIMISERS: tuple[Optimiser, ...] = ("pgd", "fgsm", "mim")
 BALLS = (Ball("linf", 0.1), Ball("l2", 0.4))
 BALL_NAMES = ("linf", "l2")
+
+
+def pixels(x: Tensor) -> Tensor:
+    return x.clamp(0, 1)
+
+
+climb = partial(ascent.climb, into_domain=pixels)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -236,3 +245,31 @@ def test_inputs_are_not_written_to() -> None:
         act(x, slope, BALLS[0], steps=2, **option)
     assert torch.equal(x, kept[0])
     assert torch.equal(begin, kept[1])
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_a_climb_ends_in_the_domain_that_it_is_given(optimiser: Optimiser, ball: Ball) -> None:
+    """Bounds of its own for every feature, far from those of pixels; or none at all."""
+    x = 10 * images() - 5
+    low, high = x.amin(0) - 0.02, x.amax(0) + 0.02
+
+    def uphill(x: Tensor) -> Tensor:
+        return torch.ones_like(x)
+
+    held = ascent.climb(x, uphill, ball, into_domain=lambda x: x.clamp(low, high), optimiser=optimiser)
+    free = ascent.climb(x, uphill, ball, into_domain=lambda x: x, optimiser=optimiser)
+    assert bool((held <= high).all())
+    assert bool((held == high).any())
+    assert bool((free > high).any())
+    assert ball.holds(free - x)
+    assert ball.holds(held - x)
+
+
+def test_a_random_start_lies_in_the_domain() -> None:
+    x = images() - 3
+    held = ascent.climb(
+        x, torch.zeros_like, BALLS[0], into_domain=lambda x: x.clamp(-3, -2.9), random_start=True, rng=rng()
+    )
+    assert float(held.max()) <= -2.9 < float(x.max())
+    assert float(held.min()) >= -3
