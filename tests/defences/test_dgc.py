@@ -145,6 +145,52 @@ def test_a_step_to_nowhere_is_suspicious(burned_in: Learner, stream: Stream) -> 
     assert float(bounded.norm()) == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("flagged", ["clip", "drop"])
+def test_the_threshold_rises_with_every_update_made(burned_in: Learner, stream: Stream, flagged: Any) -> None:
+    """At each step the rows above P = threshold + rise * step are bounded, and no others."""
+    learner = learner_of(burned_in, stream, Defence())
+    updates = rows_of(learner, stream)
+    assert learner.history is not None
+    learner.defence = DGC(threshold=math.inf, lr=LR)
+    old = learner.history.checkpoint()
+    assert old is not None
+    means = learner.defence._discrepancies(updates, old, learner.view())
+    ordered = means.sort().values.tolist()
+    assert ordered[0] > 0
+    rise = ordered[1] / 2  # after so many steps the threshold is halfway to the second
+    learner.defence = DGC(threshold=ordered[0] / 2, rise=rise, flagged=flagged, clip_norm=0.01, lr=LR)
+    counts = []
+    for step in (0, 1, 1000):
+        learner.step = step
+        bounded = learner.defence.bound(updates, learner.view()).rows
+        above = means > ordered[0] / 2 + rise * step
+        counts.append(int(above.sum()))
+        expected = clip_rows(updates.rows, 0.01, "l2") if flagged == "clip" else torch.zeros_like(updates.rows)
+        assert torch.equal(bounded[above], expected[above])
+        assert torch.equal(bounded[~above], updates.rows[~above])
+    assert counts[0] == 5
+    assert counts[0] > counts[1] > counts[2]
+
+
+def test_a_dropped_row_is_zero_whatever_the_bound(burned_in: Learner, stream: Stream) -> None:
+    learner = learner_of(burned_in, stream, DGC(threshold=0.0, flagged="drop", clip_norm=math.inf, lr=LR))
+    updates = rows_of(learner, stream)
+    assert not learner.defence.bound(updates, learner.view()).rows.any()
+    learner.defence = DGC(threshold=math.inf, flagged="drop", lr=LR)
+    assert learner.defence.bound(updates, learner.view()) is updates
+
+
+def test_online_a_dropped_batch_moves_the_model_by_momentum_alone(burned_in: Learner, stream: Stream) -> None:
+    learner = learner_of(burned_in, stream, Defence(), update_mode="eval")
+    learner.update(stream.victim_batch(0, 0))
+    velocity = {p: s["momentum_buffer"].clone() for p, s in learner.optimiser.state.items()}
+    before = learner.snapshot().parameters
+    learner.defence = DGC(threshold=0.0, flagged="drop", lr=LR)
+    learner.update(stream.victim_batch(1, 0))
+    for name, p in learner.model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] - LR * 0.9 * velocity[p])
+
+
 def test_a_young_stream_has_nothing_to_look_back_at(burned_in: Learner, stream: Stream) -> None:
     learner = learner_of(burned_in, stream, DGC(old="back", back=3, threshold=0.0), history=History(keep=4))
     gradient = rows_of(learner, stream)
@@ -216,7 +262,18 @@ def test_it_needs_whole_updates(burned_in: Learner, stream: Stream) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"threshold": -1.0}, {"clip_norm": 0.0}, {"lr": 0.0}, {"trusted_size": 0}, {"norm": "l1"}], ids=str
+    "values",
+    [
+        {"threshold": -1.0},
+        {"rise": -0.1},
+        {"rise": math.inf},
+        {"flagged": "keep"},
+        {"clip_norm": 0.0},
+        {"lr": 0.0},
+        {"trusted_size": 0},
+        {"norm": "l1"},
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_refused(values: dict[str, Any]) -> None:
     (key,) = values

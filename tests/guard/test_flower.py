@@ -41,9 +41,23 @@ from flwr.serverapp.strategy import (
 )
 
 from mithridate.core.batch import Batch
-from mithridate.core.errors import ConfigError
-from mithridate.guard.federation import Guard, State, Trusted, trusted_module
+from mithridate.core.defence import ADMITTED, Defence, Verdict
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import WhiteBox
+from mithridate.core.past import Weights
+from mithridate.core.tolerance import Quality, quality
+from mithridate.core.updates import Updates
+from mithridate.core.view import Need, View
+from mithridate.defences.at import AT
+from mithridate.defences.bound_update import BoundUpdate
+from mithridate.defences.chain import chain
+from mithridate.defences.clip import Clip
+from mithridate.defences.dgc import DGC
+from mithridate.defences.ema import Ema
+from mithridate.defences.gate import Gate
+from mithridate.defences.skip import Skip
 from mithridate.guard.flower import GuardedStrategy
+from mithridate.guard.limits import ReplyLimits
 
 NODES = 12
 MakeGrid = Callable[..., Any]
@@ -307,11 +321,11 @@ def test_every_strategy_lives_through_rounds_with_hardly_anybody_left(
 
 def test_fortran_order_and_strides_are_no_fault(make_grid: MakeGrid) -> None:
     odd = spoiling(lambda m: with_arrays(m, lambda s: {**s, "weight": np.asfortranarray(s["weight"])}))
-    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=0.2))
+    guarded = GuardedStrategy(FedAvg(), Clip(clip_norm=0.2))
     result = run(guarded, make_grid(client, NODES, tamper=odd), rounds=1)
-    plain = run(GuardedStrategy(FedAvg(), Guard(clip_norm=0.2)), make_grid(client, NODES), rounds=1)
+    plain = run(GuardedStrategy(FedAvg(), Clip(clip_norm=0.2)), make_grid(client, NODES), rounds=1)
     np.testing.assert_array_equal(arrays_of(result)["weight"], arrays_of(plain)["weight"])
-    assert any(e.event == "clipped" for e in guarded.events)
+    assert any(e.event == "bounded" for e in guarded.events)
     assert not any(e.event == "refused" for e in guarded.events)
 
 
@@ -343,7 +357,7 @@ def test_strangers_duplicates_and_the_silent_are_noted(make_grid: MakeGrid) -> N
 def test_an_absurd_number_of_examples_is_capped(make_grid: MakeGrid) -> None:
     claim = spoiling(lambda m: with_metrics(m, num_examples=10**15))
     alone = run(FedAvg(), make_grid(client, NODES, tamper=claim), rounds=1)
-    guarded = GuardedStrategy(FedAvg(), Guard(max_examples_ratio=2.0))
+    guarded = GuardedStrategy(FedAvg(), limits=ReplyLimits(max_examples_ratio=2.0))
     held = run(guarded, make_grid(client, NODES, tamper=claim), rounds=1)
     moves = [0.01 * (1 + i) for i in range(NODES)]
     before = start()["bias"].numpy()
@@ -355,33 +369,106 @@ def test_an_absurd_number_of_examples_is_capped(make_grid: MakeGrid) -> None:
 
 def test_clipping_bounds_what_one_client_can_do(make_grid: MakeGrid) -> None:
     far = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(1e6)))
-    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=0.2))
+    guarded = GuardedStrategy(FedAvg(), Clip(clip_norm=0.2))
     result = run(guarded, make_grid(client, NODES, tamper=far), rounds=1)
     move = np.concatenate([(arrays_of(result)[k] - start()[k].numpy()).ravel() for k in ("weight", "bias")])
     assert np.linalg.norm(move) <= 0.2 + 1e-5
-    assert result.train_metrics_clientapp[1]["guard-clipped"] > 1
-    assert any(e.node == 103 and "limit 0.2" in e.reason for e in guarded.events)
+    lengths = [0.01 * (1 + i) * 4 for i in range(NODES)]  # sixteen weights, each moved by a hundredth of the number
+    bounded = {e.node: e.reason for e in guarded.events if e.event == "bounded"}
+    assert set(bounded) == {100 + i for i in range(NODES) if lengths[i] > 0.2 or i == 3}
+    assert result.train_metrics_clientapp[1]["guard-bounded"] == len(bounded)
+    assert bounded[103] == "update of l2 length 2e+06, bounded to 0.2"
 
 
-def test_arrays_apart_are_bounded_by_themselves(make_grid: MakeGrid) -> None:
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_a_bounded_update_keeps_its_direction_and_its_type(make_grid: MakeGrid, norm: Any) -> None:
+    """What the inner strategy gets of a client that is the only one, and of one that is within the bound."""
+    passed: list[dict[str, np.ndarray[Any, Any]]] = []
+
+    class Watching(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            replies = list(replies)
+            passed.extend({k: a.numpy() for k, a in m.content.array_records["arrays"].items()} for m in replies)
+            return super().aggregate_train(server_round, replies)
+
+    turned = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(np.array([0, -3, 0, 4]))), nodes=(100,))
+    bound = 0.05 if norm == "l2" else 0.02
+    run(GuardedStrategy(Watching(), Clip(clip_norm=bound, norm=norm)), make_grid(client, 2, tamper=turned), rounds=1)
+    change = np.concatenate([np.full(12, 0.01), 0.01 + np.array([0, -3, 0, 4])])
+    expected = change * bound / np.linalg.norm(change, ord=2 if norm == "l2" else np.inf)
+    for arrays, wanted in zip(passed, (expected, np.full(16, 0.02 if norm == "linf" else 0.0125)), strict=True):
+        assert {k: a.dtype for k, a in arrays.items()} == {"weight": "float32", "bias": "float32", "batches": "int64"}
+        assert arrays["batches"] == 1
+        found = np.concatenate([(arrays[k] - start()[k].numpy()).ravel() for k in ("weight", "bias")])
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+def test_statistics_are_bounded_by_themselves(make_grid: MakeGrid) -> None:
     """The bias plays the statistics: it moves far, and the weights are to keep their update all the same."""
     far = spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(100.0)), nodes=range(100, 100 + NODES))
 
-    def moves(guard: Guard) -> tuple[float, float]:
-        guarded = GuardedStrategy(FedAvg(), guard)
+    def moves(defence: Defence | None = None, **limits: Any) -> tuple[float, float]:
+        guarded = GuardedStrategy(FedAvg(), defence, limits=ReplyLimits(**limits))
         result = run(guarded, make_grid(client, NODES, tamper=far), rounds=1)
         change = [np.linalg.norm(arrays_of(result)[k] - start()[k].numpy()) for k in ("weight", "bias")]
         return float(change[0]), float(change[1])
 
-    free = moves(Guard())
-    together = moves(Guard(clip_norm=0.5))
-    apart = moves(Guard(clip_norm=0.5, apart=("bias",)))
-    bounded = moves(Guard(clip_norm=0.5, apart=("b??s",), apart_clip_norm=2.0))
+    free = moves()
+    together = moves(Clip(clip_norm=0.5))
+    apart = moves(Clip(clip_norm=0.5), statistics=("bias",))
+    bounded = moves(Clip(clip_norm=0.5), statistics=("b??s",), statistics_clip_norm=2.0)
     assert together[0] < 0.01 * free[0]
     assert apart == pytest.approx(free, rel=1e-5)
     assert bounded == pytest.approx((free[0], 2.0), rel=1e-5)
     with pytest.raises(ConfigError, match="fits no array"):
-        moves(Guard(apart=("statistics",)))
+        moves(statistics=("averages",))
+
+
+class Normalised(nn.Module):
+    """The classifier of `start` with the mean of what it saw, and a layer that is not trained."""
+
+    mean: torch.Tensor
+    scale: nn.Parameter
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(4, 3)), nn.Parameter(torch.zeros(4))
+        self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("batches", torch.tensor(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean) * self.scale @ self.weight.T + self.bias
+
+
+def test_with_a_module_buffers_and_frozen_parameters_are_known(make_grid: MakeGrid) -> None:
+    """One client moves all of them; what it may not touch comes back as it was, in every round."""
+
+    def training(message: Message, context: Any) -> Message:
+        module = Normalised()
+        module.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+        with torch.no_grad():
+            module.mean.add_(1.0)
+            module.weight.add_(0.1)
+            if context.node_config["partition-id"] == 0:
+                module.mean.add_(50.0)
+                module.scale.add_(5.0)
+        metrics = MetricRecord({"num-examples": 50})
+        return Message(RecordDict({"arrays": ArrayRecord(module.state_dict()), "metrics": metrics}), reply_to=message)
+
+    limits = ReplyLimits(statistics_clip_norm=2.0)
+    guarded = GuardedStrategy(FedAvg(fraction_evaluate=0.0), Clip(clip_norm=100.0), limits=limits, module=Normalised())
+    result = guarded.start(
+        grid=make_grid(training, 4), initial_arrays=ArrayRecord(Normalised().state_dict()), num_rounds=2
+    )
+    honest = math.sqrt(3)
+    np.testing.assert_allclose(arrays_of(result)["mean"], 2 * (3 + 2 / honest) / 4, rtol=1e-6)
+    np.testing.assert_array_equal(arrays_of(result)["scale"], 1.0)
+    np.testing.assert_allclose(arrays_of(result)["weight"], 0.2, rtol=1e-6)
+    said = [e.reason for e in guarded.events if e.event == "bounded" and e.round == 2]
+    assert said == ["statistics of l2 length 88.33, bounded to 2", "it moved 'scale', which is frozen; put back"]
+    assert {e.node for e in guarded.events if e.event == "bounded"} == {100}
 
 
 def test_a_federation_goes_on_from_the_arrays_that_another_ended_with(make_grid: MakeGrid) -> None:
@@ -415,17 +502,17 @@ def test_tallies_say_who_when_how_often_and_why(make_grid: MakeGrid) -> None:
         spoilt = spoiling(lambda m: GARBAGE[kinds[m.metadata.src_node_id]][0](m), nodes=kinds)(replies)
         return spoiling(lambda m: with_arrays(m, lambda s: s["bias"].__iadd__(number)), nodes=(107,))(spoilt)
 
-    guarded = GuardedStrategy(FedAvg(), Guard(clip_norm=1.0))
+    guarded = GuardedStrategy(FedAvg(), Clip(clip_norm=1.0))
     run(guarded, make_grid(client, NODES, tamper=tamper), rounds=5)
     tallies = {(t.node, t.event, t.phase): t for t in guarded.tallies()}
-    assert len(tallies) == len(guarded.tallies()) == 5  # clipped at another length each round: one line all the same
+    assert len(tallies) == len(guarded.tallies()) == 5  # bounded at another length each round: one line all the same
     assert tallies[103, "refused", "train"].rounds == (1, 2, 3, 5)
     assert tallies[103, "refused", "train"].times == 4
     assert "NaN or infinite" in tallies[103, "refused", "train"].reason
     assert "limit 1e+09" in tallies[104, "refused", "train"].reason
     assert tallies[106, "refused", "evaluate"].times == 5
-    assert "limit 1" in tallies[107, "clipped", "train"].reason
-    assert [t.event for t in guarded.tallies()] == ["refused"] * 4 + ["clipped"]
+    assert "bounded to 1" in tallies[107, "bounded", "train"].reason
+    assert [t.event for t in guarded.tallies()] == ["refused"] * 4 + ["bounded"]
 
     def shown(most: int) -> str:
         console = Console(file=StringIO(), width=120)
@@ -434,7 +521,7 @@ def test_tallies_say_who_when_how_often_and_why(make_grid: MakeGrid) -> None:
         return console.file.getvalue()
 
     text = shown(50)
-    assert "The guard in 5 rounds: 17 refused, 4 clipped" in text
+    assert "The guard in 5 rounds: 17 refused, 4 bounded" in text
     assert "1-3, 5" in text
     assert "refused (evaluate)" in text
     assert "b [2J" in text  # shown as text, neither markup nor a code for the terminal
@@ -454,11 +541,11 @@ def test_the_report_has_whole_lines_after_ctrl_c(tmp_path: Path) -> None:
     script = (
         "import signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in a background job
-        "from flwr.serverapp.strategy import FedAvg\n"
-        "from mithridate.guard.flower import Event, GuardedStrategy\n"
-        "guarded = GuardedStrategy(FedAvg(), report_path=sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from mithridate.guard.events import Event, Journal\n"
+        "journal = Journal(Path(sys.argv[1]), {})\n"
         "while True:\n"
-        "    guarded._note(Event(1, 'train', 'clipped', 7, 'x' * 5000))\n"
+        "    journal.note(Event(1, 'train', 'bounded', 7, 'x' * 5000))\n"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(report)], stderr=subprocess.PIPE) as process:  # noqa: S603  (a fixed command)
         deadline = time.monotonic() + 60
@@ -483,13 +570,29 @@ def test_arrays_in_another_order_are_put_in_order(make_grid: MakeGrid) -> None:
         np.testing.assert_array_equal(arrays_of(result)[name], array)
 
 
-def trusted() -> Trusted:
-    """A linear classifier whose trusted samples start() answers by 'weight' and 'bias'."""
-    module = nn.Linear(3, 4)
-    module.register_buffer("batches", torch.tensor(0))
+class Linear(nn.Linear):
+    """The classifier whose state `start` is; QFedAvg's has no counter."""
+
+    def __init__(self, *, counter: bool = True) -> None:
+        super().__init__(3, 4)
+        if counter:
+            self.register_buffer("batches", torch.tensor(0))
+
+
+def trusted() -> Batch:
+    """Samples that the model of `start` answers rightly."""
     x = torch.rand(40, 3, generator=torch.Generator().manual_seed(1))
-    y = (x @ start()["weight"].T + start()["bias"]).argmax(1)
-    return trusted_module(module, Batch(x, y))
+    return Batch(x, (x @ start()["weight"].T + start()["bias"]).argmax(1))
+
+
+def guarding(defence: Defence, inner: Strategy | None = None, **options: Any) -> GuardedStrategy:
+    return GuardedStrategy(inner or FedAvg(), defence, module=Linear(), trusted=trusted(), **options)
+
+
+def quality_of(arrays: dict[str, np.ndarray[Any, Any]]) -> Quality:
+    module = Linear()
+    module.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()})
+    return quality(WhiteBox(module, nn.functional.cross_entropy), trusted())
 
 
 def reversing(rounds: set[int]) -> Callable[[list[Message]], list[Message]]:
@@ -507,47 +610,59 @@ def reversing(rounds: set[int]) -> Callable[[list[Message]], list[Message]]:
     return tamper
 
 
-GATE = Guard(max_loss_rise=0.3, max_accuracy_drop=0.5)
+GATE = Gate(max_loss_rise=0.3, max_accuracy_drop=0.5, reference="best")
 
 
 def test_a_vetoed_round_keeps_the_old_arrays(make_grid: MakeGrid) -> None:
-    guarded = GuardedStrategy(FedAvg(), GATE, trusted=trusted())
+    guarded = guarding(GATE)
     result = run(guarded, make_grid(client, NODES, tamper=reversing({2})), rounds=2)
     once = run(FedAvg(), make_grid(client, NODES), rounds=1)
     for name, array in arrays_of(once).items():
         np.testing.assert_array_equal(arrays_of(result)[name], array)
-    assert [m["guard-vetoed"] for m in result.train_metrics_clientapp.values()] == [0, 1]
+    metrics = list(result.train_metrics_clientapp.values())
+    assert [m["guard-vetoed"] for m in metrics] == [0, 1]
     (veto,) = [e for e in guarded.events if e.event == "vetoed"]
     assert veto.round == 2
-    assert "trusted loss" in veto.reason
-    assert veto.measures["loss"] > 0.3
+    assert "gate: trusted loss" in veto.reason
     broken = run(FedAvg(), make_grid(client, NODES, tamper=reversing({2})), rounds=2)
-    assert trusted().measure(arrays_of(broken)).accuracy < 0.5 < trusted().measure(arrays_of(result)).accuracy
+    wrong, right = quality_of(arrays_of(broken)), quality_of(arrays_of(result))
+    assert veto.measures == pytest.approx({"loss": wrong.loss, "worst-accuracy": wrong.worst}, rel=1e-5)
+    assert metrics[0]["guard-loss"] == pytest.approx(right.loss, rel=1e-5)
+    assert metrics[0]["guard-worst-accuracy"] == right.worst
+    assert wrong.loss > right.loss + 0.3
+
+
+class Refusing(Defence):
+    """Admits what it is told to."""
+
+    needs = frozenset({Need.MODEL})
+
+    def __init__(self) -> None:
+        self.admits = True
+
+    def admit(self, before: Weights, view: View) -> Verdict:
+        return ADMITTED if self.admits else Verdict(admit=False, reason="told so")
 
 
 @pytest.mark.parametrize("name", ["FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "QFedAvg"])
 def test_after_a_veto_the_inner_strategy_remembers_nothing_of_the_round(name: str, make_grid: MakeGrid) -> None:
     """Momentum of a vetoed round would carry the poison into the next."""
-    bad = False
-    answers = {False: torch.eye(2) * 9, True: -torch.eye(2) * 9}
-    samples = Trusted(lambda state: answers[bad], torch.tensor([0, 1]))
-    strategy = GuardedStrategy(STRATEGIES[name](), GATE, trusted=samples)
+    defence = Refusing()
+    strategy = GuardedStrategy(STRATEGIES[name](), defence, module=Linear(counter=name != "QFedAvg"))
     grid = make_grid(client, NODES)
 
     def one_round(number: int, arrays: ArrayRecord) -> ArrayRecord | None:
-        nonlocal bad
         replies = grid.send_and_receive(strategy.configure_train(number, arrays, ConfigRecord(), grid))
-        bad = number == 2
-        made = strategy.aggregate_train(number, replies)[0]
-        bad = False
-        return made
+        return strategy.aggregate_train(number, replies)[0]
 
     first = one_round(1, ArrayRecord(initial(strategy)))
     assert first is not None
     twin = copy.deepcopy(strategy)
     grid.tamper = reversing({1})
+    defence.admits = False
     assert one_round(2, first) is None
     grid.tamper = list
+    defence.admits = True
     after = one_round(3, first)
     strategy = twin
     straight = one_round(3, first)
@@ -562,7 +677,7 @@ def test_a_wrapped_strategy_is_put_back_too(make_grid: MakeGrid) -> None:
     private = DifferentialPrivacyServerSideFixedClipping(
         inner, noise_multiplier=0.0, clipping_norm=1e6, num_sampled_clients=NODES
     )
-    guarded = GuardedStrategy(private, GATE, trusted=trusted(), weight_key="num-examples")
+    guarded = guarding(GATE, private, weight_key="num-examples")
     run(guarded, make_grid(client, NODES, tamper=reversing({1})), rounds=1)
     assert guarded.inner is private
     assert private.strategy is inner
@@ -580,50 +695,147 @@ def test_small_rises_do_not_add_up_against_the_best(make_grid: MakeGrid) -> None
 
     losses = {}
     for reference in ("best", "previous"):
-        guard = Guard(max_loss_rise=0.1, reference=reference)
-        result = run(GuardedStrategy(FedAvg(), guard, trusted=trusted()), make_grid(client, NODES, tamper=creep), 12)
-        losses[reference] = trusted().measure(arrays_of(result)).loss
-    first = trusted().measure({k: v.numpy() for k, v in start().items()}).loss
+        gate = Gate(max_loss_rise=0.1, max_accuracy_drop=math.inf, reference=reference)
+        result = run(guarding(gate), make_grid(client, NODES, tamper=creep), 12)
+        losses[reference] = quality_of(arrays_of(result)).loss
+    first = quality_of({k: v.numpy() for k, v in start().items()}).loss
     assert losses["best"] <= first + 0.1
     assert losses["previous"] > first + 0.2
 
 
-def test_discrepancy_clips_only_those_whose_model_answers_otherwise(make_grid: MakeGrid) -> None:
-    """Both stray equally far; one moves along the bias that all classes share, which changes no answer."""
+@pytest.mark.parametrize("name", ["FedAvg", "FedAvgM", "FedAdam"])
+def test_a_shortened_step_becomes_the_global_model_and_the_inner_strategys(name: str, make_grid: MakeGrid) -> None:
+    """FedAvgM goes on from the arrays that it gave, not from those that it is handed."""
+    guarded = GuardedStrategy(STRATEGIES[name](), BoundUpdate(clip_norm=0.01), module=Linear())
+    grid = make_grid(client, NODES)
+    arrays = ArrayRecord(start())
+    for number in (1, 2, 3):
+        replies = grid.send_and_receive(guarded.configure_train(number, arrays, ConfigRecord(), grid))
+        after, _ = guarded.aggregate_train(number, replies)
+        assert after is not None
+        change = np.concatenate([(after[k].numpy() - arrays[k].numpy()).ravel() for k in ("weight", "bias")])
+        assert np.linalg.norm(change) == pytest.approx(0.01, rel=1e-3)
+        arrays = after
+    inner = guarded.inner
+    if isinstance(inner, FedAvgM):
+        assert inner.current_arrays is arrays
+    (noted,) = {e.reason for e in guarded.events if e.event == "bounded"}
+    assert noted == "the defence shortened the step of the aggregate"
 
-    def shift(message: Message) -> Message:
-        mine = message.metadata.src_node_id
-        return with_arrays(
-            message, lambda s: s["bias"].__iadd__(2.0 if mine == 103 else np.array([4, 0, 0, 0])) is None
-        )
 
-    guard = Guard(clip_norm=0.5, max_discrepancy=0.3)
-    guarded = GuardedStrategy(FedAvg(), guard, trusted=trusted())
-    run(guarded, make_grid(client, NODES, tamper=spoiling(shift, nodes=(103, 104))), rounds=1)
-    assert {e.node for e in guarded.events if e.event == "flagged"} == {104}
-    assert {e.node for e in guarded.events if e.event == "clipped"} == {104}
-    refusing = GuardedStrategy(FedAvg(), Guard(max_discrepancy=0.3, flagged="refuse"), trusted=trusted())
-    run(refusing, make_grid(client, NODES, tamper=spoiling(shift, nodes=(103, 104))), rounds=1)
-    assert {e.node for e in refusing.events if e.event == "refused"} == {104}
+def test_an_average_is_served_beside_the_model_that_learns(make_grid: MakeGrid) -> None:
+    guarded = GuardedStrategy(FedAvg(), Ema(decay=0.5), module=Linear())
+    arrays = ArrayRecord(start())
+    assert guarded.served_arrays(arrays) is arrays  # before the first round
+    result = run(guarded, make_grid(client, NODES), rounds=2)
+    step = 0.01 * np.mean([1 + i for i in range(NODES)])
+    served = guarded.served_arrays(result.arrays)
+    first = start()["bias"].numpy()
+    np.testing.assert_allclose(arrays_of(result)["bias"], first + 2 * step, rtol=1e-5)
+    # The average starts at the first model: half of it after one step, a quarter after two.
+    np.testing.assert_allclose(served["bias"].numpy(), first + (0.25 + 0.5 * 2) * step, rtol=1e-5)
+    assert served["bias"].dtype == result.arrays["bias"].dtype
+    plain = GuardedStrategy(FedAvg())
+    result = run(plain, make_grid(client, NODES), rounds=1)
+    assert plain.served_arrays(result.arrays) is result.arrays
 
 
-def test_looking_back_some_rounds_takes_the_model_of_then(make_grid: MakeGrid) -> None:
-    guard = Guard(max_discrepancy=1e9, flagged="refuse", old="back", back=2)
-    guarded = GuardedStrategy(FedAvg(), guard, trusted=trusted())
-    seen: list[float] = []
-    samples = trusted()
+def shift(message: Message) -> Message:
+    """Node 103 strays along the bias that all classes share, which changes no answer; the others equally far aside."""
+    mine = message.metadata.src_node_id
+    return with_arrays(message, lambda s: s["bias"].__iadd__(2.0 if mine == 103 else np.array([4, 0, 0, 0])) is None)
 
-    def watched(state: State) -> torch.Tensor:
-        seen.append(float(state["bias"][0]))
-        return samples.logits(state)
 
-    guarded = GuardedStrategy(FedAvg(), guard, trusted=Trusted(watched, samples.y))
+@pytest.mark.parametrize(("flagged", "length"), [("clip", "0.5"), ("drop", "0")])
+def test_discrepancy_bounds_only_those_whose_model_answers_otherwise(
+    make_grid: MakeGrid, flagged: Any, length: str
+) -> None:
+    """The start of the federation is the checkpoint that is looked back at."""
+    guarded = guarding(DGC(threshold=0.3, lr=1.0, clip_norm=0.5, flagged=flagged))
+    run(guarded, make_grid(client, NODES, tamper=spoiling(shift, nodes=(103, 104))), rounds=2)
+    bounded = [(e.round, e.node) for e in guarded.events if e.event == "bounded"]
+    assert bounded == [(1, 104), (2, 104)]
+    assert all(e.reason.endswith(f"bounded to {length}") for e in guarded.events if e.event == "bounded")
+
+
+looked_at: list[float | None] = []
+
+
+class Looking(DGC):
+    """Keeps the old models that it looked at."""
+
+    def bound(self, updates: Updates, view: View) -> Updates:
+        old = self.old_model(view)
+        looked_at.append(None if old is None else float(old.parameters["bias"][0]))
+        return super().bound(updates, view)
+
+
+@pytest.mark.parametrize(("old", "rounds_back"), [("back", 2), ("checkpoint", None)])
+def test_looking_back_takes_the_model_of_then(make_grid: MakeGrid, old: Any, rounds_back: int | None) -> None:
+    looked_at.clear()
+    guarded = guarding(Looking(threshold=1e9, old=old, back=2, lr=1.0))
     run(guarded, make_grid(client, 2), rounds=5)
-    old = seen[::4]  # each client's old and new answer, two clients a round
-    step = old[3] - old[2]
-    np.testing.assert_allclose(np.diff(old), [0, 0, step, step], atol=1e-5)
-    assert step > 0.01
-    assert len(guarded._past) == 4  # the start, and three
+    step = 0.01 * 1.5
+    models = [float(start()["bias"][0]) + number * step for number in range(5)]
+    expected = [models[0]] * 5 if rounds_back is None else [None, None, *models[:3]]
+    assert looked_at == [None if e is None else pytest.approx(e, abs=1e-5) for e in expected]
+
+
+class Counting(Defence):
+    """Keeps notes of what it was asked."""
+
+    def begin(self, view: View) -> None:
+        view.memory["begun"] = view.memory.get("begun", torch.tensor(0)) + 1
+
+    def committed(self, view: View) -> None:
+        view.memory["committed"] = view.memory.get("committed", torch.tensor(0)) + 1
+        view.memory["step"] = torch.tensor(view.step)
+
+
+def test_a_round_is_one_defended_step(make_grid: MakeGrid) -> None:
+    """A round in which nothing can be aggregated is none; if the strategy raises, nothing stays."""
+
+    class Failing(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            if server_round == 3:
+                raise RuntimeError("disk full")
+            return super().aggregate_train(server_round, replies)
+
+    nan = spoiling(GARBAGE["NaN"][0], nodes=range(100, 100 + NODES))
+    rounds = iter(range(1, 10))
+
+    def second(replies: list[Message]) -> list[Message]:
+        return nan(replies) if replies and next(rounds) == 2 else replies
+
+    guarded = GuardedStrategy(Failing(fraction_evaluate=0.0), Counting())
+    with pytest.raises(RuntimeError, match="disk full"):
+        run(guarded, make_grid(client, NODES, tamper=second), rounds=4)
+    step = guarded._step
+    assert step is not None
+    assert {k: int(v) for k, v in step.memory.items()} == {"begun": 1, "committed": 1, "step": 1}
+    assert step.step == 1
+
+
+def test_a_defence_may_look_at_many_updates_in_parts(make_grid: MakeGrid) -> None:
+    """More clients than are shown at a time: each row comes once, is that of its client, and goes back to it."""
+    seen: list[torch.Tensor] = []
+
+    class Halving(Defence):
+        def bound(self, updates: Updates, view: View) -> Updates:
+            assert list(updates.shapes) == ["weight", "bias"]
+            seen.append(updates.rows)
+            return updates.scaled(torch.where(updates.lengths() > 0.42, 0.5, 1.0))
+
+    nodes = 19
+    guarded = GuardedStrategy(FedAvg(), Halving())
+    result = run(guarded, make_grid(client, nodes), rounds=1)
+    rows = torch.cat(seen)
+    assert len(seen) > 1
+    assert rows.dtype == torch.float64
+    expected = -0.01 * torch.arange(1, nodes + 1, dtype=torch.float64).unsqueeze(1).expand(nodes, 16)
+    torch.testing.assert_close(rows, expected, atol=1e-6, rtol=0)  # a gradient: what was taken away
+    moves = [0.01 * n * (0.5 if 0.04 * n > 0.42 else 1) for n in range(1, nodes + 1)]
+    np.testing.assert_allclose(arrays_of(result)["bias"] - start()["bias"].numpy(), np.mean(moves), rtol=1e-4)
 
 
 def test_nobody_sampled_is_a_round_too(make_grid: MakeGrid) -> None:
@@ -675,9 +887,28 @@ def test_malformed_evaluations_are_dropped(make_grid: MakeGrid) -> None:
     assert metrics["accuracy"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"defence": Gate()}, "Gate needs the trusted set; give `module`"),
+        ({"defence": Gate(), "module": Linear()}, "Gate needs the trusted set; give `module`"),
+        ({"defence": Ema()}, "Ema needs the white-box model"),
+        ({"defence": BoundUpdate()}, "BoundUpdate needs the white-box model"),
+        ({"defence": DGC(), "trusted": trusted()}, "DGC needs the history of the model's own past"),
+        ({"defence": chain(Clip(), Gate())}, "Chain needs the trusted set"),
+        ({"defence": AT()}, "AT acts on training samples"),
+        ({"defence": Skip()}, "skip: the server of a federation knows the one update"),
+        ({"trusted": trusted()}, "only be looked at through a model"),
+    ],
+)
+def test_a_defence_that_misses_something_is_refused_at_once(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        GuardedStrategy(FedAvg(), **options)
+
+
 def test_what_cannot_work_is_refused_at_once() -> None:
-    with pytest.raises(ConfigError, match="need trusted samples"):
-        GuardedStrategy(FedAvg(), Guard(max_loss_rise=0.1))
+    with pytest.raises(DataError, match="trusted samples: 3 in 'inputs' and 2 targets"):
+        GuardedStrategy(FedAvg(), module=Linear(), trusted=Batch(torch.zeros(3, 3), torch.zeros(2)))
     with pytest.raises(ConfigError, match="trees"):
         GuardedStrategy(FedXgbBagging())
 
@@ -691,8 +922,13 @@ def test_what_cannot_work_is_refused_at_once() -> None:
         GuardedStrategy(FedAvg()).aggregate_train(1, [])
 
 
+def test_a_module_of_another_architecture_is_refused_before_the_first_round(make_grid: MakeGrid) -> None:
+    with pytest.raises(ConfigError, match=r"'weight' is \(4, 3\) and \(2, 3\) in the module"):
+        run(GuardedStrategy(FedAvg(), module=nn.Linear(3, 2)), make_grid(client, NODES))
+
+
 def test_a_second_start_begins_anew(make_grid: MakeGrid) -> None:
-    guarded = GuardedStrategy(FedAvg(), GATE, trusted=trusted())
+    guarded = guarding(chain(Clip(clip_norm=0.3), GATE))
     random.seed(1)
     first = run(guarded, make_grid(client, NODES))
     random.seed(1)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.optim import SGD
 
 from mithridate.core.batch import Batch
-from mithridate.core.errors import ConfigError
+from mithridate.core.errors import ConfigError, ThreatModelError
 from mithridate.core.model import WhiteBox, frozen_statistics
 from mithridate.core.registry import build
 from mithridate.core.update_attack import Honest
@@ -28,7 +28,7 @@ from mithridate.simulation.online import Outcome, Progress
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
-from mithridate.update_attacks.accumulative import TRIGGER, AccumulativeUpdates
+from mithridate.update_attacks.accumulative import TRIGGER, VELOCITY, AccumulativeUpdates
 
 GRANTED = AccumulativeUpdates.needs
 
@@ -234,6 +234,33 @@ def test_validation_images_can_be_few_or_drawn_anew(view: View) -> None:
     assert torch.equal(first, drawing.pull(view, rng()))
 
 
+def test_with_momentum_a_pull_goes_on_into_the_next_rounds(view: View, learner: Learner) -> None:
+    """For servers without momentum of their own; the honest part has none of it."""
+    honest, draws = honest_of(learner), rng()
+    attack = AccumulativeUpdates(momentum=0.5, lam=0.3, clean_weight=1.0)
+    pull = 0.3 * attack.pull(view, rng())
+    for share in (1.0, 1.5, 1.75):  # the model stays, and so does what is added
+        rows = attack.craft(honest, view, draws)
+        mean = (honest.total + rows.sum(0)) / honest.clients
+        assert torch.allclose(mean, honest.mean + share * pull, atol=1e-10)
+        assert torch.allclose(view.memory[VELOCITY], share * pull, atol=1e-10)
+    assert torch.equal(
+        attack.craft_trigger(honest, view, rng()), AccumulativeUpdates().craft_trigger(honest, view, rng())
+    )  # the trigger is what it is
+    fresh = dataclasses.replace(view, memory={})
+    AccumulativeUpdates(lam=0.3).craft(honest, fresh, rng())
+    assert not fresh.memory
+
+
+def test_published_accuracy_is_looked_at_only_where_it_matters(view: View) -> None:
+    unpublished = View(3, {}, {need: view.available[need] for need in GRANTED - {Need.ACCURACY}}, GRANTED)
+    assert not AccumulativeUpdates().ready(unpublished)
+    assert AccumulativeUpdates(max_rounds=3, accuracy_floor=0.5).ready(unpublished)
+    for fields in ({"accuracy_floor": 0.5}, {"max_drop": 0.1}):
+        with pytest.raises(ThreatModelError, match="accuracy that the service publishes"):
+            AccumulativeUpdates(**fields).ready(unpublished)  # type: ignore[arg-type]  # all of them are fractions
+
+
 @pytest.mark.parametrize(
     ("fields", "accuracy", "ready"),
     [
@@ -260,7 +287,15 @@ def test_the_phase_ends_after_its_rounds(view: View) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"lam": -1.0}, {"radius": 0.0}, {"trigger_norm": 0.0}, {"alpha": -0.1}, {"chunk": 0}, {"trigger": "poisoned"}],
+    [
+        {"lam": -1.0},
+        {"momentum": -0.5},
+        {"radius": 0.0},
+        {"trigger_norm": 0.0},
+        {"alpha": -0.1},
+        {"chunk": 0},
+        {"trigger": "poisoned"},
+    ],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(fields: dict[str, Any]) -> None:

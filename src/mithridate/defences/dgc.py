@@ -1,8 +1,8 @@
-"""Discrepancy-aware gradient clipping: shorten an update only if it would move the model suspiciously."""
+"""Discrepancy-aware gradient clipping: bound an update only if it would move the model suspiciously."""
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -22,26 +22,32 @@ from mithridate.maths.norms import Norm, clip_rows
 @register("defence", "dgc")
 @settings
 class DGC(LookingBack, Defence):
-    """Clip an update whose plain step would raise the Memorization Discrepancy of trusted samples above a threshold.
+    """Clip or drop an update whose plain step raises the Memorization Discrepancy of trusted samples above a threshold.
 
     Zhu et al. describe only that the discrepancy is "an auxiliary for gradient clipping operations" in the federated
     setting. Our reading: for each row, the model after a plain step of length `lr` is compared with the old model on
-    the trusted inputs (no label is used); rows whose mean discrepancy exceeds the threshold are clipped, the others
-    pass as they are.
+    the trusted inputs (no label is used); rows whose mean discrepancy exceeds the threshold are clipped, or dropped;
+    the others pass as they are. The threshold can rise as that of their sample correction does, P = mu + tau * m.
 
     What breaks it: what breaks clipping, in many small updates; an update that harms where trusted samples do not look;
-    and momentum, which the plain step does not know of.
+    and momentum, which the plain step does not know of. A threshold that rises with the rounds rises for the attacker
+    too.
 
     Args:
         divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
         old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
         epoch: Of the checkpoint; unset: the earliest one kept.
         back: Updates to look back with `old = "back"`, k.
-        threshold: Mean discrepancy above which a row is clipped, >= 0, in the unit of the divergence; 0 clips every
+        threshold: Mean discrepancy above which a row is flagged, >= 0, in the unit of the divergence; 0 flags every
             row, `inf` none. A step after which the model answers with NaN counts as above it.
+        rise: By how much the threshold grows with every update made, tau, >= 0: an honest model moves away from its
+            past, too.
+        flagged: What becomes of a flagged row: `clip` to `clip_norm`, or `drop`: it becomes zero and counts as the
+            update of a client that changes nothing. Online, where the batch's gradient is the only row, a dropped one
+            is a step with a zero gradient: momentum and weight decay still move the model.
         clip_norm: The bound, > 0; `inf` never clips.
         norm: In which norm: `l2` or `linf`.
-        lr: Length of the plain step, > 0; the server's learning rate.
+        lr: Length of the plain step, > 0; the server's learning rate (1 on Flower, whose clients send whole models).
         trusted_size: Use only the first so many trusted samples, >= 1; unset: all.
 
     Raises:
@@ -56,14 +62,16 @@ class DGC(LookingBack, Defence):
     active: ClassVar[Mapping[str, Any]] = {"clip_norm": 0.1, "threshold": 0.0, "old": "checkpoint"}
 
     threshold: Annotated[float, Field(ge=0)] = 0.5
+    rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    flagged: Literal["clip", "drop"] = "clip"
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
 
     def bound(self, updates: Updates, view: View) -> Updates:
-        """The rows, suspicious ones clipped."""
-        if math.isinf(self.clip_norm) or math.isinf(self.threshold):
+        """The rows, suspicious ones clipped or dropped."""
+        if math.isinf(self.threshold) or (self.flagged == "clip" and math.isinf(self.clip_norm)):
             return updates
         old = self.old_model(view)
         if old is None:
@@ -71,11 +79,13 @@ class DGC(LookingBack, Defence):
         own = {name for name, p in view.model.module.named_parameters() if p.requires_grad}
         if set(updates.shapes) != own:
             raise ConfigError("dgc: it steps on whole updates, and some parameters have none.")
-        clipped = clip_rows(updates.rows, self.clip_norm, self.norm)
-        if self.threshold == 0:  # a discrepancy of nothing can round to less than nothing
-            return updates.with_rows(clipped)
-        suspicious = ~(self._discrepancies(updates, old, view) <= self.threshold)  # NaN is
-        return updates.with_rows(torch.where(suspicious.unsqueeze(1), clipped, updates.rows))
+        rows = updates.rows
+        bounded = torch.zeros_like(rows) if self.flagged == "drop" else clip_rows(rows, self.clip_norm, self.norm)
+        threshold = self.threshold + self.rise * view.step
+        if threshold == 0:  # a discrepancy of nothing can round to less than nothing
+            return updates.with_rows(bounded)
+        suspicious = ~(self._discrepancies(updates, old, view) <= threshold)  # NaN is
+        return updates.with_rows(torch.where(suspicious.unsqueeze(1), bounded, rows))
 
     def check_federation(self, run: Rounds, clients: int) -> None:
         """It steps on whole updates.

@@ -4,7 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mithridate.core.errors import UserError
-from mithridate.guard.federation import Guard as Guard
+from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
+from mithridate.guard.hostile_clients import Accomplice as Accomplice
+from mithridate.guard.hostile_clients import HostileClients as HostileClients
+from mithridate.guard.limits import ReplyLimits as ReplyLimits
 
 if TYPE_CHECKING:
     from mithridate.guard.flower import GuardedStrategy as GuardedStrategy
@@ -14,7 +17,7 @@ _NEEDS_FLOWER = {"GuardedStrategy": "flower", "attack_mod": "flower_attack"}
 
 
 def __dir__() -> list[str]:
-    return ["Guard", *_NEEDS_FLOWER]
+    return ["Accomplice", "GarbageClients", "HostileClients", "ReplyLimits", *_NEEDS_FLOWER]
 
 
 if not TYPE_CHECKING:  # with it, a type checker would take any name for a public one

@@ -25,8 +25,8 @@ from mithridate.maths.calculus import (
 from mithridate.maths.norms import Norm
 from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
 
-TRIGGER = "trigger"
-"""Where the attack keeps its poisoned trigger between rounds, (parameters,)."""
+TRIGGER, VELOCITY = "trigger", "velocity"
+"""Where the attack keeps its poisoned trigger and its velocity between rounds, (parameters,) each."""
 
 
 @register(
@@ -56,6 +56,8 @@ class AccumulativeUpdates(HostileShare):
         trigger_norm: l2 length that the trigger's update is given, > 0, so that triggers can be compared at equal
             length; unset: its own times trigger_scale.
         lam: Weight of G_t, >= 0 ("loss scaling" in the accumulative rows of Tables 3 to 5).
+        momentum: Of G_t, >= 0: the share of the last round's pull that stays in this one's, for servers whose
+            optimiser has no momentum of its own (FedAvg); the released code's server has 0.9.
         clean_weight: Weight of the honest mean, >= 0; the released code leaves it out.
         normalise: How the two enter their product: as they are (`none`), at unit length (`global`: their cosine, as in
             the released code), or one cosine a tensor (`tensor`).
@@ -85,6 +87,7 @@ class AccumulativeUpdates(HostileShare):
     trigger_scale: Factor = 1.0
     trigger_norm: Length | None = None
     lam: Factor = 0.02
+    momentum: Factor = 0.0
     clean_weight: Factor = 0.0
     normalise: Normalise = "global"
     spread: Factor = 0.0
@@ -102,13 +105,19 @@ class AccumulativeUpdates(HostileShare):
         """After the rounds that it was given, or once published accuracy has left the range that keeps it secret."""
         if self.max_rounds is not None and view.step >= self.max_rounds:
             return True
+        if self.accuracy_floor is None and self.max_drop is None:
+            return False
         start, now = view.accuracy
         below = self.accuracy_floor is not None and now < self.accuracy_floor
         return below or (self.max_drop is not None and start - now > self.max_drop)
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """One round of Algorithm 2."""
-        wanted = self.clean_weight * honest.mean + self.lam * self.pull(view, rng)
+        pull = self.lam * self.pull(view, rng)
+        if self.momentum > 0:
+            pull = pull + self.momentum * view.memory.get(VELOCITY, torch.zeros_like(pull))
+            view.memory[VELOCITY] = pull
+        wanted = self.clean_weight * honest.mean + pull
         rows = shared_out(wanted, honest)
         if self.spread > 0:
             rows = rows + zero_sum(rows, self.spread, rng)
