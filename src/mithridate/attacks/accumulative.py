@@ -5,7 +5,7 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Factor, Share
 from mithridate.attacks.losses import nudged, targets
-from mithridate.attacks.trigger import TRIGGER, Round, TriggerPoisoner
+from mithridate.attacks.trigger import TRIGGER, CraftingRound, TriggerPoisoner
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
@@ -124,7 +124,7 @@ class Accumulative(TriggerPoisoner):
             view.memory[TRIGGER] = found[n:].clone()
             return found[:n]
 
-    def _pull(self, at: Round, trigger_x: Tensor) -> Parameters:
+    def _pull(self, at: CraftingRound, trigger_x: Tensor) -> Parameters:
         """G_t."""
         trigger = (trigger_x, at.trigger_y)
         g_trigger = gradient(at.objective, at.parameters, *trigger, chunk=self.pieces)

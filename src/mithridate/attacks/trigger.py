@@ -26,7 +26,7 @@ TRIGGER = "trigger.x"
 
 
 @dataclass(frozen=True)
-class Round:
+class CraftingRound:
     """What one round of crafting looks at.
 
     Args:
@@ -105,7 +105,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         return None if self.craft_mode == "train" else self.chunk
 
     @contextmanager
-    def round(self, view: View, rng: Generator) -> Iterator[Round]:
+    def round(self, view: View, rng: Generator) -> Iterator[CraftingRound]:
         """What this round looks at, with the model in the craft mode."""
         box = by_targets(self.target(view))
         parameters = box.parameters
@@ -114,7 +114,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         with box.objective(self.craft_mode) as objective:
             validation = self._validation(view, rng)
             g_validation = gradient(objective, parameters, *validation, chunk=self.pieces)
-            yield Round(box, objective, parameters, validation, g_validation, trigger_y, old)
+            yield CraftingRound(box, objective, parameters, validation, g_validation, trigger_y, old)
 
     def _validation(self, view: View, rng: Generator) -> Batch:
         """S_val of this round."""
@@ -124,11 +124,11 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             return pool.take(slice(size))
         return pool.take(torch.randint(pool.size, (size,), generator=rng))
 
-    def turned(self, at: Round, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
+    def turned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
         """How pixels turn their parameter gradient towards `w`."""
         return turn_towards(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
 
-    def current_trigger(self, at: Round, view: View, rng: Generator) -> Tensor:
+    def current_trigger(self, at: CraftingRound, view: View, rng: Generator) -> Tensor:
         """The trigger as it stands. `joint` begins with the clean one, the others poison it when first asked for."""
         if self.trigger_mode == "clean" or (self.joint and TRIGGER not in view.memory):
             return view.clean_trigger.x
@@ -136,7 +136,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, None)
         return view.memory[TRIGGER]
 
-    def _poisoned_trigger(self, at: Round, view: View, rng: Generator, start: Tensor | None) -> Tensor:
+    def _poisoned_trigger(self, at: CraftingRound, view: View, rng: Generator, start: Tensor | None) -> Tensor:
         """Descend <g_val, g_tri> in the trigger's pixels, Eq. (6), from `start` or from the clean trigger."""
         clean = view.clean_trigger.x
         wanted = unit(at.g_validation, self.normalise)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mithridate.bench.engine import deterministic
-from mithridate.bench.prepare import Context, burned_in_learner, choose_device, prepare
+from mithridate.bench.prepare import RunContext, burned_in_learner, choose_device, prepare
 from mithridate.bench.recipe import Cell, Labelled, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core.defence import Calibration, Defence
@@ -65,7 +65,7 @@ def calibrate_recipe(
     where = choose_device(device)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     stream.require(unseen - 1)
-    context = Context(stream, [], where, cache_directory(cache), watcher or Watcher())
+    context = RunContext(stream, [], where, cache_directory(cache), watcher or Watcher())
     with deterministic():
         for seed in recipe.seeds:
             cell = Cell(

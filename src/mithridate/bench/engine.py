@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from mithridate.bench import store
-from mithridate.bench.prepare import Context, Prepared, burned_in_learner, choose_device, other_images, prepare
+from mithridate.bench.prepare import Prepared, RunContext, burned_in_learner, choose_device, other_images, prepare
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core.attack import Attack
@@ -98,7 +98,7 @@ def run_recipe(
     _check_runs(cells, stream)
     ood = other_images(recipe, stream, chosen, data_root, cache)
     _check_needs(cells, stream)
-    context = Context(stream, ood, chosen, cache_directory(cache), watcher)
+    context = RunContext(stream, ood, chosen, cache_directory(cache), watcher)
     build_model(recipe.model, stream.info, seed=0)
     with deterministic():
         skipped = 0
@@ -202,7 +202,7 @@ def _flat(value: object, prefix: str = "") -> dict[str, object]:
     return {prefix: value}
 
 
-def _run_cell(cell: Cell, directory: Path, prepared: Prepared, context: Context) -> dict[str, Any]:
+def _run_cell(cell: Cell, directory: Path, prepared: Prepared, context: RunContext) -> dict[str, Any]:
     run, burned = cell.recipe.run, prepared.burned
     learner = burned_in_learner(cell, cell.defence.component, burned, context)
     calibrations = calibrated(learner, context.stream.batch_size)
@@ -233,7 +233,7 @@ def _outcome(
     cell: Cell,
     learner: Learner,
     prepared: Prepared,
-    context: Context,
+    context: RunContext,
     progress: Progress,
     on_step: Callable[[Progress], None],
 ) -> Outcome:

@@ -65,7 +65,7 @@ def other_images(
 
 
 @dataclass(frozen=True)
-class Context:
+class RunContext:
     """What all cells of a recipe share while it runs.
 
     Args:
@@ -98,7 +98,7 @@ class Prepared:
     scorers: Sequence[Scorer]
 
 
-def prepare(cell: Cell, context: Context) -> Prepared:
+def prepare(cell: Cell, context: RunContext) -> Prepared:
     """Train or fetch what all cells of one seed share.
 
     Args:
@@ -129,7 +129,7 @@ def prepare(cell: Cell, context: Context) -> Prepared:
     return Prepared(burned, surrogate, scorers)
 
 
-def _surrogate(cell: Cell, burned: BurnInResult, context: Context) -> WhiteBox:
+def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBox:
     """An older state of the victim's model, or a model trained apart."""
     how, recipe = cell.recipe.surrogate, cell.recipe
     if how.kind == "checkpoint":
@@ -155,13 +155,13 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: Context) -> WhiteBox:
     return WhiteBox(model, F.cross_entropy)
 
 
-def _model(cell: Cell, context: Context) -> nn.Module:
+def _model(cell: Cell, context: RunContext) -> nn.Module:
     seed = cell.recipe.burn_in.seed
     fresh = build_model(cell.recipe.model, context.stream.info, seed=cell.seed if seed is None else seed)
     return fresh.to(context.device)
 
 
-def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: Context) -> Learner:
+def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: RunContext) -> Learner:
     """A learner as the burn-in left the model, with the loop's own optimiser.
 
     Args:

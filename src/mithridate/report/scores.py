@@ -48,7 +48,7 @@ images against clean; `score_*`: means of the finite scores; `ratio`: mean discr
 clean ones, of discrepancy detectors only; `not_finite`: share of samples without a finite score."""
 
 
-class Samples(NamedTuple):
+class ScoredSamples(NamedTuple):
     """Scores by kind of sample; lower is more suspicious.
 
     Args:
@@ -62,7 +62,7 @@ class Samples(NamedTuple):
     ood: Scores
 
 
-def samples(run: Run, key: str, phase: str = BOTH) -> Samples:
+def samples(run: Run, key: str, phase: str = BOTH) -> ScoredSamples:
     """What one detector said in one phase of one run.
 
     Args:
@@ -77,15 +77,15 @@ def samples(run: Run, key: str, phase: str = BOTH) -> Samples:
     return samples_of(run, key, [int(step["step"]) for step in run.trace if step["phase"] in meant])
 
 
-def samples_of(run: Run, key: str, steps: Sequence[int]) -> Samples:
+def samples_of(run: Run, key: str, steps: Sequence[int]) -> ScoredSamples:
     """What one detector said in some steps of one run; empty arrays where there is nothing, NaN counts as -inf."""
     if not run.scores:
-        return Samples(*(np.empty(0) for _ in Samples._fields))
+        return ScoredSamples(*(np.empty(0) for _ in ScoredSamples._fields))
     columns = run.scores
     scores = np.where(np.isnan(columns["score"]), -np.inf, columns["score"]).astype(np.float64)
     meant = np.isin(columns["step"], steps) & (columns["detector"] == key)
     source = columns["source"]
-    return Samples(
+    return ScoredSamples(
         clean=scores[meant & (source == "clean")],
         poisoned=scores[meant & (source == "received") & columns["poisoned"].astype(bool)],
         ood=scores[meant & (source == "ood")],
@@ -134,7 +134,7 @@ def poisoned_phase(row: Row) -> str | None:
     return None
 
 
-def quality(info: DetectorInfo, scores: Samples) -> dict[str, float | None]:
+def quality(info: DetectorInfo, scores: ScoredSamples) -> dict[str, float | None]:
     """Every one of `METRICS` for one detector's scores.
 
     Args:
@@ -206,7 +206,7 @@ def _average(members: Sequence[Record]) -> Record:
     return {
         **{name: members[0][name] for name in NAMES},
         "runs": len(members),
-        **{f"{kind}_samples": int(sum(known(f"{kind}_samples"))) for kind in Samples._fields},
+        **{f"{kind}_samples": int(sum(known(f"{kind}_samples"))) for kind in ScoredSamples._fields},
         "finest_fpr": max(known("finest_fpr"), default=None),
         **means({metric: Statistic(known(metric)) for metric in METRICS}),
     }

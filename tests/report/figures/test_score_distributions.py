@@ -3,7 +3,7 @@ import numpy as np
 from mithridate.report.detectors import detectors
 from mithridate.report.figures.score_distributions import BINS, FLOOR, bins, distributions
 from mithridate.report.rows import Row
-from mithridate.report.scores import ACCUMULATIVE, Samples
+from mithridate.report.scores import ACCUMULATIVE, ScoredSamples
 
 
 def test_distributions_show_each_detector_once(attacked: Row) -> None:
@@ -17,13 +17,13 @@ def test_distributions_show_each_detector_once(attacked: Row) -> None:
 
 def test_bins_are_shared_and_logarithmic_where_nothing_is_negative(scored_rows: list[Row]) -> None:
     infos = {info.label: info for info in detectors(scored_rows)}
-    spread = Samples(np.geomspace(1e-12, 1, 200), np.geomspace(1e-3, 10, 200), np.array([1e9]))
+    spread = ScoredSamples(np.geomspace(1e-12, 1, 200), np.geomspace(1e-3, 10, 200), np.array([1e9]))
     edges = bins(infos["d2"], spread)
     assert (len(edges), edges[0]) == (BINS + 1, FLOOR)
     assert np.allclose(np.diff(np.log(edges)), np.log(edges[1] / edges[0]))
     assert 5 < edges[-1] < 10
-    even = bins(infos["gda"], Samples(np.linspace(-9, 0, 200), np.linspace(-20, -5, 200), np.array([1e9])))
+    even = bins(infos["gda"], ScoredSamples(np.linspace(-9, 0, 200), np.linspace(-20, -5, 200), np.array([1e9])))
     assert np.allclose(np.diff(even), even[1] - even[0])
     assert (even[0] > -20, even[-1] < 0) == (True, True)
-    assert (np.diff(bins(infos["gda"], Samples(np.ones(3), np.ones(3), np.empty(0)))) > 0).all()
-    assert (np.diff(bins(infos["d2"], Samples(np.zeros(3), np.zeros(3), np.empty(0)))) > 0).all()
+    assert (np.diff(bins(infos["gda"], ScoredSamples(np.ones(3), np.ones(3), np.empty(0)))) > 0).all()
+    assert (np.diff(bins(infos["d2"], ScoredSamples(np.zeros(3), np.zeros(3), np.empty(0)))) > 0).all()

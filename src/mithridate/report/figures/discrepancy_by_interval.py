@@ -18,7 +18,7 @@ from mithridate.report.figures.drawing import (
 )
 from mithridate.report.figures.scored import LOOKS, MAX_PANELS, cell_of, ends, kinds_legend, mean_shown, quantity
 from mithridate.report.rows import Row
-from mithridate.report.scores import POISONED, WHERE, Samples, samples, strongest
+from mithridate.report.scores import POISONED, WHERE, ScoredSamples, samples, strongest
 
 
 @style()
@@ -79,4 +79,4 @@ def interval_lines(row: Row, family: Sequence[DetectorInfo], phase: str) -> dict
             means = {info.interval: mean_shown(info, samples(run, info.key, phase), kind) for info in family}
             yield {k: mean for k, mean in means.items() if k is not None and mean is not None}
 
-    return {kind: line for kind in Samples._fields if (line := over_seeds(curves(kind)))}
+    return {kind: line for kind in ScoredSamples._fields if (line := over_seeds(curves(kind)))}

@@ -13,7 +13,7 @@ from mithridate.report.figures.drawing import Drawing, Look, label_left, panels,
 from mithridate.report.figures.scored import LOOKS, MAX_PANELS, cell_of, kinds_legend, quantity, shown
 from mithridate.report.roc import Scores, curve
 from mithridate.report.rows import Row
-from mithridate.report.scores import OOD, WHERE, Samples, samples, strongest
+from mithridate.report.scores import OOD, WHERE, ScoredSamples, samples, strongest
 from mithridate.report.statistic import Statistic
 from mithridate.report.wording import decimal, with_spread
 
@@ -37,7 +37,7 @@ class Distribution:
     """
 
     info: DetectorInfo
-    scores: Samples
+    scores: ScoredSamples
     auroc: Statistic
 
 
@@ -73,7 +73,7 @@ def score_distributions(rows: Sequence[Row]) -> Drawing | None:
         ax.set_xlabel(quantity(panel.info))
     label_left(axes, "share of samples (%)")
     kinds_legend(
-        figure, [kind for kind in Samples._fields if any(len(getattr(panel.scores, kind)) for panel in shown_of)]
+        figure, [kind for kind in ScoredSamples._fields if any(len(getattr(panel.scores, kind)) for panel in shown_of)]
     )
     return saved(
         figure,
@@ -106,13 +106,13 @@ def distributions(row: Row, phase: str) -> list[Distribution]:
         runs = [samples(run, info.key, phase) for run in row.runs]
         curves = [one for run in runs if (one := curve(run.clean, run.poisoned)) is not None]
         pooled = (shown(info, np.concatenate(parts)) for parts in zip(*runs, strict=True))
-        finite = Samples(*(scores[np.isfinite(scores)] for scores in pooled))
+        finite = ScoredSamples(*(scores[np.isfinite(scores)] for scores in pooled))
         if len(finite.clean) and len(finite.poisoned):
             scored.append(Distribution(info, finite, Statistic(tuple(one.auroc for one in curves))))
     return scored
 
 
-def bins(info: DetectorInfo, scores: Samples) -> NDArray[np.float64]:
+def bins(info: DetectorInfo, scores: ScoredSamples) -> NDArray[np.float64]:
     """Edges of histogram bins that all kinds of samples share; logarithmic for what is never negative.
 
     Args:

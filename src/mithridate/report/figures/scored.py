@@ -11,7 +11,7 @@ from mithridate.report.detectors import DetectorInfo
 from mithridate.report.figures.drawing import COLOURS, DASHES, MARKERS, Line, Look, legend
 from mithridate.report.roc import Scores
 from mithridate.report.rows import Row, seeds
-from mithridate.report.scores import CLEAN, KINDS, OOD, POISONED, Samples, finite_mean
+from mithridate.report.scores import CLEAN, KINDS, OOD, POISONED, ScoredSamples, finite_mean
 
 STREAM = "clean stream"
 """The line of a run that nobody attacked."""
@@ -50,7 +50,7 @@ def shown(info: DetectorInfo, scores: Scores) -> Scores:
     return -scores if info.is_discrepancy or info.is_loss else scores
 
 
-def mean_shown(info: DetectorInfo, scores: Samples, kind: str) -> float | None:
+def mean_shown(info: DetectorInfo, scores: ScoredSamples, kind: str) -> float | None:
     """Mean of what is drawn of one kind of samples; None if no score is finite."""
     return finite_mean(shown(info, getattr(scores, kind)))
 
