@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.attacks.accumulative import TRIGGER, Accumulative
+from mithridate.attacks.accumulative import Accumulative
+from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.core.batch import Batch
 from mithridate.core.model import BatchNormMode, WhiteBox

@@ -10,15 +10,17 @@ from torch.optim import SGD
 
 from mithridate.attacks import gate_aware
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.attacks.gate_aware import GateAware, measured, rehearsed
+from mithridate.attacks.gate_aware import GateAware, rehearsed
 from mithridate.attacks.pgd import PGD
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build, config_of
+from mithridate.core.tolerance import quality
 from mithridate.core.view import Need, View
 from mithridate.defences.gate import Gate
-from mithridate.simulation.online import OnlineRun, Outcome, Progress, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import Outcome, Progress
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
@@ -105,7 +107,8 @@ def test_a_rehearsal_leaves_model_and_global_randomness_alone() -> None:
 
 def test_what_is_measured_is_the_loss_and_the_worst_class() -> None:
     learner = toy_learner(STREAM)
-    found = measured(learner.model.train(), learner.white_box, VALIDATION)
+    learner.model.train()
+    found = quality(learner.white_box, VALIDATION)
     assert learner.model.training
     score = learner.evaluate([VALIDATION])
     learner.model.eval()
@@ -136,7 +139,7 @@ def without(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def phase(outcome: Outcome, column: str) -> list[Any]:
-    return [row[column] for row in outcome.trace if row["phase"] == "accumulative"]
+    return [dict(row)[column] for row in outcome.trace if row["phase"] == "accumulative"]
 
 
 @pytest.mark.parametrize("imposed", [None, 1.5])

@@ -12,11 +12,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from mithridate.attacks.accumulative import TRIGGER, Accumulative
+from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.hiding import discrepancy_gradient, discrepancy_slope, steer
+from mithridate.attacks.trigger import TRIGGER
 from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError
+from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
@@ -93,7 +95,9 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
 def test_the_derivatives_are_those_of_the_discrepancy(learner: Learner, old: Weights, chunk: int | None) -> None:
     model = learner.model.eval()
     value = naive_discrepancy(model, old, POINT)
-    assert float(value.detach()) == pytest.approx(float(memorization_discrepancy(model, old, POINT).mean()))
+    assert float(value.detach()) == pytest.approx(
+        float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, POINT).mean())
+    )
     expected = torch.autograd.grad(value, list(model.parameters()))
     model.train()  # which must not matter
     buffers = {name: b.clone() for name, b in model.named_buffers()}
@@ -208,9 +212,9 @@ def test_by_the_gradient_the_victims_step_itself_lowers_the_discrepancy(learner:
         turned.append(alignment(learner, *sent, seen))
         twin = copy.deepcopy(learner.model)
         victim = Learner(twin, SGD(twin.parameters(), lr=1e-3), update_mode="eval")
-        before = float(memorization_discrepancy(twin, old, sent.x).mean())
+        before = float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean())
         victim.update(sent)
-        after.append(float(memorization_discrepancy(twin, old, sent.x).mean()) - before)
+        after.append(float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean()) - before)
     assert turned[0] < turned[1] < turned[2]
     assert after[2] < 0
     assert after[2] < after[0]
@@ -228,7 +232,7 @@ def test_by_the_pixels_the_batch_itself_stands_out_less_and_aligns_less(learner:
         attack = Accumulative(**{**SHARED, "normalise": "none"}, beta=beta, hide="pixels", hide_from=4)
         view = view_of(learner, attack)
         sent = attack.poison(BATCH, view, rng=rng())
-        seen.append(float(memorization_discrepancy(model, old, sent.x).mean()))
+        seen.append(float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, sent.x).mean()))
         model.eval()
         product = dot(slope(VALIDATION), slope(Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)))
         w = [k + p for k, p in zip(slope(BATCH), parameter_gradient(model, product), strict=True)]
@@ -245,7 +249,7 @@ def test_the_trigger_hides_if_asked(learner: Learner, old: Weights, update: Any)
         view = view_of(learner, attack)
         attack.poison(BATCH, view, rng=rng())
         sent = attack.trigger(CLEAN_TRIGGER, view, rng=rng())
-        seen.append(float(memorization_discrepancy(learner.model, old, sent.x).mean()))
+        seen.append(float(memorization_discrepancy(learner.white_box, old, sent.x).mean()))
     assert seen[2] < min(seen[:2])
     assert seen[0] == seen[1] or update == "joint"  # its own slope is the same, if not hidden
 
@@ -273,7 +277,7 @@ def test_an_old_model_that_was_not_kept_is_an_error(learner: Learner) -> None:
     with pytest.raises(ConfigError, match="no checkpoint of epoch 7"):
         attack.poison(BATCH, view_of(learner, attack), rng=rng())
     empty = view_of(learner, attack)
-    empty = replace(empty, available={**empty.things, Need.HISTORY: History()})
+    empty = replace(empty, available={**empty.available, Need.HISTORY: History()})
     with pytest.raises(ConfigError, match="keeps no checkpoint; add"):
         replace(attack, hide_from=None).poison(BATCH, empty, rng=rng())
 

@@ -9,13 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mithridate.attacks.accumulative import TRIGGER, Accumulative
+from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.losses import NUDGE, Loss, by_targets, margin, nudged, targets
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
+from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
+from mithridate.core.domain import PIXELS
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise, gradient, input_gradient
@@ -142,7 +144,7 @@ def test_kl_has_no_slope_at_the_clean_sample_and_so_begins_beside_it(learner: Le
     with box.objective("eval") as objective:
         at, beside = (
             input_gradient(objective, box.parameters, x, y)
-            for x in (BATCH.x, nudged(BATCH.x, Ball("linf", EPS), ALL, rng()))
+            for x in (BATCH.x, nudged(BATCH.x, Ball("linf", EPS), ALL, PIXELS, rng()))
         )
     assert float(at.norm()) < 1e-12
     assert float(beside.norm()) > 1e-6
@@ -151,7 +153,7 @@ def test_kl_has_no_slope_at_the_clean_sample_and_so_begins_beside_it(learner: Le
 @pytest.mark.parametrize("ball", [Ball("linf", 0.1), Ball("linf", NUDGE / 10), Ball("l2", NUDGE)], ids=str)
 def test_a_nudge_is_small_inside_the_ball_and_only_of_those_that_may_move(ball: Ball) -> None:
     mask = torch.arange(6) % 2 == 0
-    moved = nudged(BATCH.x, ball, mask, rng()) - BATCH.x
+    moved = nudged(BATCH.x, ball, mask, PIXELS, rng()) - BATCH.x
     assert ball.holds(moved)
     assert float(moved.abs().max()) < 6 * NUDGE
     assert torch.equal(moved.flatten(1).any(1), mask)
