@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -54,24 +55,32 @@ def read(folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
 
 @pytest.mark.slow
 def test_an_accumulative_client_breaks_fedavg_and_not_the_guarded(federation: Federation) -> None:
-    """Secret until its trigger, then worse than the same trigger alone; guarded, it ends as an honest one."""
+    """Quiet until its trigger, then worse than the same trigger alone; clipped or vetoed, the model stays. Medians."""
     trigger = CONFIG["trigger-round"]
-    honest, _ = federation(guarded=False, attack="none")
-    attacked, _ = federation(guarded=False)
-    alone, _ = federation(guarded=False, lam=0.0)
-    guarded, report = federation(guarded=True)
-    gated, gate = federation(guarded=True, clip_norm=math.inf)
-    assert honest[-1] > 0.9
-    assert min(attacked[1:trigger]) > honest[0] - 0.02  # nobody would have raised an alarm
-    assert attacked[trigger] < attacked[trigger - 1] - 0.3
-    assert attacked[trigger] < alone[trigger] - 0.1  # the accumulation is what does it
-    assert all(mine > theirs - 0.02 for mine, theirs in zip(guarded, honest, strict=True))
-    clipped = [line for line in report if line["event"] == "clipped" and line["round"] == trigger]
-    assert [line["node"] for line in clipped] == [100]
-    assert gated[:trigger] == attacked[:trigger]  # until then there is nothing that the gate could see
-    assert gated[trigger] == gated[trigger - 1]  # vetoed: the old model stays
-    assert gated[-1] > honest[-1] - 0.02
-    assert [line["round"] for line in gate if line["event"] == "vetoed"] == [trigger]
+    stories: dict[str, dict[str, Any]] = {
+        "attacked": {"guarded": False},
+        "alone": {"guarded": False, "lam": 0.0},
+        "guarded": {},
+        "gated": {"clip_norm": math.inf},
+    }
+    runs = {
+        name: [federation(seed=seed, num_server_rounds=trigger, **changed) for seed in (0, 1, 2)]
+        for name, changed in stories.items()
+    }
+
+    def accuracy(name: str, number: int) -> float:
+        return median(rounds[number] for rounds, _ in runs[name])
+
+    assert accuracy("attacked", trigger - 1) > accuracy("attacked", 0) - 0.05  # nobody would have raised an alarm
+    assert accuracy("attacked", trigger) < accuracy("attacked", trigger - 1) - 0.3
+    assert accuracy("attacked", trigger) < accuracy("alone", trigger) - 0.2  # the accumulation is what does it
+    assert accuracy("guarded", trigger) > accuracy("guarded", 0) - 0.03
+    for _, report in runs["guarded"]:
+        bounded = {line["node"] for line in report if line["event"] == "bounded"}
+        assert bounded == {100}  # no honest client is touched
+    for rounds, report in runs["gated"]:
+        assert trigger in [line["round"] for line in report if line["event"] == "vetoed"]
+        assert rounds[trigger] == rounds[trigger - 1]  # the old model stays
 
 
 REASONS = {"nan": "NaN or infinite", "shape": "has shape", "missing": "is missing", "huge": "limit 1e+09"}
@@ -98,7 +107,7 @@ def test_three_of_twenty_send_garbage_and_every_round_completes(
 
 
 def test_of_an_absurd_number_of_examples_only_the_number_is_set_right(federation: Federation) -> None:
-    rounds, report = federation(attack="huge,count", hostile_ids="3,7", num_server_rounds=3)
+    rounds, report = federation(attack="garbage", garbage="huge,count", hostile_ids="3,7", num_server_rounds=3)
     assert rounds[-1] > rounds[0] - 0.01
     whose = {(line["node"], line["event"]) for line in report if "node" in line}
     assert whose == {(103, "refused"), (107, "capped")}
@@ -111,15 +120,15 @@ def test_the_seed_decides_the_run(federation: Federation) -> None:
 
 
 def test_garbage_ruins_or_ends_an_unguarded_run(federation: Federation) -> None:
-    nan, _ = federation(guarded=False, attack="nan", num_server_rounds=1)
+    nan, _ = federation(guarded=False, attack="garbage", garbage="nan", num_server_rounds=1)
     assert nan[-1] < 0.2
     with pytest.raises(Exception, match="same keys"):
-        federation(guarded=False, attack="missing", num_server_rounds=1)
+        federation(guarded=False, attack="garbage", garbage="missing", num_server_rounds=1)
 
 
 def test_a_wrong_setting_of_the_attack_is_named(federation: Federation) -> None:
     with pytest.raises(Exception, match="trigger"):
-        federation(trigger="reversed", num_server_rounds=1)
+        federation(trigger="reverse", num_server_rounds=1)
 
 
 def free_port() -> int:
@@ -229,12 +238,13 @@ def test_flwr_run_completes_every_round_of_garbage(real_run: RealRun) -> None:
 @on_the_real_engine
 def test_flwr_run_breaks_under_fedavg_and_not_under_the_guard(real_run: RealRun) -> None:
     trigger = CONFIG["trigger-round"]
-    clean, quiet = real_run("clean", attack="none")
+    _, quiet = real_run("clean", attack="none")
     broken, _ = real_run("fedavg", guarded=False)
+    gated, vetoes = real_run("gate", clip_norm=1e9)
     kept, report = real_run("guarded")
     assert {line["event"] for line in quiet} == {"opened", "closed"}  # the guard takes nothing from honest clients
-    assert clean[trigger] > 0.9
     assert broken[trigger] < broken[trigger - 1] - 0.3
-    assert broken[trigger] < clean[trigger] - 0.3
-    assert min(kept[trigger:]) > clean[trigger] - 0.03
-    assert len({line["node"] for line in report if line["event"] == "clipped"}) == 1
+    assert gated[trigger] == gated[trigger - 1]
+    assert trigger in [line["round"] for line in vetoes if line["event"] == "vetoed"]
+    assert kept[trigger] > kept[0] - 0.05
+    assert len({line["node"] for line in report if line["event"] == "bounded"}) == 1

@@ -1,4 +1,4 @@
-"""The server: FedAvg as it is, or behind a guard."""
+"""The server: FedAvg as it is, or behind a clip and a gate."""
 
 import json
 import random
@@ -10,7 +10,9 @@ from flwr.serverapp.strategy import FedAvg, Strategy
 from rich.console import Console
 
 from guarded_digits import task
-from mithridate.guard.federation import Guard, trusted_module
+from mithridate.defences.chain import chain
+from mithridate.defences.clip import Clip
+from mithridate.defences.gate import Gate
 from mithridate.guard.flower import GuardedStrategy
 
 app = ServerApp()
@@ -24,7 +26,7 @@ def main(grid: Grid, context: Context) -> None:
     random.seed(seed)  # Flower draws the clients of a round with it
     out = Path(str(run["output"])).expanduser()
     out.mkdir(parents=True, exist_ok=True)
-    model, test = task.burned_in_model(int(run["burn-in-epochs"]), seed), task.digits().test.all()
+    model, test = task.burned_in_model(int(run["burn-in-epochs"]), seed), task.digits().test
     clients = int(run["clients"])
     strategy: Strategy = FedAvg(
         min_train_nodes=clients, min_available_nodes=clients, fraction_evaluate=0.0, weighted_by_key="num-examples"
@@ -32,13 +34,14 @@ def main(grid: Grid, context: Context) -> None:
     for name in ("rounds.json", "guard.jsonl", "guard.txt"):  # of an earlier run into the same folder
         (out / name).unlink(missing_ok=True)
     if run["guarded"]:
-        guard = Guard(
-            clip_norm=float(run["clip-norm"]),
-            max_loss_rise=float(run["max-loss-rise"]),
-            max_accuracy_drop=float(run["max-accuracy-drop"]),
+        limits = {key: float(run[key.replace("_", "-")]) for key in ("max_loss_rise", "max_accuracy_drop")}
+        strategy = GuardedStrategy(
+            strategy,
+            chain(Clip(clip_norm=float(run["clip-norm"])), Gate(**limits, reference="best")),
+            module=task.fresh_model(),
+            trusted=task.digits().trusted,
+            report_path=out / "guard.jsonl",
         )
-        trusted = trusted_module(task.fresh_model(), task.digits().trusted.all())
-        strategy = GuardedStrategy(strategy, guard, trusted=trusted, report_path=out / "guard.jsonl")
 
     def on_test(server_round: int, arrays: ArrayRecord) -> MetricRecord:
         model.load_state_dict(arrays.to_torch_state_dict())
