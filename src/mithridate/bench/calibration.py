@@ -24,7 +24,7 @@ class Checked:
     Args:
         seed: Of the burn-in and the stream.
         calibration: Measured on the trusted set.
-        unseen: The share above that threshold on clean batches of the victim stream.
+        unseen: The share above the calibrated threshold on clean batches of the victim stream.
     """
 
     seed: int
@@ -51,8 +51,8 @@ def calibrate_recipe(
         rate: Share of clean samples to be corrected, in (0, 1); unset: the recipe's `target_rate`, or 0.05.
         unseen: Clean batches of the victim stream to check it on, >= 1.
         device: `auto`, `cpu` or `cuda`.
-        data_root: As in `load_images`.
-        cache: As in `run_recipe`.
+        data_root: A local mirror of the hub's image sets; see `data.load_images`.
+        cache: Directory for decoded images and burn-ins; the user's cache by default.
         watcher: Follows burn-ins.
 
     Raises:
@@ -80,14 +80,14 @@ def calibrate_recipe(
                     "dsc: its threshold is measured on the trusted set, and [data] trusted has no image; give it some."
                 )
             trusted = [b for b in learner.trusted.split(stream.batch_size) if b.size > 1]
-            measured, found = calibrate(learner, trusted, wanted, defence=chosen.component)
+            calibrated, calibration = calibrate(learner, trusted, wanted, defence=chosen.component)
             clean = list(stream.victim_batches(unseen, seed=seed, device=where))
-            yield Checked(seed, found, share_above(learner, clean, measured))
+            yield Checked(seed, calibration, share_above(learner, clean, calibrated))
 
 
 def _dsc(recipe: Recipe, label: str | None) -> Labelled[DSC]:
     named: dict[str, Labelled[DSC]] = {
-        d.label: Labelled(d.label, d.component)  # type: ignore[arg-type]  # what has such a rate measures as DSC does
+        d.label: Labelled(d.label, d.component)  # type: ignore[arg-type]  # whatever has a `target_rate` is measured like DSC
         for d in recipe.defences
         if hasattr(d.component, "target_rate")
     }

@@ -92,7 +92,7 @@ def run_recipe(
     watcher, out = watcher or Watcher(), Path(out)
     chosen = choose_device(device)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
-    recipe = replace(recipe, data=stream.settings)  # sizes as the data that are there gave them
+    recipe = replace(recipe, data=stream.settings)  # sizes as numbers of samples
     cells = list(recipe.cells())
     _check_directories(cells, out, resume=resume)
     _check_runs(cells, stream)
@@ -148,10 +148,10 @@ def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> Non
         if not path.exists():
             continue
         try:
-            held = tomllib.loads(path.read_text(encoding="utf-8"))
+            stored = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} is unreadable ({error}); delete {directory}.") from None
-        differing = _differences(held, cell.config())
+        differing = _differences(stored, cell.config())
         if differing:
             raise StoreError(
                 f"{directory} was made with other settings ({', '.join(differing[:5])}); resume with the same ones, or "
@@ -160,7 +160,7 @@ def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> Non
 
 
 def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
-    """Refuse components that need a part of the stream which the recipe leaves empty."""
+    """Refuse components that need a part of the stream that the recipe leaves empty."""
     empty = {
         need for need, part in ((Need.VALIDATION, stream.validation), (Need.TRUSTED, stream.trusted)) if not len(part)
     }
@@ -188,10 +188,10 @@ def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
             cell.defence.component.check_federation(run, run.per_round or clients.clients)
 
 
-def _differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    flat_held, flat_wanted = _flat(held), _flat(wanted)
-    keys = sorted(flat_held.keys() | flat_wanted.keys())
-    return [k for k in keys if flat_held.get(k) != flat_wanted.get(k) and k != "title"]
+def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    flat_stored, flat_wanted = _flat(stored), _flat(wanted)
+    keys = sorted(flat_stored.keys() | flat_wanted.keys())
+    return [k for k in keys if flat_stored.get(k) != flat_wanted.get(k) and k != "title"]
 
 
 def _flat(value: object, prefix: str = "") -> dict[str, object]:
@@ -239,7 +239,7 @@ def _outcome(
 ) -> Outcome:
     """The cell's loop, online or federated."""
     recipe, attack = cell.recipe, cell.attack.component
-    follow: dict[str, Any] = {
+    options: dict[str, Any] = {
         "monitors": [m.component for m in recipe.monitors],
         "progress": progress,
         "on_step": on_step,
@@ -247,7 +247,7 @@ def _outcome(
     if recipe.clients is not None:
         federation = federate(context.stream, recipe.clients, seed=cell.seed)
         return run_federated(
-            learner, federation, cast("UpdateAttack", attack), cast("FederatedRun", recipe.run), **follow
+            learner, federation, cast("UpdateAttack", attack), cast("FederatedRun", recipe.run), **options
         )
     return run_online(
         learner,
@@ -258,14 +258,14 @@ def _outcome(
         scorers=prepared.scorers,
         ood=context.ood,
         surrogate=prepared.surrogate,
-        **follow,
+        **options,
     )
 
 
 def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]) -> dict[str, Any]:
-    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.summary().items()}
+    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.summary().items()}
     return {
-        **plain,
+        **values,
         "seed": cell.seed,
         "attack": cell.attack.label,
         "defence": cell.defence.label,

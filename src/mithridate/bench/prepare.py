@@ -72,7 +72,7 @@ class RunContext:
         stream: Gives the samples.
         ood: Batches of another image set that detectors score, if any.
         device: Where to compute.
-        cache: Directory of kept burn-ins.
+        cache: Directory for burn-ins.
         watcher: Follows progress.
     """
 
@@ -106,8 +106,8 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         context: Of the recipe's run.
 
     Raises:
-        ConfigError: A checkpoint that somebody needs is not kept.
-        DataError: Too few clean samples for a detector.
+        ConfigError: The burn-in keeps no checkpoint that the surrogate or a detector needs.
+        DataError: There are too few clean samples for a detector.
     """
     recipe = cell.recipe
     burned = burn_in(
@@ -130,7 +130,7 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
 
 
 def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBox:
-    """An older state of the victim's model, or a model trained apart."""
+    """An older state of the victim's model, or another model that is trained on the same images."""
     how, recipe = cell.recipe.surrogate, cell.recipe
     if how.kind == "checkpoint":
         old = History(checkpoints=burned.epochs).checkpoint(how.epoch)
@@ -162,11 +162,11 @@ def _model(cell: Cell, context: RunContext) -> nn.Module:
 
 
 def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: RunContext) -> Learner:
-    """A learner as the burn-in left the model, with the loop's own optimiser.
+    """A learner with the model as the burn-in left it, and with the run's optimiser.
 
     Args:
         cell: Which run.
-        defence: What stands in its steps.
+        defence: What stands in the learner's steps.
         result: The burn-in.
         context: Of the recipe's run.
     """
@@ -189,9 +189,9 @@ def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, contex
 
 
 def _history(cell: Cell, defence: Defence, burned: BurnInResult) -> History | None:
-    """A past for whoever looks back, as long as they need."""
-    looking: list[Component] = [defence, cell.attack.component, *(d.component for d in cell.recipe.detectors)]
-    if not any(Need.HISTORY in component.needs for component in looking):
+    """A history as long as the components that look back need; None if none does."""
+    components: list[Component] = [defence, cell.attack.component, *(d.component for d in cell.recipe.detectors)]
+    if not any(Need.HISTORY in component.needs for component in components):
         return None
-    lookback = max(component.lookback for component in looking)
+    lookback = max(component.lookback for component in components)
     return History(keep=lookback + 1 if lookback else 0, checkpoints=burned.epochs)

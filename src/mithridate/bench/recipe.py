@@ -72,7 +72,7 @@ class Surrogate:
     """The model of an attacker who has no access to the victim's (`model_access = "surrogate"` of an attack).
 
     Args:
-        kind: `checkpoint`: an older state of the victim's own model; `trained`: a model trained apart, on the same
+        kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
             images.
         epoch: Of the burn-in, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
         seed_offset: For `trained`: added to the run's seed, >= 1.
@@ -100,7 +100,7 @@ class Cell:
         attack: What happens to the stream.
         defence: What stands before the model.
         seed: Of everything that is drawn.
-        recipe: What the cell has in common with its neighbours.
+        recipe: The recipe that it is a cell of; if that has several robust rules, with this cell's rule in `run`.
     """
 
     attack: Labelled[Attack] | Labelled[UpdateAttack]
@@ -168,6 +168,7 @@ class Recipe:
     surrogate: Surrogate = field(default_factory=Surrogate)
     clients: Shards | None = None
     rules: Mapping[str, FederatedRun] = field(default_factory=dict)
+    plugins: Sequence[str] = ()
 
     @property
     def ood(self) -> str | None:
@@ -178,8 +179,6 @@ class Recipe:
     def update_mode(self) -> BatchNormMode:
         """BatchNorm in the victim's updates."""
         return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
-
-    plugins: Sequence[str] = ()
 
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
@@ -279,7 +278,7 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
 
 
 def _rules(run: Table) -> dict[str, FederatedRun]:
-    """One run's settings a rule, where `rule` is an array of tables; that key is taken out.
+    """The settings of the runs, one a rule, where `rule` is an array of tables; takes that key out.
 
     Args:
         run: The table [federated].
@@ -294,7 +293,7 @@ def _rules(run: Table) -> dict[str, FederatedRun]:
 
 
 def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
-    """A label that may stand in names of directories, and that no other of its kind has."""
+    """A label that may stand in names of directories, and that no component in `taken` has."""
     text = str(label)
     if not _LABEL.fullmatch(text):
         raise ConfigError(
@@ -306,7 +305,7 @@ def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
 
 
 def _check_tables(tables: Mapping[str, Any]) -> None:
-    """Known names, and tables where tables belong."""
+    """Refuse unknown names, and values where tables belong."""
     for key, value in tables.items():
         if key == "plugins" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ConfigError(f"plugins = {value!r}: give a list of modules or .py files, such as ['my_defences.py'].")
@@ -333,16 +332,16 @@ def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labe
     Args:
         kind: What the table is called.
         tables: The table, or an array of tables.
-        kind_of: What its names are names of; as the table by default.
+        kind_of: The kind of component that its names stand for; that of the table by default.
     """
-    made: list[Labelled[Any]] = []
+    components: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         values = dict(table)
         label = _label(values)
         values.pop("label", None)
         component = registry.build(kind_of or kind, values, where=f"[{kind}]")
-        made.append(Labelled(_checked_label(kind, label, {m.label for m in made}), component))
-    return made
+        components.append(Labelled(_checked_label(kind, label, {m.label for m in components}), component))
+    return components
 
 
 def _label(table: Mapping[str, Any]) -> str:
@@ -376,8 +375,8 @@ def apply_change(tables: Table, change: str) -> None:
             raise ConfigError(f"--set {change}: [{table}] has no parts; write {table}.{key}=....")
         tables.setdefault(table, {})[key] = value
         return
-    held = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
-    targets = held if isinstance(held, list) else [held]
+    contents = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
+    targets = contents if isinstance(contents, list) else [contents]
     if label:
         labels = {_label(t): t for t in targets}
         if label not in labels:

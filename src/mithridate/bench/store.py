@@ -48,8 +48,8 @@ _ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_
 def _trace_schema() -> pa.Schema:
     """The columns of a trace row, and their types."""
     hints = get_type_hints(TraceRow)
-    plain = {name: next(t for t in (get_args(hint) or (hint,)) if t is not NoneType) for name, hint in hints.items()}
-    return pa.schema([(name, _ARROW[plain[name]]) for name in COLUMNS])
+    types = {name: next(t for t in (get_args(hint) or (hint,)) if t is not NoneType) for name, hint in hints.items()}
+    return pa.schema([(name, _ARROW[types[name]]) for name in COLUMNS])
 
 
 TRACE_SCHEMA = _trace_schema()
@@ -70,21 +70,16 @@ SCORES_SCHEMA = pa.schema(
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically; NaN is refused, since JSON has none (use None)."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    _write_text(path, text)
+    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_toml(path: Path, value: Mapping[str, Any]) -> None:
     """Write TOML atomically."""
-    text = tomli_w.dumps(value)
-    _write_text(path, text)
+    _write_text(path, tomli_w.dumps(value))
 
 
 def _write_text(path: Path, text: str) -> None:
-    def write(part: Path) -> None:
-        part.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -188,12 +183,12 @@ def read_runs(directories: str | Path | Sequence[str | Path]) -> list[Run]:
     Raises:
         StoreError: A directory does not exist, or none holds a finished run.
     """
-    given = [directories] if isinstance(directories, str | Path) else directories
-    found: list[Path] = []
-    for directory in map(Path, given):
+    folders = [directories] if isinstance(directories, str | Path) else directories
+    paths: list[Path] = []
+    for directory in map(Path, folders):
         if not directory.is_dir():
             raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
-        found += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
-    if not found:
-        raise StoreError(f"no finished run in {', '.join(map(str, given))}; `mithridate run RECIPE.toml` makes some.")
-    return [read_run(path) for path in dict.fromkeys(found)]
+        paths += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
+    if not paths:
+        raise StoreError(f"no finished run in {', '.join(map(str, folders))}; `mithridate run RECIPE.toml` makes some.")
+    return [read_run(path) for path in dict.fromkeys(paths)]

@@ -45,7 +45,7 @@ def _version(asked: bool) -> None:
 
 
 @app.callback()
-def _of_all(
+def _before_commands(
     *,
     _: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -60,8 +60,8 @@ USER_MISTAKE = 2
 INTERRUPTED = 130
 
 
-def _told(command: Callable[P, None]) -> Callable[P, None]:
-    """A user's mistake is one message and exit code 2; an interrupt says how to go on."""
+def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
+    """A command for which a user's mistake is one message and exit code 2, and an interrupt says how to go on."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -144,7 +144,7 @@ SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, ins
 
 
 @app.command()
-@_told
+@_reports_mistakes
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
         "demo-report"
@@ -162,7 +162,7 @@ def demo(
 
 
 @app.command()
-@_told
+@_reports_mistakes
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
     changes: ChangesOption = None,
@@ -197,7 +197,7 @@ def run(
 
 
 @app.command()
-@_told
+@_reports_mistakes
 def calibrate(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
     changes: ChangesOption = None,
@@ -239,12 +239,12 @@ def calibrate(
             cache=cache,
             watcher=bars,
         ):
-            found = checked.calibration
+            calibration = checked.calibration
             table.add_row(
                 str(checked.seed),
-                f"{found.fields['mu']:.4g}",
-                f"{found.fields['tau']:.4g}",
-                _share(found),
+                f"{calibration.fields['mu']:.4g}",
+                f"{calibration.fields['tau']:.4g}",
+                _share(calibration),
                 _share(checked.unseen),
             )
     out.print(table)
@@ -252,7 +252,7 @@ def calibrate(
 
 
 @app.command()
-@_told
+@_reports_mistakes
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
     out_dir: Annotated[
@@ -264,7 +264,7 @@ def report(
 
 
 @app.command(name="list")
-@_told
+@_reports_mistakes
 def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
     plugins: PluginsOption = None,
@@ -282,13 +282,13 @@ def list_(
         if shelf is Shelf.datasets:
             _list_datasets()
             continue
-        found = entries(kinds[shelf.value])
-        longest = max(len(key) for entry in found.values() for key in entry.fields)  # a key is never broken
+        components = entries(kinds[shelf.value])
+        longest = max(len(key) for entry in components.values() for key in entry.fields)  # a key is never broken
         table = Table(title=shelf.value, title_justify="left", show_lines=True)
         for column in ("name", "what it is", "settings and defaults", "source"):
             least = longest if column.startswith("settings") else None
             table.add_column(column, overflow="fold", no_wrap=column == "name", min_width=least)
-        for name, entry in found.items():
+        for name, entry in components.items():
             fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
             presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
             origin = "" if entry.built_in else f"\n\nplug-in: {entry.origin or entry.cls.__module__}"
@@ -353,8 +353,8 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
     out.print(summary_table(table))
     if (measured := measures_table(table)) is not None:
         out.print(measured)
-    for found in findings(table):
-        out.print(found.headline, markup=False, style="bold")
+    for finding in findings(table):
+        out.print(finding.headline, markup=False, style="bold")
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
@@ -455,11 +455,11 @@ class _Bars(Watcher):
         """A run has ended."""
         drop = summary["drop"]
         fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+z.1f} points"
-        kept = "  (kept)" if skipped else ""
+        note = "  (kept)" if skipped else ""
         noun = "batches" if cell.recipe.clients is None else "rounds"
         self.progress.console.print(
             f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "
-            f"{summary['steps']} {noun}, {fell}, {summary['seconds']:.1f} s{kept}",
+            f"{summary['steps']} {noun}, {fell}, {summary['seconds']:.1f} s{note}",
             soft_wrap=True,
             highlight=False,
         )

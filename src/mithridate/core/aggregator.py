@@ -25,8 +25,8 @@ class Context:
     Args:
         clients: Whose rows they are: (n,) int64, each id once.
         rng: On the CPU; drawn from by rules that draw.
-        weights: (n,), finite, >= 0, not all zero: how much each client's row counts, as by its number of samples,
-            capped by the caller (a client can claim any number); None counts all alike.
+        weights: (n,), finite, >= 0, not all zero: how much each row counts, for instance by its client's number of
+            samples. The caller caps them, since a client can claim any number. None: all count alike.
         trusted: (P,): the server's own update, from data that it knows to be clean.
         memory: The rule's private notes between rounds; the caller keeps and saves them.
     """
@@ -49,9 +49,9 @@ class Spread(NamedTuple):
     """How far apart rows lie, in l2.
 
     Args:
-        diameter: The largest distance between two of them.
-        widths: Largest less smallest entry of each column (P,): the sides of the smallest box that holds them all.
-        length: The length of the longest.
+        diameter: The largest distance between two rows.
+        widths: Largest minus smallest entry of each column (P,): the sides of the smallest box that holds all rows.
+        length: The length of the longest row.
     """
 
     diameter: float
@@ -70,7 +70,7 @@ class Spread(NamedTuple):
         return float(torch.linalg.vector_norm(self.widths))
 
     def widened(self, by: float) -> "Spread":
-        """At most the spread of rows of which each has moved by at most so much."""
+        """An upper bound on the spread after each row has moved by at most `by`."""
         return Spread(self.diameter + 2 * by, self.widths + 2 * by, self.length + by)
 
 
@@ -98,18 +98,19 @@ class Aggregator(ABC):
 
     @abstractmethod
     def most_hostile(self, n: int) -> int:
-        """The largest number of hostile rows among `n` that it stands with these settings, by its published bound."""
+        """How many of `n` rows may be hostile at most, with these settings, by the rule's published bound."""
 
     @abstractmethod
     def leeway(self, honest: Spread, n: int, context: Context) -> float:
         """How far outside the smallest box around the honest rows the result can lie at worst, in l2.
 
-        It holds for every choice of at most `most_hostile(n)` rows, however long; 0: the result is in the box.
+        The bound holds for every choice of at most `most_hostile(n)` hostile rows, however long. 0: the result always
+        lies in the box.
 
         Args:
             honest: The spread of the honest rows (with worker momentum: after it).
             n: All rows, hostile ones included.
-            context: Of the round, before it.
+            context: Of the round, before the rule has seen its rows.
         """
 
     @abstractmethod
@@ -151,9 +152,10 @@ class Aggregator(ABC):
                 f"{name} needs the server's own update, and this round has none: give the server trusted samples."
             )
         with torch.no_grad():
-            made = self.combine(rows.detach(), context)
-        if (made.shape, made.dtype, made.device) != (rows.shape[1:], rows.dtype, rows.device):
-            raise AssertionError(f"{name} made {made.dtype} {tuple(made.shape)} of {rows.dtype} {tuple(rows.shape)}")
-        if not made.isfinite().all():
+            update = self.combine(rows.detach(), context)
+        if (update.shape, update.dtype, update.device) != (rows.shape[1:], rows.dtype, rows.device):
+            kinds = f"{update.dtype} {tuple(update.shape)} of {rows.dtype} {tuple(rows.shape)}"
+            raise AssertionError(f"{name} made {kinds}")
+        if not update.isfinite().all():
             raise AssertionError(f"{name} made NaN or infinity of finite rows")
-        return made
+        return update

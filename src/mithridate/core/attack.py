@@ -86,7 +86,7 @@ class Attack(Component, ABC):
         return self._guarded(self.craft, batch, view, rng)
 
     def trigger(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
-        """The trigger batch, poisoned within the budget; arguments and errors as in `poison`."""
+        """The trigger batch, poisoned within the budget; takes, returns and raises what `Attack.poison` does."""
         return self._guarded(self.craft_trigger, batch, view, rng)
 
     def _guarded(
@@ -103,7 +103,7 @@ class Attack(Component, ABC):
         mask = self.positions(batch.size, view, rng).to(batch.x.device)
         if not bool(mask.any()):
             return batch
-        x = craft(batch.clone(), view, mask.clone(), rng).detach()  # copies: what counts is ours
+        x = craft(batch.clone(), view, mask.clone(), rng).detach()  # on copies: it cannot change what is checked below
         if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
             raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)

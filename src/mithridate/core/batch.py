@@ -53,7 +53,7 @@ class Batch(NamedTuple, Generic[X_co]):
         return Batch(each_tensor(self.x, Tensor.clone), self.y.clone())
 
     def split(self, size: int) -> "Iterator[Batch[X_co]]":
-        """Pieces of so many samples; the last may be smaller."""
+        """Pieces of `size` samples; the last may be smaller."""
         for start in range(0, self.size, size):
             yield self.take(slice(start, start + size))
 
@@ -107,8 +107,8 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
             raise DataError(f"{where}: '{name}' is {_kind(t)}; it must be a tensor with one row a sample.")
     lengths = {str(name): len(t) for name, t in named.items()}
     if not lengths or len(y) == 0 or set(lengths.values()) != {len(y)}:
-        told = ", ".join(f"{length} in '{name}'" for name, length in lengths.items()) or "no inputs"
-        raise DataError(f"{where}: {told} and {len(y)} targets; a batch needs as many of each, at least one.")
+        counts = ", ".join(f"{length} in '{name}'" for name, length in lengths.items()) or "no inputs"
+        raise DataError(f"{where}: {counts} and {len(y)} targets; a batch needs as many of each, at least one.")
 
 
 def _kind(value: object) -> str:

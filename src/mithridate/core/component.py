@@ -32,10 +32,10 @@ class Component:
 
 
 def check_moves(batch: AnyBatch, *, who: str) -> None:
-    """Refuse inputs that cannot be moved by small amounts, for components that do so.
+    """Refuse inputs that cannot be moved by small amounts; for components that move them.
 
     Args:
-        batch: Any of the stream.
+        batch: Any batch of the stream.
         who: The component, for the message.
 
     Raises:

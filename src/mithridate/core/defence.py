@@ -20,7 +20,7 @@ class Screened(NamedTuple):
 
     Args:
         batch: What is left, corrected or not, in the order received.
-        flagged: (n,) bool over the batch that it was given, the samples that it corrected, dropped or gives less
+        flagged: (n,) bool over the received batch: the samples that the defence corrected, dropped or gives less
             weight; every dropped one is among them. None: it treats all samples alike. For measurement.
         weights: What each sample that is left counts in the loss, shaped like the targets' first dimension, >= 0. None:
             all count 1.
@@ -35,9 +35,9 @@ class Verdict(NamedTuple):
     """A defence's last word on a step.
 
     Args:
-        admit: Keep it; False rolls back parameters, buffers and optimiser state.
+        admit: Whether the step stays; False rolls back parameters, buffers and optimiser state.
         reason: Why, for the trace.
-        parameters: Put these in place of the stepped ones (a shorter step, say); None keeps what the step gave.
+        parameters: Take the place of those that the step gave (a shorter step, say); None keeps the latter.
     """
 
     admit: bool
@@ -64,10 +64,10 @@ class Calibration(NamedTuple):
     """A threshold that was measured on clean samples before the stream.
 
     Args:
-        fields: The settings that were found, by name.
+        fields: The measured settings, by name.
         rate: Share of the clean samples above the threshold.
-        interval: 95 % confidence interval of it (Wilson), were the samples independent.
-        samples: How many were looked at.
+        interval: 95 % confidence interval of that share (Wilson), as if samples were independent.
+        samples: How many clean samples were scored.
     """
 
     fields: Mapping[str, float]
@@ -81,8 +81,9 @@ class Calibration(NamedTuple):
 
 
 Rehearsal = Callable[[Callable[[AnyBatch, View], Tensor | None]], tuple[Tensor, Tensor]]
-"""Lets an undefended twin of the learner go through clean batches; a function that is given scores each of them, one
-number a sample (None: not yet). Returns the update number of each score, and the scores: (scores,) int64, float64."""
+"""Lets an undefended twin of the learner go through clean batches, and calls a function on each batch before the twin
+learns from it; that returns one score a sample, or None where there is none yet. Returns the number of updates made
+before each score, and the scores: (scores,) int64 and (scores,) float64."""
 
 
 class Defence(Component):
@@ -99,7 +100,7 @@ class Defence(Component):
     """Settings under which it changes nothing, bit for bit."""
 
     active: ClassVar[Mapping[str, Any]] = {}
-    """Settings under which it surely acts on a toy stream; equal to `neutral` only for a defence that never acts."""
+    """Settings under which it acts on every toy stream; equal to `neutral` only for a defence that never acts."""
 
     def begin(self, view: View) -> None:
         """A step, or a round of a federation, starts: take notes of the model as it is."""
@@ -129,7 +130,7 @@ class Defence(Component):
         """The step stays: take notes of the state that was reached."""
 
     def serve(self, view: View) -> Weights | None:
-        """The model that answers queries, where it is another than the one that learns; None if it is that one."""
+        """The model that answers queries, where that is not the one that learns; None where it is."""
         return None
 
     def check_federation(self, run: Rounds, clients: int) -> None:
@@ -149,7 +150,7 @@ class Defence(Component):
             )
 
     def calibrated(self, rehearse: Rehearsal) -> "tuple[Defence, Sequence[Calibration]]":
-        """The defence with those thresholds measured that its settings ask for, and what was measured.
+        """Measure the thresholds that the settings ask for: the defence with them, and what was measured.
 
         Args:
             rehearse: Goes through the trusted set as through a stream.
@@ -163,12 +164,12 @@ def overrides(defence: Defence, moment: str) -> bool:
 
 
 def checked(defence: Defence, batch: AnyBatch, screened: Screened) -> Screened:
-    """What a defence let through, held to what `Screened` promises.
+    """What a defence let through, once it is checked against what `Screened` promises.
 
     Args:
-        defence: Whose word it is, for the message.
-        batch: What it was given.
-        screened: What it gave.
+        defence: Named in the message.
+        batch: What the defence received.
+        screened: What it let through.
 
     Raises:
         AssertionError: A defect in the defence.

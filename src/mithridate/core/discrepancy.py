@@ -66,10 +66,10 @@ class LookingBack:
         """
         if self.old == "back":
             return view.history.back(self.back)
-        found = view.history.checkpoint(self.epoch)
-        if found is None:
+        weights = view.history.checkpoint(self.epoch)
+        if weights is None:
             which = "no burn-in checkpoint" if self.epoch is None else f"no checkpoint of burn-in epoch {self.epoch}"
             raise ConfigError(
                 f'{view.owner}: the history holds {which}; add it to `checkpoints` in [burn_in], or set old = "back".'
             )
-        return found
+        return weights

@@ -18,7 +18,7 @@ class Domain(NamedTuple):
 
     Args:
         low: A number, or a tensor shaped like one sample (one bound a feature); -inf for none.
-        high: The same; inf for none.
+        high: A number, or a tensor shaped like one sample; inf for none.
     """
 
     low: Tensor | float = -math.inf
@@ -26,7 +26,7 @@ class Domain(NamedTuple):
 
     def clamp(self, x: Tensor) -> Tensor:
         """The nearest valid inputs: (n, ...) -> (n, ...)."""
-        return x.clamp(self._bound(self.low, x), self._bound(self.high, x))  # type: ignore[arg-type,call-overload,unused-ignore]  # torch takes numbers and tensors, both of a kind
+        return x.clamp(self._bound(self.low, x), self._bound(self.high, x))  # type: ignore[arg-type,call-overload,unused-ignore]  # torch takes two numbers or two tensors
 
     def holds(self, x: Tensor) -> bool:
         """Whether all inputs are valid, up to `TOLERANCE`; NaN is not."""

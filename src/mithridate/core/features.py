@@ -20,7 +20,7 @@ def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
         batches: The samples; one pass is made.
 
     Raises:
-        ConfigError: The model has no linear layer, or its last one is fed something else than one vector a sample.
+        ConfigError: The model has no linear layer, or the last one takes something else than one vector a sample.
     """
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     if not linear:
@@ -28,8 +28,8 @@ def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
             f"{type(module).__name__} has no nn.Linear, whose input would be the features that detectors look at; put "
             "one at its end, or use the detectors `discrepancy` and `loss`, which need none."
         )
-    caught: list[Tensor] = []
-    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].detach()))
+    features: list[Tensor] = []
+    handle = linear[-1].register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].detach()))
     logits, labels = [], []
     try:
         with frozen_statistics(module, "eval"):
@@ -40,9 +40,9 @@ def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
         handle.remove()
     if not logits:
         raise DataError("no clean samples to look at: give the training batches at least one image ([data] burn_in).")
-    if len(caught) != len(logits) or any(f.ndim != 2 or len(f) != len(z) for f, z in zip(caught, logits, strict=True)):
+    if [f.ndim for f in features] != [2] * len(logits) or list(map(len, features)) != list(map(len, logits)):
         raise ConfigError(
             f"the last nn.Linear of {type(module).__name__} is not fed one vector a sample, once a batch, so its input "
             "is no pooled feature; use the detectors `discrepancy` and `loss`, which need none."
         )
-    return Observed(torch.cat(caught), torch.cat(logits), torch.cat(labels))
+    return Observed(torch.cat(features), torch.cat(logits), torch.cat(labels))

@@ -10,7 +10,7 @@ import platformdirs
 from pydantic import PlainValidator
 
 CACHE = "MITHRIDATE_CACHE"
-"""Environment variable: where decoded images and burn-ins are kept; without it, the user's cache directory."""
+"""Environment variable: where decoded images and burn-ins go; without it, the user's cache directory."""
 
 
 def _absolute(value: object) -> str:
@@ -23,18 +23,18 @@ AbsolutePath = Annotated[str | Path, PlainValidator(_absolute)]
 """The type of a setting: given as text or `Path`, kept as the text of an absolute path, which TOML can hold."""
 
 
-def cache_directory(given: str | Path | None = None) -> Path:
-    """Where decoded images and burn-ins are kept: `given`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
+def cache_directory(directory: str | Path | None = None) -> Path:
+    """Where decoded images and burn-ins go: `directory`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
     named = os.environ.get(CACHE)
-    return Path(given or named or platformdirs.user_cache_dir("mithridate")).expanduser()
+    return Path(directory or named or platformdirs.user_cache_dir("mithridate")).expanduser()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one move.
 
     Args:
         path: Where the file shall be; parents are made.
-        write: Fills the path that it is given.
+        write: Fills the file whose path it is given; what it returns is not used.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")

@@ -88,8 +88,8 @@ def component_in(module: ModuleType, name: str, kind: Kind) -> Any:  # noqa: ANN
 
 def place_of(cls: type) -> str | None:
     """`package.module:Class`, if that is where another process finds the class."""
-    is_there = cls.__module__ != "__main__" and _member(sys.modules.get(cls.__module__), cls.__qualname__) is cls
-    return f"{cls.__module__}:{cls.__qualname__}" if is_there else None
+    can_be_found = cls.__module__ != "__main__" and _member(sys.modules.get(cls.__module__), cls.__qualname__) is cls
+    return f"{cls.__module__}:{cls.__qualname__}" if can_be_found else None
 
 
 def _member(module: object, qualified_name: str) -> object:

@@ -29,10 +29,10 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
     Args:
         module: A model that gives a tensor, or an object or mapping with a tensor under `logits`.
         x: A tensor, a mapping (keyword arguments) or a sequence (positional ones).
-        state: Parameters and buffers to use in place of the module's, by name; those left out are its own.
+        state: Parameters and buffers to use in place of the module's, by name; the others stay the module's.
 
     Raises:
-        ConfigError: It gives something else.
+        ConfigError: The model gives something else.
     """
     args: tuple[Tensor, ...] = ()
     kwargs: dict[str, Tensor] = {}
@@ -42,13 +42,13 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
         kwargs = dict(x)
     else:
         args = tuple(x)
-    said = module(*args, **kwargs) if state is None else functional_call(module, dict(state), args, kwargs)
-    if isinstance(said, Tensor):
-        return said
-    logits = said.get("logits") if isinstance(said, Mapping) else getattr(said, "logits", None)
+    output = module(*args, **kwargs) if state is None else functional_call(module, dict(state), args, kwargs)
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ConfigError(
-            f"{type(module).__name__} gives a {type(said).__name__}; a model must give a tensor, or an object with a "
+            f"{type(module).__name__} gives a {type(output).__name__}; a model must give a tensor, or an object with a "
             "tensor under `.logits`. Wrap it in a module that does."
         )
     return logits

@@ -37,21 +37,21 @@ class Weights:
 
     @classmethod
     def of(cls, module: nn.Module, label: str = "") -> "Weights":
-        """Those of a model as it is now; they share its memory."""
+        """The parameters and buffers of a model as it is now; they share its memory."""
         return cls(dict(module.named_parameters()), dict(module.named_buffers()), label)
 
     def copied(self) -> "Weights":
-        """The same, in memory of its own."""
+        """A copy that shares no memory."""
         parameters, buffers = (
             {name: t.detach().clone() for name, t in tensors.items()} for tensors in (self.parameters, self.buffers)
         )
         return Weights(parameters, buffers, self.label)
 
     def logits(self, module: nn.Module, x: Inputs) -> Tensor:
-        """What that model says of `x`, in eval mode, through a module of the same architecture.
+        """What the past model says of `x`, in eval mode, computed by a module of the same architecture.
 
         Raises:
-            CheckpointError: It is of another architecture or class count.
+            CheckpointError: The past model is of another architecture or class count.
         """
         now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         state = {**self.parameters, **self.buffers}

@@ -72,8 +72,8 @@ def _from_file(path: Path) -> ModuleType:
 def _module_name(path: Path) -> str:
     """The file's own name, so that `name:Class` finds it too, unless that is or would be another module's."""
     if path.stem.isidentifier():
-        there = importlib.util.find_spec(path.stem)
-        if there is None or Path(there.origin or "").resolve() == path:
+        spec = importlib.util.find_spec(path.stem)
+        if spec is None or Path(spec.origin or "").resolve() == path:
             return path.stem
     return f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 

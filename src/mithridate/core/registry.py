@@ -185,14 +185,14 @@ def build(kind: Kind, config: Mapping[str, Any], *, where: str = "") -> Any:  # 
     values = dict(config)
     if "name" not in values:
         raise ConfigError(f"{where} has no `name`: say which {kind}. {nearest('', entries(kind))}")
-    found = entry(kind, str(values.pop("name")))
-    if not dataclasses.is_dataclass(found.cls):
-        return importlib.import_module("mithridate.models.factory").ModelFactory.of(found.name, values, where=where)
+    item = entry(kind, str(values.pop("name")))
+    if not dataclasses.is_dataclass(item.cls):
+        return importlib.import_module("mithridate.models.factory").ModelFactory.of(item.name, values, where=where)
     preset = values.pop("preset", None)
-    if preset is not None and preset not in found.presets:
-        raise ConfigError(f"{where} {found.name}: unknown preset '{preset}': {nearest(str(preset), found.presets)}")
-    start = found.presets[preset] if preset is not None else {}
-    return make(found.cls, {**start, **values}, where=f"{where} {found.name}")
+    if preset is not None and preset not in item.presets:
+        raise ConfigError(f"{where} {item.name}: unknown preset '{preset}': {nearest(str(preset), item.presets)}")
+    start = item.presets[preset] if preset is not None else {}
+    return make(item.cls, {**start, **values}, where=f"{where} {item.name}")
 
 
 def config_of(component: object) -> dict[str, Any]:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose keys, types and ranges are checked when it is made.
 
-    What is wrong with a value is told as a `ConfigError`, from Python as from a recipe.
+    A value that is wrong raises `ConfigError`, from Python as from a recipe.
     """
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
@@ -29,8 +29,8 @@ def settings(cls: type[T]) -> type[T]:
 
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     checked.__init__ = __init__
-    made: type[T] = checked
-    return made
+    decorated: type[T] = checked
+    return decorated
 
 
 def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
@@ -44,27 +44,27 @@ def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     Raises:
         ConfigError: Unknown key (names the nearest), missing key, wrong type or range.
     """
-    made = cls.__new__(cls)
-    _fill(made, values, where=where)
-    return made
+    instance = cls.__new__(cls)
+    _fill(instance, values, where=where)
+    return instance
 
 
-def _fill(made: Any, values: Mapping[str, Any], *, where: str) -> None:  # noqa: ANN401  (any dataclass)
+def _fill(instance: Any, values: Mapping[str, Any], *, where: str) -> None:  # noqa: ANN401  (any dataclass)
     """Initialise a dataclass from values."""
-    fields = {f.name: f for f in dataclasses.fields(made)}
+    fields = {f.name: f for f in dataclasses.fields(instance)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, fields)}")
-    initialised_by = next(cls for cls in type(made).__mro__ if "__init__" in vars(cls))
+    initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
     validator = vars(initialised_by).get("__pydantic_validator__")
     try:
         if validator is not None:
-            validator.validate_python(ArgsKwargs((), dict(values)), self_instance=made)
+            validator.validate_python(ArgsKwargs((), dict(values)), self_instance=instance)
             return
         for key, field in fields.items():
             if key not in values and field.init and _default(field) is dataclasses.MISSING:
                 raise ConfigError(f"{where}: {key} has no default; give it a value.")
-        made.__init__(**values)
+        instance.__init__(**values)
     except pydantic.ValidationError as error:
         problems = "; ".join(_problem(e) for e in error.errors())
         raise ConfigError(f"{where}: {problems}.") from None

@@ -34,12 +34,12 @@ class Quality(NamedTuple):
     worst: float
 
     def note(self) -> Tensor:
-        """As a tensor, to be remembered."""
+        """The quality as a tensor, which a component can remember."""
         return torch.tensor(self, dtype=torch.float64)
 
     @classmethod
     def read(cls, note: Tensor) -> "Quality":
-        """From a note."""
+        """The quality that `note` wrote down."""
         return cls(float(note[0]), float(note[1]))
 
 
@@ -53,8 +53,8 @@ class Tolerance:
         max_accuracy_drop: By how much the accuracy of the worst class may fall, a fraction, >= 0; `inf` is off. One
             sample of a class of n is 1/n, so a limit below that refuses any lost sample. Classes without samples are
             left out.
-        reference: Compared with what: the `previous` committed state, the `best` loss and the best worst-class accuracy
-            of all committed states, or the state at the `start` of the stream.
+        reference: What a step is compared with: the `previous` committed state, the `best` loss and the best
+            worst-class accuracy of all committed states, or the state at the `start` of the stream.
     """
 
     max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
@@ -66,18 +66,18 @@ class Tolerance:
         """Whether no limit is set."""
         return math.isinf(self.max_loss_rise) and math.isinf(self.max_accuracy_drop)
 
-    def compared_with(self, memory: Memory, kept: Quality) -> Quality:
-        """What a step is compared with.
+    def compared_with(self, memory: Memory, committed: Quality) -> Quality:
+        """The quality that a step is compared with.
 
         Args:
             memory: Notes; written to.
-            kept: Quality of the state that the step starts from, a committed one.
+            committed: Quality of the state that the step starts from, the last one that stayed.
         """
         if self.reference == "previous":
-            return kept
+            return committed
         if self.reference == "start":
-            return Quality.read(memory.setdefault(START, kept.note()))
-        now = kept.note()
+            return Quality.read(memory.setdefault(START, committed.note()))
+        now = committed.note()
         best = memory.get(BEST, now)
         memory[BEST] = torch.stack([torch.fmin(best[0], now[0]), torch.fmax(best[1], now[1])])
         return Quality.read(memory[BEST])

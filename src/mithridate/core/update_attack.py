@@ -18,12 +18,12 @@ class Honest:
 
     Args:
         total: (parameters,), sum of the honest clients' rows.
-        bounded_total: The same after the server's bound on single rows; equal to `total` where it bounds none.
+        bounded_total: (parameters,), sum of those rows after the server's bound on each; `total` where it bounds none.
         n_honest: How many honest clients there are.
         x: The hostile clients' own pixels (hostile clients, samples, channels, height, width).
         y: Their own labels (hostile clients, samples).
-        rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. Held only
-            for an attack that declares `every_row`, else None.
+        rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. Only
+            an attack that declares `every_row` is sure to see them; for others they may be None.
         gradients: (pixels, labels) of all hostile clients -> the updates that they would send, a row each, as the round
             computes them.
     """
@@ -38,7 +38,7 @@ class Honest:
 
     @cached_property
     def own(self) -> Tensor:
-        """(hostile clients, parameters), what the hostile clients' own data would give; made when first looked at."""
+        """(hostile clients, parameters), the updates of the hostile clients' data; computed when first looked at."""
         return self.gradients(self.x, self.y)
 
     @property
@@ -53,7 +53,7 @@ class Honest:
 
     @property
     def mean(self) -> Tensor:
-        """(parameters,), what the round would come to if everyone were honest and no row bounded."""
+        """(parameters,), the mean update of the round if every client were honest and no row bounded."""
         return (self.total + self.own.sum(0)) / self.clients
 
 

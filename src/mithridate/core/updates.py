@@ -36,8 +36,8 @@ class Updates:
         self.shapes, self.clients, self.losses = shapes, clients, losses
         self._lengths = lengths
         self.factors: Tensor | None = None if lengths is None else torch.ones_like(lengths)
-        """(clients,): what the rows that were first described would have to be multiplied by; None once the rows
-        themselves were replaced."""
+        """(clients,): what `scaled` has multiplied each row by so far; None if lengths were not given, or once the rows
+        were replaced."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], *, loss: Tensor | None = None) -> "Updates":
@@ -53,7 +53,7 @@ class Updates:
 
     @property
     def rows(self) -> Tensor:
-        """(clients, parameters); formed now, if they were not."""
+        """(clients, parameters); formed when first looked at."""
         if not isinstance(self._rows, Tensor):
             self._rows = self._rows()
         return self._rows
@@ -78,7 +78,7 @@ class Updates:
         return scaled
 
     def with_rows(self, rows: Tensor) -> "Updates":
-        """The same layout with other values."""
+        """Other rows of the same clients, in the same layout."""
         return Updates(rows, self.shapes, clients=self.clients, losses=self.losses)
 
     def named(self, row: int = 0) -> Parameters:

@@ -38,8 +38,8 @@ class View:
     Args:
         step: Updates that the learner has made since the stream began.
         memory: The component's private notes; writing to it is how a component remembers.
-        available: What can be granted here, by need.
-        granted: Which of them this component may look at.
+        available: What this learner and stream have to show, by need.
+        granted: The needs that this component may look at, since it declared them.
         owner: The component's name, for messages.
         domain: What a valid input is; that of images unless the loop says otherwise.
 

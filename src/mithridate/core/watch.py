@@ -49,11 +49,11 @@ class Detector(Component, ABC):
     """Whether it must be fitted on clean samples."""
 
     def fit(self, clean: Observed, *, rng: Generator) -> Memory:
-        """What it remembers of clean samples.
+        """What the detector remembers of clean samples.
 
         Args:
-            clean: What the model makes of them; the detector itself keeps to those that are classified as labelled.
-            rng: Draws which ones are kept, where not all are.
+            clean: What the model makes of them; the detector itself uses only those that are classified as labelled.
+            rng: Draws which samples are remembered, where not all are.
 
         Raises:
             DataError: Too few samples, or features that cannot be fitted; says what is needed.

@@ -39,7 +39,8 @@ def array_samples(
             of them.
         name: What messages call the data set.
         classes: Names by class number; None: the numbers themselves. Only where targets are class numbers.
-        domain: What a valid input is; None: [0, 1] of images, any number of other inputs. Given, inputs are no images.
+        domain: What a valid input is; None: [0, 1] of images, any number of other inputs. With a domain, inputs are no
+            images.
 
     Shape:
         Inputs: images (n, c, h, w), (n, h, w) or (n, h, w, c) with c of 1 or 3, bytes or floats in [0, 1]; rows of
@@ -85,26 +86,27 @@ def npz_samples(
             arrays are not looked at.
         split: `train` or `test` alone; None: whatever there is.
         name: What messages call the data set.
-        domain: As in `array_samples`.
+        domain: What a valid input is, if it is no image: the least and the largest value of each feature, or `observed`
+            for those of the data; None: [0, 1] of images, any number of other inputs.
 
     Raises:
         ConfigError: There is no such split.
         DataError: It is no such file, or its arrays are not taken; see `array_samples`.
     """
-    held = _read_npz(path)
+    arrays = _read_npz(path)
     splits: dict[str, tuple[Any, Any]] = {}
     for key, ending in ((LONE, ""), ("train", "_train"), ("test", "_test")):
-        mapping = {k.removeprefix(f"x{ending}."): a for k, a in held.items() if k.startswith(f"x{ending}.")}
-        x, y = held.get(f"x{ending}", mapping or None), held.get(f"y{ending}")
+        mapping = {k.removeprefix(f"x{ending}."): a for k, a in arrays.items() if k.startswith(f"x{ending}.")}
+        x, y = arrays.get(f"x{ending}", mapping or None), arrays.get(f"y{ending}")
         if x is not None and y is not None:
             splits[key] = x, y
     if not splits or (LONE in splits and len(splits) > 1):
         raise DataError(
-            f"{path} holds the arrays {', '.join(held) or '(none)'}; it needs x and y, or x_train, y_train, x_test and "
-            "y_test, and not both."
+            f"{path} holds the arrays {', '.join(arrays) or '(none)'}; it needs x and y, or x_train, y_train, x_test "
+            "and y_test, and not both."
         )
     chosen = {key: splits[key] for key in wanted_splits(splits, split, where=path)}
-    classes = [str(label) for label in held["classes"]] if "classes" in held else None
+    classes = [str(label) for label in arrays["classes"]] if "classes" in arrays else None
     return array_samples(chosen, name=name, classes=classes, domain=domain)
 
 
@@ -171,7 +173,7 @@ def _inputs(x: object, where: str, *, is_image: bool) -> Any:  # noqa: ANN401  (
     if isinstance(x, Mapping):
         if not x:
             raise DataError(f"{where}: x is a mapping of nothing; give it arrays.")
-        return {str(key): _as_it_is(part, f"{where}: x['{key}']") for key, part in x.items()}
+        return {str(key): _part_of_mapping(part, f"{where}: x['{key}']") for key, part in x.items()}
     array, what = _array(x, f"{where}: x"), f"{where}: x"
     kind, shape = array.dtype.kind, array.shape
     if not is_image and kind == "f":
@@ -189,7 +191,7 @@ def _inputs(x: object, where: str, *, is_image: bool) -> Any:  # noqa: ANN401  (
     )
 
 
-def _as_it_is(value: object, where: str) -> NDArray[Any]:
+def _part_of_mapping(value: object, where: str) -> NDArray[Any]:
     array = _array(value, where)
     if array.dtype.kind == "f":
         return _finite(array, where)
@@ -225,33 +227,33 @@ def _check_lengths(part: Part, where: str) -> None:
     arrays = {f"x['{key}']": a for key, a in part.x.items()} if isinstance(part.x, Mapping) else {"x": part.x}
     lengths = {key: len(array) for key, array in {**arrays, "y": part.y}.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{key} has {length}" for key, length in lengths.items())
-        raise DataError(f"{where}: {told} rows; give as many of each, in the same order.")
+        listing = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+        raise DataError(f"{where}: {listing} rows; give as many of each, in the same order.")
 
 
 def _check_alike(parts: Mapping[str, Part], name: str) -> None:
-    """Splits must hold the same kind of samples."""
+    """Refuse splits that hold different kinds of samples."""
     kinds = {
         split: (each_array(part.x, lambda a: (a.dtype.name, a.shape[1:])), (part.y.dtype.name, part.y.shape[1:]))
         for split, part in parts.items()
     }
     first, *others = kinds.values()
     if any(other != first for other in others):
-        told = "; ".join(f"{split}: x {x}, y {y}" for split, (x, y) in kinds.items())
-        raise DataError(f"{name}: the splits differ in dtype or shape ({told}); make them alike.")
+        listing = "; ".join(f"{split}: x {x}, y {y}" for split, (x, y) in kinds.items())
+        raise DataError(f"{name}: the splits differ in dtype or shape ({listing}); make them alike.")
 
 
-def _domain(given: Bounds | None, parts: Mapping[str, Part], name: str) -> Domain:
+def _domain(bounds: Bounds | None, parts: Mapping[str, Part], name: str) -> Domain:
     """The domain of inputs that are no images; every sample lies in it."""
     arrays = [part.x for part in parts.values()]
-    if given is None:
+    if bounds is None:
         return Domain()
     if not all(isinstance(x, np.ndarray) and x.dtype == np.float32 for x in arrays):
         raise DataError(f"{name}: a domain bounds one array of floats, and x is none; leave `domain` out.")
-    if given == "observed":
+    if bounds == "observed":
         low, high = (torch.from_numpy(best([best(x, axis=0) for x in arrays], axis=0)) for best in (np.min, np.max))
         return Domain(low, high)
-    domain = Domain(*given)
+    domain = Domain(*bounds)
     for bound in domain:
         shape = tuple(torch.as_tensor(bound).shape)
         if shape not in ((), arrays[0].shape[1:]):

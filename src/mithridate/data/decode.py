@@ -1,4 +1,4 @@
-"""Encoded images as arrays of bytes. What they hold is not trusted: few formats, one size, no picture that unfolds."""
+"""Encoded images as arrays of bytes. Files are not trusted: few formats, one size, and a limit on the pixels."""
 
 import io
 from collections.abc import Iterable
@@ -44,9 +44,9 @@ def decode_images(
     """Decode images that share one size and mode.
 
     Args:
-        images: (what messages call it, file or its content) each.
-        frame: What all must have; None: what the first one has.
-        whose: What messages say has that frame.
+        images: For each image what messages call it, and its file or content.
+        frame: The frame that all images must have; None: that of the first image.
+        whose: What messages call the owner of `frame`.
 
     Shape:
         Returns (n, channels, height, width); (0, 0, 0, 0) if there are none.
@@ -56,8 +56,8 @@ def decode_images(
     """
     pixels = []
     for where, image in images:
-        decoded, found = _decode(image, where, frame, whose)
-        frame, whose = (found, where) if frame is None else (frame, whose)
+        decoded, image_frame = _decode(image, where, frame, whose)
+        frame, whose = (image_frame, where) if frame is None else (frame, whose)
         pixels.append(decoded)
     if not pixels:
         return np.empty((0, 0, 0, 0), dtype=np.uint8)

@@ -23,12 +23,12 @@ def pools(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def sizes_by_default(rows: int, asked: Mapping[str, Size | None]) -> dict[str, int]:
     """How a split of a user's own data is divided where nobody says.
 
-    What the burn-in part leaves unsaid it gets as the rest; where it is stated, or cut from another split, the test
-    part gets the rest.
+    If nobody says how large the burn-in part is, it gets the rest; if that is said, or it is cut from another split,
+    the test part gets the rest.
 
     Args:
         rows: Samples in the split.
-        asked: What the user wants of each part that is cut from it; None: unsaid.
+        asked: What the user wants of each part that is cut from the split; None: the user does not say.
     """
     sizes = {
         "victim": max(1, min(10_000, 3 * rows // 10)),
@@ -58,18 +58,18 @@ def counts(
     if math.fsum(shares) > 1 + 1e-9:
         raise DataError(f"{where}: the shares {_sum(shares)} are more than 1; ask for less.")
     sizes = {part: default.get(part) if size is None else _count(size, rows) for part, size in asked.items()}
-    taken = sum(size for size in sizes.values() if size is not None)
-    told = ", ".join(
+    total = sum(size for size in sizes.values() if size is not None)
+    listing = ", ".join(
         f"{part} {size}{' by default' if asked[part] is None else ''}"
         for part, size in sizes.items()
         if size is not None
     )
-    if taken > rows:
-        raise DataError(f"{where} has {rows} samples, too few for {told}, {taken} in all; ask for fewer.")
-    whole = {part: rows - taken if size is None else size for part, size in sizes.items()}
+    if total > rows:
+        raise DataError(f"{where} has {rows} samples, too few for {listing}, {total} in all; ask for fewer.")
+    whole = {part: rows - total if size is None else size for part, size in sizes.items()}
     for part, what in (("victim", "to learn online from"), ("test", "to test on")):
         if whole.get(part) == 0:
-            raise DataError(f"{where} has {rows} samples, and none is left {what} ({told}); ask for fewer.")
+            raise DataError(f"{where} has {rows} samples, and none is left {what} ({listing}); ask for fewer.")
     return whole
 
 

@@ -35,8 +35,8 @@ def folder_samples(path: Path, split: str | None, *, name: str) -> Samples:
             f"{path} holds {others} beside {' and '.join(by_split)}; keep either class folders in it, or train and "
             "test with class folders in them."
         )
-    there = by_split or {LONE: path}
-    chosen = {split: there[split] for split in wanted_splits(there, split, where=path)}
+    splits = by_split or {LONE: path}
+    chosen = {split: splits[split] for split in wanted_splits(splits, split, where=path)}
     classes = [folder.name for folder in _classes(next(iter(chosen.values())))]
     root = path.resolve()
     return image_samples(name, {split: _rows(folder, classes, root) for split, folder in chosen.items()}, classes)

@@ -29,14 +29,14 @@ def foreign_batches(
     Args:
         name: One of `DATASETS`.
         info: The image set that the model was made for.
-        batches: How many.
-        batch_size: Images in each.
-        data_root: As in `load_images`.
-        cache: As in `load_images`.
+        batches: How many batches.
+        batch_size: Images in each batch.
+        data_root: Folder that mirrors hub repositories; see `load_images`.
+        cache: Folder for decoded images; see `load_images`.
 
     Raises:
         ConfigError: Unknown set, or the stream's own; or the stream is not one of images with classes.
-        DataError: It is not to be had, or has too few images.
+        DataError: The other set is not to be had, or has too few images.
     """
     if name == info.name:
         raise ConfigError(f"ood = '{name}': the stream itself is made of these images; name another set.")

@@ -82,24 +82,24 @@ def load_images(
     files = mirror_files(info, split, root) if root is not None else []
     path = cache_directory(cache) / "images"
     path /= f"{name}-{split}-{_source_key(info, split, files)}.safetensors"
-    known = _read_cached(path, info, split)
-    if known is not None:
-        return known
+    images = _read_cached(path, info, split)
+    if images is not None:
+        return images
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):
-            known = _read_cached(path, info, split)
-            if known is None:
+            images = _read_cached(path, info, split)
+            if images is None:
                 columns = (info.image_column, info.label_column)
                 rows = parquet_rows(files, columns, whose=name) if root is not None else hub_rows(info, split)
-                known = _image_set(info, split, *_decode(rows, info, split))
-                _write_cached(path, known)
+                images = _image_set(info, split, *_decode(rows, info, split))
+                _write_cached(path, images)
     except (OSError, safetensors.SafetensorError) as error:
         raise DataError(
             f"{name}: the decoded images cannot be kept in {path.parent} ({error}); set {CACHE} to a folder that can "
             "be written to and has room."
         ) from error
-    return known
+    return images
 
 
 def _folder_from(variable: str) -> Path | None:
@@ -148,8 +148,8 @@ def _read_cached(path: Path, info: NamedSet, split: str) -> ImageSet | None:
             x, y = np.array(file.get_tensor("x")), np.array(file.get_tensor("y"))
     except (OSError, safetensors.SafetensorError):
         return None
-    found = _image_set(info, split, x, y)
-    return found if found.fingerprint == notes.get("fingerprint") else None
+    images = _image_set(info, split, x, y)
+    return images if images.fingerprint == notes.get("fingerprint") else None
 
 
 def _decode(pieces: Iterable[Rows], info: NamedSet, split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -18,8 +18,8 @@ class Part:
 
     Args:
         name: Which part.
-        x: Inputs: bytes are pixels, and batches of them are float32 in [0, 1]; all else comes as it is kept. Or a
-            mapping of arrays, which come as they are kept.
+        x: Inputs: an array, or a mapping of arrays. Bytes are pixels, and batches of them are float32 in [0, 1]; all
+            other arrays keep their dtype in batches.
         y: Targets.
 
     Shape:
@@ -38,13 +38,13 @@ class Part:
 
         Args:
             name: What it is called.
-            index: Which ones, by position, in the wanted order.
+            index: Positions of the samples, in the wanted order.
         """
 
         def chosen(array: NDArray[Any]) -> NDArray[Any]:
-            taken = array[index]
-            taken.flags.writeable = False
-            return taken
+            rows = array[index]
+            rows.flags.writeable = False
+            return rows
 
         return Part(name, each_array(self.x, chosen), chosen(self.y))
 
@@ -52,7 +52,7 @@ class Part:
         """Some samples in the given order.
 
         Args:
-            index: Which ones, by position in this part.
+            index: Positions of the samples in this part.
             device: Where the batch goes.
         """
 
@@ -93,7 +93,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """A part as batches that can be gone through again and again.
+    """A part as batches that can be iterated again and again.
 
     Args:
         part: Whose samples.

@@ -18,7 +18,7 @@ Row = tuple[str, Path | bytes, int]
 """What messages call an image, its file or encoded content, and its class number."""
 
 LONE = "all"
-"""What the split of data without a train and a test split is called."""
+"""The name of the only split of data that have no train and test split."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,27 +36,27 @@ class Samples:
     domain: Domain = PIXELS
 
 
-def wanted_splits(there: Collection[str], split: str | None, *, where: str | Path) -> list[str]:
+def wanted_splits(available: Collection[str], split: str | None, *, where: str | Path) -> list[str]:
     """The splits that a stream is cut from.
 
     Args:
-        there: Those that the data have.
-        split: The one that the user wants; None: train and test, or the only one.
+        available: The splits that the data have.
+        split: The split that the user wants; None: train and test, or the only one.
         where: Named in messages.
 
     Raises:
-        ConfigError: It is not there, or it is not clear which are meant.
+        ConfigError: The split is not there, or it is not clear which are meant.
     """
     if split is not None:
-        if split not in there:
-            raise ConfigError(f"{where} has no split '{split}': {nearest(split, there)}")
+        if split not in available:
+            raise ConfigError(f"{where} has no split '{split}': {nearest(split, available)}")
         return [split]
-    if {"train", "test"} <= set(there):
+    if {"train", "test"} <= set(available):
         return ["train", "test"]
-    if len(there) == 1:
-        return list(there)
+    if len(available) == 1:
+        return list(available)
     raise ConfigError(
-        f"{where} has the splits {', '.join(sorted(there))}, and a stream is cut from train and test, or from one "
+        f"{where} has the splits {', '.join(sorted(available))}, and a stream is cut from train and test, or from one "
         "split alone; name that by `split`."
     )
 

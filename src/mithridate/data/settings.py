@@ -20,7 +20,7 @@ OWN: Mapping[str, str] = {
     "parquet": "Images of a Hugging Face repository as it lies on disk: path/train*.parquet, path/test*.parquet.",
     "saved": "Images of a Hugging Face data set as `save_to_disk` wrote it.",
 }
-"""Names in `[data]` for a user's own data, and what `path` then leads to."""
+"""How a user's own data may lie: the names for it in `[data]`, and what `path` then leads to."""
 
 ARRAYS = "arrays"
 """The name of what was made by `Stream.from_arrays`; no recipe can find it again."""
@@ -74,20 +74,22 @@ class StreamSettings:
             digits, 10,000 of other image sets by name; of own data three tenths, 10,000 at most.
         validation: The attacker's own samples S_val, >= 0. Unset: 100 of digits, 500 of other image sets by name; of
             own data a twentieth, 500 at most.
-        trusted: Samples that the defender knows to be clean, >= 0. Unset: 97 of digits, else as `validation`.
+        trusted: Samples that the defender knows to be clean, >= 0. Unset: 97 of digits, 500 of other image sets by
+            name; of own data a twentieth, 500 at most.
         test: Samples on which accuracy is reported, >= 1. Unset: the rest of the test split; of a lone split a fifth,
             or what the others leave if `burn_in` is set (350 of digits).
         batch_size: Samples in one batch of the stream, >= 1. Unset: 50 of digits, 100 of other image sets by name; of
             own data as many as leave 20 accumulative batches and the trigger, 100 at most.
         augment: Whether burn-in batches are randomly cropped and flipped, as far as `crop_padding` and `flip` go.
             Unset: images are.
-        augment_stream: Whether the victim's batches are, too, before anyone poisons them.
+        augment_stream: Whether the victim's batches are cropped and flipped, too, before anyone poisons them.
         flip: Whether a mirrored image still shows its class, so that augmentation may flip. Unset: known of image
             sets by name; false for own ones.
         crop_padding: Pixels of zero padding for random crops, >= 0. Unset: known of image sets by name; 0 for own.
         mean: Mean of each channel, in pixel units of [0, 1]; models subtract it. Unset: known of image sets by name;
             of own images measured on the burn-in part.
-        std: Standard deviation of each channel, same unit, > 0; models divide by it. Unset: as `mean`.
+        std: Standard deviation of each channel, same unit, > 0; models divide by it. Unset: known of image sets
+            by name; of own images measured on the burn-in part.
         domain: What a valid input of `npz` is, if it is no image: the least and the largest value of each feature, or
             `observed` for those of the data, feature by feature. Unset: any number.
         seed: Decides which sample goes to which part.

@@ -1,4 +1,4 @@
-"""Clients of a federation: an image set divided into shards, and what each client brings to a round."""
+"""Clients of a federation: an image set divided into shards, and which clients take part in a round."""
 
 from typing import Annotated, Literal
 
@@ -42,7 +42,7 @@ def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
     Args:
         part: The images.
         how: Settings.
-        seed: Of the draw.
+        seed: Decides which images each client gets.
 
     Raises:
         DataError: There are fewer images than the clients need, no draw gave every client enough, or a draw by class
@@ -78,10 +78,10 @@ def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
 def _dirichlet(labels: NDArray[np.int64], how: Shards, rng: np.random.Generator) -> list[NDArray[np.int64]]:
     owners: list[list[NDArray[np.int64]]] = [[] for _ in range(how.clients)]
     for label in np.unique(labels):
-        mine = rng.permutation(np.flatnonzero(labels == label))
+        positions = rng.permutation(np.flatnonzero(labels == label))
         shares = rng.dirichlet(np.full(how.clients, how.alpha))
-        cuts = (np.cumsum(shares)[:-1] * len(mine)).astype(np.int64)
-        for owner, piece in zip(owners, np.split(mine, cuts), strict=True):
+        cuts = (np.cumsum(shares)[:-1] * len(positions)).astype(np.int64)
+        for owner, piece in zip(owners, np.split(positions, cuts), strict=True):
             owner.append(piece)
     return [np.concatenate(pieces) for pieces in owners]
 
@@ -93,7 +93,7 @@ def sampled(clients: int, per_round: int, *, round_: int, seed: int) -> NDArray[
         clients: How many there are.
         per_round: How many take part, >= 1.
         round_: Which round, from 0.
-        seed: Of the run.
+        seed: The run's seed.
 
     Raises:
         DataError: None, or more than there are, were asked for.

@@ -22,8 +22,8 @@ class Rows:
     """Some consecutive rows as they are stored: encoded images and labels.
 
     Args:
-        place: The file or repository that they are from, for messages.
-        first: Number of the first of them in that place, from 0.
+        place: The file or repository that the rows are from, for messages.
+        first: Number of the first row in that place, from 0.
         images: One entry a row.
         labels: One entry a row.
     """
@@ -43,7 +43,7 @@ def encoded(image: object, where: str) -> bytes:
     """The content of an image file, as a row of a Hugging Face data set holds it; a path in it is not followed.
 
     Raises:
-        DataError: There is none.
+        DataError: The row holds no such content.
     """
     data = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(data, bytes):
@@ -72,12 +72,12 @@ def mirror_files(info: NamedSet, split: str, root: Path) -> list[Path]:
     if files := split_files(folders, split):
         return files
     others = [f"split = '{other}'" for other in info.splits if other != split and split_files(folders, other)]
-    held = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
+    parquet = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
     alone = f" To cut every part from what is there, set {' or '.join(others)} in [data]." if others else ""
     raise DataError(
         f"{info.name}: no split '{split}' under the data root {root}. "
         f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
-        f"there is {', '.join(held) if held else 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
+        f"there is {', '.join(parquet) or 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
         f"load it from the hub.{alone}"
     )
 
@@ -94,12 +94,12 @@ def split_files(folders: Sequence[Path], split: str) -> list[Path]:
     """
     in_name = re.compile(rf"{re.escape(split)}([-_.].*)?\.parquet")
     for folder in folders:
-        for found in (
+        for paths in (
             [path for path in folder.glob("*.parquet") if in_name.fullmatch(path.name)],
             list((folder / split).glob("*.parquet")),
         ):
-            if found:
-                files = sorted(found)
+            if paths:
+                files = sorted(paths)
                 _require_all_shards(files)
                 return files
     return []
@@ -122,7 +122,7 @@ def parquet_rows(files: Sequence[Path], columns: tuple[str, str], *, whose: str)
 
     Args:
         files: As `split_files` returns them.
-        columns: Those of images and labels.
+        columns: The columns of images and labels.
         whose: Named in messages.
 
     Raises:
@@ -172,7 +172,7 @@ def dataset_rows(dataset: Any, columns: tuple[str, str], *, place: str) -> Itera
 
     Args:
         dataset: One split.
-        columns: Those of images and labels.
+        columns: The columns of images and labels.
         place: Where it is from, for messages.
     """
     first = 0
@@ -181,10 +181,10 @@ def dataset_rows(dataset: Any, columns: tuple[str, str], *, place: str) -> Itera
         first += len(table)
 
 
-def _require_columns(columns: Sequence[str], held: Sequence[str], place: str, whose: str) -> None:
+def _require_columns(columns: Sequence[str], known: Sequence[str], place: str, whose: str) -> None:
     for column in columns:
-        if column not in held:
-            raise DataError(f"{place} has no column '{column}', but {', '.join(held)}; is this {whose}?")
+        if column not in known:
+            raise DataError(f"{place} has no column '{column}', but {', '.join(known)}; is this {whose}?")
 
 
 @contextmanager

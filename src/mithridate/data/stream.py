@@ -43,7 +43,7 @@ class Stream:
         trusted: What the defender knows to be clean.
         test: What accuracy is reported on.
         fingerprint: 16 hex digits that name the burn-in samples, their order and what models are told of them.
-        domain: What a valid input is; [0, 1] of images.
+        domain: What a valid input is; [0, 1] for images.
     """
 
     settings: StreamSettings
@@ -76,7 +76,7 @@ class Stream:
                 mapping holds arrays with a row a sample. With a `domain`, floats of any shape that are no images.
             y: Targets: class numbers 0, 1, ..., k - 1; floats; many labels.
             x_test: Inputs of samples for the validation and test parts; unset: they are cut from `x`, too.
-            y_test: Their targets.
+            y_test: Targets of those samples.
             classes: Names by class number; unset: the numbers.
             domain: What a valid input is, if it is no image: a `Domain`, its least and largest value, or `observed` for
                 those of the data, feature by feature. Unset: [0, 1] of images, any number of other inputs.
@@ -95,8 +95,8 @@ class Stream:
         """
         if (x_test is None) != (y_test is None):
             raise DataError(f"{name}: x_test and y_test come together; give both, or none.")
-        said = {} if isinstance(domain, Domain) else {"domain": domain}
-        plan = make(StreamSettings, {"name": ARRAYS, **said, **settings}, where="Stream.from_arrays")
+        bounds_setting = {} if isinstance(domain, Domain) else {"domain": domain}
+        plan = make(StreamSettings, {"name": ARRAYS, **bounds_setting, **settings}, where="Stream.from_arrays")
         bounds = domain if isinstance(domain, Domain) else plan.domain
         splits = {LONE: (x, y)} if x_test is None else {"train": (x, y), "test": (x_test, y_test)}
         return _divided(array_samples(splits, name=name, classes=classes, domain=bounds), plan)
@@ -152,7 +152,7 @@ class Stream:
 
         Args:
             steps: Accumulative batches before it.
-            seed: As in `victim_batch`.
+            seed: Draws the order of the stream, and the augmentation if `augment_stream`.
             device: Where the batch goes.
         """
         return self.victim_batch(steps, seed, device)
@@ -180,8 +180,8 @@ def open_stream(
 
     Args:
         stream: Which samples, in what portions.
-        data_root: As in `load_images`; of image sets by name.
-        cache: As in `load_images`; of image sets by name.
+        data_root: Folder that mirrors hub repositories, for image sets by name; see `load_images`.
+        cache: Folder for decoded images, for image sets by name; see `load_images`.
 
     Raises:
         ConfigError: Unknown data set, or settings that do not fit what it holds.
@@ -211,8 +211,8 @@ def _samples(stream: StreamSettings, data_root: str | Path | None, cache: str | 
                 return parquet_samples(path, split, stream.columns, name=name)
     info = dataset_info(stream.name)
     wanted = list(info.splits) if split is None else [split]
-    held = {key: load_images(info.name, key, data_root=data_root, cache=cache) for key in wanted}
-    return Samples(info, {key: Part(key, images.x, images.y) for key, images in held.items()})
+    image_sets = {key: load_images(info.name, key, data_root=data_root, cache=cache) for key in wanted}
+    return Samples(info, {key: Part(key, images.x, images.y) for key, images in image_sets.items()})
 
 
 def _divided(samples: Samples, settings: StreamSettings) -> Stream:
@@ -235,7 +235,7 @@ def _divided(samples: Samples, settings: StreamSettings) -> Stream:
 
 
 def _described(settings: StreamSettings, info: DatasetInfo, burn_in: Part) -> tuple[StreamSettings, DatasetInfo]:
-    """What the settings and the burn-in part say of the samples, each known to the other."""
+    """Settings and description of the samples, completed from each other and from the burn-in part."""
     if not info.images:
         for key in ("augment", "augment_stream", "flip", "crop_padding", "mean", "std"):
             if getattr(settings, key):
@@ -244,19 +244,19 @@ def _described(settings: StreamSettings, info: DatasetInfo, burn_in: Part) -> tu
                 )
         return replace(settings, augment=False), info
     known: dict[str, Any] = {"flip": info.flip, "crop_padding": info.crop_padding, "mean": info.mean, "std": info.std}
-    said = {key: getattr(settings, key) for key in known if getattr(settings, key) is not None}
-    if not info.mean and not {"mean", "std"} <= said.keys():
+    stated = {key: getattr(settings, key) for key in known if getattr(settings, key) is not None}
+    if not info.mean and not {"mean", "std"} <= stated.keys():
         known |= _measured(burn_in, info.name)
-    told = {**known, **said}
+    values = {**known, **stated}
     for key in ("mean", "std"):
-        if len(told[key]) != info.shape[0]:
+        if len(values[key]) != info.shape[0]:
             raise ConfigError(
-                f"[data] {key} has {len(told[key])} numbers, and images of {info.name} have {info.shape[0]} channels; "
-                "give one a channel."
+                f"[data] {key} has {len(values[key])} numbers, and images of {info.name} have {info.shape[0]} "
+                "channels; give one a channel."
             )
     if info.mean:  # known by name: settings stay as they were given
-        return settings, replace(info, **told)
-    return replace(settings, augment=settings.augment is not False, **told), replace(info, **told)
+        return settings, replace(info, **values)
+    return replace(settings, augment=settings.augment is not False, **values), replace(info, **values)
 
 
 def _measured(part: Part, name: str) -> dict[str, tuple[float, ...]]:
@@ -280,7 +280,7 @@ def _measured(part: Part, name: str) -> dict[str, tuple[float, ...]]:
 
 
 def _fingerprint(burn_in: Part, info: DatasetInfo) -> str:
-    """What decides a burn-in as far as the data do: samples in their order, and what models are built from."""
+    """A hash of what the data decide of a burn-in: samples in their order, and what models are built from."""
     digest = hashlib.sha256()
     arrays = burn_in.x if isinstance(burn_in.x, Mapping) else {"": burn_in.x}
     for key, array in [*arrays.items(), ("targets", burn_in.y)]:

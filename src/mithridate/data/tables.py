@@ -13,7 +13,7 @@ from mithridate.data.samples import LONE, Row, Samples, image_samples, wanted_sp
 from mithridate.data.sources import Rows, dataset_rows, encoded, parquet_rows, quiet_hub, split_files
 
 Columns = tuple[str, str]
-"""Of images, of labels."""
+"""The column of images and the column of labels."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def saved_samples(path: Path, split: str | None, columns: Columns | None, *, nam
     Args:
         path: Its folder.
         split: One of its splits; None: train and test, or the only one.
-        columns: Of images and labels; None: the only ones of their type.
+        columns: The columns of images and labels; None: the only ones of their type.
         name: What messages call the data set.
 
     Raises:
@@ -67,8 +67,8 @@ def parquet_samples(path: Path, split: str | None, columns: Columns | None, *, n
     Args:
         path: A folder laid out as `train*.parquet` and `test*.parquet`, or `train/*.parquet` and `test/*.parquet`, in
             it or in its `data/`; or a single file.
-        split: What other files begin with; None: train and test, or the only one of them.
-        columns: Of images and labels; None: the only ones of their type.
+        split: What the names of the files begin with; None: train and test, or the only one of the two.
+        columns: The columns of images and labels; None: the only ones of their type.
         name: What messages call the data set.
 
     Raises:
@@ -78,13 +78,13 @@ def parquet_samples(path: Path, split: str | None, columns: Columns | None, *, n
     import datasets
 
     named = dict.fromkeys(["train", "test", *([split] if split else [])])
-    found = {key: split_files([path, path / "data"], key) for key in named}
-    files = {LONE: [path]} if path.is_file() else {key: there for key, there in found.items() if there}
+    by_split = {key: split_files([path, path / "data"], key) for key in named}
+    files = {LONE: [path]} if path.is_file() else {key: shards for key, shards in by_split.items() if shards}
     if not files:
-        there = sorted(str(file.relative_to(path)) for file in path.glob("**/*.parquet"))
+        others = sorted(str(file.relative_to(path)) for file in path.glob("**/*.parquet"))
         raise DataError(
             f"{path} holds no train*.parquet and no test*.parquet, in itself or in data/; there is "
-            f"{', '.join(there) or 'no Parquet file'}. Set [data] path to their folder, or split to what their names "
+            f"{', '.join(others) or 'no Parquet file'}. Set [data] path to their folder, or split to what their names "
             "begin with."
         )
 
@@ -104,7 +104,7 @@ def _samples(tables: Mapping[str, Table], split: str | None, columns: Columns | 
     image, label = columns or (_only(features, _is_image, "image", path), _only(features, _is_label, "label", path))
     for column in (image, label):
         if column not in features:
-            raise ConfigError(f"{path} has no column '{column}'; there is {_told(features)}.")
+            raise ConfigError(f"{path} has no column '{column}'; there is {_listing(features)}.")
     classes = getattr(features[label], "names", None)
 
     def rows(key: str) -> Iterator[Row]:
@@ -123,14 +123,14 @@ def _only(features: Mapping[str, Any], fits: Callable[[str, Any], bool], what: s
     Raises:
         ConfigError: There is none, or several.
     """
-    found = [column for column, feature in features.items() if fits(column, feature)]
-    if len(found) != 1:
-        many = f"{len(found)} columns" if found else "no column"
+    fitting = [column for column, feature in features.items() if fits(column, feature)]
+    if len(fitting) != 1:
+        many = f"{len(fitting)} columns" if fitting else "no column"
         raise ConfigError(
-            f'{path} has {many} that may be the {what}: {_told(features)}. Set columns = ["image", "label"] in [data] '
-            "to the names of yours."
+            f'{path} has {many} that may be the {what}: {_listing(features)}. Set columns = ["image", "label"] in '
+            "[data] to the names of yours."
         )
-    return found[0]
+    return fitting[0]
 
 
 def _is_image(_: str, feature: object) -> bool:
@@ -144,5 +144,5 @@ def _is_label(column: str, feature: object) -> bool:
     return type(feature).__name__ == "ClassLabel" or (whole and column in {"label", "labels"})
 
 
-def _told(features: Mapping[str, Any]) -> str:
+def _listing(features: Mapping[str, Any]) -> str:
     return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())

@@ -1,4 +1,4 @@
-"""Pixel gradients that turn the parameter gradient of a batch: the maths that `vanilla` and `accumulative` share."""
+"""Pixel gradients that turn the parameter gradient of a batch: the maths of `vanilla` and `accumulative`."""
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ def turn_towards(
         x: Pixels (n, c, h, w).
         y: Labels (n,).
         w: The wanted direction, shaped like the parameters.
-        normalise: Which `unit`; plain products need no gradient at `x` and cost one pass less.
-        chunk: As in `calculus.gradient`.
+        normalise: How `unit` divides the gradient; `none` needs no gradient at `x` and costs one pass less.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `calculus.gradient`.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "Compute H_t" and its gradient in the pixels.
@@ -74,7 +74,7 @@ def trigger_ascent(
         u: A fixed direction, shaped like the parameters.
         normalise: How the two gradients enter their product.
         g_validation: grad_theta L(S_val).
-        chunk: As in `calculus.gradient`.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `calculus.gradient`.
 
     Returns:
         A tensor shaped like the trigger's pixels.

@@ -34,7 +34,7 @@ Normalise = Literal["none", "global", "tensor"]
 
 @functools.cache
 def _load_forward_mode() -> None:
-    """Make the first dual tensor. Torch then compiles some formulas with torch.jit and warns of it: its own affair."""
+    """Make the first dual tensor, at which torch compiles some formulas with torch.jit and warns of its own doing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
@@ -64,8 +64,8 @@ def _leaves(parameters: Parameters) -> Parameters:
 
 
 def _backward(value: Tensor, by: Parameters) -> Parameters:
-    found = torch.autograd.grad(value, list(by.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(by, found, strict=True))
+    gradients = torch.autograd.grad(value, list(by.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(by, gradients, strict=True))
 
 
 def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -75,12 +75,16 @@ def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Te
         yield len(piece_x) / len(x), piece_x, piece_y
 
 
-def _weighted_sum(terms: Iterator[tuple[float, Parameters]]) -> Parameters:
-    """Of one term a chunk, at least one, each with its share of the samples."""
-    share, first = next(terms)
-    total = first if share == 1.0 else {name: share * t for name, t in first.items()}
-    for share, term in terms:
-        for name, t in term.items():
+def _over_chunks(term: Callable[[Tensor, Tensor], Parameters], x: Tensor, y: Tensor, chunk: int | None) -> Parameters:
+    """The sum of the chunks' terms, each times its share of the samples."""
+    total: Parameters = {}
+    for share, piece_x, piece_y in _chunks(x, y, chunk):
+        with torch.enable_grad():
+            values = term(piece_x, piece_y)
+        if not total:
+            total = values if share == 1.0 else {name: share * t for name, t in values.items()}
+            continue
+        for name, t in values.items():
             total[name].add_(t, alpha=share)
     return total
 
@@ -102,14 +106,11 @@ def gradient(
         One tensor a parameter, detached.
     """
 
-    def terms() -> Iterator[tuple[float, Parameters]]:
-        for share, piece_x, piece_y in _chunks(x, y, chunk):
-            leaves = _leaves(parameters)
-            with torch.enable_grad():
-                term = _backward(objective(leaves, piece_x, piece_y), leaves)
-            yield share, term
+    def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
+        leaves = _leaves(parameters)
+        return _backward(objective(leaves, piece_x, piece_y), leaves)
 
-    return _weighted_sum(terms())
+    return _over_chunks(term, x, y, chunk)
 
 
 def hessian_vector_product(
@@ -123,21 +124,19 @@ def hessian_vector_product(
         x: Inputs (n, ...).
         y: Labels (n,).
         v: The direction, shaped like the parameters.
-        chunk: As in `gradient`.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         One tensor a parameter, detached.
     """
 
-    def terms() -> Iterator[tuple[float, Parameters]]:
-        for share, piece_x, piece_y in _chunks(x, y, chunk):
-            leaves = _leaves(parameters)
-            with torch.enable_grad(), _moving(leaves, v) as moving:
-                found = _backward(objective(moving, piece_x, piece_y), leaves)
-                term = {name: _along(t) for name, t in found.items()}
-            yield share, term
+    def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
+        leaves = _leaves(parameters)
+        with _moving(leaves, v) as moving:
+            gradients = _backward(objective(moving, piece_x, piece_y), leaves)
+            return {name: _along(g) for name, g in gradients.items()}
 
-    return _weighted_sum(terms())
+    return _over_chunks(term, x, y, chunk)
 
 
 def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
@@ -158,7 +157,7 @@ def mixed_partial(
         x: Inputs (n, ...).
         y: Labels (n,).
         v: A fixed direction, shaped like the parameters.
-        chunk: As in `gradient`.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         A tensor shaped like `x`.
@@ -166,13 +165,13 @@ def mixed_partial(
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
     """
-    found = []
+    terms = []
     for share, piece_x, piece_y in _chunks(x, y, chunk):
         leaf = piece_x.detach().requires_grad_()
         with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
             term = _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
-        found.append(term if share == 1.0 else share * term)
-    return torch.cat(found)
+        terms.append(term if share == 1.0 else share * term)
+    return torch.cat(terms)
 
 
 def mixed_partial_of_curvature(
@@ -194,7 +193,7 @@ def mixed_partial_of_curvature(
         y: Labels (n,).
         u: First direction, shaped like the parameters.
         v: Second direction, shaped like the parameters; the result is symmetric in the two.
-        chunk: As in `gradient`.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         A tensor shaped like `x`.
@@ -217,7 +216,7 @@ def mixed_partial_of_curvature(
 
 
 def inner(a: Parameters, b: Parameters) -> Tensor:
-    """Plain inner product over all parameters, a scalar."""
+    """Inner product over all parameters, a scalar."""
     return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
 
 
@@ -227,7 +226,7 @@ def add(a: Parameters, b: Parameters, *, scale: float = 1.0) -> Parameters:
 
 
 def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
-    """The length that divides each tensor of `a`."""
+    """The length that `unit` divides each tensor of `a` by."""
     lengths = {name: torch.linalg.vector_norm(t) for name, t in a.items()}
     if normalise == "global":
         whole = torch.linalg.vector_norm(torch.stack(list(lengths.values())))
@@ -259,7 +258,7 @@ def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Pa
     Args:
         a: A gradient.
         w: The direction it is compared with, shaped alike; `unit(b, normalise)` gives the derivative of `product`.
-        normalise: Which `unit`.
+        normalise: How `unit` divides `a`.
 
     Returns:
         `w` itself for `none`; else (w - <â, w> â) / |a|, whole or tensor by tensor, and zero where |a| is zero.
@@ -296,8 +295,8 @@ def product_gradient(
         first: Inputs and labels of one batch (S_val).
         second: Inputs and labels of the other batch (the trigger).
         normalise: How the two gradients enter their product.
-        gradients: The two parameter gradients, if they are at hand.
-        chunk: As in `gradient`.
+        gradients: The parameter gradients of `first` and `second`, where the caller has them; None computes them.
+        chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         One tensor a parameter.

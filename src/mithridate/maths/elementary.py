@@ -1,4 +1,4 @@
-"""Layers in elementary operations, for derivatives that torch cannot take, or gets wrong, through its fused ones."""
+"""Layers in elementary operations, for derivatives that torch's fused ones lack or get wrong."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -81,7 +81,8 @@ FOR_THIRD: dict[Any, Callable[..., Tensor]] = {
     F.instance_norm: _instance_norm,
 }
 """Layers whose third derivative torch gets wrong by some per cent and without a word (2.13; autograd and torch.func
-alike): those that standardise by statistics of the data in one fused operation. A test holds ours to differences."""
+alike): those that standardise by statistics of the data in one fused operation. A test holds the functions here to
+finite differences."""
 
 
 class Instead(TorchFunctionMode):

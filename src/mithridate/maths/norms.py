@@ -30,7 +30,7 @@ def _as_factor(per_sample: Tensor, like: Tensor) -> Tensor:
 
 
 def shrink(lengths: Tensor, bound: float) -> Tensor:
-    """What takes each length down to a bound; exactly 1 for those within, where a quotient would be rounded."""
+    """The factor that brings each length down to a bound; exactly 1 within it, where a quotient would be rounded."""
     return torch.where(lengths > bound, bound / lengths.clamp_min(torch.finfo(lengths.dtype).tiny), 1.0).clamp(max=1.0)
 
 

@@ -1,4 +1,4 @@
-"""What rules do with a matrix of updates (client, parameter), in float64 and a slice of columns at a time.
+"""What aggregators compute from a matrix of updates (client, parameter), in float64, a slice of columns at a time.
 
 A model's rows are long, so nothing larger than the matrix itself is made of them: no (client, client, parameter), and
 no second copy in float64. Squares of float32 entries do not overflow in float64; lengths of float64 rows do not
@@ -13,7 +13,7 @@ from torch import Tensor
 from mithridate.maths.norms import sample_norms
 
 ENTRIES = 1 << 20
-"""Entries that are held in float64 at a time."""
+"""How many entries are in float64 at a time."""
 
 
 def columns(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -35,9 +35,9 @@ def lengths(rows: Tensor, centre: Tensor | None = None) -> Tensor:
 
 
 def squared_distances(rows: Tensor) -> Tensor:
-    """Between all rows: (n, P) -> (n, n) float64, symmetric, with zeros for identical rows, exactly.
+    """Squared l2 distances between all rows: (n, P) -> (n, n) float64, symmetric, exactly zero for identical rows.
 
-    It sums differences: the Gram matrix is several times faster, but its rounding depends on where the rows lie.
+    Differences are summed: the Gram matrix is several times faster, but its rounding depends on where the rows lie.
     """
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for _, part in columns(rows):
@@ -54,14 +54,14 @@ def blend(shares: Tensor, rows: Tensor) -> Tensor:
 def mixtures(shares: Tensor, rows: Tensor) -> Tensor:
     """Several blends at once, in the rows' dtype: (m, n) and (n, P) -> (m, P)."""
     shares = shares.to(rows.device)
-    made = rows.new_empty(len(shares), rows.shape[1])
+    blends = rows.new_empty(len(shares), rows.shape[1])
     for where, part in columns(rows):
-        made[:, where] = (shares @ part).to(rows.dtype)
-    return made
+        blends[:, where] = (shares @ part).to(rows.dtype)
+    return blends
 
 
 def by_column(rows: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a rule makes of each column, sorted: (n, P) -> (P,) float64; sorting costs n log n a column.
+    """A rule applied to each sorted column: (n, P) -> (P,) float64; sorting costs n log n a column.
 
     Args:
         rows: (n, P).

@@ -21,7 +21,7 @@ class ModelSettings(Protocol):
     """What a registered model is: settings that build a module."""
 
     def build(self, info: DatasetInfo, *, seed: int) -> nn.Module:
-        """A fresh module for a data set, the same for the same seed."""
+        """A fresh module for a data set; equal seeds give equal modules."""
 
 
 def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *, seed: int) -> nn.Module:

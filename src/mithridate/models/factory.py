@@ -13,8 +13,8 @@ from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.seeding import seeded_default
 from mithridate.data.catalogue import DatasetInfo
 
-GIVEN = ("info", "seed")
-"""Parameters that the caller of `build` fills in, where the function has them."""
+BUILD_KEYS = ("info", "seed")
+"""What `build` passes on to the function, where it has parameters of these names."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class ModelFactory:
 
     Args:
         name: `package.module:function`.
-        settings: Its keyword arguments besides `info` (the description of the data set) and `seed`, which are passed if
-            its signature names them.
+        settings: The function's keyword arguments besides `info` (the description of the data set) and `seed`, which
+            `build` passes if the signature names them.
     """
 
     name: str
@@ -45,18 +45,20 @@ class ModelFactory:
         where = f"{where} {name}"
         known = inspect.signature(_function(name)).parameters.values()
         takes_any = any(p.kind is p.VAR_KEYWORD for p in known)
-        free = {p.name: p for p in known if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and p.name not in GIVEN}
+        free = {
+            p.name: p for p in known if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and p.name not in BUILD_KEYS
+        }
         for key in values:
-            if key in GIVEN or (key not in free and not takes_any):
+            if key in BUILD_KEYS or (key not in free and not takes_any):
                 raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, free)}")
         for key, parameter in free.items():
             if parameter.default is parameter.empty and key not in values:
                 raise ConfigError(f"{where}: {key} has no default; give it a value.")
-        defaults = {key: p.default for key, p in free.items() if _is_plain(p.default)}
+        defaults = {key: p.default for key, p in free.items() if _toml_can_write(p.default)}
         return cls(name, {**defaults, **values})
 
     def __hash__(self) -> int:
-        """Equal factories have equal hashes; their settings may have none."""
+        """The name's hash: settings may hold lists, which have none."""
         return hash(self.name)
 
     def recipe_table(self) -> dict[str, Any]:
@@ -68,17 +70,17 @@ class ModelFactory:
 
         Args:
             info: The data set; passed if the function has a parameter of that name.
-            seed: Decides the initial parameters; passed likewise.
+            seed: Decides the initial parameters; passed if the function has a parameter of that name.
 
         Raises:
             ConfigError: The function raises, or gives something else than a module.
         """
         function = _function(self.name)
         known = inspect.signature(function).parameters
-        given = {key: value for key, value in (("info", info), ("seed", seed)) if key in known}
+        arguments = {key: value for key, value in (("info", info), ("seed", seed)) if key in known}
         try:
             with seeded_default(seed):
-                module = function(**given, **self.settings)
+                module = function(**arguments, **self.settings)
         except Exception as error:  # whatever somebody else's code can raise
             raise ConfigError(
                 f"[model] {self.name} cannot make a model for {info.name} ({type(error).__name__}: {error}); change "
@@ -91,12 +93,12 @@ class ModelFactory:
 
 def _function(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    found: Callable[..., Any] = attrgetter(function)(import_module(module))
-    return found
+    maker: Callable[..., Any] = attrgetter(function)(import_module(module))
+    return maker
 
 
-def _is_plain(value: object) -> bool:
-    """Whether TOML can write a value."""
+def _toml_can_write(value: object) -> bool:
+    """Whether a value can stand in a recipe."""
     if isinstance(value, list):
-        return all(_is_plain(item) for item in value)
+        return all(_toml_can_write(item) for item in value)
     return isinstance(value, bool | int | float | str)

@@ -10,12 +10,12 @@ NormLayer = Literal["batch", "group", "none"]
 
 
 def norm_layer(norm: NormLayer, channels: int, groups: int) -> nn.Module:
-    """One such layer.
+    """A normalisation layer, or the identity.
 
     Args:
-        norm: Which sort.
+        norm: Which kind.
         channels: Channels of its input.
-        groups: Groups of channels that GroupNorm normalises together; no other sort uses it.
+        groups: Groups of channels that GroupNorm normalises together; no other kind uses it.
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
@@ -32,7 +32,7 @@ def check_groups(norm: NormLayer, width: int, groups: int, *, where: str) -> Non
         where: Named in the message.
 
     Raises:
-        ConfigError: It does not divide it.
+        ConfigError: The number of groups does not divide the width.
     """
     if norm == "group" and width % groups:
         fitting = max(g for g in range(1, groups + 1) if width % g == 0)

@@ -14,10 +14,10 @@ class Normalise(nn.Module):
 
     Args:
         mean: Of each channel, in pixel units of [0, 1].
-        std: Of each channel, same unit, > 0.
+        std: Of each channel, in pixel units of [0, 1], > 0.
 
     Shape:
-        (n, channels, height, width) -> the same.
+        (n, channels, height, width) -> (n, channels, height, width).
     """
 
     mean: Tensor

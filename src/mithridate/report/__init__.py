@@ -92,9 +92,5 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
 
 def _write(path: Path, content: str | bytes) -> Path:
     data = content.encode("utf-8") if isinstance(content, str) else content
-
-    def fill(part: Path) -> None:
-        part.write_bytes(data)
-
-    write_atomically(path, fill)
+    write_atomically(path, lambda part: part.write_bytes(data))
     return path

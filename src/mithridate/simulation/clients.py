@@ -1,4 +1,4 @@
-"""Clients and what they hold, and how a server learns from them."""
+"""Clients with their samples, and how a server learns from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,30 +26,30 @@ class FederatedRun:
     A client's update is the gradient of its loss; the server takes the mean over the round's clients, or what a robust
     rule makes of their rows, and steps with SGD.
 
-    What breaks a robust rule: more hostile clients than it stands; attacks that need no update to stand out in its
-    round, as the accumulative one, since a rule looks at one round at a time; and clients whose data really differ,
-    which look like outliers. Each rule names its source and its bounds: `mithridate list aggregators`.
+    What breaks a robust rule: more hostile clients than it is made for; attacks whose updates do not stand out in a
+    round, such as the accumulative one, since a rule looks at one round at a time; and clients whose data really
+    differ, which look like outliers. Each rule names its source and its bounds: `mithridate list aggregators`.
 
     Args:
-        rounds: Rounds before the trigger round at most; that one comes on top.
+        rounds: Rounds before the trigger round at most; the trigger round comes on top.
         per_round: Clients sampled in a round, >= 1; unset: all of them.
         local_batch: Samples a client draws from its shard in a round, >= 1; unset: the whole shard, or as many as the
             smallest shard of the round holds.
         lr: Learning rate of the server's SGD.
-        momentum: Its momentum factor.
-        weight_decay: Its L2 penalty.
+        momentum: Momentum factor of the server's SGD.
+        weight_decay: L2 penalty of the server's SGD.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
         rule: The server's robust rule, a table as in a recipe: `{name = "krum", hostile = 2}`; completed with the
-            rule's defaults. Unset: the plain mean, for which no client's update need be formed.
+            rule's defaults. Unset: the mean, for which no client's update need be formed.
         bound: Where the defence's `bound` (clipping) acts: on the aggregate (`after`, threat model C.2), or on each
             client's row (`before`, C.3).
         batch_norm: Statistics of BatchNorm. `synchronised`: clients use the global running statistics, which then take
-            in what each layer was fed by all of the round's samples, as one batch; `averaged`: each client uses its
-            own batch's, and the clients' running statistics are averaged; `frozen`: nothing is recorded.
+            in each layer's inputs from all of the round's samples, as one batch; `averaged`: each client uses those of
+            its own batch, and the clients' running statistics are averaged; `frozen`: nothing is recorded.
         distances: Which parameters a robust rule and a bound look at: `all`, or all but those of normalisation layers
             (`without_norm`), which then follow the mean, unbounded.
-        max_matrix: Largest (client, parameter) matrix that is held at once, in GiB, > 0. Only a robust rule, or an
-            attack that looks at every update, has it held.
+        max_matrix: Largest (client, parameter) matrix that may be in memory, in GiB, > 0. Only a robust rule, or an
+            attack that looks at every update, needs one.
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
         save_every: Rounds between resume points.
@@ -87,7 +87,7 @@ class FederatedRun:
 
     @property
     def aggregator(self) -> Aggregator | None:
-        """The robust rule as a settings object; None for the plain mean."""
+        """The robust rule as a settings object; None for the mean."""
         rule: Aggregator | None = self.__dict__["_aggregator"]
         return rule
 
@@ -117,18 +117,18 @@ class FederatedRun:
 
     @property
     def steps(self) -> int:
-        """As of an online run: steps before the trigger at most."""
+        """Rounds before the trigger at most, by the name that an online run has for them."""
         return self.rounds
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Clients and their images.
+    """Clients and their samples.
 
     Args:
         stream: Gives test, validation and trusted parts.
-        shards: Positions in the stream's victim part, a client each.
-        seed: Of sampling and of the clients' draws.
+        shards: The positions of each client's samples in the stream's victim part.
+        seed: Decides which clients take part in a round, and what each draws from its shard.
     """
 
     stream: Stream
@@ -139,7 +139,7 @@ class Federation:
         """Refuse a run that asks for more clients or samples, in any round, than there are.
 
         Raises:
-            DataError: It does.
+            DataError: The run asks for more than there is.
         """
         for number in range(run.rounds + 1):
             self._drawn(number, run)

@@ -77,41 +77,41 @@ class _Federated(Simulation):
         hostile = hostile_clients(attack, n)
         clients = torch.roll(torch.from_numpy(who).to(learner.device), -hostile)
         with learner.taking():
-            collected = ServerRound(
+            server_round = ServerRound(
                 learner, self.run, clients, self.progress.rule, keep=self.keep, attacked=hostile > 0
             )
-            collected.add(data.x[hostile:], data.y[hostile:])
+            server_round.add(data.x[hostile:], data.y[hostile:])
             of_hostile = Batch(data.x[:hostile], data.y[:hostile])
-            collected.notes.take(of_hostile.x, of_hostile.y)
+            server_round.notes.take(of_hostile.x, of_hostile.y)
             if hostile:
                 craft = attack.craft_trigger if phase == "trigger" else attack.craft
-                collected.send(craft(collected.honest(of_hostile), self.view(), rng))
-            aggregate, buffers = collected.aggregated(), collected.notes.buffers(data.x)
-            made = time.perf_counter()
+                server_round.send(craft(server_round.honest(of_hostile), self.view(), rng))
+            aggregate, buffers = server_round.aggregated(), server_round.notes.buffers(data.x)
+            collected_at = time.perf_counter()
             update = learner.apply(
-                aggregate, batch_loss=collected.notes.loss, learned=collected.filled, buffers=buffers
+                aggregate, batch_loss=server_round.notes.loss, learned=server_round.filled, buffers=buffers
             )
         sent = Sent(
             batch_loss=update.batch_loss,
-            gradient_norm=collected.length / max(collected.filled, 1),
+            gradient_norm=server_round.length / max(server_round.filled, 1),
             bounded_norm=update.bounded_norm,
             update_norm=update.update_norm,
             poison_linf=None,
             poison_l2=None,
             poisoned=hostile / n,
-            quarantined=collected.refused,
+            quarantined=server_round.refused,
             flagged_clean=None,
             flagged_poisoned=None,
             admitted=update.verdict.admit,
             verdict=update.verdict.reason,
         )
-        return Exchange(sent, made - began, time.perf_counter() - made)
+        return Exchange(sent, collected_at - began, time.perf_counter() - collected_at)
 
     def _keeps(self, n: int) -> bool:
-        """Whether all rows of a round are held at once, because somebody looks at them.
+        """Whether a round keeps all rows in memory, because rule or attack looks at them.
 
         Raises:
-            ConfigError: They are too many.
+            ConfigError: They take more memory than `max_matrix` allows.
         """
         attacked = self.attack.every_row and hostile_clients(self.attack, n) > 0
         if self.run.aggregator is None and not attacked:
@@ -150,12 +150,12 @@ def run_federated(
         on_step: Called after every round before the trigger, for progress bars and resume points.
 
     Returns:
-        As of the online loop; `steps` counts rounds, `quarantined` counts refused updates.
+        What the run came to; `steps` counts rounds, `quarantined` counts refused updates.
 
     Raises:
         DataError: More clients or samples are asked for than there are.
-        ConfigError: Defence or rule do not work in this federation (see `Defence.check_federation`); or somebody has to
-            see more updates at once than `max_matrix` allows.
+        ConfigError: Defence or rule do not work in this federation (see `Defence.check_federation`), or rule or attack
+            look at more updates at once than `max_matrix` allows.
         ThreatModelError: The attack looks at what it does not declare.
     """
     return _Federated(

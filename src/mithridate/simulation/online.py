@@ -34,8 +34,8 @@ class OnlineRun:
     Args:
         steps: Batches of the accumulative phase at most; the trigger batch comes on top.
         lr: Learning rate of the victim's SGD.
-        momentum: Its momentum factor.
-        weight_decay: Its L2 penalty.
+        momentum: Momentum factor of the victim's SGD.
+        weight_decay: L2 penalty of the victim's SGD.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
         update_mode: BatchNorm in the victim's updates: `train` uses and records the batch's statistics, `eval` none.
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
@@ -150,7 +150,7 @@ def run_online(
         progress: Where an interrupted run had come to; the learner must be at the same point.
         on_step: Called after every step of the phase, for progress bars and resume points.
         scorers: Fitted detectors that score every batch, before the learner sees it and before it was poisoned.
-        ood: Batches of another image set that they score too, one a step, in turn; never learned from.
+        ood: Batches of another image set that the detectors score too, one a step, in turn; never learned from.
         surrogate: The model that an attack without access to the victim's crafts on.
 
     Raises:
@@ -175,7 +175,7 @@ def run_online(
 
 
 def _changed(clean: AnyBatch, sent: AnyBatch) -> Tensor:
-    """(n,) bool, the samples that were poisoned."""
+    """(n,) bool, the samples that the attack changed."""
     changed = torch.zeros(clean.size, dtype=torch.bool, device=clean.y.device)
     for before, after in zip(tensors_of(clean.x), tensors_of(sent.x), strict=True):
         changed |= after.ne(before).reshape(clean.size, -1).any(1)

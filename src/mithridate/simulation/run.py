@@ -42,11 +42,11 @@ class RunSettings(Protocol):
 
     @property
     def momentum(self) -> float:
-        """Its momentum factor."""
+        """Momentum factor of the victim's SGD."""
 
     @property
     def weight_decay(self) -> float:
-        """Its L2 penalty."""
+        """L2 penalty of the victim's SGD."""
 
     @property
     def on_alarm(self) -> OnAlarm:
@@ -91,21 +91,22 @@ class Outcome:
 
     Args:
         accuracy_start: Test accuracy before the stream, a fraction.
-        accuracy_before_trigger: After the accumulative phase.
-        accuracy_after_trigger: After the one step on the trigger batch; None if the service was halted before it.
+        accuracy_before_trigger: Test accuracy after the accumulative phase.
+        accuracy_after_trigger: Test accuracy after the step on the trigger batch; None if halted before it.
         drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
-        accuracy_after_buffers: As if the trigger step had changed nothing but the buffers (BatchNorm statistics); None
-            if halted, or if the defence serves another model than the one that learns.
+        accuracy_after_buffers: Test accuracy if the trigger step had changed nothing but the buffers (BatchNorm
+            statistics); None if halted, or if the defence serves another model than the one that learns.
         steps: Accumulative batches that the victim was sent; rounds, in a federation.
         stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
         status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
         alarms: Steps at which a monitor raised an alarm, the trigger step included.
-        first_alarm_step: The first of them; None if there was none.
+        first_alarm_step: The first step with an alarm; None if there was none.
         rolled_back: Steps that the defence did not keep.
         quarantined: Samples with NaN or infinity, or updates that were not finite, kept from the model.
-        flagged_clean: Share of the samples nobody had changed that the defence corrected, dropped or gave less weight,
-            over all steps; None if there were none, or the defence treats all samples alike.
-        flagged_poisoned: The same of the poisoned ones; 1 minus it is the attack's success (Zhu et al., Table 8).
+        flagged_clean: Share of the unchanged samples that the defence corrected, dropped or gave less weight, over all
+            steps; None if there were none, or the defence treats all samples alike.
+        flagged_poisoned: Share of the poisoned samples that it corrected, dropped or gave less weight; 1 minus it is
+            the attack's success (Zhu et al., Table 8).
         update_seconds: Mean time of one update, the defence's included.
         seconds: Time of all steps, evaluation included.
         trace: One row a step.
@@ -134,7 +135,7 @@ class Outcome:
     scores: Mapping[str, NDArray[Any]]
 
     def summary(self) -> dict[str, Any]:
-        """The plain numbers, without trace, images and scores."""
+        """The outcome without trace, images and scores."""
         return {k: v for k, v in self.__dict__.items() if k not in {"trace", "images", "scores"}}
 
 
@@ -153,7 +154,7 @@ class Exchange(NamedTuple):
 
 
 class Simulation(ABC):
-    """A run as it goes: asks the attacker, lets the learner learn, measures, stops."""
+    """A run: asks the attacker, lets the learner learn, measures, stops."""
 
     key: ClassVar[str]
     """Names the attack's generators; part of what decides the bits."""
@@ -317,6 +318,6 @@ class Simulation(ABC):
 
 
 def _mean(values: Any) -> float | None:  # noqa: ANN401  (numbers and None, of any number)
-    """Mean of those that are there; all batches of a stream are equally long."""
-    found = [value for value in values if value is not None]
-    return sum(found) / len(found) if found else None
+    """Mean of the values that are not None, unweighted: all batches of a stream are equally long."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None

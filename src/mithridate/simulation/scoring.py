@@ -24,12 +24,12 @@ sees it), the batch as the learner received it, another image set."""
 
 @dataclass(frozen=True)
 class Scorer:
-    """A detector at work.
+    """A fitted detector.
 
     Args:
         label: What tables call it.
         detector: Its settings.
-        fitted: What it remembers of clean samples.
+        fitted: What the detector remembers of clean samples.
     """
 
     label: str
@@ -38,10 +38,10 @@ class Scorer:
 
     def score(self, batch: Batch, learner: Learner) -> Tensor:
         """(n,) float64 on the CPU, lower for the more suspicious; what is not finite becomes -inf."""
-        things: dict[Need, Any] = {Need.MODEL: learner.white_box}
+        available: dict[Need, Any] = {Need.MODEL: learner.white_box}
         if learner.history is not None:
-            things[Need.HISTORY] = learner.history
-        view = View(learner.step, {}, things, self.detector.needs, self.label)
+            available[Need.HISTORY] = learner.history
+        view = View(learner.step, {}, available, self.detector.needs, self.label)
         scores = self.detector.score(batch, view, self.fitted).detach().double().cpu()
         return torch.where(scores.isnan(), -torch.inf, scores)
 
@@ -55,21 +55,21 @@ def fit_scorers(
         detectors: By label.
         learner: Whose model gives the features; not changed.
         training: Clean batches; one pass is made, and none if no detector needs it.
-        seed: Of what is drawn.
+        seed: Decides which samples a detector remembers, where not all are.
 
     Raises:
         ConfigError: A detector must be fitted and there is nothing to fit it on.
-        DataError: Too few samples for one of them.
+        DataError: There are too few samples for a detector.
     """
     fitting = [label for label, detector in detectors.items() if detector.fits]
     if fitting and training is None:
         raise ConfigError(f"the detector {fitting[0]} must be fitted on clean samples: give the burn-in's batches.")
     clean = observe(learner.model, training) if fitting and training is not None else None
-    made = []
+    scorers = []
     for label, detector in detectors.items():
         rng = generator("detector", label, seed)
-        made.append(Scorer(label, detector, detector.fit(clean, rng=rng) if detector.fits and clean else {}))
-    return made
+        scorers.append(Scorer(label, detector, detector.fit(clean, rng=rng) if detector.fits and clean else {}))
+    return scorers
 
 
 def score_batches(

@@ -18,7 +18,7 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import Memory
 from mithridate.maths.calculus import gradient
 from mithridate.simulation.clients import FederatedRun
-from mithridate.simulation.per_client.batch_statistics import Seen, recorded, watched
+from mithridate.simulation.per_client.batch_statistics import LayerMoments, merge, recorded, watched
 from mithridate.simulation.per_client.gradients import PASS, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
 from mithridate.simulation.run import EVALUATION_BATCH
@@ -36,58 +36,62 @@ class SampleNotes:
 
     def __init__(self, learner: Learner, run: FederatedRun) -> None:
         self.learner, self.run = learner, run
-        self.seen: Seen = {}
+        self.by_layer: LayerMoments = {}
         self.total, self.samples = 0.0, 0
 
     @property
     def loss(self) -> float:
-        """Mean over samples."""
+        """The mean loss over all samples."""
         return self.total / self.samples
 
     @contextmanager
-    def watched(self) -> Iterator[Seen]:
-        """Note the inputs of BatchNorm layers, if these are recorded."""
+    def watched(self) -> Iterator[LayerMoments]:
+        """Collect the moments of BatchNorm layers' inputs, if the run records them."""
         if self.run.batch_norm != "synchronised":
             yield {}
             return
-        with watched(self.learner.model) as seen:
-            yield seen
+        with watched(self.learner.model) as by_layer:
+            yield by_layer
 
-    def add(self, seen: Seen, losses: Tensor, samples: int) -> None:
-        """Add some clients, each with so many samples."""
-        for name, moments in seen.items():
-            if name in self.seen:
-                self.seen[name].take(moments)
-            else:
-                self.seen[name] = moments
+    def add(self, by_layer: LayerMoments, losses: Tensor, samples: int) -> None:
+        """Add what some clients' samples gave; `samples` is how many each client has."""
+        merge(self.by_layer, by_layer)
         self.total += float(losses.double().sum()) * samples
         self.samples += len(losses) * samples
 
     @torch.no_grad()
     def take(self, x: Tensor, y: Tensor) -> None:
-        """Look at samples (clients, samples, ...), in eval mode."""
+        """Compute and add what samples (clients, samples, ...) give, in eval mode."""
         learner, size = self.learner, max(1, EVALUATION_BATCH // y.shape[1])
         for inputs, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
             if len(labels) == 0:
                 continue
-            with self.watched() as seen:
+            with self.watched() as by_layer:
                 loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten())
-            self.add(seen, loss.expand(len(labels)), labels.shape[1])
+            self.add(by_layer, loss.expand(len(labels)), labels.shape[1])
 
     def buffers(self, x: Tensor) -> dict[str, Tensor]:
         """The model's buffers after the round; the model itself is left alone."""
         if self.run.batch_norm == "averaged":
             return _averaged_buffers(self.learner, x)
-        return recorded(self.learner.model, self.seen)
+        return recorded(self.learner.model, self.by_layer)
 
 
 class ServerRound:
-    """A round's updates: the whole (client, parameter) matrix if somebody looks at it, else only sums."""
+    """A round's updates: the whole (client, parameter) matrix if rule or attack looks at it, else only sums.
+
+    Args:
+        learner: The server's model, with its defence.
+        run: How the server learns.
+        clients: Ids, in the order in which their rows will come.
+        rule_notes: The robust rule's notes between rounds; written to.
+        keep: Whether all rows stay in memory.
+        attacked: Whether some of the clients are hostile.
+    """
 
     def __init__(
         self, learner: Learner, run: FederatedRun, clients: Tensor, rule_notes: Memory, *, keep: bool, attacked: bool
     ) -> None:
-        """Clients are named in the order in which their rows will come."""
         self.learner, self.run, self.clients, self.rule_notes = learner, run, clients, rule_notes
         trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in trained.items()}
@@ -98,8 +102,7 @@ class ServerRound:
         first = next(iter(trained.values()))
         self.total = torch.zeros(self.width, dtype=first.dtype, device=first.device)
         # What an attacker sees: the sum before the bound on single rows.
-        apart = attacked and run.bound == "before"
-        self.unbounded_total = torch.zeros_like(self.total) if apart else self.total
+        self.unbounded_total = torch.zeros_like(self.total) if attacked and run.bound == "before" else self.total
         self.rows = torch.empty(len(clients), self.width, dtype=first.dtype, device=first.device) if keep else None
         self.accepted = torch.zeros(0, dtype=torch.bool, device=first.device)
         self.filled, self.refused, self.length = 0, 0, 0.0
@@ -112,11 +115,11 @@ class ServerRound:
 
     @property
     def mode(self) -> BatchNormMode:
-        """BatchNorm while gradients are made."""
+        """BatchNorm while gradients are computed."""
         return "train" if self.run.batch_norm == "averaged" else "eval"
 
     def gradients(self, x: Tensor, y: Tensor) -> Tensor:
-        """(clients, parameters) of some clients, in a place that the next call may use again."""
+        """(clients, parameters) of some clients, in memory that the next call may overwrite."""
         if self._buffer is None or len(self._buffer) < len(x):
             self._buffer = self.total.new_empty(len(x), self.width)
         learner = self.learner
@@ -127,9 +130,9 @@ class ServerRound:
         size = max(1, SUMMED_PASS // y.shape[1])
         for inputs, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
             if len(labels) and not (self.summable and self._add_sums(inputs, labels)):
-                few = max(1, PASS // y.shape[1])
-                for some, theirs in zip(torch.split(inputs, few), torch.split(labels, few), strict=True):
-                    self.send(self.gradients(some, theirs))
+                fewer = max(1, PASS // y.shape[1])
+                for few, few_labels in zip(torch.split(inputs, fewer), torch.split(labels, fewer), strict=True):
+                    self.send(self.gradients(few, few_labels))
                 self.notes.take(inputs, labels)
 
     def _bound_looks_at_rows(self) -> bool:
@@ -143,9 +146,9 @@ class ServerRound:
 
         learner = self.learner
         view = dataclasses.replace(learner.view(), memory={key: note.clone() for key, note in learner.memory.items()})
-        asked = Updates(look, self._measured_shapes, lengths=torch.ones(1, device=learner.device))
+        probe = Updates(look, self._measured_shapes, lengths=torch.ones(1, device=learner.device))
         try:
-            return learner.defence.bound(asked, view).factors is None
+            return learner.defence.bound(probe, view).factors is None
         except LookedError:
             return True
 
@@ -158,10 +161,10 @@ class ServerRound:
         return self.learner.bound_updates(Updates(look, self._measured_shapes, lengths=lengths)).factors
 
     def _add_sums(self, x: Tensor, y: Tensor) -> bool:
-        """The same without rows; False if the model or a value that is not finite forbids it, nothing being added."""
+        """Take in honest clients' updates as sums; False, and nothing added, where model or numbers do not allow it."""
         learner = self.learner
-        with self.notes.watched() as seen:
-            found = summed_gradients(
+        with self.notes.watched() as by_layer:
+            sums = summed_gradients(
                 learner.model,
                 learner.criterion,
                 x,
@@ -170,17 +173,17 @@ class ServerRound:
                 unmeasured=self.unmeasured,
                 unweighted=self.unbounded_total is not self.total,
             )
-        if isinstance(found, str):
+        if isinstance(sums, str):
             self.summable = False
             return False
-        if not bool(found.lengths.isfinite().all()):
+        if not bool(sums.lengths.isfinite().all()):
             return False
-        self.notes.add(seen, found.losses, y.shape[1])
-        self.total += found.total
-        if found.unweighted is not None:
-            self.unbounded_total += found.unweighted
-        self.accepted = torch.cat([self.accepted, torch.ones_like(found.lengths, dtype=torch.bool)])
-        self.length += float(found.lengths.sum())
+        self.notes.add(by_layer, sums.losses, y.shape[1])
+        self.total += sums.total
+        if sums.unweighted is not None:
+            self.unbounded_total += sums.unweighted
+        self.accepted = torch.cat([self.accepted, torch.ones_like(sums.lengths, dtype=torch.bool)])
+        self.length += float(sums.lengths.sum())
         self.filled += len(x)
         return True
 
@@ -193,7 +196,7 @@ class ServerRound:
             self._take_in(piece)
 
     def _take_in(self, rows: Tensor, times: int = 1) -> None:
-        """Rows, each of them sent so many times."""
+        """Take in rows, each of them sent `times` times."""
         lengths = torch.linalg.vector_norm(rows, dim=1)
         finite = lengths.isfinite()
         if not bool(finite.all()):
@@ -230,7 +233,7 @@ class ServerRound:
         )
 
     def aggregated(self) -> Updates:
-        """The round's update; zero where too few clients' were finite, or hostile ones could stop the server."""
+        """The round's update; zero where too few rows are finite for the rule: nobody hostile may stop the server."""
         if self.filled == 0 or not self._enough():
             return Updates(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
         row = (self.total / self.filled).unsqueeze(0)
@@ -260,8 +263,8 @@ class ServerRound:
             return self.total.new_zeros(0)
         box = learner.white_box
         with box.objective("eval") as objective:
-            found = gradient(objective, box.parameters, *learner.trusted, chunk=CHUNK)
-        return Updates.of(found).rows[0][self.measured]
+            gradients = gradient(objective, box.parameters, *learner.trusted, chunk=CHUNK)
+        return Updates.of(gradients).rows[0][self.measured]
 
     def _enough(self) -> bool:
         """Whether the rule holds for the rows that are left after refusals."""
@@ -306,17 +309,17 @@ def _averaged_buffers(learner: Learner, x: Tensor) -> dict[str, Tensor]:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     sums = {name: torch.zeros_like(b, dtype=torch.float64) for name, b in before.items()}
 
-    def forward(buffers: dict[str, Tensor], own: Tensor) -> Tensor:
-        answer: Tensor = functional_call(model, {**parameters, **buffers}, (own,))
+    def forward(buffers: dict[str, Tensor], samples: Tensor) -> Tensor:
+        answer: Tensor = functional_call(model, {**parameters, **buffers}, (samples,))
         return answer
 
     try:
         with in_mode(model, "train"):
             for inputs in torch.split(x, max(1, PASS // x.shape[1])):
-                each = {name: b.expand(len(inputs), *b.shape).clone() for name, b in before.items()}
-                vmap(forward, randomness="error")(each, inputs)
-                for name, own in each.items():
-                    sums[name] += own.double().sum(0)
+                by_client = {name: b.expand(len(inputs), *b.shape).clone() for name, b in before.items()}
+                vmap(forward, randomness="error")(by_client, inputs)
+                for name, values in by_client.items():
+                    sums[name] += values.double().sum(0)
     finally:
         learner.put_buffers(before)
     return {name: (total / len(x)).to(before[name].dtype) for name, total in sums.items()}

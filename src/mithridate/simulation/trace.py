@@ -31,15 +31,15 @@ class TraceRow(Sent):
         accuracy: On the test part, after the step, a fraction.
         loss: Mean loss on the test part, after the step.
         batch_loss: Mean loss of the batch as the model received it, before the step.
-        gradient_norm: l2, before the defence bounds it; in a federation the mean over clients.
-        bounded_norm: l2, after.
+        gradient_norm: l2 length of the gradient before the defence bounds it; in a federation the mean over clients.
+        bounded_norm: l2 length of the gradient after the defence has bounded it.
         update_norm: l2 distance of the parameters before and after the step.
         poison_linf: Largest change of an input value in the batch.
         poison_l2: Mean l2 length of the changed samples' perturbations.
         poisoned: Share of the batch's samples that were changed, or of a round's clients that are hostile.
         quarantined: Samples with NaN or infinity, or updates that were not finite, kept from the model.
         flagged_clean: Share of the unchanged samples that the defence corrected, dropped or gave less weight.
-        flagged_poisoned: The same of the changed ones.
+        flagged_poisoned: Share of the changed samples that the defence corrected, dropped or gave less weight.
         admitted: False: the defence rolled the step back.
         verdict: The defence's reason, empty if none.
         alarms: Monitors' alarms joined by "; ", empty if none.
@@ -69,7 +69,7 @@ COLUMNS = (
     "update_seconds",
     "seconds",
 )
-"""All of them, in the order of the store."""
+"""The columns of a row, in the order of the store."""
 
 NOTHING_SENT = Sent(
     batch_loss=None,
@@ -85,4 +85,4 @@ NOTHING_SENT = Sent(
     admitted=True,
     verdict="",
 )
-"""Of the state before the stream."""
+"""The row of the state before the stream, in which nothing was sent."""

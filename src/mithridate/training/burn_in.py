@@ -80,10 +80,10 @@ class BurnIn:
         return self.schedule != "constant"
 
     def rate(self, passes: float) -> float:
-        """The learning rate of a step: a formula of where it stands, so that a resumed burn-in has the same bits.
+        """The learning rate of a step. It follows from the step's place alone, so a resumed burn-in has the same bits.
 
         Args:
-            passes: Over the burn-in part before this step, fractions included, in [0, epochs).
+            passes: Passes over the burn-in part that were made before this step, fractions included, in [0, epochs).
         """
         if self.schedule == "constant":
             return self.lr
@@ -97,10 +97,10 @@ class BurnInResult:
 
     Args:
         final: The learner at its end (optimiser state included).
-        key: What determines it, hashed; empty if it came from a given checkpoint.
+        key: What determines it, hashed; empty without a cache, or if `BurnIn.checkpoint` was loaded.
         epochs: Paths of the kept snapshots by epoch; empty without a cache.
-        seconds: Time that training took, whenever that was.
-        reused: Whether it was found rather than trained.
+        seconds: Time that training took, now or when the cache was filled.
+        reused: Whether it was read from the cache and not trained now.
     """
 
     final: Snapshot
@@ -118,8 +118,8 @@ def burn_in_key(
     The fresh model counts by its layers and initial weights, since a name and settings do not say what a function of
     the user's own builds today.
 
-    Left out is which epochs are kept and, where the rate does not depend on it, how long it lasts: burn-ins that differ
-    in nothing else share their epochs.
+    The key leaves out which epochs are kept and, where the rate does not depend on it, the number of epochs: burn-ins
+    that differ in nothing else share their epochs.
     """
     shared = {"checkpoints", "checkpoint", "seed"} | (set() if how.depends_on_length else {"epochs"})
     plan = {
@@ -165,7 +165,7 @@ def burn_in(
         how: Settings.
         seed: Used where `how.seed` is unset.
         model_config: What the model was built from; part of the cache's key. Needed with `cache`.
-        cache: Directory of kept burn-ins; None keeps nothing.
+        cache: Directory of finished burn-ins; None keeps nothing.
         on_epoch: Called with (epochs done, epochs in all).
 
     Raises:
@@ -200,9 +200,9 @@ def _train_or_resume(
 ) -> BurnInResult:
     """Train the epochs that the folder does not hold yet."""
     wanted = {*how.checkpoints, how.epochs}
-    missing = sorted(epoch for epoch in wanted if not _kept(folder, epoch).exists())
+    missing = sorted(epoch for epoch in wanted if not _epoch_file(folder, epoch).exists())
     done, spent = 0, 0.0
-    start = _kept(folder, how.epochs) if not missing else _last_before(missing[0], folder)
+    start = _epoch_file(folder, how.epochs) if not missing else _last_before(missing[0], folder)
     if start is not None:
         snapshot, _, note = load_snapshot(start)
         learner.restore(snapshot)
@@ -212,31 +212,31 @@ def _train_or_resume(
         save_snapshot(path, learner.snapshot(), note={"epoch": epoch, "seconds": spent})
 
     if 0 in missing:
-        keep(_kept(folder, 0), 0)
+        keep(_epoch_file(folder, 0), 0)
     latest = folder / LATEST
     for epoch in range(done + 1, how.epochs + 1):
         began = time.perf_counter()
         _train_epoch(learner, stream, how, seed, epoch)
         spent += time.perf_counter() - began
-        keep(_kept(folder, epoch) if epoch in wanted else latest, epoch)
+        keep(_epoch_file(folder, epoch) if epoch in wanted else latest, epoch)
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
-    epochs = {epoch: _kept(folder, epoch) for epoch in sorted(wanted)}
+    epochs = {epoch: _epoch_file(folder, epoch) for epoch in sorted(wanted)}
     return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing)
 
 
-def _kept(folder: Path, epoch: int) -> Path:
+def _epoch_file(folder: Path, epoch: int) -> Path:
     return folder / f"epoch-{epoch:04d}.safetensors"
 
 
 def _last_before(epoch: int, folder: Path) -> Path | None:
     """The newest snapshot in the folder that was taken before an epoch's end."""
-    taken = {int(path.stem.removeprefix("epoch-")): path for path in folder.glob("epoch-*.safetensors")}
+    snapshots = {int(path.stem.removeprefix("epoch-")): path for path in folder.glob("epoch-*.safetensors")}
     if (folder / LATEST).exists():
-        taken[int(load_snapshot(folder / LATEST)[2]["epoch"])] = folder / LATEST
-    before = [e for e in taken if e < epoch]
-    return taken[max(before)] if before else None
+        snapshots[int(load_snapshot(folder / LATEST)[2]["epoch"])] = folder / LATEST
+    before = [e for e in snapshots if e < epoch]
+    return snapshots[max(before)] if before else None
 
 
 def _sgd(model: nn.Module, how: BurnIn) -> SGD:

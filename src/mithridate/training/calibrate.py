@@ -18,7 +18,7 @@ from mithridate.training.learner import Learner
 
 
 def rehearsal(learner: Learner, batches: Sequence[AnyBatch]) -> Rehearsal:
-    """Clean batches, ready to be gone through by an undefended twin of a learner, as a clean stream would go on.
+    """A function that lets an undefended twin of a learner go through clean batches, as through a clean stream.
 
     Args:
         learner: After its burn-in, with a history that holds the old model; not changed.
@@ -37,10 +37,10 @@ def rehearsal(learner: Learner, batches: Sequence[AnyBatch]) -> Rehearsal:
             if twin.history is not None:
                 twin.history.record(twin.step, twin.model)
             view = replace(twin.view(), granted=frozenset(Need), owner="calibrate")
-            found = score(batch.to(twin.device), view)
-            if found is not None:
-                scores.append(found.double().cpu())
-                steps.append(torch.full((len(found),), twin.step))
+            sample_scores = score(batch.to(twin.device), view)
+            if sample_scores is not None:
+                scores.append(sample_scores.double().cpu())
+                steps.append(torch.full((len(sample_scores),), twin.step))
             twin.update(batch)
         if not scores:
             raise ConfigError(
@@ -78,7 +78,7 @@ def share_above(learner: Learner, batches: Sequence[AnyBatch], defence: DSC) -> 
     """Which share of clean samples DSC would correct, as an undefended twin of the learner goes through them.
 
     Args:
-        learner: As for `calibrate`; not changed.
+        learner: After its burn-in, with a history that holds the old model; not changed.
         batches: Clean batches in the order of a stream; others than those of the calibration, for an honest check.
         defence: With its threshold set.
 
@@ -96,7 +96,7 @@ def calibrated(learner: Learner, batch_size: int) -> Sequence[Calibration]:
         batch_size: Samples of the trusted set a batch, as in the stream.
 
     Returns:
-        One for each threshold, in order.
+        A calibration for each threshold, in the order in which they were measured.
 
     Raises:
         ConfigError: There is no old model to compare with.
@@ -112,7 +112,7 @@ def calibrated(learner: Learner, batch_size: int) -> Sequence[Calibration]:
         pieces = [b for b in learner.trusted.split(batch_size) if b.size > 1]  # BatchNorm has no variance of one value
         return rehearsal(learner, pieces)(score)
 
-    defence, found = learner.defence.calibrated(rehearse)
-    if found:
+    defence, calibrations = learner.defence.calibrated(rehearse)
+    if calibrations:
         learner.defence = defence
-    return found
+    return calibrations

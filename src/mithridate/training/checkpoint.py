@@ -30,24 +30,24 @@ def save_snapshot(
     Args:
         path: The file.
         snapshot: What to write.
-        extra: More tensors to keep beside it, by name.
-        note: Any JSON value to keep beside it.
+        extra: More tensors to write beside the snapshot, by name.
+        note: Any JSON value to write beside the snapshot.
     """
     tensors = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     tensors |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
     tensors |= {f"extra.{n}": t for n, t in (extra or {}).items()}
-    plain: dict[str, dict[str, Any]] = {}
+    json_state: dict[str, dict[str, Any]] = {}
     for index, state in snapshot.optimiser["state"].items():
         for key, value in state.items():
             if isinstance(value, Tensor):
                 tensors[f"optimiser.{index}.{key}"] = value
             else:
-                plain.setdefault(str(index), {})[key] = value
+                json_state.setdefault(str(index), {})[key] = value
     header = {
         "format": FORMAT,
         "step": snapshot.step,
         "param_groups": snapshot.optimiser["param_groups"],
-        "optimiser_plain": plain,
+        "optimiser_plain": json_state,
         "note": note,
     }
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
@@ -91,8 +91,8 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
 def load_weights(path: str | Path, model: nn.Module) -> None:
     """Fill a model from a checkpoint that somebody else may have made: `.safetensors`, or `.pt`/`.pth` as bare tensors.
 
-    Wrapper prefixes (`module.`) are taken off; a state dict under `net`, `model` or `state_dict` is found. A file that
-    would run code when read is refused.
+    The wrapper prefix `module.` is taken off, and a state dict may lie under `net`, `model` or `state_dict`. A file
+    that would run code when read is refused.
 
     Args:
         path: The checkpoint.
@@ -101,23 +101,23 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: Missing, unreadable, unsafe, or its tensors do not fit the model.
     """
-    found = {name.removeprefix("module."): t for name, t in _read_weights(Path(path)).items()}
+    weights = {name.removeprefix("module."): t for name, t in _read_weights(Path(path)).items()}
     wanted = model.state_dict()
-    if not any(name in wanted for name in found):
-        inside = {name: t for name, t in ((_after_dot(n), t) for n, t in found.items()) if name in wanted}
-        found = inside or found
-    missing = sorted(wanted.keys() - found.keys())
+    if not any(name in wanted for name in weights):
+        inside = {name: t for name, t in ((_after_dot(n), t) for n, t in weights.items()) if name in wanted}
+        weights = inside or weights
+    missing = sorted(wanted.keys() - weights.keys())
     derived = {name for name, _ in model.named_buffers()} - wanted.keys()  # our snapshots hold them; no state dict does
-    found = {name: t for name, t in found.items() if name not in derived}
-    extra = sorted(found.keys() - wanted.keys())
-    wrong = sorted(n for n in wanted.keys() & found.keys() if wanted[n].shape != found[n].shape)
+    weights = {name: t for name, t in weights.items() if name not in derived}
+    extra = sorted(weights.keys() - wanted.keys())
+    wrong = sorted(n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape)
     if missing or extra or wrong:
         raise CheckpointError(
             f"{path} does not fit the model: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
             f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; set [model] to the architecture, width and "
             "classes of the checkpoint."
         )
-    model.load_state_dict(found)
+    model.load_state_dict(weights)
 
 
 def _after_dot(name: str) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
@@ -41,7 +40,6 @@ class History:
         self.checkpoints = {k: Path(v) if isinstance(v, str) else v for k, v in (checkpoints or {}).items()}
         self._states: dict[int, Weights | Path] = {}
 
-    @torch.no_grad()
     def record(self, step: int, model: nn.Module) -> None:
         """Keep the model as it is before update number `step`, if its turn has come; called by the learner.
 
@@ -51,16 +49,12 @@ class History:
         """
         if step % self.every or self.keep == 0:
             return
-        weights = Weights(
-            {name: p.detach().clone() for name, p in model.named_parameters()},
-            {name: b.detach().clone() for name, b in model.named_buffers()},
-            f"before update {step}",
-        )
+        weights = Weights.of(model, f"before update {step}").copied()
         self._states[step] = weights if self.folder is None else self._write(step, weights)
         for old in sorted(self._states)[: -self.keep]:
-            gone = self._states.pop(old)
-            if isinstance(gone, Path):
-                gone.unlink(missing_ok=True)
+            state = self._states.pop(old)
+            if isinstance(state, Path):
+                state.unlink(missing_ok=True)
 
     def back(self, k: int) -> Weights | None:
         """The model as it was `k` updates before the newest recorded one, or the nearest kept state older than that.
@@ -83,45 +77,49 @@ class History:
             epoch = min(self.checkpoints, default=None)
         if epoch is None or epoch not in self.checkpoints:
             return None
-        held = self.checkpoints[epoch]
-        if isinstance(held, Path):
-            snapshot, _, _ = load_snapshot(held)
-            held = self.checkpoints[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
-        return held
+        state = self.checkpoints[epoch]
+        if isinstance(state, Path):
+            snapshot, _, _ = load_snapshot(state)
+            state = self.checkpoints[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         """The recorded states as named tensors, so that a resumed run remembers; `load` takes them back."""
         out: dict[str, Tensor] = {}
         for step, state in self._states.items():
-            weights = self._load(state, "")
-            out |= {f"{step}.parameter.{name}": t for name, t in weights.parameters.items()}
-            out |= {f"{step}.buffer.{name}": t for name, t in weights.buffers.items()}
+            out |= {f"{step}.{name}": t for name, t in _named(self._load(state, "")).items()}
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
-        parts: dict[int, dict[str, dict[str, Tensor]]] = {}
+        by_step: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            step, _, rest = key.partition(".")
-            kind, _, name = rest.partition(".")
-            parts.setdefault(int(step), {"parameter": {}, "buffer": {}})[kind][name] = tensor
-        for when, part in sorted(parts.items()):
-            weights = Weights(part["parameter"], part["buffer"], f"before update {when}")
+            step, _, name = key.partition(".")
+            by_step.setdefault(int(step), {})[name] = tensor
+        for when, named in sorted(by_step.items()):
+            weights = _weights(named, f"before update {when}")
             self._states[when] = weights if self.folder is None else self._write(when, weights)
 
     def _write(self, step: int, weights: Weights) -> Path:
         assert self.folder is not None  # noqa: S101  (callers checked)
         path = self.folder / f"update-{step:08d}.safetensors"
-        tensors = {f"parameter.{n}": t.cpu().contiguous() for n, t in weights.parameters.items()}
-        tensors |= {f"buffer.{n}": t.cpu().contiguous() for n, t in weights.buffers.items()}
+        tensors = {name: t.cpu().contiguous() for name, t in _named(weights).items()}
         write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part))
         return path
 
     def _load(self, state: Weights | Path, label: str) -> Weights:
-        if isinstance(state, Weights):
-            return state
-        parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
-        for key, tensor in safetensors.torch.load_file(state).items():
-            kind, _, name = key.partition(".")
-            parts[kind][name] = tensor
-        return Weights(parts["parameter"], parts["buffer"], label)
+        return state if isinstance(state, Weights) else _weights(safetensors.torch.load_file(state), label)
+
+
+def _named(weights: Weights) -> dict[str, Tensor]:
+    """Weights as tensors by one name each; `_weights` takes them back."""
+    parameters = {f"parameter.{name}": t for name, t in weights.parameters.items()}
+    return parameters | {f"buffer.{name}": t for name, t in weights.buffers.items()}
+
+
+def _weights(named: Mapping[str, Tensor], label: str) -> Weights:
+    parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+    for key, tensor in named.items():
+        kind, _, name = key.partition(".")
+        parts[kind][name] = tensor
+    return Weights(parts["parameter"], parts["buffer"], label)

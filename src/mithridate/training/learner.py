@@ -19,7 +19,7 @@ from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_stati
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.updates import Updates
 from mithridate.training.history import History
-from mithridate.training.rollback import put_weights, require_fit
+from mithridate.training.rollback import put_weights, require_weights
 from mithridate.training.step import DefendedStep
 
 
@@ -29,8 +29,8 @@ class Update:
 
     Args:
         batch_loss: Mean loss of the batch that the defence let through, before the step; NaN if none was left.
-        gradient_norm: l2 length of its gradient.
-        bounded_norm: The same after the defence bounded it.
+        gradient_norm: l2 length of the gradient of that loss.
+        bounded_norm: l2 length of the gradient after the defence bounded it.
         update_norm: l2 distance of the parameters before and after.
         learned: Samples (or clients) that the gradient was computed on.
         verdict: Whether the step was kept, and why not.
@@ -188,14 +188,13 @@ class Learner(DefendedStep):
         Raises:
             CheckpointError: Names or shapes are not those of this model and optimiser; nothing has changed then.
         """
-        own = Weights.of(self.model)
-        require_fit(own.parameters, snapshot.parameters, "parameters")
-        require_fit(own.buffers, snapshot.buffers, "buffers")
+        weights = Weights(snapshot.parameters, snapshot.buffers)
+        require_weights(self.model, weights)  # before anything is changed
         try:
             self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
         except ValueError as error:
             raise CheckpointError(
                 f"the optimiser state is of another optimiser: {error}; build the same one."
             ) from error
-        put_weights(self.model, Weights(snapshot.parameters, snapshot.buffers))
+        put_weights(self.model, weights)
         self.step = snapshot.step

@@ -1,4 +1,4 @@
-"""A place to come back to: copies of a model and its optimiser, in memory that is kept between steps."""
+"""A place to come back to: copies of a model and its optimiser, in memory that is used again at every step."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -127,17 +127,27 @@ def require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: 
             )
 
 
+def require_weights(module: nn.Module, weights: Weights) -> None:
+    """Refuse parameters and buffers whose names or shapes are not those of a model.
+
+    Raises:
+        CheckpointError: Names what differs.
+    """
+    now = Weights.of(module)
+    require_fit(now.parameters, weights.parameters, "parameters")
+    require_fit(now.buffers, weights.buffers, "buffers")
+
+
 def put_weights(module: nn.Module, weights: Weights) -> None:
     """Fill a model with other parameters and buffers.
 
     Raises:
         CheckpointError: Names or shapes are not those of the model; nothing has changed then.
     """
-    own = Weights.of(module)
-    require_fit(own.parameters, weights.parameters, "parameters")
-    require_fit(own.buffers, weights.buffers, "buffers")
-    write(own.parameters, weights.parameters)
-    write(own.buffers, weights.buffers)
+    require_weights(module, weights)
+    now = Weights.of(module)
+    write(now.parameters, weights.parameters)
+    write(now.buffers, weights.buffers)
 
 
 @torch.no_grad()

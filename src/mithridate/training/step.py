@@ -25,9 +25,10 @@ class Received(NamedTuple):
 
     Args:
         batch: What quarantine and defence left.
-        weights: As in `Screened`.
-        flagged: (n,) bool over the batch as received, quarantined samples included; None if all are treated alike.
-        quarantined: Samples with NaN or infinity, which nobody was shown.
+        weights: What each sample counts in the loss, one a sample, >= 0; None: all count 1.
+        flagged: (n,) bool over the batch as received: the samples that the defence corrected, dropped or gives less
+            weight, quarantined ones included; None if all are treated alike.
+        quarantined: How many samples had NaN or infinity, and were shown to nobody.
     """
 
     batch: AnyBatch
@@ -264,9 +265,9 @@ class DefendedStep:
         Raises:
             CheckpointError: Names or shapes are not those of this model; nothing has changed then.
         """
-        own = dict(self.model.named_parameters())
-        require_fit(own, parameters, "parameters")
-        write(own, parameters)
+        current = dict(self.model.named_parameters())
+        require_fit(current, parameters, "parameters")
+        write(current, parameters)
 
     def put_buffers(self, buffers: Any) -> None:  # noqa: ANN401  (a mapping of tensors)
         """Take the buffers (BatchNorm statistics and the like) from elsewhere, by name.
@@ -274,6 +275,6 @@ class DefendedStep:
         Raises:
             CheckpointError: Names or shapes are not those of this model; nothing has changed then.
         """
-        own = dict(self.model.named_buffers())
-        require_fit(own, buffers, "buffers")
-        write(own, buffers)
+        current = dict(self.model.named_buffers())
+        require_fit(current, buffers, "buffers")
+        write(current, buffers)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.core.errors import DataError
-from mithridate.simulation.per_client.batch_statistics import Moments, Seen, recorded, watched
+from mithridate.simulation.per_client.batch_statistics import LayerMoments, Moments, recorded, watched
 
 
 def first_norm(**options: object) -> nn.Module:
@@ -18,8 +18,8 @@ def images(n: int) -> Tensor:
     return 5 + 3 * torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(1))
 
 
-def seen_in_pieces(model: nn.Module, x: Tensor, sizes: list[int]) -> Seen:
-    total: Seen = {}
+def seen_in_pieces(model: nn.Module, x: Tensor, sizes: list[int]) -> LayerMoments:
+    total: LayerMoments = {}
     for piece in torch.split(x, sizes):
         with watched(model) as seen:
             model(piece)

@@ -31,64 +31,71 @@ class Moments:
             Chan, Golub and LeVeque, The American Statistician 37 (1983), pairwise update.
         """
         count = self.count + other.count
-        apart = other.mean - self.mean
-        self.squares += other.squares + apart**2 * (self.count * other.count / count)
-        self.mean += apart * (other.count / count)
+        difference = other.mean - self.mean
+        self.squares += other.squares + difference**2 * (self.count * other.count / count)
+        self.mean += difference * (other.count / count)
         self.count = count
 
 
-Seen = dict[str, Moments]
-"""By layer name."""
+LayerMoments = dict[str, Moments]
+"""By layer name: the moments of the layer's inputs."""
+
+
+def merge(into: LayerMoments, more: LayerMoments) -> None:
+    """Add the values of more inputs, layer by layer."""
+    for name, moments in more.items():
+        if name in into:
+            into[name].take(moments)
+        else:
+            into[name] = moments
 
 
 def _layers(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The layers that record."""
+    """The BatchNorm layers that have running statistics, by name."""
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
     return {name: layer for name, layer in norms.items() if layer.running_mean is not None}
 
 
 @contextmanager
-def watched(model: nn.Module) -> Iterator[Seen]:
-    """Collect the moments of the inputs of BatchNorm layers inside the block, whatever mode they are in.
+def watched(model: nn.Module) -> Iterator[LayerMoments]:
+    """Collect the moments of the inputs of BatchNorm layers inside the block, in train and in eval mode.
 
     Args:
-        model: Used inside the block as often as one likes.
+        model: May be called any number of times inside the block.
     """
-    seen: Seen = {}
+    by_layer: LayerMoments = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0].detach()
             others = [d for d in range(inputs.ndim) if d != 1]
             mean = inputs.mean(others, keepdim=True)
-            apart = torch.linalg.vector_norm(inputs - mean, dim=others)  # torch.var takes eight times as long on a CPU
-            more = Moments(inputs.numel() // inputs.shape[1], mean.flatten().double(), apart.double().square())
-            if name in seen:
-                seen[name].take(more)
-            else:
-                seen[name] = more
+            # torch.var takes eight times as long on a CPU
+            deviations = torch.linalg.vector_norm(inputs - mean, dim=others)
+            moments = Moments(inputs.numel() // inputs.shape[1], mean.flatten().double(), deviations.double().square())
+            merge(by_layer, {name: moments})
 
         return note
 
     with ExitStack() as stack:
         for name, layer in _layers(model).items():
             stack.callback(layer.register_forward_pre_hook(watch(name)).remove)
-        yield seen
+        yield by_layer
 
 
-def recorded(model: nn.Module, seen: Seen) -> dict[str, Tensor]:
-    """The model's buffers after its BatchNorm layers have recorded all that was seen as one batch; others as they are.
+def recorded(model: nn.Module, by_layer: LayerMoments) -> dict[str, Tensor]:
+    """The model's buffers, once its BatchNorm layers have recorded all collected inputs as one batch.
 
     Args:
         model: Left alone.
-        seen: From `watched`.
+        by_layer: From `watched`.
 
     Raises:
         DataError: A channel had a single value, which has no variance.
     """
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     layers = _layers(model)
-    for name, moments in seen.items():
+    for name, moments in by_layer.items():
         if moments.count < 2:
             raise DataError(
                 f"BatchNorm ({name}) has a single value a channel to take its variance from; use more clients or "

@@ -5,7 +5,7 @@ each layer's input and the loss's gradient in its output, and forms every client
 by batched matrix products (`layer_gradients`). `mapped` is `torch.func.vmap` over `torch.func.grad`: any model whose
 forward pass vmap knows, and each client's own batch statistics, at several times the cost (`benchmarks/federated.py`).
 
-Most servers need no rows: see `per_client_sums`.
+Most servers need no rows: see `per_client.sums`.
 """
 
 from typing import Literal
@@ -43,15 +43,15 @@ def client_gradients(
         x: Pixels (clients, samples, channels, height, width).
         y: Labels (clients, samples).
         mode: BatchNorm: the running statistics (`eval`), or those of each client's own samples (`train`).
-        way: How; see `Way`.
-        out: Where to write, (clients, parameters); most of the time of many small gradients goes into fresh memory, so
-            a caller that works in pieces should give the same one again.
+        way: How they are computed; see `Way`.
+        out: Where to write, (clients, parameters); fresh memory takes most of the time of many small gradients, so a
+            caller that works in pieces should give the same tensor again.
 
     Shape:
         Returns (clients, parameters).
 
     Raises:
-        ConfigError: `layered` was asked for and cannot be done: it says why.
+        ConfigError: `layered` was asked for and cannot be done; says why.
         DataError: Clients have too few samples for batch statistics of their own.
     """
     width = sum(p.numel() for p in trained_parameters(module).values())
@@ -81,8 +81,8 @@ def _mapped(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, mode:
 
     with frozen_statistics(module, mode):
         try:
-            found: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(trained_parameters(module), x, y)
-        except ValueError as error:  # torch's word on a channel with a single value
+            gradients: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(trained_parameters(module), x, y)
+        except ValueError as error:  # what torch raises for a channel with a single value
             if mode == "train":
                 raise DataError(
                     f"BatchNorm with each client's own statistics, {x.shape[1]} samples a client: {error}; give "
@@ -90,16 +90,16 @@ def _mapped(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, mode:
                 ) from error
             raise
     for name, place in _places(module, rows).items():
-        place.copy_(found.pop(name))
+        place.copy_(gradients.pop(name))
 
 
 def _layered(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, rows: Tensor) -> str:
-    """Write the rows; or say why it cannot be done, nothing having been written then."""
+    """Write the rows; or return why that cannot be done, before anything is written."""
     recorded = record(module, criterion, x, y)
     if isinstance(recorded, str):
         return recorded
     places = _places(module, rows)
     for layer in recorded[0]:
-        own = {n: places[layer.name + n] for n in ("weight", "bias") if layer.name + n in places}
-        write_rows(layer, own)
+        gradients = {n: places[layer.name + n] for n in ("weight", "bias") if layer.name + n in places}
+        write_rows(layer, gradients)
     return ""

@@ -1,11 +1,11 @@
-"""Inputs of a model's layers and the loss's gradients in their outputs, and weight gradients from the two.
+"""Inputs of a model's layers and the loss's gradients in their outputs, and parameters' gradients from the two.
 
-For the layers below, each used once and alone the owner of its parameters, in a pass in which samples do not mix
-(BatchNorm in eval mode).
+It works for layers that are each used once and share no parameter, in a pass in which samples do not mix (BatchNorm in
+eval mode).
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from torch.nn.grad import conv2d_weight
 from mithridate.core.model import BatchNormMode, Criterion, frozen_statistics
 
 FEW_CHANNELS = 8
-"""A CPU's convolutions take channels eight at a time; with fewer, what makes weight gradients is slow."""
+"""A CPU's convolutions take channels eight at a time; with fewer, computing weight gradients is slow."""
 
 
 def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -28,11 +28,11 @@ def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Recorded(NamedTuple):
-    """What a layer's gradients are made of.
+    """What the gradients of a layer's parameters are computed from.
 
     Args:
-        name: Of the layer, as a prefix of its parameters' names.
-        layer: It.
+        name: The layer's name, as a prefix of its parameters' names.
+        layer: The layer.
         inputs: (clients, samples, ...).
         grad_output: (clients, samples, ...), the gradient of all clients' summed losses in its output; None if that is
             not used.
@@ -54,14 +54,14 @@ def _owners(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
-    """Why the layered way cannot be taken; empty if nothing is known before the forward pass."""
+    """Why the layered way cannot be taken, as far as it shows before the forward pass; empty if it may be tried."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (mode == "train" or layer.running_mean is None):
             return f"BatchNorm ({name}) uses batch statistics, which mix samples"
     for name, layer in _owners(module).items():
         if type(layer) not in _FORMULAE:  # a subclass may compute anything
             return f"the layer {name} is a {type(layer).__name__}, whose formula is not known"
-        if not {own for own, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
+        if not {parameter for parameter, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
             return f"the layer {name} has parameters of its own besides weight and bias"
         if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
             return f"the convolution {name} has groups or padding other than zeros"
@@ -72,10 +72,10 @@ def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
 
 
 def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tuple[list[Recorded], Tensor] | str:
-    """Every layer's input and gradient, and the clients' losses; or why it cannot be done."""
+    """Every layer's input and gradient, and the clients' losses; or why they cannot be recorded."""
     layers = _owners(module)
     inputs: dict[str, Tensor] = {}
-    given: dict[str, GradientEdge] = {}
+    edges: dict[str, GradientEdge] = {}
     odd: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -84,7 +84,7 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
                 odd.append(name)
                 return
             # The place in the graph, not the tensor: what follows may write to that (an in-place ReLU).
-            inputs[name], given[name] = args[0].detach(), get_gradient_edge(output)
+            inputs[name], edges[name] = args[0].detach(), get_gradient_edge(output)
 
         return note
 
@@ -96,43 +96,43 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
         # A leaf among the inputs, so that every layer's output has a graph although no parameter asks for one.
         pixels = x.flatten(0, 1).detach().requires_grad_()
         buffers = dict(module.named_buffers())
-        held = {name: p.detach() for name, p in module.named_parameters()}
-        logits = functional_call(module, {**held, **buffers}, (pixels,))
-        if odd or layers.keys() != given.keys():
-            missing = sorted(layers.keys() - given.keys())
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+        logits = functional_call(module, {**parameters, **buffers}, (pixels,))
+        if odd or layers.keys() != edges.keys():
+            missing = sorted(layers.keys() - edges.keys())
             return f"the layer {(odd or missing)[0]} is not used just once, on one tensor that the loss depends on"
         losses = torch.stack(
             [criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)]
         )
-        outputs = torch.autograd.grad(losses.sum(), list(given.values()), allow_unused=True)
-    found = [
+        grad_outputs = torch.autograd.grad(losses.sum(), list(edges.values()), allow_unused=True)
+    recorded = [
         Recorded(
             f"{name}." if name else "",
             layers[name],
             _by_client(inputs[name], len(x)),
             None if grad_output is None else _by_client(grad_output, len(x)),
         )
-        for name, grad_output in zip(given, outputs, strict=True)
+        for name, grad_output in zip(edges, grad_outputs, strict=True)
     ]
-    return found, losses.detach()
+    return recorded, losses.detach()
 
 
 def _by_client(t: Tensor, clients: int) -> Tensor:
     return t.reshape(clients, -1, *t.shape[1:])
 
 
-def write_rows(recorded: Recorded, own: Mapping[str, Tensor]) -> None:
+def write_rows(recorded: Recorded, gradients: Mapping[str, Tensor]) -> None:
     """Write the gradients of a layer's own parameters, a client a row.
 
     Args:
         recorded: The layer.
-        own: Places (clients, ...) for `weight` and `bias`, those that are wanted.
+        gradients: Where they are written, (clients, ...): `weight`, `bias` or both.
     """
     if recorded.grad_output is None:  # computed, and then not used
-        for place in own.values():
+        for place in gradients.values():
             place.zero_()
     else:
-        _FORMULAE[type(recorded.layer)](recorded.layer, recorded.inputs, recorded.grad_output, own)
+        _FORMULAE[type(recorded.layer)](recorded.layer, recorded.inputs, recorded.grad_output, gradients)
 
 
 def padding_of(layer: nn.Conv2d) -> tuple[int, ...]:
@@ -153,28 +153,28 @@ def unfolded(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor) -> tuple[Ten
     return a.transpose(1, 2).flatten(2), g.transpose(1, 2).flatten(2)
 
 
-def _linear(_: nn.Linear, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
+def _linear(_: nn.Linear, inputs: Tensor, grad_output: Tensor, gradients: Mapping[str, Tensor]) -> None:
     a, g = inputs.flatten(1, -2), grad_output.flatten(1, -2)
-    if "weight" in own:
-        torch.bmm(g.transpose(1, 2), a, out=own["weight"])
-    if "bias" in own:
-        torch.sum(g, 1, out=own["bias"])
+    if "weight" in gradients:
+        torch.bmm(g.transpose(1, 2), a, out=gradients["weight"])
+    if "bias" in gradients:
+        torch.sum(g, 1, out=gradients["bias"])
 
 
-def _convolution(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
-    if "weight" in own and layer.in_channels < FEW_CHANNELS:
-        _by_offsets(layer, inputs, grad_output, own["weight"])
-    elif "weight" in own and inputs.device.type == "cpu" and grad_output[0, 0, 0].numel() >= layer.out_channels:
+def _convolution(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, gradients: Mapping[str, Tensor]) -> None:
+    if "weight" in gradients and layer.in_channels < FEW_CHANNELS:
+        _by_offsets(layer, inputs, grad_output, gradients["weight"])
+    elif "weight" in gradients and inputs.device.type == "cpu" and grad_output[0, 0, 0].numel() >= layer.out_channels:
         # One convolution with a group a client: the samples stay the batch, the clients move beside the channels.
         a, g = (t.transpose(0, 1).flatten(1, 2) for t in (inputs, grad_output))
-        shape, how = own["weight"].flatten(0, 1).shape, (layer.stride, padding_of(layer), layer.dilation, len(inputs))
-        found = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
-        own["weight"].copy_(found.view_as(own["weight"]))
-    elif "weight" in own:
+        weight = gradients["weight"]
+        shape, how = weight.flatten(0, 1).shape, (layer.stride, padding_of(layer), layer.dilation, len(inputs))
+        weight.copy_(conv2d_weight(a, shape, g, *how).view_as(weight))  # type: ignore[no-untyped-call]  # torch gives it no types
+    elif "weight" in gradients:
         a, g = unfolded(layer, inputs, grad_output)
-        torch.bmm(g, a.transpose(1, 2), out=own["weight"].flatten(2))
-    if "bias" in own:
-        torch.sum(grad_output, (1, 3, 4), out=own["bias"])
+        torch.bmm(g, a.transpose(1, 2), out=gradients["weight"].flatten(2))
+    if "bias" in gradients:
+        torch.sum(grad_output, (1, 3, 4), out=gradients["bias"])
 
 
 def _by_offsets(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, weight: Tensor) -> None:
@@ -183,40 +183,51 @@ def _by_offsets(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor, weight: T
     padded = F.pad(inputs, (right, right, down, down))
     rows, columns = grad_output.shape[3:]
     g = grad_output.transpose(1, 2).flatten(2).transpose(1, 2)  # (clients, places, outputs)
-    for i in range(layer.kernel_size[0]):
-        across = steps(i * layer.dilation[0], rows, layer.stride[0])
-        for j in range(layer.kernel_size[1]):
-            along = steps(j * layer.dilation[1], columns, layer.stride[1])
-            a = padded[..., across, along].transpose(1, 2).flatten(2)
-            weight[..., i, j].copy_(torch.bmm(a, g).transpose(1, 2))
+    for i, j, across, along in kernel_offsets(layer, rows, columns):
+        a = padded[..., across, along].transpose(1, 2).flatten(2)
+        weight[..., i, j].copy_(torch.bmm(a, g).transpose(1, 2))
 
 
-def steps(start: int, number: int, step: int) -> slice:
-    """So many places, from one on, so far apart."""
-    return slice(start, start + step * (number - 1) + 1, step)
+def kernel_offsets(layer: nn.Conv2d, rows: int, columns: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """Row and column of each entry of a convolution's kernel, and of the padded pixels that it meets.
+
+    Args:
+        layer: The convolution.
+        rows: Of its output.
+        columns: Of its output.
+    """
+    down, right = (
+        [slice(k * dilation, k * dilation + stride * (length - 1) + 1, stride) for k in range(size)]
+        for size, dilation, stride, length in zip(
+            layer.kernel_size, layer.dilation, layer.stride, (rows, columns), strict=True
+        )
+    )
+    for i, across in enumerate(down):
+        for j, along in enumerate(right):
+            yield i, j, across, along
 
 
 def _batch_norm(
-    layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]
+    layer: nn.BatchNorm1d | nn.BatchNorm2d, inputs: Tensor, grad_output: Tensor, gradients: Mapping[str, Tensor]
 ) -> None:
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None:
         raise TypeError("BatchNorm without running statistics: ask `obstacle` first, which names what has no formula.")
     others = (1, *range(3, grad_output.ndim))
     whole = grad_output.sum(others)
-    if "weight" in own:  # of (inputs - mean) / deviation, without making it
-        own["weight"].copy_(((inputs * grad_output).sum(others) - mean * whole) * torch.rsqrt(var + layer.eps))
-    if "bias" in own:
-        own["bias"].copy_(whole)
+    if "weight" in gradients:  # of (inputs - mean) / deviation, without making it
+        gradients["weight"].copy_(((inputs * grad_output).sum(others) - mean * whole) * torch.rsqrt(var + layer.eps))
+    if "bias" in gradients:
+        gradients["bias"].copy_(whole)
 
 
-def _group_norm(layer: nn.GroupNorm, inputs: Tensor, grad_output: Tensor, own: Mapping[str, Tensor]) -> None:
+def _group_norm(layer: nn.GroupNorm, inputs: Tensor, grad_output: Tensor, gradients: Mapping[str, Tensor]) -> None:
     others = (1, *range(3, grad_output.ndim))
-    if "weight" in own:
+    if "weight" in gradients:
         normed = F.group_norm(inputs.flatten(0, 1), layer.num_groups, None, None, layer.eps).view_as(inputs)
-        torch.sum(normed.mul_(grad_output), others, out=own["weight"])  # in place: fresh memory is slow
-    if "bias" in own:
-        torch.sum(grad_output, others, out=own["bias"])
+        torch.sum(normed.mul_(grad_output), others, out=gradients["weight"])  # in place: fresh memory is slow
+    if "bias" in gradients:
+        torch.sum(grad_output, others, out=gradients["bias"])
 
 
 _FORMULAE: dict[type, Callable[[Any, Tensor, Tensor, Mapping[str, Tensor]], None]] = {

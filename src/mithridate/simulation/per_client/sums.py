@@ -1,8 +1,7 @@
 """Lengths and weighted sums of clients' gradients, none of them formed.
 
 Most servers need no more: the mean of clients' gradients, each shortened to a bound, takes their lengths and a weighted
-sum, and both follow from the layers' inputs and the loss's gradients in their
-outputs.
+sum, and both follow from the layers' inputs and the loss's gradients in their outputs.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,10 +15,10 @@ from torch.nn.grad import conv2d_weight
 from mithridate.core.model import Criterion
 from mithridate.simulation.per_client.layers import (
     Recorded,
+    kernel_offsets,
     obstacle,
     padding_of,
     record,
-    steps,
     trained_parameters,
     unfolded,
     write_rows,
@@ -34,10 +33,9 @@ class Summed(NamedTuple):
 
     Args:
         total: (parameters,), their sum, each times its factor.
-        unweighted: (parameters,), their sum without factors; `total` itself where there are none, None if not asked
-            for.
+        unweighted: (parameters,), their sum without factors (`total` itself if there are none); None unless asked for.
         lengths: (clients,), their l2 lengths.
-        losses: (clients,), the losses.
+        losses: (clients,), their mean losses.
     """
 
     total: Tensor
@@ -67,16 +65,16 @@ def summed_gradients(
     the weighted sum over clients is one product: no client's gradient is formed.
 
     Args:
-        module: As in `client_gradients`.
-        criterion: As there.
-        x: As there; `SUMMED_PASS` samples at a time are a good measure.
-        y: As there.
+        module: The model; parameters, buffers, flags and `.grad` are left alone.
+        criterion: (logits, labels) -> mean loss, a mean over samples.
+        x: Pixels (clients, samples, channels, height, width); best `SUMMED_PASS` samples at a time.
+        y: Labels (clients, samples).
         factors: Gives each client's factor from its length; unset: 1.
-        unmeasured: Names of parameters that the lengths given to `factors` do not count and that get no factor.
-        unweighted: Whether to give the sum without factors, too.
+        unmeasured: Names of parameters that do not count in the lengths given to `factors`, and get no factor.
+        unweighted: Whether to return the sum without factors, too.
 
     Returns:
-        The sums; or why this cannot be done with the model (as for `layered`).
+        The sums; or why the model allows none (see `layers.obstacle`).
 
     Source:
         Goodfellow, arXiv:1510.01799 (linear layers); Li et al., ICLR 2022, arXiv:2110.05679, section 4 (inner products
@@ -96,9 +94,9 @@ def summed_gradients(
             squares += square
             if name not in unmeasured:
                 measured += square
-    given = None if factors is None else factors(measured.sqrt())
-    total = _laid_out(trained, pieces, given, unmeasured)
-    bare = _laid_out(trained, pieces, None, unmeasured) if unweighted and given is not None else total
+    row_factors = None if factors is None else factors(measured.sqrt())
+    total = _laid_out(trained, pieces, row_factors, unmeasured)
+    bare = _laid_out(trained, pieces, None, unmeasured) if unweighted and row_factors is not None else total
     return Summed(total, bare if unweighted else None, squares.sqrt(), losses)
 
 
@@ -129,7 +127,7 @@ class _Rows(NamedTuple):
         return lengths.square()
 
     def sum(self, factors: Tensor | None) -> Tensor:
-        """Over clients, weighted."""
+        """The sum over clients, each times its factor."""
         return self.rows.sum(0) if factors is None else torch.mv(self.rows.T, factors)
 
 
@@ -157,7 +155,7 @@ class _Product(NamedTuple):
         return between.sum((1, 2)).clamp_min(0)  # rounding
 
     def sum(self, factors: Tensor | None) -> Tensor:
-        """Over clients, weighted."""
+        """The sum over clients, each times its factor."""
         layer = self.layer
         grad_output = (
             self.grad_output
@@ -168,8 +166,8 @@ class _Product(NamedTuple):
             return torch.mm(grad_output.flatten(0, -2).T, self.inputs.flatten(0, -2))
         a, g = self.inputs.flatten(0, 1), grad_output.flatten(0, 1)
         shape, how = layer.weight.shape, (layer.stride, padding_of(layer), layer.dilation)
-        found: Tensor = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
-        return found
+        weight: Tensor = conv2d_weight(a, shape, g, *how)  # type: ignore[no-untyped-call]  # torch gives it no types
+        return weight
 
 
 def _pieces(recorded: Recorded, trained: Mapping[str, Tensor]) -> "dict[str, _Rows | _Product]":
@@ -177,14 +175,14 @@ def _pieces(recorded: Recorded, trained: Mapping[str, Tensor]) -> "dict[str, _Ro
     name, layer, inputs, grad_output = recorded
     if grad_output is None:  # computed, and then not used
         return {}
-    own = {p: trained[name + p] for p in ("weight", "bias") if name + p in trained}
-    found: dict[str, _Rows | _Product] = {}
-    if "weight" in own and (product := _product(layer, inputs, grad_output)) is not None:
-        found[name + "weight"] = product
-        del own["weight"]
-    rows = {p: inputs.new_empty(len(inputs), *like.shape) for p, like in own.items()}
+    parameters = {p: trained[name + p] for p in ("weight", "bias") if name + p in trained}
+    pieces: dict[str, _Rows | _Product] = {}
+    if "weight" in parameters and (product := _product(layer, inputs, grad_output)) is not None:
+        pieces[name + "weight"] = product
+        del parameters["weight"]
+    rows = {p: inputs.new_empty(len(inputs), *like.shape) for p, like in parameters.items()}
     write_rows(recorded, rows)
-    return found | {name + p: _Rows(r.flatten(1)) for p, r in rows.items()}
+    return pieces | {name + p: _Rows(r.flatten(1)) for p, r in rows.items()}
 
 
 def _product(layer: nn.Module, inputs: Tensor, grad_output: Tensor) -> _Product | None:
@@ -211,9 +209,6 @@ def _between_patches(layer: nn.Conv2d, inputs: Tensor, grad_output: Tensor) -> T
     each = torch.bmm(pixels.transpose(1, 2), pixels).view(clients, samples, height, width, samples, height, width)
     rows, columns = grad_output.shape[3:]
     total = each.new_zeros(clients, samples, rows, columns, samples, rows, columns)
-    for i in range(layer.kernel_size[0]):
-        across = steps(i * layer.dilation[0], rows, 1)
-        for j in range(layer.kernel_size[1]):
-            along = steps(j * layer.dilation[1], columns, 1)
-            total += each[:, :, across, along, :, across, along]
+    for _, _, across, along in kernel_offsets(layer, rows, columns):
+        total += each[:, :, across, along, :, across, along]
     return total.flatten(4).flatten(1, 3)
