@@ -44,10 +44,11 @@ from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
 from mithridate.models import build_model
-from mithridate.simulation.online import OnlineRun, online_optimiser
+from mithridate.simulation.online import OnlineRun
+from mithridate.simulation.run import victim_optimiser
 from mithridate.testing.memory import peak_memory
 from mithridate.training.burn_in import BurnIn, burn_in
-from mithridate.training.calibrate import Calibration, calibrate
+from mithridate.training.calibrate import calibrate
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
 
@@ -76,20 +77,20 @@ def arguments() -> argparse.Namespace:
 
 def fresh(model: nn.Module, defence: Defence, history: History, trusted: Batch) -> Learner:
     """A learner of that model at the start of the stream."""
-    optimiser = online_optimiser(model.parameters(), OnlineRun())
+    optimiser = victim_optimiser(model, OnlineRun())
     return Learner(model, optimiser, defence=defence, history=history, trusted=trusted)
 
 
 def poisoned_batches(learner: Learner, stream: Stream, args: argparse.Namespace) -> list[Batch]:
     """Accumulative batches, all crafted against the model as it is."""
     attack = Accumulative(eps=args.eps, steps=args.steps, trigger_update="after_step")
-    things: dict[Need, Any] = {
+    available: dict[Need, Any] = {
         Need.MODEL: learner.white_box,
         Need.VALIDATION: stream.validation.all(),
         Need.TRIGGER: stream.trigger_batch(args.batches, 0),
         Need.ACCURACY: (1.0, 1.0),
     }
-    view, rng = View(0, {}, things, attack.needs), torch.Generator().manual_seed(0)
+    view, rng = View(0, {}, available, attack.needs), torch.Generator().manual_seed(0)
     return [attack.poison(batch, view, rng=rng) for batch in stream.victim_batches(args.batches, seed=0)]
 
 
@@ -225,10 +226,9 @@ def main() -> None:
     assert old is not None
     trusted = stream.trusted.all()
     plain = fresh(model, Defence(), history, trusted)
-    pieces = zip(torch.split(trusted.x, 100), torch.split(trusted.y, 100), strict=True)
-    known = [Batch(*piece) for piece in pieces]
-    found: dict[str, Calibration] = {f"DSC {rate:.0%}": calibrate(plain, known, rate) for rate in RATES}
-    defences: dict[str, Defence] = {"ST": Defence(), **{n: c.defence for n, c in found.items()}, "AT": AT()}
+    known = list(trusted.split(100))
+    measured = {f"DSC {rate:.0%}": calibrate(plain, known, rate) for rate in RATES}
+    defences: dict[str, Defence] = {"ST": Defence(), **{name: dsc for name, (dsc, _) in measured.items()}, "AT": AT()}
     learners = {name: fresh(model, defence, history, trusted) for name, defence in defences.items()}
     streams: dict[str, Callable[[], list[Batch]]] = {
         "clean": lambda: list(stream.victim_batches(args.batches, seed=0)),
@@ -239,7 +239,7 @@ def main() -> None:
         "speed": {
             name: timed(learners, several, args.repeats, follow=name == "clean") for name, several in batches.items()
         },
-        "calibration": {name: one.summary() for name, one in found.items()},
+        "calibration": {name: found.summary() for name, (_, found) in measured.items()},
         "memory_bytes": memory(defences, plain, old, batches["poisoned"][0]) if sys.platform == "linux" else {},
         "allowance_bytes": {
             "one old model": sum(t.nbytes for t in {**old.parameters, **old.buffers}.values()),

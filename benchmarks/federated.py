@@ -42,17 +42,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
-from mithridate.core.defence import row_factors
 from mithridate.core.errors import DataError
+from mithridate.core.updates import Updates
+from mithridate.core.view import View
 from mithridate.data import DatasetInfo, dataset_info, load_images
 from mithridate.data.shards import Shards
 from mithridate.data.stream import StreamSettings, open_stream
 from mithridate.defences.clip import Clip
 from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, federate
-from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.simulation.federated import run_federated
 from mithridate.simulation.per_client.gradients import PASS, Way, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
+from mithridate.simulation.run import victim_optimiser
 from mithridate.testing.memory import peak_memory
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import CleanUpdates
@@ -143,7 +145,14 @@ def summed(model: nn.Module, x: Tensor, y: Tensor, clip: float) -> Tensor:
     """The same without a client's row, as in a round whose server needs none."""
     clients = max(1, SUMMED_PASS // y.shape[1])
     total = torch.zeros(sum(p.numel() for p in model.parameters()))
-    factors = partial(row_factors, Clip(clip_norm=clip))
+    defence, shapes = Clip(clip_norm=clip), {name: p.shape for name, p in model.named_parameters()}
+
+    def no_rows() -> Tensor:
+        raise AssertionError("a bound by l2 length looks at no row")
+
+    def factors(lengths: Tensor) -> Tensor | None:
+        return defence.bound(Updates(no_rows, shapes, lengths=lengths), View()).factors
+
     for pixels, labels in zip(torch.split(x, clients), torch.split(y, clients), strict=True):
         found = summed_gradients(model, F.cross_entropy, pixels, labels, factors=factors)
         if isinstance(found, str):
@@ -170,7 +179,7 @@ def whole_round(model: nn.Module, clients: int, clip: float) -> Callable[[], Ten
 
     def go() -> Tensor:
         own = copy.deepcopy(model)
-        learner = Learner(own, federated_optimiser(own.parameters(), run), defence=Clip(clip_norm=clip))
+        learner = Learner(own, victim_optimiser(own, run), defence=Clip(clip_norm=clip))
         run_federated(learner, federation, CleanUpdates(), run)
         moved = [p.detach() - q.detach() for p, q in zip(model.parameters(), own.parameters(), strict=True)]
         return torch.cat([m.flatten() for m in moved]) * (clients / run.lr)
@@ -234,7 +243,7 @@ def round_of(clients: int, batch_norm: Literal["frozen", "synchronised"], args: 
     train(model, stream.burn_in.all())
     federation = federate(stream, Shards(clients=clients, partition="one"), seed=0)
     run = FederatedRun(rounds=0, bound="before", batch_norm=batch_norm)
-    learner = Learner(model, federated_optimiser(model.parameters(), run), defence=Clip(clip_norm=args.clip))
+    learner = Learner(model, victim_optimiser(model, run), defence=Clip(clip_norm=args.clip))
     run_federated(learner, federation, CleanUpdates(), replace(run, per_round=2))
     start, used = time.perf_counter(), time.process_time()
     size = peak_memory(lambda: run_federated(learner, federation, CleanUpdates(), run))

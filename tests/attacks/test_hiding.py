@@ -266,7 +266,8 @@ def test_without_weight_nothing_is_hidden_and_nothing_looked_at(learner: Learner
 def test_the_chosen_old_model_is_the_one_that_counts(learner: Learner) -> None:
     def sent(epoch: int | None) -> Tensor:
         attack = Accumulative(**SHARED, beta=1.0, hide="pixels", hide_from=epoch)
-        return attack.poison(BATCH, view_of(learner, attack), rng=rng()).x
+        x: Tensor = attack.poison(BATCH, view_of(learner, attack), rng=rng()).x
+        return x
 
     assert torch.equal(sent(None), sent(0))  # the earliest
     assert not torch.equal(sent(0), sent(4))

@@ -27,7 +27,8 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import open_stream
 from mithridate.models import build_model
-from mithridate.simulation.online import OnlineRun, adopt_momentum, online_optimiser, run_online
+from mithridate.simulation.online import OnlineRun, run_online
+from mithridate.simulation.run import adopt_momentum, victim_optimiser
 from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
 
@@ -220,7 +221,7 @@ def test_a_cell_is_the_online_loop_after_the_burn_in(tmp_path: Path, cache: Path
     stream = open_stream(recipe.data)
     model = build_model(recipe.model, stream.info, seed=0)
     burned = burn_in(model, stream, recipe.burn_in, seed=0)
-    optimiser = online_optimiser(model.parameters(), run)
+    optimiser = victim_optimiser(model, run)
     if run.restore_momentum:
         adopt_momentum(optimiser, burned.final)
     learner = Learner(model, optimiser, defence=cell.defence.component, update_mode=run.update_mode)

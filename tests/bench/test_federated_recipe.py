@@ -21,7 +21,8 @@ from mithridate.data.shards import Shards
 from mithridate.data.stream import open_stream
 from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, federate
-from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.run import victim_optimiser
 from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import AccumulativeUpdates
@@ -61,11 +62,7 @@ name = "none"
 [[defence]]
 name = "chain"
 label = "server"
-parts = [
-    {name = "robust", rule = {name = "centered_clipping", worker_momentum = 0.5}},
-    {name = "clip"},
-    {name = "gate"},
-]
+parts = [{name = "clip"}, {name = "gate"}]
 [monitor]
 name = "accuracy_floor"
 max_drop = 0.01
@@ -79,7 +76,9 @@ rounds = 3
 per_round = 6
 local_batch = 2
 lr = 0.05
+rule = {name = "centered_clipping", worker_momentum = 0.5}
 """
+RULE = {"name": "centered_clipping", "worker_momentum": 0.5}
 TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
 
 
@@ -126,7 +125,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 def test_what_the_tables_build() -> None:
     recipe = recipe_of()
     assert recipe.clients == Shards(clients=10, partition="dirichlet", alpha=1.0, smallest=2)
-    assert recipe.run == FederatedRun(rounds=3, per_round=6, local_batch=2, lr=0.05)
+    assert recipe.run == FederatedRun(rounds=3, per_round=6, local_batch=2, lr=0.05, rule=RULE)
+    assert recipe.rules == {}
     assert [type(a.component) for a in recipe.attacks] == [SignFlip, AccumulativeUpdates]
     plain = make_recipe({"federated": {}, "attack": {"name": "clean"}})
     assert (plain.clients, plain.run) == (Shards(), FederatedRun())
@@ -174,6 +174,20 @@ def test_seeds_given_beside_the_recipe_replace_its_own(tmp_path: Path) -> None:
         (("federated.round=3",), r"\[federated\]: unknown key 'round': did you mean 'rounds'"),
         (("federated.steps=3",), r"\[federated\]: unknown key 'steps'"),
         (("federated.per_round=0",), r"\[federated\]: per_round = 0"),
+        (('federated.rule={name = "krumm"}',), "unknown aggregator 'krumm': did you mean 'krum'"),
+        (('federated.rule={name = "krum", hostil = 1}',), r"\[federated\] rule krum: unknown key 'hostil'"),
+        (
+            ('federated.rule=[{name = "krum"}, {name = "krum"}]',),
+            r"two \[\[rule\]\] are called 'krum'",
+        ),
+        (('federated.rule=[{name = "krum", label = "a b"}]',), r"\[rule\] label 'a b'"),
+        (('federated.rule=[{name = "krum", hostile = -1}]',), "hostile = -1"),
+        (("federated.rule=krum",), r"\[federated\]: rule = 'krum'"),
+        (('federated.rule=["krum"]',), r"\[federated\] rule must be a table or an array of tables, not 'krum'"),
+        (
+            ("defence.none.name=robust",),
+            r"a setting of the server now: write rule = .*in \[federated\]",
+        ),
         (("federated.seeds=[]",), r"\[federated\] seeds"),
         (("federated.seeds=[1, 1]",), r"\[federated\] seeds = \[1, 1\]: a seed twice"),
         (("clients.alpha=0",), r"\[clients\]: alpha = 0"),
@@ -208,6 +222,58 @@ def test_a_runs_settings_are_a_recipe_of_that_run() -> None:
         assert (again.run_id, again.seed) == (cell.run_id, cell.seed)
 
 
+# A grid over rules.
+
+
+def rules_of(*tables: str, defence: str = "") -> Recipe:
+    return recipe_of(f"federated.rule=[{', '.join(tables)}]", defence=defence)
+
+
+def test_an_array_of_rules_is_a_grid_over_them() -> None:
+    recipe = rules_of(
+        '{name = "mean"}', '{name = "krum", hostile = 1}', '{name = "krum", label = "krum-2", hostile = 2}'
+    )
+    assert list(recipe.rules) == ["mean", "krum", "krum-2"]
+    cells = list(recipe.cells())
+    assert [cell.run_id for cell in cells] == [
+        f"{attack}__{defence}{rule}__seed0"
+        for defence in ("", "server+")
+        for attack in ("sign_flip", "accu")
+        for rule in ("mean", "krum", "krum-2")
+    ]
+    for cell in cells:
+        rule = cell.defence.label.removeprefix("server+")
+        assert isinstance(cell.recipe.run, FederatedRun)
+        assert cell.recipe.run == recipe.rules[rule]
+        assert fields_of(cell.recipe.run)["rule"]["name"] == rule.removesuffix("-2")
+        assert cell.recipe.run.rounds == 3
+        assert cell.recipe.rules == {}
+        config = cell.config()
+        assert "label" not in config["federated"]["rule"]
+        (again,) = make_recipe(config).cells()
+        assert again.config() == config
+        assert (again.run_id, again.recipe.run) == (cell.run_id, cell.recipe.run)
+
+
+def test_a_rule_beside_no_defence_and_no_rule_beside_a_defence_keep_their_names() -> None:
+    assert {cell.defence.label for cell in rules_of('{name = "median"}').cells()} == {"median", "server+median"}
+    assert {cell.defence.label for cell in recipe_of().cells()} == {"none", "server"}  # one rule for all: as it was
+
+
+def test_runs_of_a_grid_over_rules_are_runs_with_each_rule(tmp_path: Path, cache: Path, grid: Path) -> None:
+    tables = tables_of(attack="accu", defence="server")
+    tables["federated"]["rule"] = [{"name": "median"}, {**RULE, "label": "cc"}]
+    recipe = make_recipe(tables)
+    done = run_recipe(recipe, tmp_path, device="cpu", cache=cache)
+    assert [path.name for path in done.directories] == ["accu__server+median__seed0", "accu__server+cc__seed0"]
+    median, clipped = (read_run(path) for path in done.directories)
+    alone = read_run(grid / "accu__server__seed0")
+    assert [timeless(row) for row in clipped.trace] == [timeless(row) for row in alone.trace]
+    assert [timeless(row) for row in median.trace[1:]] != [timeless(row) for row in alone.trace[1:]]
+    assert clipped.config["federated"]["rule"] == alone.config["federated"]["rule"]
+    assert (median.summary["defence"], clipped.summary["defence"]) == ("server+median", "server+cc")
+
+
 # Refused before anything is trained or written.
 
 
@@ -235,12 +301,19 @@ class Watching(Watcher):
         (("federated.per_round=11",), "none", DataError, "11 of 10 clients asked for"),
         (("federated.local_batch=60",), "none", DataError, r"local_batch = 60, and a client of round 0 holds \d+ im"),
         (
-            ('defence.rule={name = "krum", hostile = 2}',),
-            "robust",
+            ('federated.rule={name = "krum", hostile = 2}',),
+            "none",
             ConfigError,
             r"6 rows are too few for 2.*2f \+ 3 = 7",
         ),
-        (('defence.rule={name = "bulyan", hostile = 1}',), "robust", ConfigError, r"n >= 4f \+ 3 = 7"),
+        (('federated.rule={name = "bulyan", hostile = 1}',), "none", ConfigError, r"n >= 4f \+ 3 = 7"),
+        (
+            ('federated.rule=[{name = "median"}, {name = "bulyan", hostile = 1}]',),
+            "none",
+            ConfigError,
+            r"n >= 4f \+ 3 = 7",
+        ),
+        (('federated.rule={name = "fltrust"}', "data.trusted=0"), "none", ConfigError, "fltrust compares with"),
         ((), "dsc", ConfigError, "acts on training samples"),
         (("data.trusted=0",), "gate", DataError, "gate needs the trusted set"),
         (("data.validation=0",), "none", DataError, "accu needs the validation batch"),
@@ -288,7 +361,7 @@ def test_a_cell_is_the_federated_loop_after_the_burn_in(grid: Path) -> None:
     stream = open_stream(recipe.data)
     model = build_model(recipe.model, stream.info, seed=0)
     burn_in(model, stream, recipe.burn_in, seed=0)
-    optimiser = federated_optimiser(model.parameters(), recipe.run)
+    optimiser = victim_optimiser(model, recipe.run)
     learner = Learner(model, optimiser, defence=cell.defence.component, trusted=stream.trusted.all())
     with deterministic():
         outcome = run_federated(

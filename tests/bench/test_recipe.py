@@ -42,7 +42,7 @@ def test_a_shipped_recipe_is_whole(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.title
     cells = list(recipe.cells())
-    assert len(cells) == len(recipe.attacks) * len(recipe.defences) * len(recipe.seeds)
+    assert len(cells) == len(recipe.attacks) * len(recipe.defences) * max(len(recipe.rules), 1) * len(recipe.seeds)
     assert len({cell.run_id for cell in cells}) == len(cells)
     assert "clean" in {registry.config_of(a.component)["name"] for a in recipe.attacks}  # something to compare with
     resolved = recipe.data.resolved()
@@ -328,7 +328,8 @@ def test_a_runs_settings_are_a_recipe_of_that_run() -> None:
             assert only.attack == cell.attack
             assert only.defence == cell.defence
             assert only.recipe.monitors == recipe.monitors
-            assert only.recipe.run == recipe.run
+            assert only.recipe.run == cell.recipe.run
+            assert recipe.rules or cell.recipe.run == recipe.run
             assert only.recipe.model == recipe.model
             assert only.recipe.burn_in == recipe.burn_in
 

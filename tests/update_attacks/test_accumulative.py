@@ -24,7 +24,7 @@ from mithridate.data.stream import Stream, StreamSettings, open_stream
 from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
-from mithridate.simulation.online import Outcome, Progress
+from mithridate.simulation.run import Outcome, Progress
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
@@ -195,16 +195,16 @@ def test_a_reoptimised_trigger_is_carried_from_round_to_round(view: View, learne
         for p in moved.parameters():
             p.add_(0.1)
     later = View(1, view.memory, {**view.available, Need.MODEL: WhiteBox(moved, F.cross_entropy)}, GRANTED)
-    attack.after_step(later)
+    attack.after_step(later, rng())
     now = trigger_gradient(later)
     assert not torch.allclose(now, start, atol=1e-3)
     assert torch.allclose(view.memory[TRIGGER], -start - 0.3 * now, atol=1e-10)
     bounded = AccumulativeUpdates(trigger="reoptimised", alpha=0.3, radius=0.2)
-    bounded.after_step(later)
+    bounded.after_step(later, rng())
     assert float(view.memory[TRIGGER].norm()) == pytest.approx(0.2)
     for trigger in ("clean", "reversed"):  # these have nothing to remember
         fresh = View(0, {}, view.available, GRANTED)
-        AccumulativeUpdates(trigger=trigger).after_step(fresh)
+        AccumulativeUpdates(trigger=trigger).after_step(fresh, rng())
         assert not fresh.memory
 
 

@@ -23,7 +23,8 @@ from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.maths.norms import Norm, clip_rows
 from mithridate.simulation.clients import FederatedRun, federate
-from mithridate.simulation.federated import federated_optimiser, run_federated
+from mithridate.simulation.federated import run_federated
+from mithridate.simulation.run import victim_optimiser
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.direct import Direct
@@ -53,7 +54,7 @@ def updates(
 ) -> list[Tensor]:
     """What each round came to, every image of the victim part being a client."""
     model = copy.deepcopy(burned_in.model)
-    learner = Watched(model, federated_optimiser(model.parameters(), run), defence=defence)
+    learner = Watched(model, victim_optimiser(model, run), defence=defence)
     federation = federate(stream, Shards(clients=100, partition="one"), seed=0)
     run_federated(learner, federation, build("update_attack", attack), run)
     return learner.applied
@@ -175,9 +176,7 @@ def test_a_whole_round_with_a_bound_before_comes_as_near_as_can_be(stream: Strea
     bound = 0.1
     run = FederatedRun(rounds=0, bound="before", momentum=0.0)
     model = Tiny()
-    learner = Watched(
-        model, federated_optimiser(model.parameters(), run), defence=Clip(clip_norm=bound, norm=norm, how=how)
-    )
+    learner = Watched(model, victim_optimiser(model, run), defence=Clip(clip_norm=bound, norm=norm, how=how))
     federation = federate(stream, Shards(clients=8), seed=0)
     _, data = federation.round(0, run)
     rows = torch.stack(

@@ -286,6 +286,8 @@ def _rules(run: Table) -> dict[str, FederatedRun]:
     common = {key: value for key, value in run.items() if key != "seeds"}
     rules: dict[str, FederatedRun] = {}
     for table in run.pop("rule"):
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"[federated] rule must be a table or an array of tables, not {table!r}.")
         values = dict(table)
         label = _checked_label("rule", values.pop("label", values.get("name", "")), rules)
         rules[label] = make(FederatedRun, {**common, "rule": values}, where="[federated]")
