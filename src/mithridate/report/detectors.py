@@ -73,7 +73,7 @@ def looking_back(infos: Sequence[DetectorInfo], name: str) -> list[list[Detector
 
     Args:
         infos: All detectors.
-        name: Of the component: `discrepancy` or `loss`.
+        name: Name of the component: `discrepancy` or `loss`.
     """
     return _families([info for info in infos if info.name == name])
 

@@ -52,9 +52,9 @@ class Samples(NamedTuple):
     """Scores by kind of sample; lower is more suspicious.
 
     Args:
-        clean: Of the batches before poisoning.
-        poisoned: Of the received samples that had been changed.
-        ood: Of another image set.
+        clean: Scores of the batches before poisoning.
+        poisoned: Scores of the received samples that had been changed.
+        ood: Scores of another image set.
     """
 
     clean: Scores
@@ -67,7 +67,7 @@ def samples(run: Run, key: str, phase: str = BOTH) -> Samples:
 
     Args:
         run: The run.
-        key: Of the detector.
+        key: What the store calls the detector.
         phase: `accumulative`, `trigger` or `both`.
 
     Returns:
