@@ -22,7 +22,7 @@ class Checked:
     """One seed's calibration.
 
     Args:
-        seed: Of the burn-in and the stream.
+        seed: Decides burn-in and stream.
         calibration: Measured on the trusted set.
         unseen: The share above the calibrated threshold on clean batches of the victim stream.
     """
@@ -47,7 +47,7 @@ def calibrate_recipe(
 
     Args:
         recipe: What it defends.
-        defence: Its label; unset: the recipe's only DSC.
+        defence: Label of the DSC; unset: the recipe's only one.
         rate: Share of clean samples to be corrected, in (0, 1); unset: the recipe's `target_rate`, or 0.05.
         unseen: Clean batches of the victim stream to check it on, >= 1.
         device: `auto`, `cpu` or `cuda`.

@@ -102,8 +102,8 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
     """Train or fetch what all cells of one seed share.
 
     Args:
-        cell: Any of them.
-        context: Of the recipe's run.
+        cell: Any cell of the seed.
+        context: What all cells of the recipe share.
 
     Raises:
         ConfigError: The burn-in keeps no checkpoint that the surrogate or a detector needs.
@@ -168,7 +168,7 @@ def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, contex
         cell: Which run.
         defence: What stands in the learner's steps.
         result: The burn-in.
-        context: Of the recipe's run.
+        context: What all cells of the recipe share.
     """
     model, burned, run = _model(cell, context), result.final, cell.recipe.run
     stream, optimiser = context.stream, victim_optimiser(model, run)

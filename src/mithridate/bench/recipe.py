@@ -74,7 +74,7 @@ class Surrogate:
     Args:
         kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
             images.
-        epoch: Of the burn-in, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
+        epoch: Burn-in epoch, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
         seed_offset: For `trained`: added to the run's seed, >= 1.
         model: For `trained`: a table like `[model]`; unset: the victim's architecture.
 
@@ -99,7 +99,7 @@ class Cell:
     Args:
         attack: What happens to the stream.
         defence: What stands before the model.
-        seed: Of everything that is drawn.
+        seed: Decides everything that is drawn.
         recipe: The recipe that it is a cell of; if that has several robust rules, with this cell's rule in `run`.
     """
 
@@ -151,7 +151,7 @@ class Recipe:
         run: Length and options of the loop.
         rules: Robust rules of a federation's server, by label: a run of each pair for each. Empty: the rule of `run`.
         seeds: One run of each pair a seed.
-        clients: Of a federation; None for an online run.
+        clients: How samples are divided among the clients of a federation; None for an online run.
         plugins: Loaded before anything is looked up: modules by name, files by their absolute path.
     """
 

@@ -110,7 +110,7 @@ class Aggregator(ABC):
         Args:
             honest: The spread of the honest rows (with worker momentum: after it).
             n: All rows, hostile ones included.
-            context: Of the round, before the rule has seen its rows.
+            context: The round's context, before the rule has seen its rows.
         """
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Aggregator(ABC):
 
         Args:
             rows: (n, P), floating point: the update of each client; never written to.
-            context: Of this round; the rule may write to its `memory`.
+            context: The round's context; the rule may write to its `memory`.
 
         Returns:
             (P,), of the same dtype and device.

@@ -24,7 +24,7 @@ class Component:
         """Refuse inputs of a kind that it cannot work on; asked before a run.
 
         Args:
-            batch: As the stream will yield them.
+            batch: One batch as the stream will yield it.
 
         Raises:
             ConfigError: Says which kind it needs.

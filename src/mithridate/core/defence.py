@@ -122,7 +122,7 @@ class Defence(Component):
 
         Args:
             before: The model before the step, during this call only.
-            view: Of the model after it.
+            view: What the defence declared, with the model after the step.
         """
         return ADMITTED
 

@@ -16,7 +16,7 @@ from mithridate.maths.divergence import Divergence, divergence
 
 
 def memorization_discrepancy(box: WhiteBox, old: Weights, x: Inputs, *, kind: Divergence = "kl") -> Tensor:
-    """Distance between what an old and the current model say of each sample, both in eval mode.
+    """Distance between the answers of an old and of the current model to each sample, both in eval mode.
 
     Args:
         box: The current model; not changed.
@@ -44,7 +44,7 @@ class LookingBack:
     Args:
         divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
         old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
-        epoch: Of the checkpoint; unset: the earliest one kept.
+        epoch: Burn-in epoch of the checkpoint; unset: the earliest that was kept.
         back: Updates to look back with `old = "back"`, k.
     """
 

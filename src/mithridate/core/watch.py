@@ -65,7 +65,7 @@ class Detector(Component, ABC):
         """One number a sample, whatever other samples are in the batch.
 
         Args:
-            batch: As received.
+            batch: The samples as received.
             view: What the detector declared.
             fitted: From `fit`.
 

@@ -19,7 +19,7 @@ from mithridate.data.part import Part, each_array
 from mithridate.data.samples import LONE, Samples, class_names, wanted_splits
 
 Bounds = Domain | Literal["observed"] | tuple[float, float]
-"""What a valid input is: a domain, the same as two numbers, or the least and largest value of each feature."""
+"""What a valid input is: a domain, its two bounds, or the least and largest value of each feature in the data."""
 
 CHANNELS = (1, 3)
 """How many channels images may have where the axis of channels is the last."""

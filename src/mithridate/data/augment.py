@@ -15,7 +15,7 @@ def crop_and_flip(x: Tensor, *, padding: int = 4, flip: bool = True, rng: Genera
         rng: A generator on the CPU; the draws, and so the result, are the same on every device.
 
     Shape:
-        x (n, channels, height, width), any dtype and device; returns the same.
+        x (n, channels, height, width), any dtype and device; returns the same shape, dtype and device.
 
     Source:
         He et al., CVPR 2016, arXiv:1512.03385, section 4.2.

@@ -1,6 +1,6 @@
 """What aggregators compute from a matrix of updates (client, parameter), in float64, a slice of columns at a time.
 
-A model's rows are long, so nothing larger than the matrix itself is made of them: no (client, client, parameter), and
+A model's rows are long, so nothing larger than the matrix itself is formed: no (client, client, parameter), and
 no second copy in float64. Squares of float32 entries do not overflow in float64; lengths of float64 rows do not
 either, and distances between float64 rows beyond 1e154 become infinite, which orders them rightly.
 """

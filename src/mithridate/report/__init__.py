@@ -32,9 +32,9 @@ class ReportPaths:
         runs_csv: One row a run.
         markdown: The table of the page.
         figures: Every figure as SVG and as PNG.
-        measures_csv: One row a defence and attack: what it cost, what it held; None if nothing is defended.
-        measures_markdown: The tables of that; None if nothing is defended.
-        scores: What detectors made of the samples, by cell and by run, and the tables of it; empty without detectors.
+        measures_csv: One row a defence and attack: what the defence cost and prevented; None if nothing is defended.
+        measures_markdown: Tables of the measures; None if nothing is defended.
+        scores: Scores of detectors by cell and by run, and tables of them; empty without detectors.
     """
 
     html: Path
@@ -48,7 +48,7 @@ class ReportPaths:
 
 
 def build_report(directories: str | Path | Sequence[str | Path], out: str | Path) -> ReportPaths:
-    """Read finished runs and write what they show. The same runs give the same bytes.
+    """Read finished runs and write their report. The same runs give the same bytes.
 
     Args:
         directories: One or several run directories, or directories that hold some.

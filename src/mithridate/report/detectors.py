@@ -7,7 +7,7 @@ from typing import Any
 from mithridate.bench.store import Run
 from mithridate.report.rows import Row
 from mithridate.report.settings import config_table, flattened
-from mithridate.report.wording import plain
+from mithridate.report.wording import one_line
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,10 @@ class DetectorInfo:
     Args:
         key: What the store calls it.
         label: What people read: the key without unprintable characters.
-        name: The component's name; the label if the settings do not know it.
+        name: The component's name; the label if the settings do not have it.
         epoch: The burn-in epoch that it looks back at; None if it does not, or looks back in updates.
         interval: Epochs from there to the end of the burn-in: the backtracking interval k. None without an epoch.
-        family: Its name and settings but the epoch: detectors that differ in nothing else share it.
+        family: Its name and its settings without the epoch: detectors that differ in their epoch alone share it.
         divergence: The distance that it measures with; empty if none.
     """
 
@@ -62,7 +62,7 @@ def representatives(infos: Sequence[DetectorInfo]) -> list[DetectorInfo]:
         infos: All detectors.
 
     Returns:
-        In the same order; detectors without an epoch are all there.
+        The chosen ones in the order given; detectors without an epoch are all among them.
     """
     chosen = {info.key for family in _families(infos) for info in (family[0], reference(family))}
     return [info for info in infos if info.interval is None or info.key in chosen]
@@ -73,7 +73,7 @@ def looking_back(infos: Sequence[DetectorInfo], name: str) -> list[list[Detector
 
     Args:
         infos: All detectors.
-        name: Of the component: `discrepancy` or `loss`.
+        name: Name of the component: `discrepancy` or `loss`.
     """
     return _families([info for info in infos if info.name == name])
 
@@ -96,7 +96,7 @@ def _families(infos: Sequence[DetectorInfo]) -> list[list[DetectorInfo]]:
 
 
 def _detectors_of(run: Run) -> Iterator[DetectorInfo]:
-    """What its scores name, in the order of its settings; detectors that those do not know come last."""
+    """The detectors that a run's scores name, in the order of its settings; those that the settings lack come last."""
     tables = run.config.get("detector", [])
     known = {str(t.get("label", t.get("name"))): t for t in (tables if isinstance(tables, list) else [tables])}
     scored = dict.fromkeys(map(str, run.scores["detector"])) if run.scores else {}
@@ -105,12 +105,12 @@ def _detectors_of(run: Run) -> Iterator[DetectorInfo]:
         epoch, last = _epoch(run, table), config_table(run, "burn_in").get("epochs")
         yield DetectorInfo(
             key=key,
-            label=plain(key),
-            name=plain(table["name"]),
+            label=one_line(key),
+            name=one_line(table["name"]),
             epoch=epoch,
             interval=last - epoch if isinstance(last, int) and epoch is not None else None,
             family=str(sorted(flattened({k: v for k, v in table.items() if k not in {"label", "epoch"}}).items())),
-            divergence=plain(table.get("divergence", "")),
+            divergence=one_line(table.get("divergence", "")),
         )
 
 

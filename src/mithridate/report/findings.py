@@ -190,7 +190,7 @@ def _called(row: Row) -> str:
 
 
 def _defended(best: Row, rows: Sequence[Row]) -> tuple[str, ...]:
-    """The same attack under the other defences, each beside what its defence does to a clean stream."""
+    """Sentences on the attack under the other defences, each beside what its defence does to a clean stream."""
     sentences = []
     for row in rows:
         if row.attack != best.attack or row.defence == best.defence:

@@ -1,4 +1,4 @@
-"""The measures of a defence: what it costs on a clean stream, what it holds under an attack, how long it takes.
+"""The measures of a defence: what it costs on a clean stream, what it prevents under an attack, how long it takes.
 
 They are those of Zhu et al., ICML 2023: final accuracy under the clean oracle, share of clean samples corrected
 (Table 12), time of one mini-batch (Table 5), batches of the phase and accuracy after the trigger (Table 1), attack
@@ -23,20 +23,20 @@ class Measures:
     """All measures of one cell: a defence under one attack, or on a clean stream.
 
     Args:
-        row: Its runs.
-        accuracy_before_trigger: Fractions.
+        row: The cell, with its runs.
+        accuracy_before_trigger: Accuracy after the phase, fractions.
         accuracy_after_trigger: The final accuracy: on a clean stream the trigger step is one more clean batch.
-        drop: Before minus after.
+        drop: Accuracy before the trigger minus accuracy after it.
         against_none: Final accuracy minus that of the undefended run of the same seed and attack.
         flagged_clean: Share of clean samples that the defence corrected, dropped or weighed less.
-        attack_success: Share of poisoned samples that it did not (Zhu et al., Table 8).
+        attack_success: Share of poisoned samples that it did not correct, drop or weigh less (Zhu et al., Table 8).
         refused: Share of steps that it rolled back; on a clean stream these are false vetoes.
         alarmed: Share of steps at which a monitor raised an alarm.
-        first_alarm_step: The first of them, over the runs that have one; 1 is the first batch.
+        first_alarm_step: The first step with an alarm, over the runs that have one; 1 is the first batch.
         steps: Batches of the phase.
         quarantined: Samples with NaN or infinite pixels.
         update_seconds: Mean time of one update, defence included.
-        time_ratio: Over the time of the undefended run of the same seed and attack.
+        time_ratio: Time of one update over that of the undefended run of the same seed and attack.
     """
 
     row: Row

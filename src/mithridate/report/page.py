@@ -19,7 +19,7 @@ from mithridate.report.rows import Row, groups, seeds, step_noun
 from mithridate.report.settings import flattened, settings, shared, varying
 from mithridate.report.tables.results import results_table
 from mithridate.report.tables.section import TableSection
-from mithridate.report.wording import MISSING, counted, plain, said_of
+from mithridate.report.wording import MISSING, counted, one_line, with_step_noun
 
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
@@ -59,7 +59,7 @@ def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection]) -> 
     common_settings, common_environment = shared(tables), shared(machines)
     return template.render(
         title=f"Poisoning report: {'; '.join(finding.subject for finding in shown)}",
-        subtitle=", ".join(dict.fromkeys(plain(run.config["title"]) for run in runs if run.config.get("title"))),
+        subtitle=", ".join(dict.fromkeys(one_line(run.config["title"]) for run in runs if run.config.get("title"))),
         css=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
         findings=shown,
         doubtful=[_doubtful(answer) for answer in answers if answer.doubts],
@@ -74,7 +74,7 @@ def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection]) -> 
         cell_settings=list(_cell_settings(rows, common_settings)),
         common_environment=common_environment,
         differing_environment=varying(machines, common_environment),
-        run_columns=[said_of(step_noun(rows), name) for name in _RUN_COLUMNS.values()],
+        run_columns=[with_step_noun(step_noun(rows), name) for name in _RUN_COLUMNS.values()],
         runs=[[_written(record[name]) for name in _RUN_COLUMNS] for record in run_records(rows)],
     )
 
@@ -124,11 +124,11 @@ def _events(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], int]:
 
 def _events_of(run: Run) -> Iterator[Mapping[str, Any]]:
     for step in run.trace:
-        place = {"step": step["step"], "phase": plain(step["phase"])}
+        place = {"step": step["step"], "phase": one_line(step["phase"])}
         if step.get("alarms"):
-            yield {**place, "what": f"alarm: {plain(step['alarms'])}"}
+            yield {**place, "what": f"alarm: {one_line(step['alarms'])}"}
         if step.get("admitted") is False:
-            yield {**place, "what": f"step refused: {plain(step.get('verdict') or 'no reason given')}"}
+            yield {**place, "what": f"step refused: {one_line(step.get('verdict') or 'no reason given')}"}
 
 
 def _cell_settings(rows: Sequence[Row], common: Mapping[str, str]) -> Iterator[tuple[str, Mapping[str, str]]]:

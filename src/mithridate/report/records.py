@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mithridate.report.rows import Row, seed
 from mithridate.report.statistic import Statistic
-from mithridate.report.wording import number, plain, spreadsheet_safe
+from mithridate.report.wording import number, one_line, spreadsheet_safe
 
 METRICS = (
     "accuracy_start",
@@ -52,11 +52,11 @@ def run_records(rows: Sequence[Row]) -> list[Record]:
     """One record a run: names, outcome and every metric."""
     return [
         {
-            "run": plain(run.path.name),
+            "run": one_line(run.path.name),
             **row.names,
             "seed": seed(run),
-            "status": plain(run.summary.get("status", "")),
-            "stopped_by": plain(run.summary.get("stopped_by", "")),
+            "status": one_line(run.summary.get("status", "")),
+            "stopped_by": one_line(run.summary.get("stopped_by", "")),
             "first_alarm_step": number(run.summary.get("first_alarm_step")),
             **{metric: number(run.summary.get(metric)) for metric in RUN_METRICS},
         }

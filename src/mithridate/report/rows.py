@@ -7,7 +7,7 @@ from typing import Any
 from mithridate.bench.store import Run
 from mithridate.report.settings import config_table
 from mithridate.report.statistic import Statistic
-from mithridate.report.wording import MISSING, number, plain
+from mithridate.report.wording import MISSING, number, one_line
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
 
     @property
     def names(self) -> dict[str, str]:
-        """What tells the cell from others, as columns of a file."""
+        """What tells the cell from other cells, as columns of a file."""
         return {"dataset": self.dataset, "model": self.model, "attack": self.attack, "defence": self.defence}
 
     @property
@@ -138,8 +138,8 @@ class Row:
             metric: A number of the summary.
             compare: From this row's number and the other's, such as `operator.sub`.
         """
-        theirs = {seed(run): value for run in other.runs if (value := number(run.summary.get(metric))) is not None}
-        pairs = ((number(run.summary.get(metric)), theirs.get(seed(run))) for run in self.runs)
+        of_other = {seed(run): value for run in other.runs if (value := number(run.summary.get(metric))) is not None}
+        pairs = ((number(run.summary.get(metric)), of_other.get(seed(run))) for run in self.runs)
         return Statistic(tuple(compare(a, b) for a, b in pairs if a is not None and b is not None))
 
     def difference(self, first: str, second: str) -> Statistic:
@@ -185,9 +185,9 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         runs: As read from the store.
 
     Returns:
-        By data set and model; in those undefended cells first; in those `clean`, `noise`, then the attacks, short
-        phases first. Federations beside online runs are another data set, as the two are not to be compared; those of
-        several lengths are told apart by it, as part of the attack's label.
+        By data set and model; among those undefended cells first; among those `clean`, `noise`, then the attacks, short
+        phases first. Beside online runs, federations count as another data set, as the two are not to be compared.
+        Where federations differ in their length, the attack's label says it.
     """
     cells: dict[tuple[str, str, str, str], list[Run]] = {}
     beside = ", federated" if len({bool(_rounds(run)) for run in runs}) > 1 else ""
@@ -232,9 +232,9 @@ def _rounds(run: Run) -> tuple[int, ...]:
 
 
 def _component(run: Run, kind: str) -> str:
-    return plain(config_table(run, kind).get("name", run.summary.get(kind, "unknown")))
+    return one_line(config_table(run, kind).get("name", run.summary.get(kind, "unknown")))
 
 
 def _label(run: Run, key: str, kind: str) -> str:
     table = config_table(run, kind)
-    return plain(run.summary.get(key) or table.get("label") or table.get("name") or "unknown") or "unknown"
+    return one_line(run.summary.get(key) or table.get("label") or table.get("name") or "unknown") or "unknown"

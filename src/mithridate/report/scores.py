@@ -1,4 +1,4 @@
-"""What detectors made of every sample: from `scores.parquet` to rates and means over seeds.
+"""What detectors said of every sample: from `scores.parquet` to rates and means over seeds.
 
 Poisoned samples, as the learner received them, stand against clean ones: the batches before anyone poisoned them.
 Scores of different runs are never pooled here, so neither another defence nor another seed enters a rate.
@@ -15,7 +15,7 @@ from mithridate.report.records import Record, means
 from mithridate.report.roc import Scores, curve
 from mithridate.report.rows import Row, seed
 from mithridate.report.statistic import Statistic
-from mithridate.report.wording import number, plain
+from mithridate.report.wording import number, one_line
 
 CLEAN, POISONED, OOD = "clean", "poisoned", "ood"
 """The three kinds of samples: before poisoning; changed, as received; of another image set."""
@@ -30,7 +30,7 @@ WHERE = {ACCUMULATIVE: "accumulative phase", TRIGGER: "trigger batch"}
 """The phases in words."""
 
 NAMES = ("dataset", "model", "attack", "defence", "detector", "component", "epoch", "interval", "phase")
-"""What a record is about; `interval` is the backtracking interval k in epochs."""
+"""The columns that name a record's subject; `interval` is the backtracking interval k in epochs."""
 
 METRICS = (
     "auroc",
@@ -43,18 +43,18 @@ METRICS = (
     "ratio",
     "not_finite",
 )
-"""What is averaged over seeds. `auroc`, `tpr_at_1`, `tpr_at_5`: poisoned against clean, fractions; `auroc_ood`: other
-images against clean; `score_*`: means of the finite scores; `ratio`: mean discrepancy of poisoned samples over that of
-clean ones, of discrepancy detectors only; `not_finite`: share of samples without a finite score."""
+"""The quantities that are averaged over seeds. `auroc`, `tpr_at_1`, `tpr_at_5`: poisoned against clean, fractions;
+`auroc_ood`: other images against clean; `score_*`: means of the finite scores; `ratio`: mean discrepancy of poisoned
+samples over that of clean ones, for discrepancy detectors; `not_finite`: share of samples without a finite score."""
 
 
 class ScoredSamples(NamedTuple):
     """Scores by kind of sample; lower is more suspicious.
 
     Args:
-        clean: Of the batches before poisoning.
-        poisoned: Of the received samples that had been changed.
-        ood: Of another image set.
+        clean: Scores of the batches before poisoning.
+        poisoned: Scores of the received samples that had been changed.
+        ood: Scores of another image set.
     """
 
     clean: Scores
@@ -67,14 +67,14 @@ def samples(run: Run, key: str, phase: str = BOTH) -> ScoredSamples:
 
     Args:
         run: The run.
-        key: Of the detector.
+        key: What the store calls the detector.
         phase: `accumulative`, `trigger` or `both`.
 
     Returns:
         Empty arrays where there is nothing; NaN counts as -inf.
     """
-    meant = {ACCUMULATIVE, TRIGGER} if phase == BOTH else {phase}
-    return samples_of(run, key, [int(step["step"]) for step in run.trace if step["phase"] in meant])
+    phases = {ACCUMULATIVE, TRIGGER} if phase == BOTH else {phase}
+    return samples_of(run, key, [int(step["step"]) for step in run.trace if step["phase"] in phases])
 
 
 def samples_of(run: Run, key: str, steps: Sequence[int]) -> ScoredSamples:
@@ -83,12 +83,12 @@ def samples_of(run: Run, key: str, steps: Sequence[int]) -> ScoredSamples:
         return ScoredSamples(*(np.empty(0) for _ in ScoredSamples._fields))
     columns = run.scores
     scores = np.where(np.isnan(columns["score"]), -np.inf, columns["score"]).astype(np.float64)
-    meant = np.isin(columns["step"], steps) & (columns["detector"] == key)
+    mask = np.isin(columns["step"], steps) & (columns["detector"] == key)
     source = columns["source"]
     return ScoredSamples(
-        clean=scores[meant & (source == "clean")],
-        poisoned=scores[meant & (source == "received") & columns["poisoned"].astype(bool)],
-        ood=scores[meant & (source == "ood")],
+        clean=scores[mask & (source == "clean")],
+        poisoned=scores[mask & (source == "received") & columns["poisoned"].astype(bool)],
+        ood=scores[mask & (source == "ood")],
     )
 
 
@@ -142,13 +142,13 @@ def quality(info: DetectorInfo, scores: ScoredSamples) -> dict[str, float | None
         scores: Scores of one run and phase.
     """
     clean, poisoned = finite_mean(scores.clean), finite_mean(scores.poisoned)
-    caught, foreign = curve(scores.clean, scores.poisoned), curve(scores.clean, scores.ood)
+    roc, roc_ood = curve(scores.clean, scores.poisoned), curve(scores.clean, scores.ood)
     every = np.concatenate(scores)
     return {
-        "auroc": caught.auroc if caught else None,
-        "tpr_at_1": caught.detected(0.01) if caught else None,
-        "tpr_at_5": caught.detected(0.05) if caught else None,
-        "auroc_ood": foreign.auroc if foreign else None,
+        "auroc": roc.auroc if roc else None,
+        "tpr_at_1": roc.detected(0.01) if roc else None,
+        "tpr_at_5": roc.detected(0.05) if roc else None,
+        "auroc_ood": roc_ood.auroc if roc_ood else None,
         "score_clean": clean,
         "score_poisoned": poisoned,
         "score_ood": finite_mean(scores.ood),
@@ -170,7 +170,7 @@ def run_score_records(rows: Sequence[Row]) -> list[Record]:
             "epoch": info.epoch,
             "interval": info.interval,
             "phase": phase,
-            "run": plain(run.path.name),
+            "run": one_line(run.path.name),
             "seed": seed(run),
             **{f"{kind}_samples": len(part) for kind, part in scores._asdict().items()},
             "finest_fpr": 1 / len(scores.clean) if len(scores.clean) else None,

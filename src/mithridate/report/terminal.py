@@ -10,16 +10,16 @@ from mithridate.report.measures import Measures, measures
 from mithridate.report.rows import Row, groups, step_noun
 from mithridate.report.statistic import Statistic, signed, spread, times
 from mithridate.report.tables.results import displayed
-from mithridate.report.wording import MISSING, plain, said_of
+from mithridate.report.wording import MISSING, one_line, with_step_noun
 
 GROUP = ("data set", "model")
-"""The columns that are there only if several are compared."""
+"""The columns that are shown only if several data sets or models are compared."""
 
 LEFT_OUT = {"alarms", "seconds"}
 """The columns of the results for which 80 characters have no room."""
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
-"""What the others are called."""
+"""What the other columns of the results are called here."""
 
 MEASURED = ("clean", "vs none", "fixed", "after", "vs none", "passed", "time")
 """What is said of each defence: three columns on a clean stream, three under the strongest attack, and time."""
@@ -35,7 +35,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     table = _empty(
         "accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds",
         (*(GROUP if several else ()), *HEADINGS[:2]),
-        [said_of(step_noun(rows), name) for name in HEADINGS[2:]],
+        [with_step_noun(step_noun(rows), name) for name in HEADINGS[2:]],
     )
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
@@ -56,7 +56,7 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
         return None
     several = len(groups(rows)) > 1
     attacks = {group: strongest(members) for group, members in groups(rows).items()}
-    names = plain("; ".join(dict.fromkeys(row.attack for row in attacks.values() if row is not None)))
+    names = one_line("; ".join(dict.fromkeys(row.attack for row in attacks.values() if row is not None)))
     table = _empty(
         "clean, fixed: final accuracy on a clean stream, share of its samples corrected; after, passed: accuracy after "
         f"the trigger of {names or 'an attack'}, share of poisoned samples let pass; all in %. vs none: points against "

@@ -11,10 +11,10 @@ _SPREADSHEET_FORMULA = re.compile(r"^\s*[=+\-@]")
 _MARKDOWN_MARK = re.compile(r"[\\`*\[\]|~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
-def plain(value: object) -> str:
+def one_line(value: object) -> str:
     r"""Text on one line without control, bidirectional or other unprintable characters.
 
-    >>> plain("a\x1b[31m\n b")
+    >>> one_line("a\x1b[31m\n b")
     'a [31m b'
     """
     return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())
@@ -119,7 +119,7 @@ def counted(count: object, noun: str) -> str:
 
 
 def out_of(part: int, total: int) -> str:
-    """How many of some runs, the number alone if it is all of them.
+    """How many of some runs; the number alone if it is all of them.
 
     >>> out_of(2, 3), out_of(3, 3)
     ('2 of 3', '3')
@@ -127,14 +127,14 @@ def out_of(part: int, total: int) -> str:
     return str(total) if part == total else f"{part} of {total}"
 
 
-def said_of(noun: str, text: str) -> str:
-    """Words about the batches of an online run, said of whatever its steps are.
+def with_step_noun(noun: str, text: str) -> str:
+    """Words about batches, with the noun for what a step of the run takes in put in their place.
 
     Args:
         noun: What one step takes in: `batch`, or `round` of a federation.
         text: Our own words, never names from the store.
 
-    >>> said_of("round", "seconds a batch"), said_of("round", "phase (batches)")
+    >>> with_step_noun("round", "seconds a batch"), with_step_noun("round", "phase (batches)")
     ('seconds a round', 'phase (rounds)')
     """
     return text.replace("batches", noun_of(2, noun)).replace("batch", noun)

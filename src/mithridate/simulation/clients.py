@@ -184,9 +184,9 @@ def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
     """Divide the stream's victim part among clients.
 
     Args:
-        stream: Whose images.
-        how: Clients and partition.
-        seed: Of the division, the sampling and the clients' draws.
+        stream: Whose victim part is divided.
+        how: Number of clients and partition.
+        seed: Decides the division, which clients take part in a round, and what each draws from its shard.
 
     Raises:
         DataError: There are too few images.

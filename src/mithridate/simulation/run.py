@@ -221,6 +221,7 @@ class Simulation(ABC):
         exchange = self.exchange(index, phase, generator(self.key, self.seed, index))
         exchanged = time.perf_counter()
         if phase != "trigger":
+            # A generator's key decides the bits, so this one keeps its wording.
             self.attack.after_step(self.view(), generator(f"{self.key}, fed", self.seed, index))
         adapted = time.perf_counter()
         score = self.learner.evaluate(self.test)

@@ -45,12 +45,13 @@ class BurnIn:
         epochs: Passes over the burn-in part; 0 leaves the model as initialised.
         batch_size: Images a step.
         lr: Learning rate of SGD at the first step, > 0.
-        schedule: Of the learning rate, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a straight line,
-            from `lr` to 0), or `constant`.
+        schedule: How the learning rate falls, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a
+            straight line, from `lr` to 0), or `constant`.
         momentum: Momentum factor of SGD.
         weight_decay: L2 penalty of SGD.
         checkpoints: Epochs whose model is kept besides the last (DSC and discrepancy look back at them).
-        seed: Of initialisation, order and augmentation; unset: the run's seed. Set, all runs share one burn-in.
+        seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
+            run's seed.
         checkpoint: Path of a finished model (`.safetensors`, or `.pt` with tensors only) to start from instead of
             training; `epochs` is then not used.
 

@@ -109,7 +109,7 @@ class Learner(DefendedStep):
         raises, the learner is as it was before the call.
 
         Args:
-            batch: As received from the stream.
+            batch: The samples as received from the stream.
 
         Returns:
             Norms, the loss and the verdict. A NaN loss is not an error: it is reported.
@@ -161,7 +161,7 @@ class Learner(DefendedStep):
 
         Args:
             batches: On the learner's device or not.
-            weights: Of the model to measure in place of the one that is served.
+            weights: Weights of the model to measure in place of the one that is served.
         """
         hits, targets, loss, count = 0, 0, 0.0, 0
         served = weights or self.defence.serve(self.view())

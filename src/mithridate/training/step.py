@@ -137,7 +137,7 @@ class DefendedStep:
         """Quarantine what is not finite, and let the defence screen the rest.
 
         Args:
-            batch: As received.
+            batch: The samples as received.
 
         Raises:
             DataError: It is no batch.

@@ -30,7 +30,8 @@ def examine(rows: Sequence[Row]) -> list[Examined]:
         rows: All rows of the report.
 
     Returns:
-        One answer a rule, those with the gravest doubts first, those without doubts last; so are the doubts in each.
+        One answer a rule, those with the gravest doubts first, those without doubts last; in each, the gravest doubt
+        first.
     """
     compared = groups(rows)
     answers = []

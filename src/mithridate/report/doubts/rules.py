@@ -16,7 +16,7 @@ from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.rows import Row, seed, seeds, step_noun, updates
 from mithridate.report.settings import flattened, settings, shared, varying
 from mithridate.report.statistic import Statistic, spread
-from mithridate.report.wording import counted, listed, noun_of, number, plain, points
+from mithridate.report.wording import counted, listed, noun_of, number, one_line, points
 
 Rule = Callable[[Sequence[Row]], list[Doubt]]
 
@@ -43,8 +43,8 @@ ALL_CORRECTED = 0.95
 """A defence that corrects at least this share of clean samples does not choose which."""
 
 CALIBRATION_FACTOR = 2.0
-"""How far what a measured threshold corrects on a clean stream may be outside its confidence interval. That takes
-samples for independent, and is of an undefended copy: from half its lower to twice its upper end is allowed."""
+"""How far outside its confidence interval the share that a measured threshold corrects on a clean stream may lie: from
+half the lower to twice the upper end, since the interval takes samples for independent and is of an undefended copy."""
 
 ENVIRONMENT_KEYS = (
     "mithridate",
@@ -60,7 +60,7 @@ ENVIRONMENT_KEYS = (
     "platform",
     "machine",
 )
-"""What of `environment.json` can move a result."""
+"""The entries of `environment.json` that can move a result."""
 
 
 def _rule(title: str) -> Callable[[Callable[[Sequence[Row]], Iterable[Doubt]]], Rule]:
@@ -347,7 +347,9 @@ def budgets_differ(rows: Sequence[Row]) -> Iterator[Doubt]:
 def versions_mixed(rows: Sequence[Row]) -> Iterator[Doubt]:
     """Looks for different versions or devices behind results that are compared."""
     runs = [run for row in rows for run in row.runs]
-    tables = [{key: plain(run.environment[key]) for key in ENVIRONMENT_KEYS if key in run.environment} for run in runs]
+    tables = [
+        {key: one_line(run.environment[key]) for key in ENVIRONMENT_KEYS if key in run.environment} for run in runs
+    ]
     if mixed := varying(tables, shared(tables)):
         text = "; ".join(f"{key}: {values}" for key, values in mixed.items())
         yield Doubt(Severity.CAUTION, ALL_CELLS, f"the runs were made with unlike software or hardware: {text}.")
@@ -369,7 +371,7 @@ def _of(some: Sequence[Run], row: Row) -> str:
 
 
 def _with(row: Row, metric: str) -> list[Run]:
-    """The runs that counted any of something."""
+    """The runs whose summary counts at least one of `metric`."""
     return [run for run in row.runs if number(run.summary.get(metric))]
 
 
@@ -378,7 +380,7 @@ def _claiming(rows: Iterable[Row]) -> list[Row]:
 
 
 def _unopposed(rows: Iterable[Row]) -> list[Row]:
-    """Attacks without a defence, or under one where there is no such row: leaving no effect is a defence's success."""
+    """Undefended attacks, and defended ones that were not run undefended: where both are, the defended one may fail."""
     claiming = _claiming(rows)
     bare = {row.attack for row in claiming if row.defence_name == "none"}
     return [row for row in claiming if row.defence_name == "none" or row.attack not in bare]

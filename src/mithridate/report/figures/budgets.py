@@ -75,7 +75,7 @@ def budget_axis(ax: Axes, attacks: Iterable[Mapping[float, Row]]) -> None:
 
 
 def budget_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
-    """Every look as it is for poisoned samples, and the dashes of clean ones."""
+    """A legend: every look as poisoned samples have it, and the dashes of clean ones."""
     solid = {name: replace(look, dashes=DASHES[0]) for name, look in looks.items()}
     legend(figure, solid | {NAMES[CLEAN]: Look("#444444", DASHES[1], "")})
 

@@ -59,7 +59,7 @@ def step_lines(attacked: Row, quiet: Row | None, info: DetectorInfo) -> dict[str
     """Mean discrepancy at each step, aligned at the trigger as in `timeline.aligned`.
 
     Args:
-        attacked: Gives poisoned samples and their clean twins.
+        attacked: The cell whose poisoned samples, and their clean twins, are shown.
         quiet: The same stream without an attack, if there is such a run.
         info: The detector.
     """

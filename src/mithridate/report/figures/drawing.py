@@ -67,7 +67,7 @@ class Drawing:
     Args:
         stem: File name without ending; safe.
         subject: The model and the data set.
-        heading: What it shows of them.
+        heading: What the figure shows.
         caption: How to read it.
         alt: What people who do not see it are told.
         svg: SVG source, self-contained.
@@ -138,9 +138,9 @@ def panels(
     """A figure with n panels, at most `MAX_COLUMNS` side by side.
 
     Args:
-        n: How many.
-        height: Of one panel, in inches.
-        width: Of one panel, in inches.
+        n: How many panels.
+        height: Height of one panel, in inches.
+        width: Width of one panel, in inches.
         least: Width of the figure at least, in inches.
         top: Room for the legend, in inches.
         share: Whether all have the same axes.
@@ -193,7 +193,7 @@ def draw_mean(
         ax: Where.
         line: The numbers.
         look: How the line is told from others.
-        width: Of the line, in points.
+        width: Width of the line, in points.
         marked: Which positions have a marker: every so many, or these.
         band: Whether the band is drawn.
     """

@@ -16,7 +16,7 @@ from mithridate.report.figures.timeline import (
     placed,
 )
 from mithridate.report.rows import Row, step_noun
-from mithridate.report.wording import said_of
+from mithridate.report.wording import with_step_noun
 
 MEASURES = {
     "batch_loss": "batch loss (nats)",
@@ -47,7 +47,7 @@ def loss_and_norms(rows: Sequence[Row]) -> Drawing | None:
     axes = figure.subplots(len(lines), len(MEASURES), sharex=True, sharey="col", squeeze=False)
     looks = looks_of(name for members in lines.values() for name, _ in members)
     for column, (measure, label) in zip(axes.T, MEASURES.items(), strict=True):
-        column[0].set_title(said_of(step_noun(rows), label), loc="left")
+        column[0].set_title(with_step_noun(step_noun(rows), label), loc="left")
         positive = [value for value in values[measure] if value > 0]
         for ax, members in zip(column, lines.values(), strict=True):
             for name, row in members:

@@ -62,7 +62,7 @@ def mosaic(
 
     Args:
         clean: (n, c, h, w) in [0, 1], c = 1 or 3; of other images the mean over the channels is shown.
-        poisoned: The same shape.
+        poisoned: (n, c, h, w) in [0, 1], the same images after poisoning.
         factor: Amplification of the difference.
         side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
         gap: White pixels between images.

@@ -33,7 +33,7 @@ class Distribution:
     Args:
         info: The detector.
         scores: By kind of sample; finite ones only.
-        auroc: Of each seed by itself.
+        auroc: AUROC of each seed by itself.
     """
 
     info: DetectorInfo
@@ -117,7 +117,7 @@ def bins(info: DetectorInfo, scores: ScoredSamples) -> NDArray[np.float64]:
 
     Args:
         info: The detector.
-        scores: Of its samples, as they are drawn.
+        scores: Scores of its samples, as they are drawn.
     """
     ends = [np.quantile(part, [TAIL, 1 - TAIL]) for part in (scores.clean, scores.poisoned)]
     low, high = min(float(end[0]) for end in ends), max(float(end[1]) for end in ends)

@@ -19,7 +19,7 @@ ENDS = frozenset({"label", "max_rounds", "accuracy_floor", "max_drop"})
 """Settings of an attack that say what it is called or when its phase ends, not what is sent in it."""
 
 CORNERS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
-"""Where the numbers of rounds stand beside the points, line by line, so that close lines do not hide them."""
+"""On which side of the points the numbers of rounds stand, line by line, so that close lines do not hide them."""
 
 FAINT = 0.25
 """Opacity of bars, which overlap where phases are about as secret as each other."""

@@ -85,7 +85,7 @@ def placed(values: Mapping[float, T], longest: float) -> dict[float, T]:
 
     Args:
         values: By position, as in `aligned`.
-        longest: As given by `longest_phase`.
+        longest: Steps before the trigger in the longest run; see `longest_phase`.
     """
     return {trigger_width(longest) if place == AFTER else place: value for place, value in values.items()}
 

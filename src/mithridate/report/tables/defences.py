@@ -7,7 +7,7 @@ from mithridate.report.measures import Measures
 from mithridate.report.rows import Row, step_noun, updates
 from mithridate.report.statistic import Statistic, seconds, signed, spread, times
 from mithridate.report.tables.section import TableSection
-from mithridate.report.wording import MISSING, listed, number, out_of, said_of, span
+from mithridate.report.wording import MISSING, listed, number, out_of, span, with_step_noun
 
 OPTIONAL = frozenset(
     {
@@ -66,7 +66,7 @@ def _filled(table: TableSection, cells: Sequence[tuple[str, Mapping[str, str]]],
     shown = [name for name in head if name not in empty]
     note = f"None in any row, so not shown: {listed([name.partition(' (')[0] for name in empty])}." if empty else ""
     return replace(table, note=note, bold=shown.index(BOLD) if shown else None).filled(
-        [(subject, {said_of(noun, name): line[name] for name in shown}) for subject, line in cells]
+        [(subject, {with_step_noun(noun, name): line[name] for name in shown}) for subject, line in cells]
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from mithridate.report.rows import Row, groups, step_noun
 from mithridate.report.statistic import spread
 from mithridate.report.tables.section import TableSection, markdown_table
-from mithridate.report.wording import MISSING, decimal, out_of, said_of, span
+from mithridate.report.wording import MISSING, decimal, out_of, span, with_step_noun
 
 
 def results_table(rows: Sequence[Row]) -> TableSection:
@@ -26,7 +26,7 @@ def results_table(rows: Sequence[Row]) -> TableSection:
 
 def columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The headings of `displayed`, with what one step of these rows takes in instead of a batch."""
-    return tuple(said_of(step_noun(rows), name) for name in displayed(rows[0]))
+    return tuple(with_step_noun(step_noun(rows), name) for name in displayed(rows[0]))
 
 
 def displayed(row: Row) -> dict[str, str]:

@@ -193,8 +193,8 @@ def kernel_offsets(layer: nn.Conv2d, rows: int, columns: int) -> Iterator[tuple[
 
     Args:
         layer: The convolution.
-        rows: Of its output.
-        columns: Of its output.
+        rows: Rows of its output.
+        columns: Columns of its output.
     """
     down, right = (
         [slice(k * dilation, k * dilation + stride * (length - 1) + 1, stride) for k in range(size)]

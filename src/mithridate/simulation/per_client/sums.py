@@ -1,4 +1,4 @@
-"""Lengths and weighted sums of clients' gradients, none of them formed.
+"""Lengths and weighted sums of clients' gradients, without forming the gradients.
 
 Most servers need no more: the mean of clients' gradients, each shortened to a bound, takes their lengths and a weighted
 sum, and both follow from the layers' inputs and the loss's gradients in their outputs.
@@ -29,7 +29,7 @@ SUMMED_PASS = 128
 
 
 class Summed(NamedTuple):
-    """What a server needs of some clients' gradients, none of them formed.
+    """What a server needs to know of some clients' gradients, which are not formed.
 
     Args:
         total: (parameters,), their sum, each times its factor.
