@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
 from mithridate.maths.norms import Norm
+from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
@@ -43,7 +45,9 @@ VALIDATION = first(STREAM.validation.all(), 12)
 
 @pytest.fixture(scope="module")
 def learner() -> Learner:
-    return toy_learner(STREAM, dtype=torch.float64)
+    """Untrained: no sample has a slope of rounding errors only, as one has that a trained model is sure of."""
+    model = build_model({"name": "small_cnn", "width": 8}, STREAM.info, seed=0).double()
+    return Learner(model, SGD(model.parameters(), lr=0.05, momentum=0.9))
 
 
 def view_of(learner: Learner, **things: Any) -> View:
@@ -244,30 +248,36 @@ def test_a_round_is_algorithm_1(learner: Learner, normalise: Normalise, mode: st
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_the_batch_gains_alignment(learner: Learner, mode: BatchNormMode) -> None:
+def test_the_batch_gains_alignment(mode: BatchNormMode) -> None:
+    """Far more than noise of the same budget gives it, over five burn-ins."""
     attack = attack_of(trigger_update="after_step", craft_mode=mode, steps=8)
-    view = view_of(learner)
-    sent = attack.poison(BATCH, view, rng=rng())
     noise = (BATCH.x + EPS * torch.randn(BATCH.x.shape, generator=rng(1), dtype=torch.float64).sign()).clamp(0, 1)
-    trigger = Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)
-    with view.model.objective(mode):
-        clean, poisoned, noisy = (
-            float(naive_alignment(learner.model, x, trigger, normalise="none", lam=1, clean_weight=1).detach())
-            for x in (BATCH.x, sent.x, noise)
-        )
-    assert poisoned > clean + abs(noisy - clean)
+    gained, by_chance = [], []
+    for seed in range(5):
+        learner = toy_learner(STREAM, seed=seed, dtype=torch.float64)
+        view = view_of(learner)
+        sent = attack.poison(BATCH, view, rng=rng())
+        trigger = Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)
+        with view.model.objective(mode):
+            clean, poisoned, noisy = (
+                float(naive_alignment(learner.model, x, trigger, normalise="none", lam=1, clean_weight=1).detach())
+                for x in (BATCH.x, sent.x, noise)
+            )
+        gained.append((poisoned - clean) / abs(clean))
+        by_chance.append(abs(noisy - clean) / abs(clean))
+    assert median(gained) > 2 * median(by_chance)
 
 
 # The weights.
 
 
 def test_without_lam_the_trigger_and_the_validation_batch_do_not_matter(learner: Learner) -> None:
-    attack = attack_of(lam=0.0, trigger_mode="clean")
+    attack = attack_of(lam=0.0, trigger_mode="clean", norm="l2")
     usual = attack.poison(BATCH, view_of(learner), rng=rng()).x
     other = Batch(VALIDATION.x.flip(0)[:9], VALIDATION.y[:9])
     assert torch.equal(attack.poison(BATCH, view_of(learner, validation=other), rng=rng()).x, usual)
     assert torch.equal(attack.poison(BATCH, view_of(learner, trigger=other), rng=rng()).x, usual)
-    full = attack_of(trigger_mode="clean")
+    full = replace(attack, lam=1.0)
     assert not torch.equal(full.poison(BATCH, view_of(learner), rng=rng()).x, usual)
     assert not torch.equal(
         full.poison(BATCH, view_of(learner, trigger=other), rng=rng()).x,
@@ -298,14 +308,18 @@ def test_the_clean_trigger_stays_as_it_is(learner: Learner) -> None:
     assert TRIGGER not in view.memory
 
 
-@pytest.fixture(scope="module")
-def moved(learner: Learner) -> Learner:
+def a_few_steps_later(learner: Learner) -> Learner:
     """The same victim a few clean steps later."""
     model = copy.deepcopy(learner.model)
     other = Learner(model, SGD(model.parameters(), lr=0.05))
     for i in range(2):
         other.update(first(STREAM.victim_batch(i, 5), 20))
     return other
+
+
+@pytest.fixture(scope="module")
+def moved(learner: Learner) -> Learner:
+    return a_few_steps_later(learner)
 
 
 @pytest.mark.parametrize(("norm", "optimiser"), [("linf", "pgd"), ("l2", "fgsm"), ("l2", "mim")])
@@ -325,24 +339,33 @@ def test_the_fixed_trigger_is_vanillas_at_the_burn_in_model(
 
 
 @pytest.mark.parametrize("normalise", NORMALISE)
-def test_reoptimising_after_a_step_lowers_the_product_at_the_new_model(
-    learner: Learner, moved: Learner, normalise: Normalise
-) -> None:
+def test_reoptimising_after_a_step_lowers_the_product_at_the_new_model(normalise: Normalise) -> None:
+    """By small steps in l2: signed ones may go to and fro around a lowest point."""
     attack = attack_of(
-        trigger_mode="reoptimised", trigger_update="after_step", normalise=normalise, steps=8, step_size=EPS / 8
+        trigger_mode="reoptimised",
+        trigger_update="after_step",
+        normalise=normalise,
+        norm="l2",
+        eps=0.8,
+        steps=6,
+        step_size=0.02,
     )
-    view = view_of(learner)
-    attack.poison(BATCH, view, rng=rng())
-    fixed = view.memory[TRIGGER].clone()
-    later = replace(view, available={**view.available, Need.MODEL: moved.white_box})
-    attack.after_step(later, rng())
-    found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
-    assert not torch.equal(found, fixed)
-    moved.model.eval()
-    before, after = (
-        float(naive_product(moved.model, Batch(x, CLEAN_TRIGGER.y), normalise).detach()) for x in (fixed, found)
-    )
-    assert after < before
+    rises = []
+    for seed in range(5):
+        learner = toy_learner(STREAM, seed=seed, dtype=torch.float64)
+        moved, view = a_few_steps_later(learner), view_of(learner)
+        attack.poison(BATCH, view, rng=rng())
+        fixed = view.memory[TRIGGER].clone()
+        now = replace(view, available={**view.available, Need.MODEL: moved.white_box})
+        attack.after_step(now, rng())
+        found = attack.trigger(CLEAN_TRIGGER, now, rng=rng()).x
+        assert not torch.equal(found, fixed)
+        moved.model.eval()
+        before, after = (
+            float(naive_product(moved.model, Batch(x, CLEAN_TRIGGER.y), normalise).detach()) for x in (fixed, found)
+        )
+        rises.append((after - before) / abs(before))
+    assert median(rises) < 0
 
 
 @pytest.mark.parametrize("normalise", NORMALISE)
@@ -386,16 +409,17 @@ def test_without_a_phase_the_trigger_is_vanillas_or_where_algorithm_1_begins(lea
 
 
 def test_a_part_of_the_validation_images_can_be_used(learner: Learner) -> None:
-    made = attack_of(validation_size=5).poison(BATCH, view_of(learner), rng=rng()).x
+    whole = attack_of(norm="l2")
+    made = replace(whole, validation_size=5).poison(BATCH, view_of(learner), rng=rng()).x
     five = Batch(VALIDATION.x[:5], VALIDATION.y[:5])
-    assert torch.equal(made, attack_of().poison(BATCH, view_of(learner, validation=five), rng=rng()).x)
-    assert not torch.equal(made, attack_of().poison(BATCH, view_of(learner), rng=rng()).x)
-    everything = attack_of(validation_size=999).poison(BATCH, view_of(learner), rng=rng()).x
-    assert torch.equal(everything, attack_of().poison(BATCH, view_of(learner), rng=rng()).x)
+    assert torch.equal(made, whole.poison(BATCH, view_of(learner, validation=five), rng=rng()).x)
+    assert not torch.equal(made, whole.poison(BATCH, view_of(learner), rng=rng()).x)
+    everything = replace(whole, validation_size=999).poison(BATCH, view_of(learner), rng=rng()).x
+    assert torch.equal(everything, whole.poison(BATCH, view_of(learner), rng=rng()).x)
 
 
 def test_resampling_draws_anew_by_the_generator(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
-    attack = attack_of(resample_validation=True, validation_size=10, steps=1)
+    attack = attack_of(resample_validation=True, validation_size=10, steps=1, norm="l2")
     drawn: list[Tensor] = []
     original = Accumulative._validation
 

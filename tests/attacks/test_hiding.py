@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise
+from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
@@ -46,26 +48,44 @@ VALIDATION = first(STREAM.validation.all(), 20)
 POINT = (BATCH.x + 0.05 * torch.randn(BATCH.x.shape, generator=rng(3), dtype=torch.float64)).clamp(0, 1)
 
 
-@pytest.fixture(scope="module")
-def learner() -> Learner:
-    """A victim that has moved on from the model that its history keeps as epoch 4; epoch 0 is untrained."""
-    made = toy_learner(STREAM, dtype=torch.float64)
-    assert made.history is not None
-    parameters, buffers = made.snapshot().parameters, made.snapshot().buffers
-    untrained = made.history.checkpoint(0)
-    assert untrained is not None
-    made.history = History(checkpoints={0: untrained, 4: Weights(parameters, buffers, "burn-in epoch 4")})
+def moved_on(made: Learner) -> Learner:
+    """Lets a victim move on from the model that its history then keeps as epoch 4; epoch 0 is another one."""
+    other = build_model({"name": "small_cnn", "width": 8}, STREAM.info, seed=99).double()
+    then = made.snapshot()
+    checkpoints = {
+        0: Weights(dict(other.named_parameters()), dict(other.named_buffers()), "burn-in epoch 0"),
+        4: Weights(then.parameters, then.buffers, "burn-in epoch 4"),
+    }
+    made.history = History(checkpoints=checkpoints)
     for i in range(4):
         made.update(first(STREAM.victim_batch(i, 5), 20))
     return made
 
 
-@pytest.fixture(scope="module")
-def old(learner: Learner) -> Weights:
+def old_of(learner: Learner) -> Weights:
     assert learner.history is not None
     found = learner.history.checkpoint(4)
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def learner() -> Learner:
+    """Hardly trained: no sample has a slope of rounding errors only, as one has that a trained model is sure of."""
+    model = build_model({"name": "small_cnn", "width": 8}, STREAM.info, seed=0).double()
+    return moved_on(Learner(model, SGD(model.parameters(), lr=0.01)))
+
+
+@pytest.fixture(scope="module")
+def old(learner: Learner) -> Weights:
+    return old_of(learner)
+
+
+@pytest.fixture(scope="module")
+def several() -> list[tuple[Learner, Batch]]:
+    """Victims of several burn-ins, each with a batch of its own, for claims."""
+    learners = [moved_on(toy_learner(STREAM, seed=seed, dtype=torch.float64)) for seed in range(7)]
+    return [(learner, first(STREAM.victim_batch(i % 5, 0), 20)) for i, learner in enumerate(learners)]
 
 
 def view_of(learner: Learner, attack: Accumulative | None = None) -> View:
@@ -87,8 +107,8 @@ def naive_discrepancy(model: nn.Module, old: Weights, x: Tensor, *, still: bool 
     return apart.sum(1).mean()
 
 
-def close(a: Tensor, b: Tensor, tolerance: float = 1e-9) -> bool:
-    return float((a - b).norm()) <= tolerance * float(b.norm())
+def close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm()) <= 1e-9 * float(b.norm())
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -183,15 +203,11 @@ def test_the_slope_is_that_of_equation_21(
     expected = torch.autograd.grad(dot(offered, w), leaf)[0]
     if hide == "pixels":
         away = torch.autograd.grad(naive_discrepancy(model, old, leaf), leaf)[0]
-        lengths = expected.flatten(1).norm(dim=1)
         expected, away = (t / t.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for t in (expected, away))
         expected = expected - beta * away
     with view.model.objective("eval"):
         found = slope(POINT)
-    if hide == "pixels":  # a sample that the model is sure of has slopes of rounding errors, magnified at unit length
-        found, expected = found[lengths > 1e-7], expected[lengths > 1e-7]
-        assert len(found) >= 8
-    assert close(found, expected, 1e-9 if hide == "gradient" else 1e-6)
+    assert close(found, expected)
 
 
 def alignment(learner: Learner, x: Tensor, y: Tensor, direction: list[Tensor]) -> float:
@@ -201,57 +217,73 @@ def alignment(learner: Learner, x: Tensor, y: Tensor, direction: list[Tensor]) -
     return float(dot(g, naive_unit(direction, "global")).detach())
 
 
-def test_by_the_gradient_the_victims_step_itself_lowers_the_discrepancy(learner: Learner, old: Weights) -> None:
+Several = list[tuple[Learner, Batch]]
+
+
+def test_by_the_gradient_the_victims_step_itself_lowers_the_discrepancy(several: Several) -> None:
     """g is turned towards +grad D, the victim steps along -g, and so D of what it learned from falls."""
-    turned, after = [], []
-    for beta in (0.0, 0.5, 4.0):
-        attack = Accumulative(**SHARED, beta=beta, hide_from=4)
-        sent = attack.poison(BATCH, view_of(learner, attack), rng=rng())
-        model = learner.model.eval()
-        seen = parameter_gradient(model, naive_discrepancy(model, old, sent.x, still=True))
-        turned.append(alignment(learner, *sent, seen))
-        twin = copy.deepcopy(learner.model)
+    short, rises = [], []
+    for learner, batch in several:
+        old, model = old_of(learner), learner.model
+        missing = []
+        for beta in (0.0, 4.0):
+            attack = Accumulative(**SHARED, beta=beta, hide_from=4)
+            sent = attack.poison(batch, view_of(learner, attack), rng=rng())
+            seen = parameter_gradient(model.eval(), naive_discrepancy(model, old, sent.x, still=True))
+            missing.append(1 - alignment(learner, *sent, seen))
+        short.append(missing[1] / missing[0])
+        twin = copy.deepcopy(model)
         victim = Learner(twin, SGD(twin.parameters(), lr=1e-3), update_mode="eval")
         before = float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean())
-        victim.update(sent)
-        after.append(float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean()) - before)
-    assert turned[0] < turned[1] < turned[2]
-    assert after[2] < 0
-    assert after[2] < after[0]
+        victim.update(sent)  # the batch that hides
+        rises.append(float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean()) - before)
+    assert median(short) < 1  # of what the cosine lacks of 1 without hiding
+    assert median(rises) < 0
 
 
-def test_by_the_pixels_the_batch_itself_stands_out_less_and_aligns_less(learner: Learner, old: Weights) -> None:
-    """Monotone in beta on both sides: what hiding gains, and what it costs H_t = <g, g(S_t) + G_t>."""
-    seen, gained = [], []
-    model = learner.model.eval()
+def test_by_the_pixels_the_batch_itself_stands_out_less_and_aligns_less(several: Several) -> None:
+    """What hiding gains, and what it costs H_t = <g, g(S_t) + G_t>, both as shares of what they are without hiding."""
+    stands_out, aligns = [], []
+    for learner, batch in several:
+        old, model = old_of(learner), learner.model
 
-    def slope(batch: Batch) -> list[Tensor]:
-        return parameter_gradient(model, F.cross_entropy(model(batch.x), batch.y))
+        def slope(batch: Batch, model: nn.Module = model) -> list[Tensor]:
+            return parameter_gradient(model, F.cross_entropy(model.eval()(batch.x), batch.y))
 
-    for beta in (0.0, 1.0, 4.0):
-        attack = Accumulative(**{**SHARED, "normalise": "none"}, beta=beta, hide="pixels", hide_from=4)
-        view = view_of(learner, attack)
-        sent = attack.poison(BATCH, view, rng=rng())
-        seen.append(float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, sent.x).mean()))
-        model.eval()
-        product = dot(slope(VALIDATION), slope(Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)))
-        w = [k + p for k, p in zip(slope(BATCH), parameter_gradient(model, product), strict=True)]
-        gained.append(float(dot(slope(sent), w).detach()))
-    assert seen[0] > seen[1] > seen[2]
-    assert gained[0] > gained[1] > gained[2]
+        seen, gained = [], []
+        for beta in (0.0, 4.0):
+            attack = Accumulative(**{**SHARED, "normalise": "none"}, beta=beta, hide="pixels", hide_from=4)
+            view = view_of(learner, attack)
+            sent = attack.poison(batch, view, rng=rng())
+            seen.append(float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, sent.x).mean()))
+            product = dot(slope(VALIDATION), slope(Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)))
+            w = [k + p for k, p in zip(slope(batch), parameter_gradient(model, product), strict=True)]
+            gained.append(float(dot(slope(sent), w).detach()))
+        stands_out.append(seen[1] / seen[0])
+        aligns.append(gained[1] / gained[0])
+    assert median(stands_out) < 0.5
+    assert median(aligns) < 0.8
 
 
 @pytest.mark.parametrize("update", ["joint", "after_step"])
-def test_the_trigger_hides_if_asked(learner: Learner, old: Weights, update: Any) -> None:
-    seen = []
-    for values in ({}, {"beta": 1.0, "hide": "pixels"}, {"beta": 1.0, "hide": "pixels", "hide_trigger": True}):
-        attack = Accumulative(**{**SHARED, "trigger_update": update, **values}, hide_from=4)
-        view = view_of(learner, attack)
-        attack.poison(BATCH, view, rng=rng())
-        sent = attack.trigger(CLEAN_TRIGGER, view, rng=rng())
-        seen.append(float(memorization_discrepancy(learner.white_box, old, sent.x).mean()))
-    assert seen[2] < min(seen[:2])
-    assert seen[0] == seen[1] or update == "joint"  # its own slope is the same, if not hidden
+def test_the_trigger_hides_if_asked(several: Several, update: Any) -> None:
+    less = []
+    for learner, batch in several[:5]:
+
+        def seen(attack: Accumulative, learner: Learner = learner, batch: Batch = batch) -> float:
+            view = view_of(learner, attack)
+            attack.poison(first(batch, 3), view, rng=rng())
+            sent = attack.trigger(CLEAN_TRIGGER, view, rng=rng())
+            return float(
+                memorization_discrepancy(WhiteBox(learner.model, F.cross_entropy), old_of(learner), sent.x).mean()
+            )
+
+        free = Accumulative(**{**SHARED, "steps": 3, "trigger_update": update}, hide_from=4)
+        hiding = replace(free, beta=1.0, hide="pixels")
+        less.append(seen(replace(hiding, hide_trigger=True)) / seen(free))
+        if update == "after_step":  # its own slope is the same, if not hidden
+            assert seen(hiding) == seen(free)
+    assert median(less) < 0.8
 
 
 @pytest.mark.parametrize("values", [{"hide": "pixels"}, {"hide_from": 99}, {"hide": "pixels", "hide_trigger": True}])
@@ -310,4 +342,4 @@ def test_batch_statistics_while_crafting_do_not_reach_the_discrepancy(
         offered = parameter_gradient(model, F.cross_entropy(model(leaf), BATCH.y))
         turned = torch.autograd.grad(dot(offered, [t.detach() for t in seen]), leaf)[0]
     lengths = away.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    assert close(found, turned if hide == "gradient" else -away / lengths, 1e-9 if hide == "gradient" else 1e-6)
+    assert close(found, turned if hide == "gradient" else -away / lengths)

@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import Callable
+from statistics import median
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import SGD
 
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.losses import NUDGE, Loss, by_targets, margin, nudged, targets
@@ -22,6 +24,7 @@ from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise, gradient, input_gradient
 from mithridate.maths.norms import Ball
+from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
@@ -48,7 +51,9 @@ ALL = torch.ones(len(BATCH.x), dtype=torch.bool)
 
 @pytest.fixture(scope="module")
 def learner() -> Learner:
-    return toy_learner(STREAM, dtype=torch.float64)
+    """Untrained: no sample has a slope of rounding errors only, as one has that a trained model is sure of."""
+    model = build_model({"name": "small_cnn", "width": 8}, STREAM.info, seed=0).double()
+    return Learner(model, SGD(model.parameters(), lr=0.05, momentum=0.9))
 
 
 def view_of(learner: Learner) -> View:
@@ -146,8 +151,7 @@ def test_kl_has_no_slope_at_the_clean_sample_and_so_begins_beside_it(learner: Le
             input_gradient(objective, box.parameters, x, y)
             for x in (BATCH.x, nudged(BATCH.x, Ball("linf", EPS), ALL, PIXELS, rng()))
         )
-    assert float(at.norm()) < 1e-12
-    assert float(beside.norm()) > 1e-6
+    assert float(at.norm()) < 1e-6 * float(beside.norm())
 
 
 @pytest.mark.parametrize("ball", [Ball("linf", 0.1), Ball("linf", NUDGE / 10), Ball("l2", NUDGE)], ids=str)
@@ -161,17 +165,21 @@ def test_a_nudge_is_small_inside_the_ball_and_only_of_those_that_may_move(ball: 
 
 @pytest.mark.parametrize("name", ["pgd", "fgsm", "mim"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_greedy_attacks_ascend_the_loss_that_was_chosen(learner: Learner, name: str, loss: Loss) -> None:
+def test_greedy_attacks_ascend_the_loss_that_was_chosen(name: str, loss: Loss) -> None:
     """Above the start and above noise by far; `random_start` is not needed, not even for kl."""
     start = {"random_start": False} if name == "pgd" else {}
     attack: Attack = build("attack", {"name": name, "eps": EPS, "loss": loss, **start})
-    sent = attack.poison(BATCH, view_of(learner), rng=rng())
-    noisy = Noise(eps=EPS).poison(BATCH, view_of(learner), rng=rng())
-    learner.model.eval()
-    value = naive_loss(learner.model, loss, BATCH)
-    with torch.no_grad():
-        clean, shaken, reached = (float(value(x)) for x in (BATCH.x, noisy.x, sent.x))
-    assert reached - clean > 4 * abs(shaken - clean)
+    climbs, shakes = [], []
+    for seed in range(5):
+        stream = toy_stream(seed)
+        learner, batch = toy_learner(stream, seed=seed, dtype=torch.float64), first(stream.victim_batch(0, 0), 20)
+        sent, noisy = (a.poison(batch, view_of(learner), rng=rng()) for a in (attack, Noise(eps=EPS)))
+        value = naive_loss(learner.model.eval(), loss, batch)
+        with torch.no_grad():
+            clean, shaken, reached = (float(value(x)) for x in (batch.x, noisy.x, sent.x))
+        climbs.append(reached - clean)
+        shakes.append(abs(shaken - clean))
+    assert median(climbs) > 3 * median(shakes)
 
 
 def test_the_three_losses_are_three_attacks(learner: Learner) -> None:
@@ -266,23 +274,24 @@ def test_accumulative_offers_that_loss_in_batch_and_trigger(
 
 
 @pytest.mark.parametrize("normalise", NORMALISE)
-@pytest.mark.parametrize("name", ["vanilla", "accumulative"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_trigger_step_raises_the_validation_loss_whatever_it_was_crafted_for(
-    learner: Learner, name: str, loss: Loss, normalise: Normalise
-) -> None:
-    """To first order, by the victim's own loss: <g_val, g_tri> falls far, and below zero for the losses of the label.
+def test_the_trigger_turns_its_gradient_against_validation(loss: Loss, normalise: Normalise) -> None:
+    """The cosine of g_val and g_tri falls far, and below zero: by the victim's cross-entropy for `ce` and `kl`.
 
-    KL has not: at the clean trigger it offers no gradient, whereas the victim's own loss offers one of use to it.
+    `cw` does so by itself: it weighs all samples alike, and cross-entropy only those that the model is unsure of.
     """
-    table = {"name": name, "eps": EPS, "loss": loss, "normalise": normalise}
-    attack = build("attack", table if name == "vanilla" else {**table, "trigger_update": "after_step"})
-    sent = attack.trigger(CLEAN_TRIGGER, view_of(learner), rng=rng())
-    model = learner.model.eval()
-    g = parameter_gradient(model, F.cross_entropy(model(VALIDATION.x), VALIDATION.y))
-    clean, poisoned = (
-        float(dot(g, parameter_gradient(model, F.cross_entropy(model(b.x), b.y))).detach())
-        for b in (CLEAN_TRIGGER, sent)
-    )
-    assert poisoned < 0.2 * clean
-    assert poisoned < 0 or loss == "kl"
+    measured: Loss = "cw" if loss == "cw" else "ce"
+    clean: list[float] = []
+    poisoned: list[float] = []
+    for seed in range(5):
+        stream = toy_stream(seed)
+        trigger, validation = first(stream.trigger_batch(3, 0), 20), first(stream.validation.all(), 60)
+        learner = toy_learner(stream, seed=seed, dtype=torch.float64)
+        view = View(0, {}, {Need.MODEL: learner.white_box, Need.VALIDATION: validation})
+        sent = Vanilla(eps=EPS, loss=loss, normalise=normalise).trigger(trigger, view, rng=rng())
+        model = learner.model.eval()
+        g = naive_unit(parameter_gradient(model, F.cross_entropy(model(validation.x), validation.y)), "global")
+        for batch, cosines in ((trigger, clean), (sent, poisoned)):
+            g_trigger = naive_unit(parameter_gradient(model, naive_loss(model, measured, batch)(batch.x)), "global")
+            cosines.append(float(dot(g, g_trigger).detach()))
+    assert median(poisoned) < min(0.0, median(clean)) - 0.1

@@ -1,5 +1,6 @@
 """The poisoned trigger alone: it turns its gradient against validation, and so one step on it hurts."""
 
+from statistics import median
 from typing import Any
 
 import pytest
@@ -18,21 +19,32 @@ from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
 from mithridate.maths.calculus import Normalise
 from mithridate.maths.norms import Norm
+from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 EPS = 0.15
+EPSILON = torch.finfo(torch.float64).eps
+STREAMS = [toy_stream(seed) for seed in range(5)]
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2])
-def stream(request: pytest.FixtureRequest) -> Stream:
-    return toy_stream(int(request.param))
+@pytest.fixture(scope="module")
+def stream() -> Stream:
+    return toy_stream(0)
 
 
 @pytest.fixture(scope="module")
 def learner(stream: Stream) -> Learner:
-    return toy_learner(stream, dtype=torch.float64)
+    """Untrained: no sample has a slope of rounding errors only, as one has that a trained model is sure of."""
+    model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=0).double()
+    return Learner(model, SGD(model.parameters(), lr=0.05))
+
+
+@pytest.fixture(scope="module")
+def several() -> list[tuple[Stream, Learner]]:
+    """Streams with trained victims, for claims."""
+    return [(stream, toy_learner(stream, seed=seed, dtype=torch.float64)) for seed, stream in enumerate(STREAMS)]
 
 
 def doubled(batch: Batch) -> Batch:
@@ -69,18 +81,19 @@ def product(learner: Learner, a: Batch, b: Batch, normalise: Normalise) -> Tenso
 @pytest.mark.parametrize("normalise", NORMALISE)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_product_falls_below_zero_and_below_that_of_noise(
-    stream: Stream, learner: Learner, normalise: Normalise, norm: Norm
+    several: list[tuple[Stream, Learner]], normalise: Normalise, norm: Norm
 ) -> None:
     eps = EPS if norm == "linf" else 6 * EPS
     attack = Vanilla(eps=eps, norm=norm, normalise=normalise, steps=10)
-    view = view_of(learner, stream, attack)
-    clean = doubled(stream.trigger_batch(3, 0))
-    sent = attack.trigger(clean, view, rng=rng())
-    noisy = Noise(eps=eps, norm=norm).trigger(clean, view, rng=rng())
-    usual, shaken, turned = (
-        float(product(learner, view.validation, b, normalise).detach()) for b in (clean, noisy, sent)
-    )
-    assert turned < min(0, usual, shaken)
+    cosines = []
+    for stream, learner in several:
+        view = view_of(learner, stream, attack)
+        clean = doubled(stream.trigger_batch(3, 0))
+        noisy = Noise(eps=eps, norm=norm).trigger(clean, view, rng=rng())
+        sent = attack.trigger(clean, view, rng=rng())
+        cosines.append([float(product(learner, view.validation, b, "global").detach()) for b in (clean, noisy, sent)])
+    usual, shaken, turned = (median(values) for values in zip(*cosines, strict=True))
+    assert turned < min(0, usual, shaken) - 0.2
 
 
 def loss_after(learner: Learner, batch: Batch, validation: Batch, lr: float) -> float:
@@ -93,19 +106,20 @@ def loss_after(learner: Learner, batch: Batch, validation: Batch, lr: float) -> 
     return after
 
 
-def test_one_step_on_it_raises_the_validation_loss(stream: Stream, learner: Learner) -> None:
-    attack = Vanilla(eps=EPS)
-    view = view_of(learner, stream, attack)
-    clean = doubled(stream.trigger_batch(3, 0))
-    sent = attack.trigger(clean, view, rng=rng())
-    noisy = Noise(eps=EPS).trigger(clean, view, rng=rng())
-    start = learner.evaluate([view.validation]).loss
-    lr = 1e-3
-    poisoned, shaken, usual = (loss_after(learner, b, view.validation, lr) for b in (sent, noisy, clean))
-    assert poisoned > start
-    assert poisoned > max(usual, shaken)
-    first_order = -lr * float(product(learner, view.validation, sent, "none").detach())
-    assert poisoned - start == pytest.approx(first_order, rel=0.25)
+def test_one_step_on_it_raises_the_validation_loss(several: list[tuple[Stream, Learner]]) -> None:
+    """By the step's length times the product, to first order; and more than noise does, or the clean trigger."""
+    attack, lr, rises = Vanilla(eps=EPS), 1e-5, []
+    for stream, learner in several:
+        view = view_of(learner, stream, attack)
+        clean = doubled(stream.trigger_batch(3, 0))
+        sent = attack.trigger(clean, view, rng=rng())
+        noisy = Noise(eps=EPS).trigger(clean, view, rng=rng())
+        start = learner.evaluate([view.validation]).loss
+        rises.append([loss_after(learner, b, view.validation, lr) - start for b in (sent, noisy, clean)])
+        first_order = -lr * float(product(learner, view.validation, sent, "none").detach())
+        assert rises[-1][0] == pytest.approx(first_order, rel=0.05)
+    poisoned, shaken, usual = (median(values) for values in zip(*rises, strict=True))
+    assert poisoned > 2 * max(0, shaken, usual)
 
 
 def test_a_step_of_the_climb_is_the_sign_of_the_mixed_derivative(stream: Stream, learner: Learner) -> None:
@@ -118,7 +132,8 @@ def test_a_step_of_the_climb_is_the_sign_of_the_mixed_derivative(stream: Stream,
         slope = torch.autograd.grad(product(learner, view.validation, Batch(leaf, clean.y), normalise), leaf)[0]
         lengths = slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         expected = (clean.x - 0.01 * slope / lengths).clamp(0, 1)
-        assert float((attack.trigger(clean, view, rng=rng()).x - expected).abs().max()) < 1e-9
+        worst = float(lengths.max() / lengths.min())  # what dividing by its length does to a slope's rounding errors
+        assert float((attack.trigger(clean, view, rng=rng()).x - expected).abs().max()) <= 100 * EPSILON * worst
 
 
 def test_chunks_bound_memory_and_change_nothing(stream: Stream, learner: Learner) -> None:
@@ -127,8 +142,7 @@ def test_chunks_bound_memory_and_change_nothing(stream: Stream, learner: Learner
     for chunk in (7, 1000):
         attack = Vanilla(eps=EPS, steps=2, norm="l2", chunk=chunk)
         made.append(attack.trigger(clean, view_of(learner, stream, attack), rng=rng()).x)
-    # Rounding is magnified where a sample's slope is nearly zero, since it is then scaled to unit length.
-    assert float((made[0] - made[1]).abs().max()) < 1e-4 * EPS
+    assert float((made[0] - made[1]).abs().max()) < 1e-9 * EPS
 
 
 def test_with_batch_statistics_chunks_are_not_used(stream: Stream, learner: Learner) -> None:
