@@ -110,13 +110,6 @@ def test_told_to_expect_some_a_rule_stands_no_more() -> None:
     assert [rule.most_hostile(n) for n in (3, 5, 7, 100)] == [0, 1, 2, 2]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_unusable_rows_of_every_dtype(dtype: torch.dtype) -> None:
-    rows = torch.ones(5, 2, dtype=dtype)
-    rows[1, 0], rows[2, 1], rows[3, 0], rows[4, 1] = torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).max
-    assert unusable(rows).tolist() == [False, True, True, True, dtype == torch.float64]
-
-
 def test_shares_sum_to_one_and_follow_the_weights() -> None:
     assert context(4).shares().tolist() == [0.25] * 4
     weighted = context(4, weights=torch.tensor([1.0, 0.0, 3.0, 0.0])).shares()
