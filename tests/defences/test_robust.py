@@ -143,7 +143,7 @@ def test_fltrust_is_given_the_gradient_on_the_trusted_set(burned_in: Learner, st
     context = Context(clients=torch.arange(4), rng=torch.Generator(), trusted=own)
     expected = build("aggregator", {"name": "fltrust"}).aggregate(rows, context)
     assert torch.allclose(made, expected, atol=1e-6)
-    assert float(torch.cosine_similarity(made, own, dim=0)) > 0.9
+    assert float(torch.cosine_similarity(made, own, dim=0)) > 0.5
     opposed = defence.aggregate(Gradient(-rows[:1].repeat(4, 1), shapes), learner.view()).rows
     assert not opposed.any()  # nobody points the server's way
 
