@@ -12,7 +12,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -56,22 +58,33 @@ def read(folder: Path) -> tuple[list[float], list[dict[str, Any]]]:
 def test_an_accumulative_client_breaks_fedavg_and_not_the_guarded(federation: Federation) -> None:
     """Secret until its trigger, then worse than the same trigger alone; guarded, it ends as an honest one."""
     trigger = CONFIG["trigger-round"]
-    honest, _ = federation(guarded=False, attack="none")
-    attacked, _ = federation(guarded=False)
-    alone, _ = federation(guarded=False, lam=0.0)
-    guarded, report = federation(guarded=True)
-    gated, gate = federation(guarded=True, clip_norm=math.inf)
-    assert honest[-1] > 0.9
-    assert min(attacked[1:trigger]) > honest[0] - 0.02  # nobody would have raised an alarm
-    assert attacked[trigger] < attacked[trigger - 1] - 0.3
-    assert attacked[trigger] < alone[trigger] - 0.1  # the accumulation is what does it
-    assert all(mine > theirs - 0.02 for mine, theirs in zip(guarded, honest, strict=True))
-    clipped = [line for line in report if line["event"] == "clipped" and line["round"] == trigger]
-    assert [line["node"] for line in clipped] == [100]
-    assert gated[:trigger] == attacked[:trigger]  # until then there is nothing that the gate could see
-    assert gated[trigger] == gated[trigger - 1]  # vetoed: the old model stays
-    assert gated[-1] > honest[-1] - 0.02
-    assert [line["round"] for line in gate if line["event"] == "vetoed"] == [trigger]
+    seen: dict[str, list[float]] = {}
+
+    def note(**values: float) -> None:
+        for name, value in values.items():
+            seen.setdefault(name, []).append(value)
+
+    for seed in range(3):
+        honest, _ = federation(guarded=False, attack="none", seed=seed)
+        attacked, _ = federation(guarded=False, seed=seed)
+        alone, _ = federation(guarded=False, lam=0.0, seed=seed)
+        guarded, report = federation(guarded=True, seed=seed)
+        gated, gate = federation(guarded=True, clip_norm=math.inf, seed=seed)
+        note(honest=honest[-1], loud=honest[0] - min(attacked[1:trigger]))
+        note(drop=attacked[trigger - 1] - attacked[trigger], alone=alone[trigger - 1] - alone[trigger])
+        note(guarded=honest[trigger] - guarded[trigger], gated=honest[-1] - gated[-1])
+        clipped = [line for line in report if line["event"] == "clipped" and line["round"] == trigger]
+        assert [line["node"] for line in clipped] == [100]
+        vetoed = [line["round"] for line in gate if line["event"] == "vetoed"]
+        assert trigger in vetoed
+        assert gated[: vetoed[0]] == attacked[: vetoed[0]]  # until then there is nothing that the gate could see
+        assert all(gated[i] == gated[i - 1] for i in vetoed)  # the old model stays
+    medians = {name: median(values) for name, values in seen.items()}
+    assert medians["honest"] > 0.85
+    assert medians["loud"] < 0.06  # nobody would have raised an alarm
+    assert medians["drop"] > medians["alone"] + 0.2  # the accumulation is what does it
+    assert medians["guarded"] < 0.05
+    assert medians["gated"] < 0.06
 
 
 REASONS = {"nan": "NaN or infinite", "shape": "has shape", "missing": "is missing", "huge": "limit 1e+09"}
@@ -89,7 +102,7 @@ def test_three_of_twenty_send_garbage_and_every_round_completes(
     """Each of the three sends NaN, other shapes, too few arrays and 1e30 in turn."""
     rounds, report = federation(attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
     assert len(rounds) == 5
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     assert refused_kinds(report) == Counter((node, kind) for node in (103, 107, 111) for kind in REASONS)
     assert {line["counts"]["accepted"] for line in report if line["event"] == "closed"} == {17}
     table = (tmp_path / "guard.txt").read_text(encoding="utf-8")
@@ -99,7 +112,7 @@ def test_three_of_twenty_send_garbage_and_every_round_completes(
 
 def test_of_an_absurd_number_of_examples_only_the_number_is_set_right(federation: Federation) -> None:
     rounds, report = federation(attack="huge,count", hostile_ids="3,7", num_server_rounds=3)
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     whose = {(line["node"], line["event"]) for line in report if "node" in line}
     assert whose == {(103, "refused"), (107, "capped")}
 
@@ -209,7 +222,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-on_the_real_engine = pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1", reason="MITHRIDATE_SLOW is not 1")
+on_the_real_engine = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'flower' is not installed (no ray)")
 
 
 @pytest.mark.slow
@@ -217,7 +230,7 @@ on_the_real_engine = pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1"
 def test_flwr_run_completes_every_round_of_garbage(real_run: RealRun) -> None:
     rounds, report = real_run("garbage", attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
     assert len(rounds) == 5
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     found = refused_kinds(report)
     assert len({node for node, _ in found}) == 3
     assert sorted(kind for _, kind in found) == sorted(list(REASONS) * 3)  # each client, each kind
@@ -236,5 +249,5 @@ def test_flwr_run_breaks_under_fedavg_and_not_under_the_guard(real_run: RealRun)
     assert clean[trigger] > 0.9
     assert broken[trigger] < broken[trigger - 1] - 0.3
     assert broken[trigger] < clean[trigger] - 0.3
-    assert min(kept[trigger:]) > clean[trigger] - 0.03
+    assert min(kept[trigger:]) > clean[trigger] - 0.06
     assert len({line["node"] for line in report if line["event"] == "clipped"}) == 1
