@@ -130,6 +130,11 @@ class Chain(Defence):
                     flagged = torch.zeros(received, dtype=torch.bool) if flagged is None else flagged
                     flagged[place[said.flagged]] = True
                     if said.batch.size < batch.size:
+                        if said.batch.size != int((~said.flagged).sum()):
+                            raise ConfigError(
+                                f"[defence] chain: {type(part).__name__} corrects samples and drops others, so that "
+                                "nobody can tell which ones are left; make two defences of it."
+                            )
                         place = place[~said.flagged]
                         weights = None if weights is None else weights[~said.flagged.to(weights.device)]
                 if said.weights is not None:
@@ -155,7 +160,7 @@ class Chain(Defence):
         """The first refusal, or the step as every part left it."""
         reasons: list[str] = []
         shortened: Mapping[str, Tensor] | None = None
-        with self._asked(view, "admit") as asked:
+        with self._asked(view, "admit") as asked, ExitStack() as shown:
             waiting = list(range(len(asked)))
             while waiting:
                 number = waiting.pop(0)
@@ -169,7 +174,7 @@ class Chain(Defence):
                 waiting += [] if shortened is not None else range(number)  # these have judged a longer step
                 shortened = said.parameters
                 if waiting:
-                    _show(view.model.module, shortened)
+                    shown.enter_context(_showing(view.model.module, shortened))
         return Verdict(admit=True, reason="; ".join(reasons), parameters=shortened)
 
     def committed(self, view: View) -> None:
@@ -219,7 +224,20 @@ def _flattened(tables: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+@contextmanager
+def _showing(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """A model with other parameters inside the block; it is as it was afterwards."""
+    own = dict(module.named_parameters())
+    before = {name: p.detach().clone() for name, p in own.items()}
+    _write(own, parameters)
+    try:
+        yield
+    finally:
+        _write(own, before)
+
+
 @torch.no_grad()
-def _show(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(parameters[name])
+def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into tensors, by name."""
+    for name, tensor in into.items():
+        tensor.copy_(values[name])
