@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from mithridate.defences.robust import Robust
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
@@ -19,8 +20,8 @@ from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, make
-from mithridate.core.updates import Updates
 from mithridate.core.update_attack import Honest, UpdateAttack
+from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.shards import Shards
@@ -32,7 +33,6 @@ from mithridate.defences.dsc import DSC
 from mithridate.defences.ema import Ema
 from mithridate.defences.filter import Filter
 from mithridate.defences.gate import Gate
-from mithridate.defences.robust import Robust
 from mithridate.defences.skip import Skip
 from mithridate.defences.trades import Trades
 from mithridate.models.norm_layers import norm_layer
