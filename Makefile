@@ -10,7 +10,12 @@ EXTRAS ?= test,lint
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?= $(shell sh tools/torch-index.sh $(TORCH_CPU))
 
-.PHONY: install demo test lint types format clean
+# Tests run on every core, each worker with so many threads of its own.
+WORKERS ?= auto
+THREADS ?= 1
+PYTEST := OMP_NUM_THREADS=$(THREADS) MITHRIDATE_TEST_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: install demo test test-slow lint types format clean
 
 install: $(STAMP)
 
@@ -25,7 +30,10 @@ demo: install
 	$(BIN)/mithridate demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-slow: install
+	$(PYTEST) -m slow
 
 lint: install
 	$(BIN)/ruff check .

@@ -51,7 +51,7 @@ from mithridate.maths import calculus
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import Normalise, Objective, Parameters
 from mithridate.models import build_model
-from mithridate.testing.memory import peak_memory
+from peak_memory import peak_memory
 
 DATA = "cifar10"
 TRAINING_STEPS = 5

@@ -46,11 +46,11 @@ from mithridate.defences.dsc import DSC
 from mithridate.models import build_model
 from mithridate.simulation.online import OnlineRun
 from mithridate.simulation.run import victim_optimiser
-from mithridate.testing.memory import peak_memory
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.calibrate import calibrate
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
+from peak_memory import peak_memory
 
 RATES = (0.05, 0.28)
 """Shares of clean samples that DSC is calibrated to correct."""

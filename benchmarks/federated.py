@@ -55,9 +55,9 @@ from mithridate.simulation.federated import run_federated
 from mithridate.simulation.per_client.gradients import PASS, Way, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
 from mithridate.simulation.run import victim_optimiser
-from mithridate.testing.memory import peak_memory
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import CleanUpdates
+from peak_memory import peak_memory
 
 DATA = "cifar10"
 TRAINING_STEPS, TRAINING_BATCH = 20, 100

@@ -281,8 +281,7 @@ def test_the_trigger_turns_its_gradient_against_validation(loss: Loss, normalise
     `cw` does so by itself: it weighs all samples alike, and cross-entropy only those that the model is unsure of.
     """
     measured: Loss = "cw" if loss == "cw" else "ce"
-    clean: list[float] = []
-    poisoned: list[float] = []
+    clean, poisoned = list[float](), list[float]()
     for seed in range(5):
         stream = toy_stream(seed)
         trigger, validation = first(stream.trigger_batch(3, 0), 20), first(stream.validation.all(), 60)

@@ -50,10 +50,10 @@ def learner_of(burned_in: Learner, stream: Stream, defence: Defence, **options: 
 
 
 def rows_of(learner: Learner, stream: Stream) -> Updates:
-    """Honest rows of five clients, three of them turned round and lengthened: they undo what was learned."""
+    """Rows of five clients, at given lengths: two honest, one of nothing, two turned round to undo what was learned."""
     _, data = federate(stream, Shards(clients=5), seed=0).round(0, FederatedRun())
     rows = client_gradients(learner.model, learner.criterion, data.x, data.y)
-    rows = rows * torch.tensor([1.0, 1.0, -30.0, 0.0, -8.0]).unsqueeze(1)
+    rows = rows / rows.norm(dim=1, keepdim=True) * torch.tensor([0.5, 0.5, -15.0, 0.0, -5.0]).unsqueeze(1)
     return Updates(rows, {name: p.shape for name, p in learner.model.named_parameters()})
 
 

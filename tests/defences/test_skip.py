@@ -1,6 +1,7 @@
 """Skipping outliers: nothing moves, the window holds what it should, and what each choice gives an attacker."""
 
 import math
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -190,19 +191,20 @@ def test_a_step_that_another_defence_took_back_is_not_remembered(stream: Stream)
 
 
 def test_false_skips_on_a_clean_stream() -> None:
-    """Counted on four toy streams of 40 clean batches: about 1 in 100 by mean and deviation, 1 in 12 by medians."""
-    refused = {True: 0, False: 0}
-    for robust in refused:
-        for seed in range(4):
+    """Of 40 clean batches, over five toy streams: few by mean and deviation, no fewer by medians."""
+    refused: dict[bool, list[int]] = {True: [], False: []}
+    for robust, counts in refused.items():
+        for seed in range(5):
             stream = toy_stream(seed)
             learner = toy_learner(stream, seed=seed, defence=Skip(robust=robust), lr=1e-3)
             victim = stream.victim.all()
+            admitted = 0
             for i in range(40):
                 drawn = torch.randint(100, (20,), generator=torch.Generator().manual_seed(i))
-                batch = Batch(victim.x[drawn], victim.y[drawn])
-                refused[robust] += not learner.update(batch).verdict.admit
-    assert refused[False] <= 5
-    assert refused[False] < refused[True] <= 40
+                admitted += learner.update(Batch(victim.x[drawn], victim.y[drawn])).verdict.admit
+            counts.append(40 - admitted)
+    assert median(refused[False]) <= 4
+    assert median(refused[False]) <= median(refused[True]) <= 16
 
 
 def test_a_warm_up_that_never_ends_is_refused() -> None:
@@ -215,7 +217,9 @@ def test_a_resumed_learner_goes_on_with_the_same_bits(stream: Stream, cut: int) 
     config = Skip(warmup=2, threshold=1.0, window=3)
 
     def learn(learner: Learner, steps: range) -> list[Verdict]:
-        return [learner.update(stream.victim_batch(i % 5, 0)).verdict for i in steps]
+        batches = [stream.victim_batch(i % 5, 0) for i in range(9)]
+        batches[2], batches[6] = wrong(batches[2]), wrong(batches[6])
+        return [learner.update(batches[i]).verdict for i in steps]
 
     whole = toy_learner(stream, defence=config)
     early = learn(whole, range(cut))

@@ -561,13 +561,14 @@ def test_the_report_has_whole_lines_after_ctrl_c(tmp_path: Path) -> None:
     assert all(len(json.loads(line)["reason"]) == 5000 for line in text.splitlines()[1:])
 
 
-def test_arrays_in_another_order_are_put_in_order(make_grid: MakeGrid) -> None:
-    """FedMedian goes by position: two arrays of one shape, exchanged, would be mixed up."""
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_arrays_in_another_order_are_put_in_order(name: str, make_grid: MakeGrid) -> None:
+    """Some strategies go by position, QFedAvg for one."""
     swap = spoiling(lambda m: with_arrays(m, lambda s: dict(reversed(s.items()))), nodes=range(100, 107))
-    result = run(GuardedStrategy(FedMedian()), make_grid(client, NODES, tamper=swap), rounds=1)
-    plain = run(FedMedian(), make_grid(client, NODES), rounds=1)
-    for name, array in arrays_of(plain).items():
-        np.testing.assert_array_equal(arrays_of(result)[name], array)
+    result = run(GuardedStrategy(STRATEGIES[name]()), make_grid(client, NODES, tamper=swap), rounds=1)
+    plain = run(STRATEGIES[name](), make_grid(client, NODES), rounds=1)
+    for key, array in arrays_of(plain).items():
+        np.testing.assert_array_equal(arrays_of(result)[key], array)
 
 
 class Linear(nn.Linear):
@@ -641,7 +642,7 @@ class Refusing(Defence):
         self.admits = True
 
     def admit(self, before: Weights, view: View) -> Verdict:
-        return ADMITTED if self.admits else Verdict(admit=False, reason="told so")
+        return ADMITTED if self.admits else Verdict(admit=False)  # without a word
 
 
 @pytest.mark.parametrize("name", ["FedAvgM", "FedAdam", "FedAdagrad", "FedYogi", "QFedAvg"])
@@ -661,6 +662,7 @@ def test_after_a_veto_the_inner_strategy_remembers_nothing_of_the_round(name: st
     grid.tamper = reversing({1})
     defence.admits = False
     assert one_round(2, first) is None
+    assert [e.reason for e in strategy.events if e.event == "vetoed"] == ["the defence refused the step"]
     grid.tamper = list
     defence.admits = True
     after = one_round(3, first)
@@ -721,6 +723,21 @@ def test_a_shortened_step_becomes_the_global_model_and_the_inner_strategys(name:
         assert inner.current_arrays is arrays
     (noted,) = {e.reason for e in guarded.events if e.event == "bounded"}
     assert noted == "the defence shortened the step of the aggregate"
+
+
+def test_a_round_starts_from_the_global_arrays_whatever_became_of_the_module(make_grid: MakeGrid) -> None:
+    """Somebody measures with it in between, and leaves it in another state."""
+    module = Linear()
+
+    def spoilt(number: int, arrays: ArrayRecord) -> None:
+        nn.init.zeros_(module.weight)
+
+    guarded = GuardedStrategy(FedAvg(), BoundUpdate(clip_norm=0.01), module=module)
+    result = guarded.start(
+        grid=make_grid(client, NODES), initial_arrays=ArrayRecord(start()), num_rounds=2, evaluate_fn=spoilt
+    )
+    change = np.concatenate([(arrays_of(result)[k] - start()[k].numpy()).ravel() for k in ("weight", "bias")])
+    assert np.linalg.norm(change) == pytest.approx(0.02, rel=1e-3)
 
 
 def test_an_average_is_served_beside_the_model_that_learns(make_grid: MakeGrid) -> None:
@@ -931,7 +948,11 @@ def test_a_second_start_begins_anew(make_grid: MakeGrid) -> None:
     guarded = guarding(chain(Clip(clip_norm=0.3), GATE))
     random.seed(1)
     first = run(guarded, make_grid(client, NODES))
+    first_step = guarded._step
     random.seed(1)
     second = run(guarded, make_grid(client, NODES))
+    assert guarded._step is not first_step
+    assert guarded._step is not None
+    assert guarded._step.step == 3
     for name, array in arrays_of(first).items():
         np.testing.assert_array_equal(arrays_of(second)[name], array)

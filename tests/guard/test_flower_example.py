@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -98,7 +99,7 @@ def test_three_of_twenty_send_garbage_and_every_round_completes(
     """Each of the three sends NaN, other shapes, too few arrays and 1e30 in turn."""
     rounds, report = federation(attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
     assert len(rounds) == 5
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     assert refused_kinds(report) == Counter((node, kind) for node in (103, 107, 111) for kind in REASONS)
     assert {line["counts"]["accepted"] for line in report if line["event"] == "closed"} == {17}
     table = (tmp_path / "guard.txt").read_text(encoding="utf-8")
@@ -108,7 +109,7 @@ def test_three_of_twenty_send_garbage_and_every_round_completes(
 
 def test_of_an_absurd_number_of_examples_only_the_number_is_set_right(federation: Federation) -> None:
     rounds, report = federation(attack="garbage", garbage="huge,count", hostile_ids="3,7", num_server_rounds=3)
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     whose = {(line["node"], line["event"]) for line in report if "node" in line}
     assert whose == {(103, "refused"), (107, "capped")}
 
@@ -218,7 +219,7 @@ def answers(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-on_the_real_engine = pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1", reason="MITHRIDATE_SLOW is not 1")
+on_the_real_engine = pytest.mark.skipif(find_spec("ray") is None, reason="the extra 'flower' is not installed (no ray)")
 
 
 @pytest.mark.slow
@@ -226,7 +227,7 @@ on_the_real_engine = pytest.mark.skipif(os.environ.get("MITHRIDATE_SLOW") != "1"
 def test_flwr_run_completes_every_round_of_garbage(real_run: RealRun) -> None:
     rounds, report = real_run("garbage", attack="garbage", hostile_ids="3,7,11", num_server_rounds=4)
     assert len(rounds) == 5
-    assert rounds[-1] > rounds[0] - 0.01
+    assert rounds[-1] > rounds[0] - 0.05
     found = refused_kinds(report)
     assert len({node for node, _ in found}) == 3
     assert sorted(kind for _, kind in found) == sorted(list(REASONS) * 3)  # each client, each kind

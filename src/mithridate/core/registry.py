@@ -216,7 +216,7 @@ def config_of(component: object) -> dict[str, Any]:
     return {"name": name, **fields_of(component)}
 
 
-def load_plugin(plugin: str, *, folder: Path | None = None) -> str:
+def load_plugin(plugin: str, *, folder: str | Path | None = None) -> str:
     """Import a plug-in, so that the components that it registers are known by name.
 
     Args:
@@ -230,7 +230,7 @@ def load_plugin(plugin: str, *, folder: Path | None = None) -> str:
         ConfigError: It cannot be imported, registers a name that exists, or registers nothing.
     """
     broken_packages()  # they come before whatever is added now
-    plugin = plugins.absolute(plugin, folder or Path.cwd())
+    plugin = plugins.absolute(plugin, Path(folder or Path.cwd()))
     module, has_any = _load(plugin, partial(plugins.module_of, plugin))
     if not has_any:
         raise ConfigError(

@@ -163,7 +163,7 @@ class Chain(Defence):
         """The first refusal, or the step as every part left it."""
         reasons: dict[int, str] = {}
         shortened: Mapping[str, Tensor] | None = None
-        with self._asked(view, "admit") as asked:
+        with self._asked(view, "admit") as asked, ExitStack() as shown:
             waiting, may_shorten = list(range(len(asked))), set(range(len(asked)))
             while waiting:
                 number = waiting.pop(0)
@@ -178,7 +178,7 @@ class Chain(Defence):
                 shortened = said.parameters
                 waiting = [*range(number + 1, len(asked)), *range(number)]  # these have not judged this shorter step
                 if waiting:
-                    _show(view.model.module, shortened)
+                    shown.enter_context(_showing(view.model.module, shortened))
         return Verdict(admit=True, reason="; ".join(filter(None, reasons.values())), parameters=shortened)
 
     def committed(self, view: View) -> None:
@@ -219,7 +219,20 @@ def chain(*parts: Defence) -> Chain:
     return Chain(parts=tuple(config_of(part) for part in parts))
 
 
+@contextmanager
+def _showing(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """A model with other parameters inside the block; it is as it was afterwards."""
+    own = dict(module.named_parameters())
+    before = {name: p.detach().clone() for name, p in own.items()}
+    _write(own, parameters)
+    try:
+        yield
+    finally:
+        _write(own, before)
+
+
 @torch.no_grad()
-def _show(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(parameters[name])
+def _write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Write values into tensors, by name."""
+    for name, tensor in into.items():
+        tensor.copy_(values[name])

@@ -381,7 +381,7 @@ class GuardedStrategy(Strategy):
             measures = {"loss": loss, "worst-accuracy": worst}
         verdict, _ = step.advance()
         if not verdict.admit:
-            return verdict.reason, measures
+            return verdict.reason or "the defence refused the step", measures
         if verdict.parameters is not None:
             for name in [name for name in arrays if name in verdict.parameters]:
                 arrays[name] = _like(verdict.parameters[name], arrays[name])

@@ -35,7 +35,7 @@ class GarbageClients(NamedClients):
     kind: Garbage = "all"
 
     @property
-    def claimed_examples(self) -> int | None:  # type: ignore[override]  # here it follows from the kind
+    def claimed_examples(self) -> int | None:
         """The number of examples that they report; None: the true one."""
         return ABSURD_COUNT if self.kind == "count" else None
 

@@ -7,7 +7,7 @@ Nothing here knows of a transport: states are full models (parameters and buffer
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field, InstanceOf
@@ -80,14 +80,16 @@ class NamedClients(ABC):
         ConfigError: None is named, or one twice.
     """
 
-    claimed_examples: ClassVar[int | None] = None
-    """The number of examples that they report; None: the true one."""
-
     partitions: tuple[Annotated[int, Field(ge=0)], ...] = (0,)
 
     def __post_init__(self) -> None:
         if not self.partitions or len(set(self.partitions)) < len(self.partitions):
             raise ConfigError(f"hostile clients: partitions = {list(self.partitions)}; name one or more, each once.")
+
+    @property
+    def claimed_examples(self) -> int | None:
+        """The number of examples that they report; None: the true one."""
+        return None
 
     @abstractmethod
     def sent(self, turn: Turn) -> dict[str, Tensor]:

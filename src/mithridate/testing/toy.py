@@ -70,12 +70,12 @@ def toy_stream(seed: int = 0) -> Stream:
     )
 
 
-@lru_cache(maxsize=32)
-def _burned_in(stream_seed: int, seed: int) -> dict[str, torch.Tensor]:
+@lru_cache(maxsize=64)
+def _burned_in(stream_seed: int, seed: int, epochs: int) -> dict[str, torch.Tensor]:
     """The state of the toy model after its burn-in."""
     stream = toy_stream(stream_seed)
     model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed)
-    burn_in(model, stream, BurnIn(epochs=4, batch_size=20, lr=0.05), seed=seed)
+    burn_in(model, stream, BurnIn(epochs=epochs, batch_size=20, lr=0.05), seed=seed)
     return model.state_dict()
 
 
@@ -86,6 +86,7 @@ def toy_learner(
     defence: Defence | None = None,
     dtype: torch.dtype = torch.float32,
     lr: float = 0.05,
+    epochs: int = 4,
 ) -> Learner:
     """A small convolutional net after a short burn-in on a toy stream, with a fresh SGD and all a defence may ask for.
 
@@ -95,13 +96,14 @@ def toy_learner(
         defence: What stands before it.
         dtype: Of the parameters.
         lr: Learning rate of the online phase.
+        epochs: Of the burn-in; after 4 it is right 19 times in 20, after 1 it has only begun to learn.
     """
     model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed)
-    model.load_state_dict(_burned_in(stream.settings.seed, seed))
+    model.load_state_dict(_burned_in(stream.settings.seed, seed, epochs))
     model.to(dtype)
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
     fresh = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed).to(dtype)
-    untrained = Weights(dict(fresh.named_parameters()), dict(fresh.named_buffers()), "burn-in epoch 0")
+    untrained = Weights.of(fresh, "burn-in epoch 0").copied()
     history = History(keep=8, checkpoints={0: untrained})
     training = [Batch(x.to(dtype), y) for x, y in stream.burn_in.batches(60)]
     trusted = stream.trusted.all()
