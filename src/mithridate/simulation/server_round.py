@@ -23,6 +23,7 @@ from mithridate.simulation.per_client.gradients import PASS, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
 from mithridate.simulation.run import EVALUATION_BATCH
 from mithridate.training.learner import Learner
+from mithridate.training.rollback import copied
 
 AT_ONCE = 8
 """Rows that are bounded and added at a time: copies of so few go into memory that was just freed, not into fresh."""
@@ -145,7 +146,7 @@ class ServerRound:
             raise LookedError
 
         learner = self.learner
-        view = dataclasses.replace(learner.view(), memory={key: note.clone() for key, note in learner.memory.items()})
+        view = dataclasses.replace(learner.view(), memory=copied(learner.memory, {}))
         probe = Updates(look, self._measured_shapes, lengths=torch.ones(1, device=learner.device))
         try:
             return learner.defence.bound(probe, view).factors is None

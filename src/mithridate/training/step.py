@@ -128,7 +128,7 @@ class DefendedStep:
             self._rollback.restore()
             self.step = step
             self.memory.clear()
-            self.memory.update({key: t.clone() for key, t in self._notes.items()})
+            self.memory.update(copied(self._notes, {}))
             if self.optimiser is not None:
                 self.optimiser.zero_grad(set_to_none=True)
             raise
