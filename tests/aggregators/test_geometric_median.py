@@ -79,7 +79,7 @@ def test_no_iteration_raises_the_sum_of_distances() -> None:
         for k in range(1, 12)
     ]
     assert all(later <= earlier + 1e-9 for earlier, later in pairwise(totals))
-    assert totals[-1] < totals[0] - 0.01
+    assert totals[-1] < totals[0] - 1e-6
 
 
 def test_hostile_rows_with_half_of_the_weights_have_no_bound() -> None:
