@@ -87,5 +87,5 @@ def test_hostile_rows_with_half_of_the_weights_have_no_bound() -> None:
     spread, n = Spread.of(rows), len(rows)
     heavy = torch.ones(n)
     heavy[0] = n
-    assert GeometricMedian().leeway(spread, n, again(about)) < 100 * spread.diameter
-    assert GeometricMedian().leeway(spread, n, again(about, weights=heavy)) == torch.inf
+    assert GeometricMedian().worst_deviation(spread, n, again(about)) < 100 * spread.diameter
+    assert GeometricMedian().worst_deviation(spread, n, again(about, weights=heavy)) == torch.inf

@@ -238,12 +238,12 @@ def outside(made: Tensor, honest: Tensor) -> float:
 
 
 def _attacked(rule: Aggregator, count: int) -> Iterator[tuple[float, float, str]]:
-    """Under every attack by `count` clients: distance from the honest box, the leeway and what was done."""
+    """Under every attack by `count` clients: distance from the honest box, the worst_deviation and what was done."""
     for seed in SEEDS:
         for scale in SCALES:
             rows, context, _ = a_round(seed, scale)
             honest = rows[: ROWS - count]
-            allowed = rule.leeway(Spread.of(honest), ROWS, context)
+            allowed = rule.worst_deviation(Spread.of(honest), ROWS, context)
             for how in ("apart", "together", "lean", "beside"):
                 for size in SIZES:
                     sent = torch.cat([honest, hostile_rows(honest, count, size, how, seed)])
