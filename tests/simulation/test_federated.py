@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from mithridate.defences.robust import Robust
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
@@ -20,8 +19,8 @@ from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import CheckpointError, ConfigError, DataError, ThreatModelError
 from mithridate.core.model import Snapshot
 from mithridate.core.registry import build, make
-from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
+from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.shards import Shards
@@ -33,6 +32,7 @@ from mithridate.defences.dsc import DSC
 from mithridate.defences.ema import Ema
 from mithridate.defences.filter import Filter
 from mithridate.defences.gate import Gate
+from mithridate.defences.robust import Robust
 from mithridate.defences.skip import Skip
 from mithridate.defences.trades import Trades
 from mithridate.models.norm_layers import norm_layer

@@ -114,6 +114,8 @@ class HasItsOwnNoise(Linear):
 
 
 class Recording(Net):
+    seen: Tensor
+
     def __init__(self, info: DatasetInfo) -> None:
         super().__init__(info)
         self.register_buffer("seen", torch.zeros(()))

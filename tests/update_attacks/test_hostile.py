@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mithridate.core.defence import Defence
 from mithridate.core.registry import build
-from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
+from mithridate.core.update_attack import Honest
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
