@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("seeded", derandomize=True, deadline=None)  # the same examples on every machine, however busy
+settings.load_profile("seeded")
 
 
 @pytest.fixture(scope="session", autouse=True)

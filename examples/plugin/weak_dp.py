@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
-from mithridate.core.update import Gradient
 from pydantic import Field
 
 import mithridate as mi
@@ -40,10 +39,10 @@ class WeakDP(mi.Defence):
     noise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.001
     seed: Annotated[int, Field(ge=0)] = 0
 
-    def bound(self, gradient: Gradient, view: mi.View) -> Gradient:
+    def bound(self, updates: mi.Updates, view: mi.View) -> mi.Updates:
         """Shorten each row that is too long, then blur all of them."""
-        rows = clip_rows(gradient.rows, self.clip_norm, "l2", how="scale")
+        rows = clip_rows(updates.rows, self.clip_norm, "l2", how="scale")
         if self.noise == 0:
-            return gradient.with_rows(rows)
+            return updates.with_rows(rows)
         drawn = torch.randn(rows.shape, generator=generator("weak_dp", self.seed, view.step), dtype=rows.dtype)
-        return gradient.with_rows(rows + self.noise * drawn.to(rows.device))
+        return updates.with_rows(rows + self.noise * drawn.to(rows.device))

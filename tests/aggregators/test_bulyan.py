@@ -1,4 +1,4 @@
-"""Bulyan against loops, and the leeway that its second stage leaves."""
+"""Bulyan against loops, and the worst_deviation that its second stage leaves."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_without_hostile_rows_to_expect_it_is_the_mean() -> None:
 
 
 def test_a_hostile_entry_can_take_it_just_outside_the_honest_box() -> None:
-    """Why its leeway is not zero."""
+    """Why its worst_deviation is not zero."""
     honest = torch.tensor([[5, 1], [1, 2], [1, 4], [5, 5], [1, 5], [2, 5]]).double()
     rows = torch.cat([honest, torch.tensor([[5.5, 5.75]]).double()])
     made = Bulyan(hostile=1).aggregate(rows, context(7))

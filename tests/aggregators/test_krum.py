@@ -56,17 +56,17 @@ def test_long_rows_are_never_chosen_though_their_squares_overflow(dtype: torch.d
 
 
 def test_colluding_rows_beside_the_honest_ones_are_chosen_and_are_as_near_as_promised() -> None:
-    """The result can be a hostile row, outside the honest box; the leeway is what is true of it."""
+    """The result can be a hostile row, outside the honest box; the worst_deviation is what is true of it."""
     honest = normal(8, 20)
     rows = torch.cat([honest, (honest.mean(0) + 0.7).repeat(3, 1)])
     made = Krum(hostile=3).aggregate(rows, context(11))
     assert torch.equal(made, rows[-1])
     further = torch.cat([honest, (honest.mean(0) + 2.5 * torch.eye(20, dtype=torch.float64)[0]).repeat(3, 1)])
-    leeway = Krum(hostile=3).leeway(Spread.of(honest), 11, context(11))
+    worst_deviation = Krum(hostile=3).worst_deviation(Spread.of(honest), 11, context(11))
     chosen = Krum(hostile=3).aggregate(further, context(11))
     nearest = float((chosen - honest).norm(dim=1).min())
     assert torch.equal(chosen, further[-1])
-    assert 0 < outside(chosen, honest) <= nearest <= leeway
+    assert 0 < outside(chosen, honest) <= nearest <= worst_deviation
 
 
 def test_the_reach_is_the_largest_distance_at_which_a_hostile_row_can_win() -> None:

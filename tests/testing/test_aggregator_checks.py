@@ -19,7 +19,7 @@ class BoastsOfRobustness(Mean):
     def most_hostile(self, n: int) -> int:
         return (n - 1) // 2
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         return 0.0
 
 

@@ -72,10 +72,10 @@ class Bucketing(Front):
                 f"rows. {error}"
             ) from None
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The inner rule's: the honest buckets are no further apart than the honest rows."""
         m = self.buckets(n)
-        return self.built.leeway(honest, m, inner_context(context, torch.arange(m)))
+        return self.built.worst_deviation(honest, m, inner_context(context, torch.arange(m)))
 
     def mix(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The average of each bucket."""

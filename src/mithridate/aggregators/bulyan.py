@@ -39,7 +39,7 @@ class Bulyan(Bounded):
 
     hostile: HostileRows | None = None
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The width of the box in every parameter, as above."""
         return honest.diagonal
 

@@ -63,7 +63,7 @@ class CenteredClipping(Aggregator):
         """A tenth of the rows."""
         return n // 10
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """As far as the start and the clipped steps can be from the honest rows together; for any number of hostile."""
         centre = context.memory.get(CENTRE)
         start = 0.0 if centre is None else float(lengths(centre.unsqueeze(0)))

@@ -39,7 +39,7 @@ class FLTrust(Aggregator):
         """All: what bounds the result is the server's own update."""
         return n
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """As far as a result no longer than the server's update can be from the honest rows."""
         trusted = context.trusted
         return honest.length + (0.0 if trusted is None else float(lengths(trusted.unsqueeze(0))))

@@ -43,7 +43,7 @@ class GeometricMedian(Aggregator):
         """Less than half, if all weights are alike."""
         return max((n - 1) // 2, 0)
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The distance from every honest row, as above, if the hostile rows have the largest weights."""
         a = float(context.shares().sort(descending=True).values[: self.most_hostile(n)].sum())
         if a >= 0.5:

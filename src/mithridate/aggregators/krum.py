@@ -41,7 +41,7 @@ class Krum(Bounded):
 
     hostile: HostileRows | None = None
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The distance from the nearest honest row, as above."""
         return reach(honest.diameter, n, self.most_hostile(n))
 

@@ -30,7 +30,7 @@ class Mean(Aggregator):
         """None."""
         return 0
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """Any distance."""
         return math.inf
 

@@ -26,7 +26,7 @@ class Median(Aggregator):
         """Less than half."""
         return max((n - 1) // 2, 0)
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """None: in every column some honest entry is at or below the median, and one at or above."""
         return 0.0
 

@@ -49,7 +49,7 @@ class MultiKrum(Bounded):
                 "fewer, or expect fewer hostile ones."
             )
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The distance from the honest rows' hull, as above."""
         return reach(honest.diameter, n, self.most_hostile(n))
 

@@ -73,14 +73,14 @@ class NearestNeighbourMixing(Front):
                 f"{stands}; ask more clients, expect fewer hostile ones, or take another inner rule."
             )
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """The inner rule's for the widened mixtures, and how far the box of these is from that of the rows."""
         if self.average:
             return math.inf
         f = self.most_hostile(n)
         moved = f * honest.diameter / (n - f)
         inside = inner_context(context, context.clients)
-        return self.built.leeway(honest.widened(moved), n, inside) + moved * math.sqrt(len(honest.widths))
+        return self.built.worst_deviation(honest.widened(moved), n, inside) + moved * math.sqrt(len(honest.widths))
 
     def mix(self, rows: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The mean of each row's nearest."""

@@ -48,7 +48,7 @@ class NormBounding(Aggregator):
         """None."""
         return 0
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """As far as a result inside the bound can be from the honest rows; for any number of hostile ones."""
         longest = self.clip_norm * (math.sqrt(len(honest.widths)) if self.norm == "linf" else 1)
         return longest + honest.length

@@ -41,7 +41,7 @@ class TrimmedMean(Bounded):
         """As many as are cut off at either end."""
         return int(self.trim * n) if self.hostile is None else super().most_hostile(n)
 
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """None: f entries cut off at each end leave none beyond the honest extremes."""
         return 0.0
 

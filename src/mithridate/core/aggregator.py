@@ -75,7 +75,7 @@ class Spread(NamedTuple):
 
 
 class Aggregator(ABC):
-    """Makes one update of many, some of which may be hostile. Override `combine`, `most_hostile` and `leeway`.
+    """Makes one update of many, some of which may be hostile. Override `combine`, `most_hostile` and `worst_deviation`.
 
     The result does not depend on the order of the clients. Rows, whatever their dtype, are measured and summed in
     float64 on their own device; the result has their dtype and carries no gradient.
@@ -101,7 +101,7 @@ class Aggregator(ABC):
         """How many of `n` rows may be hostile at most, with these settings, by the rule's published bound."""
 
     @abstractmethod
-    def leeway(self, honest: Spread, n: int, context: Context) -> float:
+    def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
         """How far outside the smallest box around the honest rows the result can lie at worst, in l2.
 
         The bound holds for every choice of at most `most_hostile(n)` hostile rows, however long. 0: the result always

@@ -13,8 +13,9 @@ from mithridate.core.aggregator import Aggregator, Context, Property, Spread
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import entries
 from mithridate.maths.rows import lengths
+from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, entry_of, fields_in, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits, through_file, unsaveable
+from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
 
 ROWS, WIDTH = 24, 7
 SCALES = (1e-4, 1.0, 1e4)
@@ -96,14 +97,8 @@ def _run_and_resume(rule: Aggregator, evidence: Evidence) -> None:
     (rows, before, _), (later, after, _) = a_round(0), a_round(1)
     weights = torch.arange(1.0, ROWS + 1)
     context = again(before, weights=weights)
-    with Witness(rule, evidence).watching(
-        "aggregate",
-        notes=context.memory,
-        rows=rows,
-        clients=context.clients,
-        weights=weights,
-        trusted=context.trusted,
-    ):
+    handed = {"rows": rows, "clients": context.clients, "weights": weights, "trusted": context.trusted}
+    with Witness(rule, evidence).watching("aggregate", handed, notes=context.memory):
         made = rule.aggregate(rows.requires_grad_(), context)
     rows = rows.detach()
     if made.requires_grad:
@@ -238,12 +233,12 @@ def outside(made: Tensor, honest: Tensor) -> float:
 
 
 def _attacked(rule: Aggregator, count: int) -> Iterator[tuple[float, float, str]]:
-    """Under every attack by `count` clients: distance from the honest box, the leeway and what was done."""
+    """Under every attack by `count` clients: distance from the honest box, the worst_deviation and what was done."""
     for seed in SEEDS:
         for scale in SCALES:
             rows, context, _ = a_round(seed, scale)
             honest = rows[: ROWS - count]
-            allowed = rule.leeway(Spread.of(honest), ROWS, context)
+            allowed = rule.worst_deviation(Spread.of(honest), ROWS, context)
             for how in ("apart", "together", "lean", "beside"):
                 for size in SIZES:
                     sent = torch.cat([honest, hostile_rows(honest, count, size, how, seed)])

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from statistics import median
 from typing import Any
@@ -13,12 +12,14 @@ import torch
 from mithridate.attacks.noise import Noise
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch
+from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.view import Memory, Need, View
 from mithridate.maths.norms import sample_norms
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing.checks.subject import Check, entry_of, fields_in, made, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits, through_file, unsaveable
+from mithridate.testing.checks.evidence import Evidence
+from mithridate.testing.checks.subject import Check, entry_of, fields_in, fresh, made, named_choices, variants
+from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
 from mithridate.testing.checks.worlds import World, image_world, stream_of, tabular_world
 from mithridate.testing.toy import toy_learner
 
@@ -42,14 +43,15 @@ def exercised(cls: type) -> Evidence:
         attacks = _settings(cls)
         for attack in attacks:
             with evidence.trying(attack, breach="budget"):
-                _run_and_resume(attack, evidence)
+                _run_and_resume(attack, evidence, image_world)
         if evidence.crashed:
             return evidence
-        for attack in attacks[:2]:
+        for attack in [*attacks, *_choices(cls)]:
+            with evidence.trying(attack, "domain"):
+                _run_and_resume(attack, evidence, tabular_world if _takes_features(attack) else image_world)
+        for attack in attacks:
             with evidence.trying(attack, "batch of one"):
                 _try_batch_of_one(attack, evidence)
-            with evidence.trying(attack, "domain"):
-                _try_other_domain(attack, evidence)
         with evidence.trying(attacks[0], "dtype"):
             _try_float64(attacks[0], evidence)
         if "poison_ratio" in entry_of(cls).fields:
@@ -66,48 +68,58 @@ def _small(cls: type) -> dict[str, Any]:
 
 
 def _settings(cls: type) -> list[Attack]:
-    """The class at the toy budget, in both balls, around other attacks, and with every value of its named choices."""
-    small = _small(cls)
-    tables: list[dict[str, Any]] = [small, {**small, **fields_in(cls, {"norm": "l2", "eps": 4 * BUDGET})}]
-    if "inner" in entry_of(cls).fields:
-        tables += [{**small, "inner": {"name": name, "steps": INNER_STEPS}} for name in ("pgd", "vanilla")]
-    quick = {**small, **fields_in(cls, {"steps": 1, "inner": {"name": "fgsm"}})}
-    tables += [{**quick, **choice} for choice in named_choices(cls) if "norm" not in choice]
-    return variants(cls, tables)
+    """The class at the toy budget, in both balls."""
+    return variants(cls, [_small(cls), {**_small(cls), **fields_in(cls, {"norm": "l2", "eps": 4 * BUDGET})}])
+
+
+def _choices(cls: type) -> list[Attack]:
+    """The class with every value of its named choices, and around other attacks."""
+    small = {**_small(cls), **fields_in(cls, {"inner": {"name": "pgd", "steps": INNER_STEPS}})}
+    around = [{**small, "inner": {"name": "vanilla", "steps": INNER_STEPS}}] if "inner" in small else []
+    return variants(cls, [small, *around, *({**small, **choice} for choice in named_choices(cls))])[1:]
+
+
+def _takes_features(attack: Attack) -> bool:
+    """Whether it works on rows of features; an attack on images alone says so, and is tried on images."""
+    try:
+        attack.check_inputs(tabular_world().batches[0])
+    except ConfigError:
+        return False
+    return True
 
 
 class _Play:
     """An attack and its victim on three batches, the last of which is the trigger."""
 
-    def __init__(self, attack: Attack, evidence: Evidence | None, world: World | None = None) -> None:
-        self.attack, self.world, self.witness = attack, world or image_world(), Witness(attack, evidence)
+    def __init__(self, attack: Attack, evidence: Evidence | None, world: World) -> None:
+        self.attack, self.world, self.witness = attack, world, Witness(attack, evidence, world)
         self.memory: Memory = {}
 
     def sends(self, number: int) -> AnyBatch:
         """What it makes of a batch."""
         batch, view = self.world.batches[number].clone(), self.world.view(self.attack, self.memory)
         call, act = ("trigger", self.attack.trigger) if number == 2 else ("poison", self.attack.poison)
-        with self._watching(call, batch=batch):
+        with self.witness.watching(call, {"batch": batch}, notes=self.memory):
             return act(batch, view, rng=torch.Generator().manual_seed(number))
 
     def learned(self, sent: AnyBatch, number: int) -> None:
         """The victim learns from it, and the attack is told."""
         self.world.learner.update(sent)
-        with self._watching("after_step"):
+        with self.witness.watching("after_step", {}, notes=self.memory):
             self.attack.after_step(self.world.view(self.attack, self.memory), torch.Generator().manual_seed(number))
-        with self._watching("ready"):
+        with self.witness.watching("ready", {}, notes=self.memory):
             self.attack.ready(self.world.view(self.attack, self.memory))
 
-    def _watching(self, call: str, **shown: object) -> AbstractContextManager[None]:
-        beside = {need.name.lower(): value for need, value in self.world.available().items() if need is not Need.MODEL}
-        return self.witness.watching(call, module=self.world.learner.model, notes=self.memory, **{**beside, **shown})
 
+def _run_and_resume(attack: Attack, evidence: Evidence, begin: Callable[[], World]) -> None:
+    """Two batches and the trigger; then its beginning again, and its end from what was saved in the middle.
 
-def _run_and_resume(attack: Attack, evidence: Evidence) -> None:
-    """Two batches and the trigger; then its beginning again, and its end from what was saved in the middle."""
-    play = _Play(attack, evidence)
-    parameter = next(play.world.learner.model.parameters())
-    parameter.grad = torch.ones_like(parameter)
+    Args:
+        attack: In one setting.
+        evidence: Where faults go.
+        begin: Makes the world, the same each time.
+    """
+    play = _Play(fresh(attack), evidence, begin())
     first = play.sends(0)
     play.learned(first, 0)
     if unsaveable(play.memory):
@@ -118,15 +130,15 @@ def _run_and_resume(attack: Attack, evidence: Evidence) -> None:
     play.learned(second, 1)
     trigger = play.sends(2)
     for clean, sent in zip(play.world.batches, (first, second, trigger), strict=True):
-        _judge(attack, clean, sent, evidence)
+        _judge(attack, clean, sent, play.world.domain, evidence)
     whole = sample_norms(first.x - play.world.batches[0].x, attack.ball.norm)
     if not _may_hold_back(attack) and float(whole.max()) <= 0.5 * attack.ball.eps:
         evidence.add("use of the budget", attack, f"hardly uses its budget: {float(whole.max()):.3g}")
 
-    again = _Play(_fresh(attack), None)
+    again = _Play(fresh(attack), None, begin())
     if bits(again.sends(0).x) != bits(first.x):
         evidence.add("repeats", attack, "makes another batch from the same state of the generator")
-    resumed = _Play(_fresh(attack), None)
+    resumed = _Play(fresh(attack), None, begin())
     resumed.memory.update(notes)
     resumed.world.learner.restore(snapshot)
     resumed.world.past.load(past)
@@ -136,17 +148,12 @@ def _run_and_resume(attack: Attack, evidence: Evidence) -> None:
         evidence.add("resumes", attack, "goes on otherwise once its notes were saved")
 
 
-def _fresh(attack: Attack) -> Attack:
-    """The same settings in another object."""
-    return dataclasses.replace(attack)  # type: ignore[type-var]  # settings are dataclasses
-
-
 def _may_hold_back(attack: Attack) -> bool:
     """Controls, and attacks that send less than their budget on purpose (`restrained`)."""
     return attack.control or bool(getattr(attack, "restrained", False))
 
 
-def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, evidence: Evidence) -> None:
+def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, domain: Domain, evidence: Evidence) -> None:
     """Hold a poisoned batch against the clean one."""
     if (sent.x.shape, sent.x.dtype, sent.x.device) != (clean.x.shape, clean.x.dtype, clean.x.device):
         evidence.add("dtype", attack, f"made {sent.x.dtype} {tuple(sent.x.shape)} on {sent.x.device}")
@@ -157,8 +164,8 @@ def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, evidence: Evidence) 
     longest = float(sample_norms(sent.x.double() - clean.x.double(), ball.norm).max())
     if longest > ball.eps + ROUNDING * max(1, ball.eps):
         evidence.add("budget", attack, f"left its {ball.norm} ball: {longest:.6g}")
-    if not stream_of(0).domain.holds(sent.x):
-        evidence.add("domain", attack, f"left [0, 1]: {float(sent.x.min()):.4g} to {float(sent.x.max()):.4g}")
+    if not domain.holds(sent.x):
+        evidence.add("domain", attack, f"left the domain: {float(sent.x.min()):.4g} to {float(sent.x.max()):.4g}")
 
 
 def _try_batch_of_one(attack: Attack, evidence: Evidence) -> None:
@@ -178,22 +185,9 @@ def _try_float64(attack: Attack, evidence: Evidence) -> None:
             evidence.add("dtype", attack, f"makes {sent.x.dtype} of float64")
 
 
-def _try_other_domain(attack: Attack, evidence: Evidence) -> None:
-    """Rows of features, each with bounds of its own; an attack on images alone says so, and is let off."""
-    world = tabular_world()
-    try:
-        attack.check_inputs(world.batches[0])
-    except ConfigError:
-        return
-    play = _Play(attack, None, world)
-    for number in (0, 2):
-        if not world.domain.holds(play.sends(number).x):
-            evidence.add("domain", attack, "leaves the bounds of features that are no pixels")
-
-
 def _try_half(attack: Attack, evidence: Evidence) -> None:
     """The same half of the positions is left clean, batch after batch and in the trigger."""
-    play = _Play(attack, None)
+    play = _Play(attack, None, image_world())
     changed = [
         (play.sends(number).x != play.world.batches[number].x).flatten(1).any(1)
         for number in range(len(play.world.batches))
@@ -242,7 +236,7 @@ def _check_identity(cls: type, field: str) -> None:
     if field not in entry_of(cls).fields or exercised(cls).crashed:
         return
     attack: Attack = made(cls, {**_small(cls), field: 0.0})
-    play = _Play(attack, None)
+    play = _Play(attack, None, image_world())
     for number in (0, 2):
         same = bits(play.sends(number).x) == bits(play.world.batches[number].x)
         assert same, f"{attack} is not the identity at {field} = 0"

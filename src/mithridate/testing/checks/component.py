@@ -10,8 +10,8 @@ from mithridate.core.descriptions import described_fields
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import Kind, fields_of
 from mithridate.testing.checks import aggregator, attack, defence, detector, model, monitor, update_attack
+from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import BASES, Check, entry_of, made
-from mithridate.testing.checks.witness import Evidence
 
 EXERCISED: Mapping[Kind, Callable[[type], Evidence]] = {
     "aggregator": aggregator.exercised,

@@ -1,6 +1,5 @@
 """What every defence must pass."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,20 +18,20 @@ from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.core.registry import entries
 from mithridate.core.updates import Updates
-from mithridate.core.view import Need, View
+from mithridate.core.view import View
 from mithridate.data.shards import Shards
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing.checks.subject import Check, entry_of, made, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits, through_file, unsaveable
-from mithridate.testing.checks.worlds import World, image_world, same_tensors, state_of, stream_of, tabular_world
+from mithridate.testing.checks.evidence import Evidence
+from mithridate.testing.checks.subject import Check, entry_of, fresh, made, named_choices, variants
+from mithridate.testing.checks.witness import Witness, bits, same_tensors, through_file, unsaveable
+from mithridate.testing.checks.worlds import World, image_world, state_of, stream_of, tabular_world, untimed
 from mithridate.testing.toy import toy_learner
 from mithridate.update_attacks.clean import CleanUpdates
 
 POISON = 0.15
 """Radius of the noise that poisons the toy stream, in pixel units."""
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
 
 
 @lru_cache(maxsize=64)
@@ -83,19 +82,17 @@ class _Watched(Defence):
     def __init__(self, defence: Defence, evidence: Evidence | None, world: World) -> None:
         self.defence, self.evidence, self.world = defence, evidence, world
         self.needs = defence.needs  # type: ignore[misc]  # as of the one it stands for
-        self.witness = Witness(defence, evidence)
+        self.witness = Witness(defence, evidence, world)
         world.learner.defence = self
 
     @property
     def lookback(self) -> int:
         return self.defence.lookback
 
-    def _watching(self, moment: str, view: View, **shown: object) -> AbstractContextManager[None]:
-        beside = {need.name.lower(): value for need, value in view.available.items() if need is not Need.MODEL}
-        module = self.world.learner.model
+    def _watching(self, moment: str, view: View, **handed: object) -> AbstractContextManager[None]:
         # A forward pass in update mode records statistics.
-        may = [name for name, _ in module.named_buffers()] if moment == "loss" else []
-        return self.witness.watching(moment, module=module, notes=view.memory, may=may, **{**beside, **shown})
+        may = [name for name, _ in self.world.learner.model.named_buffers()] if moment == "loss" else []
+        return self.witness.watching(moment, handed, notes=view.memory, may=may)
 
     def begin(self, view: View) -> None:
         with self._watching("begin", view):
@@ -196,12 +193,12 @@ def _run_and_resume(defence: Defence, evidence: Evidence) -> None:
     score = learner.evaluate([world.validation])
 
     again = image_world()
-    _watched(_fresh(defence), None, again)
+    _watched(fresh(defence), None, again)
     again.learner.update(again.batches[0])
     if not same_tensors(state_of(again.learner), after_first):
         evidence.add("repeats", defence, "makes another step of the same batch")
     resumed = image_world()
-    _watched(_fresh(defence), None, resumed)
+    _watched(fresh(defence), None, resumed)
     resumed.learner.restore(snapshot)
     resumed.learner.memory.update(notes)
     resumed.past.load(past)
@@ -209,11 +206,6 @@ def _run_and_resume(defence: Defence, evidence: Evidence) -> None:
     same = resumed.learner.evaluate([world.validation]) == score
     if not (same and same_tensors(state_of(resumed.learner), state_of(learner))):
         evidence.add("resumes", defence, "goes on otherwise once its notes were saved")
-
-
-def _fresh(defence: Defence) -> Defence:
-    """The same settings in another object."""
-    return dataclasses.replace(defence)  # type: ignore[type-var]  # settings are dataclasses
 
 
 def _try_batch_of_one(defence: Defence, evidence: Evidence) -> None:
@@ -273,7 +265,7 @@ def _trace(defence: Defence | None) -> Sequence[Mapping[str, Any]]:
     stream = stream_of(0)
     run = OnlineRun(steps=3, lr=0.05, images=0)
     outcome = run_online(toy_learner(stream, defence=defence), stream, Noise(eps=POISON), run, seed=0)
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in outcome.trace]
+    return untimed(outcome.trace)
 
 
 def check_neutral(cls: Any) -> None:  # noqa: ANN401  (the class of a defence)

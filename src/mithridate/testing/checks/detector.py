@@ -1,8 +1,6 @@
 """What every detector must pass."""
 
-import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from statistics import median
 
@@ -12,11 +10,12 @@ from torch import Tensor
 from mithridate.core.batch import Batch
 from mithridate.core.features import observe
 from mithridate.core.past import Snapshot, Weights
-from mithridate.core.view import Memory, Need
+from mithridate.core.view import Memory
 from mithridate.core.watch import Detector
-from mithridate.testing.checks.subject import Check, made, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits, through_file, unsaveable
-from mithridate.testing.checks.worlds import image_world, same_tensors, stream_of
+from mithridate.testing.checks.evidence import Evidence
+from mithridate.testing.checks.subject import Check, fresh, made, named_choices, variants
+from mithridate.testing.checks.witness import Witness, bits, same_tensors, through_file, unsaveable
+from mithridate.testing.checks.worlds import image_world, stream_of
 from mithridate.training.history import History
 
 SEEDS = range(3)
@@ -59,7 +58,8 @@ class _Play:
         self, detector: Detector, evidence: Evidence | None, *, seed: int = 0, dtype: torch.dtype = torch.float32
     ) -> None:
         self.detector, self.seed, self.dtype = detector, seed, dtype
-        self.world, self.witness = image_world(dtype, seed=seed), Witness(detector, evidence)
+        self.world = image_world(dtype, seed=seed)
+        self.witness = Witness(detector, evidence, self.world)
 
     def fitted(self) -> Memory:
         """What it remembers of clean samples."""
@@ -67,7 +67,7 @@ class _Play:
             return {}
         batches = (Batch(x.to(self.dtype), y) for x, y in stream_of(self.seed).burn_in.batches(60))
         clean = observe(self.world.learner.model, batches)
-        with self._watching("fit", clean=clean):
+        with self.witness.watching("fit", {"clean": clean}):
             return self.detector.fit(clean, rng=torch.Generator().manual_seed(3))
 
     def teach(self) -> None:
@@ -83,19 +83,13 @@ class _Play:
             batch.clone(),
             {k: t.clone() for k, t in fitted.items()},
         )
-        with self._watching("score", batch=batch, fitted=fitted):
+        with self.witness.watching("score", {"batch": batch, "fitted": fitted}):
             return self.detector.score(batch, view, fitted)
-
-    def _watching(self, call: str, **shown: object) -> AbstractContextManager[None]:
-        beside = {need.name.lower(): value for need, value in self.world.available().items() if need is not Need.MODEL}
-        return self.witness.watching(call, module=self.world.learner.model, **{**beside, **shown})
 
 
 def _fit_and_score(detector: Detector, evidence: Evidence) -> None:
     """Fit and score; then again, and in another object that reads what was saved."""
     play = _Play(detector, evidence)
-    parameter = next(play.world.learner.model.parameters())
-    parameter.grad = torch.ones_like(parameter)
     fitted, batch = play.fitted(), stream_of(0).victim_batch(0, 0)
     if bool(fitted) is not detector.fits:
         evidence.add("notes", detector, f"says that `fits` is {detector.fits}, and notes {sorted(fitted)}")
@@ -110,20 +104,15 @@ def _fit_and_score(detector: Detector, evidence: Evidence) -> None:
     if scores.requires_grad or bool(scores.isnan().any()):
         evidence.add("shape", detector, "gives scores that are NaN or carry a gradient")
 
-    again = _Play(_fresh(detector), None)
+    again = _Play(fresh(detector), None)
     other = again.fitted()
     again.teach()
     if not same_tensors(other, fitted) or bits(again.scores(batch, other)) != bits(scores):
         evidence.add("repeats", detector, "notes or scores otherwise the second time")
-    resumed = _Play(_fresh(detector), None)
+    resumed = _Play(fresh(detector), None)
     resumed.teach()
     if bits(resumed.scores(batch, through_file(fitted))) != bits(scores):
         evidence.add("resumes", detector, "scores otherwise once its notes were saved")
-
-
-def _fresh(detector: Detector) -> Detector:
-    """The same settings in another object."""
-    return dataclasses.replace(detector)  # type: ignore[type-var]  # settings are dataclasses
 
 
 def _try_other_company(detector: Detector, evidence: Evidence) -> None:

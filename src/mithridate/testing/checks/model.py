@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from mithridate.core.model import frozen_statistics
+from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, fields_in, made, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits
-from mithridate.testing.checks.worlds import same_tensors, stream_of
+from mithridate.testing.checks.witness import Witness, bits, same_tensors
+from mithridate.testing.checks.worlds import stream_of
 from mithridate.testing.toy import TOY
 
 SMALL = {"width": 8, "groups": 4}
@@ -39,7 +40,7 @@ def exercised(cls: type) -> Evidence:
 
 def _build(settings: Any, evidence: Evidence) -> None:  # noqa: ANN401  (whatever has `build`)
     """The same seed gives the same bits, another seed others; and so do logits, in eval mode."""
-    with Witness(settings, evidence).watching("build"):
+    with Witness(settings, evidence).watching("build", {}):
         module: nn.Module = settings.build(TOY, seed=1)
     again, other = settings.build(TOY, seed=1).state_dict(), settings.build(TOY, seed=2).state_dict()
     if not same_tensors(module.state_dict(), again):
@@ -48,7 +49,7 @@ def _build(settings: Any, evidence: Evidence) -> None:  # noqa: ANN401  (whateve
         evidence.add("repeats", settings, "builds the same model of every seed")
     batch = stream_of(0).test.batch(slice(4))
     with torch.no_grad(), frozen_statistics(module, "eval"):
-        with Witness(settings, evidence).watching("forward", module=module, x=batch.x):
+        with Witness(settings, evidence).watching("forward", {"x": batch.x}, module=module):
             logits = module(batch.x)
         if bits(module(batch.x)) != bits(logits):
             evidence.add("repeats", settings, "answers otherwise the second time, in eval mode")

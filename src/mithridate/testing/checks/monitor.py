@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from mithridate.core.watch import Monitor, Reading
+from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, entry_of, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness
+from mithridate.testing.checks.witness import Witness
 
 START = Reading(0, 0.95, 0.2, None)
 QUIET = (START, *(Reading(step, 0.95, 0.2, 0.25) for step in range(1, 8)))
@@ -40,7 +41,7 @@ def exercised(cls: type) -> Evidence:
 def _ask(monitor: Monitor, readings: Sequence[Reading], evidence: Evidence) -> str | None:
     """What it says of some readings, watched."""
     given = list(readings)
-    with Witness(monitor, evidence).watching("alarm"):
+    with Witness(monitor, evidence).watching("alarm", {}):
         text = monitor.alarm(given)
     if given != list(readings) and all(math.isfinite(r.loss) for r in readings):  # NaN is not equal to itself
         evidence.add("inputs", monitor, "changed the readings that it was given in `alarm`")

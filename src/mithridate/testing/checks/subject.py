@@ -1,8 +1,9 @@
 """What is checked: a class, the kind and name that it goes by, and the settings in which it is tried."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mithridate.core.aggregator import Aggregator
 from mithridate.core.attack import Attack
@@ -11,6 +12,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import KINDS, Entry, Kind, entries, make
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.watch import Detector, Monitor
+
+T = TypeVar("T")
 
 Check = Callable[[type], None]
 """Raises AssertionError if a class breaks the rule that the function is named after."""
@@ -52,6 +55,11 @@ def entry_of(cls: type) -> Entry:
 def made(cls: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (a component of any kind)
     """The component with some settings, as a recipe makes it."""
     return make(cls, values, where=entry_of(cls).name)
+
+
+def fresh(component: T) -> T:
+    """Another object with the same settings."""
+    return dataclasses.replace(component)  # type: ignore[type-var]  # settings are dataclasses
 
 
 def fields_in(cls: type, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from statistics import median
 from typing import Any
@@ -20,9 +19,10 @@ from mithridate.maths.norms import Norm, sample_norms
 from mithridate.simulation.clients import FederatedRun, Federation, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.per_client.gradients import client_gradients
-from mithridate.testing.checks.subject import Check, entry_of, fields_in, made, named_choices, variants
-from mithridate.testing.checks.witness import Evidence, Witness, bits, through_file, unsaveable
-from mithridate.testing.checks.worlds import image_world, stream_of
+from mithridate.testing.checks.evidence import Evidence
+from mithridate.testing.checks.subject import Check, entry_of, fields_in, fresh, made, named_choices, variants
+from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
+from mithridate.testing.checks.worlds import image_world, stream_of, untimed
 from mithridate.testing.toy import toy_learner
 from mithridate.update_attacks.clean import CleanUpdates
 
@@ -32,7 +32,6 @@ CLIENTS, HOSTILE = 10, 4
 RUN = FederatedRun(rounds=3, lr=0.05)
 LONG_RUN = FederatedRun(rounds=5, lr=0.1, batch_norm="frozen")
 """Where harm is measured: statistics of so few samples would move the test loss more than most attacks."""
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
 RUINED = 1e3
 """A test loss of a model that nothing will mend."""
 RADIUS = 0.05
@@ -61,7 +60,7 @@ def exercised(cls: type) -> Evidence:
         with evidence.trying(attacks[0], "dtype"):
             _try_float64(attacks[0], evidence)
         if "radius" in entry_of(cls).fields:
-            for attack in attacks:
+            for attack in variants(cls, [{}, *(choice for choice in named_choices(cls) if "norm" in choice)]):
                 with evidence.trying(attack):
                     _try_radius(attack, evidence)
     return evidence
@@ -89,7 +88,8 @@ class _Play:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.attack, self.hostile, self.dtype = attack, hostile, dtype
-        self.world, self.witness = image_world(dtype), Witness(attack, evidence)
+        self.world = image_world(dtype)
+        self.witness = Witness(attack, evidence, self.world)
         self.memory: Memory = {}
 
     def honest(self, number: int) -> Honest:
@@ -111,10 +111,10 @@ class _Play:
     def sends(self, number: int) -> Tensor:
         """What hostile clients send in a round; in the last one, the trigger's."""
         honest = self.honest(number)
-        honest.own.sum()  # made when first looked at: now
+        self.own = honest.own  # made when first looked at: now
         call, craft = ("craft_trigger", self.attack.craft_trigger) if number == 2 else ("craft", self.attack.craft)
         view = self.world.view(self.attack, self.memory)
-        with self._watching(call, honest=honest):
+        with self.witness.watching(call, {"honest": honest}, notes=self.memory):
             return craft(honest, view, torch.Generator().manual_seed(number))
 
     def learned(self, sent: Tensor, number: int) -> None:
@@ -124,21 +124,15 @@ class _Play:
         mean = Updates(((honest.total + sent.sum(0)) / CLIENTS).unsqueeze(0), shapes).named()
         learner.put_parameters({name: p - RUN.lr * mean[name] for name, p in learner.white_box.parameters.items()})
         learner.step += 1
-        with self._watching("after_step"):
+        with self.witness.watching("after_step", {}, notes=self.memory):
             self.attack.after_step(self.world.view(self.attack, self.memory), torch.Generator().manual_seed(number))
-        with self._watching("ready"):
+        with self.witness.watching("ready", {}, notes=self.memory):
             self.attack.ready(self.world.view(self.attack, self.memory))
-
-    def _watching(self, call: str, **shown: object) -> AbstractContextManager[None]:
-        beside = {need.name.lower(): value for need, value in self.world.available().items() if need is not Need.MODEL}
-        return self.witness.watching(call, module=self.world.learner.model, notes=self.memory, **{**beside, **shown})
 
 
 def _run_and_resume(attack: UpdateAttack, evidence: Evidence) -> None:
     """Two rounds and the trigger; then the first again, and the end from what was saved in the middle."""
     play = _Play(attack, evidence)
-    parameter = next(play.world.learner.model.parameters())
-    parameter.grad = torch.ones_like(parameter)
     first = play.sends(0)
     _judge(play, first, evidence)
     play.learned(first, 0)
@@ -150,9 +144,9 @@ def _run_and_resume(attack: UpdateAttack, evidence: Evidence) -> None:
     trigger = play.sends(2)
     _judge(play, trigger, evidence)
 
-    if bits(_Play(_fresh(attack), None).sends(0)) != bits(first):
+    if bits(_Play(fresh(attack), None).sends(0)) != bits(first):
         evidence.add("repeats", attack, "sends other rows from the same state of the generator")
-    resumed = _Play(_fresh(attack), None)
+    resumed = _Play(fresh(attack), None)
     resumed.memory.update(notes)
     resumed.world.learner.restore(snapshot)
     middle = resumed.sends(1)
@@ -161,14 +155,9 @@ def _run_and_resume(attack: UpdateAttack, evidence: Evidence) -> None:
         evidence.add("resumes", attack, "goes on otherwise once its notes were saved")
 
 
-def _fresh(attack: UpdateAttack) -> UpdateAttack:
-    """The same settings in another object."""
-    return dataclasses.replace(attack)  # type: ignore[type-var]  # settings are dataclasses
-
-
 def _judge(play: _Play, sent: Tensor, evidence: Evidence) -> None:
     """Hold what was sent against the rows that hostile clients would have sent honestly."""
-    own = play.honest(0).own
+    own = play.own
     if sent.shape != own.shape:
         evidence.add("shape", play.attack, f"sends {tuple(sent.shape)} for rows of {tuple(own.shape)}")
     if (sent.dtype, sent.device) != (own.dtype, own.device):
@@ -197,14 +186,13 @@ def _try_float64(attack: UpdateAttack, evidence: Evidence) -> None:
 def _try_radius(attack: UpdateAttack, evidence: Evidence) -> None:
     """With a radius nothing longer is sent, in either norm."""
     norm: Norm = getattr(attack, "norm", "l2")
-    free = _Play(attack, None)
-    if max(float(sample_norms(free.sends(number), norm).max()) for number in (0, 2)) <= RADIUS:
-        evidence.add("budget", attack, f"sends nothing that a radius of {RADIUS} would shorten, so nothing is tested")
-    held = _Play(dataclasses.replace(attack, radius=RADIUS), None)  # type: ignore[type-var]  # settings are dataclasses
+    bounded = dataclasses.replace(attack, radius=RADIUS)  # type: ignore[type-var]  # settings are dataclasses
     for number in (0, 2):
-        longest = float(sample_norms(held.sends(number), norm).max())
-        if longest > RADIUS * (1 + 1e-5):
-            evidence.add("budget", attack, f"sends a row of {norm} length {longest:.6g} with radius = {RADIUS}")
+        free, short = (float(sample_norms(_Play(a, None).sends(number), norm).max()) for a in (attack, bounded))
+        if free <= RADIUS:
+            evidence.add("budget", attack, f"sends nothing that a radius of {RADIUS} would shorten: nothing is tested")
+        if short > RADIUS * (1 + 1e-5):
+            evidence.add("budget", bounded, f"sends a row of {norm} length {short:.6g}")
 
 
 def check_sends_rows(cls: type) -> None:
@@ -220,7 +208,7 @@ def check_keeps_to_its_radius(cls: type) -> None:
 def _trace(attack: UpdateAttack) -> Sequence[Mapping[str, Any]]:
     federation = _federation(0)
     outcome = run_federated(toy_learner(federation.stream), federation, attack, RUN)
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in outcome.trace]
+    return untimed(outcome.trace)
 
 
 def _at_once(attack: UpdateAttack) -> bool:

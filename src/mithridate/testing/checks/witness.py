@@ -7,115 +7,21 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mithridate.core.errors import DataError, ThreatModelError, UserError
 from mithridate.core.model import WhiteBox
-from mithridate.core.registry import defaults, fields_of
 from mithridate.core.view import Memory
+from mithridate.testing.checks.evidence import Evidence, Rule
+from mithridate.testing.checks.worlds import World
 from mithridate.training.history import History
 
-Rule = Literal[
-    "runs",
-    "needs",
-    "inputs",
-    "model",
-    "gradients",
-    "train flags",
-    "generators",
-    "state",
-    "notes",
-    "repeats",
-    "resumes",
-    "batch of one",
-    "dtype",
-    "labels",
-    "budget",
-    "use of the budget",
-    "domain",
-    "partial ratio",
-    "shape",
-    "screened",
-    "company",
-]
-"""What a fault is against."""
-
-LONGEST = 200
-"""Characters of a component in a message: those of nested tables are long."""
-
 Seen = dict[tuple[Rule, str], object]
-
-
-def described(component: object) -> str:
-    """A component by its class and what is not as by default, short enough for a message."""
-    if isinstance(component, type) or not dataclasses.is_dataclass(component):
-        return getattr(component, "__name__", type(component).__name__)
-    usual = defaults(type(component))
-    told = [f"{key}={value!r}" for key, value in fields_of(component).items() if value != usual[key]]
-    text = f"{type(component).__name__}({', '.join(told)})"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}...)"
-
-
-class Evidence:
-    """Faults of one class, by the rule that they are against."""
-
-    def __init__(self) -> None:
-        self._faults: dict[Rule, list[str]] = {}
-        self.crashed = False
-        """Whether it is no use to try it any further: it raised an error, and would again."""
-
-    def add(self, rule: Rule, component: object, what: str) -> None:
-        """Put a fault on record, once.
-
-        Args:
-            rule: What it is against.
-            component: Whose it is.
-            what: The end of a sentence that begins with the component.
-        """
-        faults = self._faults.setdefault(rule, [])
-        fault = f"{described(component)} {what}"
-        if fault not in faults:
-            faults.append(fault)
-
-    def require(self, rule: Rule) -> None:
-        """Raise if there is a fault against a rule.
-
-        Raises:
-            AssertionError: Says which.
-        """
-        faults = self._faults.get(rule, [])
-        more = f"; and {len(faults) - 3} more like it" if len(faults) > 3 else ""
-        assert not faults, "; ".join(faults[:3]) + more
-
-    @contextmanager
-    def trying(self, component: object, crash: Rule = "runs", *, breach: Rule | None = None) -> Iterator[None]:
-        """Put on record what the block raises, and go on after it.
-
-        Args:
-            component: Whose fault it is.
-            crash: The rule that errors are against.
-            breach: The one that AssertionErrors are against, which entry points raise at defects of a component; unset:
-                the same.
-        """
-        try:
-            yield
-        except Exception as error:  # whatever an author's code can raise
-            self.crashed = True
-            rule, what = crash, f"fails: {error}"
-            if isinstance(error, ThreatModelError):
-                rule = "needs"
-            elif isinstance(error, AssertionError):
-                rule = breach or crash
-            elif isinstance(error, DataError) and "outside the domain" in str(error):
-                rule = "domain"
-            elif not isinstance(error, UserError):
-                what = f"raises {type(error).__name__}: {error}"
-            self.add(rule, component, what)
+"""What can be compared before and after a call, by what it is of and which rule it falls under."""
 
 
 class Witness:
@@ -124,32 +30,35 @@ class Witness:
     Args:
         component: Whose calls.
         evidence: Where faults go; None looks at nothing, where the same calls were watched before.
+        world: What the component can look at; None for what it is handed alone.
     """
 
-    def __init__(self, component: object, evidence: Evidence | None) -> None:
-        self.component, self.evidence = component, evidence
+    def __init__(self, component: object, evidence: Evidence | None, world: World | None = None) -> None:
+        self.component, self.evidence, self.world = component, evidence, world
 
     @contextmanager
     def watching(
         self,
         call: str,
+        handed: Mapping[str, object],
         *,
         module: nn.Module | None = None,
         notes: Memory | None = None,
         may: Collection[str] = (),
-        **shown: object,
     ) -> Iterator[None]:
         """Compare before and after a call; what it drew from global generators is given back.
 
         Args:
             call: What is called, for messages.
-            module: The model that the component can reach.
+            handed: What it is handed, by name; whatever tensors there are in it.
+            module: The model that the component is handed; by default that of its world.
             notes: Its notes; they must be tensors that can be saved.
             may: Names of buffers that it may change.
-            shown: Whatever else it is handed or can look at.
         """
+        if self.world is not None:
+            module, handed = self.world.learner.model, {**self.world.beside(), **handed}
         generators = _global_generators()
-        before = self._seen(module, may, shown)
+        before = self._seen(module, may, handed)
         try:
             yield
             drawn = [name for name, state in _global_generators().items() if state != generators[name]]
@@ -157,7 +66,7 @@ class Witness:
             _restore_generators(generators)
         if self.evidence is None:
             return
-        after = self._seen(module, may, shown)
+        after = self._seen(module, may, handed)
         changed: dict[Rule, list[str]] = {}
         for rule, name in sorted(before.keys() | after.keys()):
             if before.get((rule, name)) != after.get((rule, name)):
@@ -171,10 +80,10 @@ class Witness:
         if notes is not None and (problem := unsaveable(notes)):
             self.evidence.add("notes", self.component, f"{problem}, in `{call}`")
 
-    def _seen(self, module: nn.Module | None, may: Collection[str], shown: Mapping[str, object]) -> Seen:
+    def _seen(self, module: nn.Module | None, may: Collection[str], handed: Mapping[str, object]) -> Seen:
         if self.evidence is None:
             return {}
-        seen: Seen = {("inputs", name): bits(t) for name, t in tensors_in(dict(shown))}
+        seen: Seen = {("inputs", name): bits(t) for name, t in tensors_in(handed)}
         for name, value in state_outside_notes(self.component):
             seen["state", name] = value
         if module is None:
@@ -214,6 +123,11 @@ def bits(t: Tensor) -> object:
     """What is equal if, and only if, type, shape and every bit are."""
     raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return t.dtype, tuple(t.shape), raw.numpy().tobytes()
+
+
+def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors have the same names and bits."""
+    return one.keys() == other.keys() and all(bits(t) == bits(other[key]) for key, t in one.items())
 
 
 def unsaveable(notes: object) -> str:

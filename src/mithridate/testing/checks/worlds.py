@@ -1,7 +1,7 @@
 """Small learners and what can be granted beside them: where components are tried."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from mithridate.core.past import Weights
 from mithridate.core.seeding import generator, seeded_default
 from mithridate.core.view import Memory, Need, View
 from mithridate.data.stream import Stream
-from mithridate.testing.checks.witness import bits
+from mithridate.simulation.trace import TraceRow
 from mithridate.testing.toy import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
@@ -32,7 +32,7 @@ class World:
     """A learner, and what comes its way.
 
     Args:
-        learner: After its burn-in; its modules' train flags are mixed, so that each must come back as it was.
+        learner: After its burn-in, with mixed train flags.
         batches: Three of a stream, the last one the trigger.
         validation: The attacker's own.
         domain: What a valid input is.
@@ -67,6 +67,10 @@ class World:
             Need.SURROGATE: self.surrogate.white_box,
         }
 
+    def beside(self) -> dict[str, Any]:
+        """What a component can look at besides the model, by name."""
+        return {need.name.lower(): value for need, value in self.available().items() if need is not Need.MODEL}
+
     def view(self, component: Any, memory: Memory) -> View:  # noqa: ANN401  (whatever declares needs)
         """What a component sees: what it declares, and no more."""
         granted = {need: value for need, value in self.available().items() if need in component.needs}
@@ -89,12 +93,12 @@ def stream_of(seed: int) -> Stream:
 
 def image_world(dtype: torch.dtype = torch.float32, *, seed: int = 0) -> World:
     """The toy stream of a seed and its convolutional net."""
-    return copy.deepcopy(_image_world(dtype, seed))
+    return _unsettled(_image_world(dtype, seed))
 
 
 def tabular_world() -> World:
     """Rows of z-scored features, each with bounds of its own, and a small net that learned them."""
-    return copy.deepcopy(_tabular_world())
+    return _unsettled(_tabular_world())
 
 
 @lru_cache(maxsize=8)
@@ -108,7 +112,6 @@ def _image_world(dtype: torch.dtype, seed: int) -> World:
     learner, surrogate = (toy_learner(stream, seed=number, dtype=dtype) for number in (seed, seed + 1))
     assert learner.trusted is not None
     learner.trusted, learner.domain = few(learner.trusted, len(stream.trusted)), stream.domain
-    _mix_train_flags(learner.model)
     return World(learner, batches, few(stream.validation.all(), VALIDATION), stream.domain, surrogate, seed)
 
 
@@ -137,15 +140,17 @@ def _tabular_world() -> World:
         burned_in.step, burned_in.history = 0, History(keep=8, checkpoints={0: untrained})
         return burned_in
 
-    world = World(learner(0), tuple(drawn(SAMPLES) for _ in range(3)), drawn(VALIDATION), domain, learner(1))
-    _mix_train_flags(world.learner.model)
-    return world
+    return World(learner(0), tuple(drawn(SAMPLES) for _ in range(3)), drawn(VALIDATION), domain, learner(1))
 
 
-def _mix_train_flags(model: nn.Module) -> None:
-    """Every other module in eval mode, so that leaving all of them in either mode is seen."""
-    for number, module in enumerate(model.modules()):
+def _unsettled(world: World) -> World:
+    """A copy with every other module in eval mode, and a gradient, so that tidying up is seen, too."""
+    own = copy.deepcopy(world)
+    for number, module in enumerate(own.learner.model.modules()):
         module.training = number % 2 == 0
+    parameter = next(own.learner.model.parameters())
+    parameter.grad = torch.ones_like(parameter)
+    return own
 
 
 def state_of(learner: Learner) -> dict[str, Tensor]:
@@ -154,6 +159,6 @@ def state_of(learner: Learner) -> dict[str, Tensor]:
     return {**weights.parameters, **weights.buffers}
 
 
-def same_tensors(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of tensors have the same names and bits."""
-    return one.keys() == other.keys() and all(bits(t) == bits(other[key]) for key, t in one.items())
+def untimed(trace: Sequence[TraceRow]) -> Sequence[Mapping[str, Any]]:
+    """The rows of a trace without what the clock decides."""
+    return [{key: value for key, value in row.items() if "seconds" not in key} for row in trace]
