@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from mithridate.aggregators.bulyan import Bulyan, around_median
 from mithridate.core.aggregator import Context
-from mithridate.testing.for_aggregators import outside
+from mithridate.testing.checks.aggregator import outside
 
 
 def context(n: int) -> Context:

@@ -6,7 +6,7 @@ import torch
 
 from mithridate.aggregators.fltrust import FLTrust
 from mithridate.core.aggregator import Context
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from mithridate.aggregators.geometric_median import GeometricMedian
 from mithridate.core.aggregator import Context, Spread
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 
 def context(n: int, **things: Any) -> Context:

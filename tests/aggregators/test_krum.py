@@ -11,7 +11,7 @@ from mithridate.aggregators.multi_krum import MultiKrum
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
 from mithridate.maths.rows import squared_distances
-from mithridate.testing.for_aggregators import outside
+from mithridate.testing.checks.aggregator import outside
 
 
 def context(n: int) -> Context:

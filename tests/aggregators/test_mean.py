@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mithridate.aggregators.mean import Mean
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 
 def test_against_numpy() -> None:

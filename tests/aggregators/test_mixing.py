@@ -4,7 +4,7 @@ import torch
 
 from mithridate.aggregators.bucketing import Bucketing
 from mithridate.aggregators.centered_clipping import CENTRE
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 NESTED = {"name": "nnm", "inner": {"name": "centered_clipping", "clip_norm": 1.0}}
 

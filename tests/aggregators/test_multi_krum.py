@@ -4,7 +4,7 @@ import torch
 
 from mithridate.aggregators.krum import Krum
 from mithridate.aggregators.multi_krum import MultiKrum
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 
 def test_keeping_one_is_krum() -> None:

@@ -9,7 +9,7 @@ import torch
 from mithridate.aggregators.mean import Mean
 from mithridate.aggregators.norm_bounding import NormBounding
 from mithridate.maths.norms import Norm
-from mithridate.testing.for_aggregators import a_round, again
+from mithridate.testing.checks.aggregator import a_round, again
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -22,8 +22,7 @@ from mithridate.defences.mma import Mma
 from mithridate.defences.trades import Trades
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, sample_norms
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
@@ -71,12 +70,6 @@ def same_loss_and_gradients(model: nn.Module, found: Tensor, wanted: Tensor) -> 
     for a, b in zip(ours, theirs, strict=True):
         assert float(b.abs().max()) > 1e-6
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check, name: str) -> None:
-    check(VARIANTS[name])
 
 
 def test_trades_is_its_formula() -> None:

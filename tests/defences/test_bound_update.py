@@ -13,14 +13,8 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(BoundUpdate)
 
 
 @pytest.fixture(scope="module")

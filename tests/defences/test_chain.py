@@ -29,8 +29,7 @@ from mithridate.defences.median_bn import MedianBn
 from mithridate.defences.none import Standard
 from mithridate.defences.skip import Skip
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 TIMES = {"seconds", "craft_seconds", "update_seconds"}
@@ -43,11 +42,6 @@ PARTS: dict[str, Defence] = {
     "bound_update": BoundUpdate(clip_norm=0.01),
     "median_bn": MedianBn(),
 }
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(Chain)
 
 
 @pytest.fixture(scope="module")

@@ -25,8 +25,7 @@ from mithridate.maths.norms import clip_rows
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.per_client.gradients import client_gradients
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
 
@@ -68,11 +67,6 @@ def discrepancies(learner: Learner, gradient: Updates, old: Weights, kind: Any, 
         assert learner.trusted is not None
         found.append(memorization_discrepancy(model, old, learner.trusted.x[:size], kind=kind).mean())
     return torch.stack(found)
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_it_passes_the_checks(check: Check) -> None:
-    check(DGC)
 
 
 @pytest.mark.parametrize("norm", ["l2", "linf"])

@@ -16,14 +16,8 @@ from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.ema import Ema
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(Ema)
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,10 @@ from mithridate.core.view import Need
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.filter import FITTED, THRESHOLD, Filter
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 STREAM = toy_stream(0)
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(Filter)
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:

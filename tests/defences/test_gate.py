@@ -15,14 +15,8 @@ from mithridate.core.model import Snapshot
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.gate import MEASURED, SEEN, Gate, Measure
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(Gate)
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,11 @@ from torch.optim import SGD
 from mithridate.core.batch import Batch
 from mithridate.core.view import View
 from mithridate.defences.median_bn import MAD_TO_STD, MedianBn
-from mithridate.testing import component_checks, defence_checks, toy_learner, toy_stream
-from mithridate.testing.conformance import Check
+from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
 Over = Literal["samples", "values"]
 MOMENTUM = 0.3
-
-
-@pytest.mark.parametrize("check", [*component_checks(), *defence_checks()], ids=lambda c: c.__name__)
-def test_conformance(check: Check) -> None:
-    check(MedianBn)
 
 
 def forward(config: MedianBn, layer: nn.Module, x: Tensor) -> Tensor:

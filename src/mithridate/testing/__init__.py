@@ -1,17 +1,7 @@
-"""For authors of components: a toy stream, and the checks that every component must pass."""
+"""For authors of components: what every component must pass, a toy stream, and what a defence costs on clean ones."""
 
-from mithridate.testing.conformance import attack_checks, component_checks, defence_checks, detector_checks
-from mithridate.testing.for_aggregators import aggregator_checks
-from mithridate.testing.for_update_attacks import update_attack_checks
+from mithridate.testing.conformance import check_component, component_checks
+from mithridate.testing.cost import CleanCost, clean_cost
 from mithridate.testing.toy import toy_learner, toy_stream
 
-__all__ = [
-    "aggregator_checks",
-    "attack_checks",
-    "component_checks",
-    "defence_checks",
-    "detector_checks",
-    "toy_learner",
-    "toy_stream",
-    "update_attack_checks",
-]
+__all__ = ["CleanCost", "check_component", "clean_cost", "component_checks", "toy_learner", "toy_stream"]

@@ -111,7 +111,7 @@ def toy_learner(
     model.to(dtype)
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
     fresh = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed).to(dtype)
-    untrained = Weights(dict(fresh.named_parameters()), dict(fresh.named_buffers()), "burn-in epoch 0")
+    untrained = Weights.of(fresh, "burn-in epoch 0").copied()
     history = History(keep=8, checkpoints={0: untrained})
     training = [Batch(x.to(dtype), y) for x, y in stream.burn_in.batches(60)]
     trusted = stream.trusted.all()

@@ -1,10 +1,4 @@
-"""What every aggregator must pass besides `component_checks`: named checks that raise AssertionError if it does not.
-
-An author runs them on one class:
-
-    for check in aggregator_checks():
-        check(MyRule)
-"""
+"""What every aggregator must pass."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mithridate.aggregators.mixing import Front
 from mithridate.core.aggregator import Aggregator, Context, Property, Spread
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.registry import build, config_of, entries
+from mithridate.core.registry import entries
 from mithridate.maths.rows import lengths
-from mithridate.testing.conformance import Check
+from mithridate.testing.checks.evidence import Evidence
+from mithridate.testing.checks.subject import Check, entry_of, fields_in, named_choices, variants
+from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
 
 ROWS, WIDTH = 24, 7
 SCALES = (1e-4, 1.0, 1e4)
@@ -44,25 +39,6 @@ class Round(NamedTuple):
     rows: Tensor
     context: Context
     scale: float
-
-
-def aggregator_checks() -> Sequence[Check]:
-    """Checks for aggregators, besides `component_checks`."""
-    return (
-        check_rule_repeats,
-        check_rule_leaves_the_world_alone,
-        check_rule_keeps_dtype,
-        check_any_order,
-        check_translation,
-        check_scale,
-        check_consensus,
-        check_hostile_rows,
-        check_average_is_declared,
-        check_weights,
-        check_number_of_rows,
-        check_unusable_rows,
-        check_notes,
-    )
 
 
 def a_round(seed: int, scale: float = 1.0, n: int = ROWS, dtype: torch.dtype = torch.float64) -> Round:
@@ -91,65 +67,88 @@ def again(context: Context, **changes: Any) -> Context:  # noqa: ANN401  (fields
 
 
 @lru_cache(maxsize=64)
-def variants(cls: type) -> tuple[Aggregator, ...]:
-    """The class with its defaults, with other settings that all rules name alike, and around every other rule."""
-    known = entries("aggregator")
-    name = next(name for name, entry in known.items() if entry.cls is cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
-    other: list[Mapping[str, Any]] = [{}]
-    other += [{"preset": preset} for preset in known[name].presets]
-    other += [{key: value} for key, value in (("hostile", 1), ("worker_momentum", 0.5)) if key in fields]
-    if "inner" in fields:
-        other += [{"inner": {"name": inner}} for inner in known]
-    return tuple(build("aggregator", {"name": name, **values}) for values in other)
+def settings_of(cls: type) -> tuple[Aggregator, ...]:
+    """The rule with its defaults, with other settings that all rules name alike, and around every other rule."""
+    tables: list[Mapping[str, Any]] = [{}, *entry_of(cls).presets.values(), *named_choices(cls)]
+    tables += [fields_in(cls, {"hostile": 1}), fields_in(cls, {"worker_momentum": 0.5})]
+    if "inner" in entry_of(cls).fields:
+        tables += [{"inner": {"name": inner}} for inner in entries("aggregator")]
+    return tuple(variants(cls, tables))
+
+
+@lru_cache(maxsize=64)
+def exercised(cls: type) -> Evidence:
+    """What is found when a rule aggregates two rounds in all its settings; tried once."""
+    evidence = Evidence()
+    with evidence.trying(cls.__name__):
+        for rule in settings_of(cls):
+            with evidence.trying(rule):
+                _run_and_resume(rule, evidence)
+        if evidence.crashed:
+            return evidence
+        for rule in settings_of(cls):
+            with evidence.trying(rule, "dtype"):
+                _try_float32(rule, evidence)
+    return evidence
+
+
+def _run_and_resume(rule: Aggregator, evidence: Evidence) -> None:
+    """Two rounds; then the first again, and the second from notes that were saved, by another object."""
+    (rows, before, _), (later, after, _) = a_round(0), a_round(1)
+    weights = torch.arange(1.0, ROWS + 1)
+    context = again(before, weights=weights)
+    handed = {"rows": rows, "clients": context.clients, "weights": weights, "trusted": context.trusted}
+    with Witness(rule, evidence).watching("aggregate", handed, notes=context.memory):
+        made = rule.aggregate(rows.requires_grad_(), context)
+    rows = rows.detach()
+    if made.requires_grad:
+        evidence.add("shape", rule, "gives a result that carries a gradient")
+    if rule.remembers_clients and not context.memory:
+        evidence.add("notes", rule, "says that it keeps notes on clients, and has none")
+    if unsaveable(context.memory):
+        return  # that is on record
+    saved = through_file(context.memory)
+    first = bits(made)
+    made.add_(1.0)
+    if any(bits(note) != bits(saved[key]) for key, note in context.memory.items()):
+        evidence.add("notes", rule, "hands out its notes: what is done to its result is done to them")
+        return
+    fresh = dataclasses.replace(rule)  # type: ignore[type-var]  # settings are dataclasses
+    if bits(fresh.aggregate(rows, again(before, weights=weights))) != first:
+        evidence.add("repeats", rule, "gives other bits the second time")
+    second = rule.aggregate(later, again(after, memory=context.memory))
+    if bits(fresh.aggregate(later, again(after, memory=saved))) != bits(second):
+        evidence.add("resumes", rule, "goes on otherwise once its notes were saved")
+
+
+def _try_float32(rule: Aggregator, evidence: Evidence) -> None:
+    """float32 rows give float32, near the float64 result."""
+    rows, context, _ = a_round(1, dtype=torch.float32)
+    made = rule.aggregate(rows, again(context))
+    exact = rule.aggregate(rows.double(), again(context))
+    if (made.dtype, made.shape) != (torch.float32, (WIDTH,)):
+        evidence.add("dtype", rule, f"makes {made.dtype} {tuple(made.shape)} of float32 {tuple(rows.shape)}")
+    elif not torch.allclose(made.double(), exact, rtol=1e-5, atol=1e-5):
+        evidence.add("dtype", rule, "loses precision in float32")
+
+
+def _working(cls: type) -> tuple[Aggregator, ...]:
+    """The settings in which a rule is judged; none if it fails to run, which is on record."""
+    return () if exercised(cls).crashed else settings_of(cls)
+
+
+def check_gives_no_gradient(cls: type) -> None:
+    """The result carries no gradient, even of rows that do."""
+    exercised(cls).require("shape")
 
 
 def _close(made: Tensor, expected: Tensor, size: float) -> bool:
     return bool(((made - expected).abs() <= TOLERANCE * size).all())
 
 
-def check_rule_repeats(cls: type) -> None:
-    """Same rows, notes and generator state: same bits."""
-    for rule in variants(cls):
-        rows, context, _ = a_round(0)
-        first, second = (rule.aggregate(rows, again(context)) for _ in range(2))
-        assert torch.equal(first, second), f"{rule} gives other bits the second time"
-
-
-def check_rule_leaves_the_world_alone(cls: type) -> None:
-    """It writes to nothing but its notes, carries no gradient, and draws from no generator but the one it is given."""
-    for rule in variants(cls):
-        rows, context, _ = a_round(0)
-        weights = torch.arange(1.0, ROWS + 1)
-        context = again(context, weights=weights)
-        assert context.trusted is not None
-        things = (rows, context.clients, weights, context.trusted)
-        kept = [thing.clone() for thing in things]
-        state = torch.get_rng_state()
-        made = rule.aggregate(rows.requires_grad_(), context)
-        assert all(torch.equal(a, b) for a, b in zip(things, kept, strict=True)), f"{rule} wrote to what it was given"
-        assert not made.requires_grad, f"{rule} gives a result with a gradient"
-        assert not any(note.requires_grad for note in context.memory.values()), f"{rule} notes gradients"
-        assert torch.equal(state, torch.get_rng_state()), f"{rule} drew from the global generator"
-        seen = {key: note.clone() for key, note in context.memory.items()}
-        made.add_(1.0)
-        assert all(torch.equal(seen[key], note) for key, note in context.memory.items()), f"{rule} hands out its notes"
-
-
-def check_rule_keeps_dtype(cls: type) -> None:
-    """float32 rows give float32, near the float64 result."""
-    for rule in variants(cls):
-        rows, context, _ = a_round(1, dtype=torch.float32)
-        made = rule.aggregate(rows, again(context))
-        exact = rule.aggregate(rows.double(), again(context))
-        assert made.dtype == torch.float32, f"{rule} makes {made.dtype} of float32"
-        assert made.shape == (WIDTH,), f"{rule} makes {tuple(made.shape)} of {tuple(rows.shape)}"
-        assert torch.allclose(made.double(), exact, rtol=1e-5, atol=1e-5), f"{rule} loses precision in float32"
-
-
 def check_any_order(cls: type) -> None:
     """Clients in another order give the same result, in the first round and in the second."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         for now in rounds():
             order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(9))
             weights = torch.arange(1, ROWS + 1).double()
@@ -161,7 +160,7 @@ def check_any_order(cls: type) -> None:
 
 
 def _holds_or_is_declared(cls: type, name: Property, broken: Callable[[Aggregator, Round], bool]) -> None:
-    for rule in variants(cls):
+    for rule in _working(cls):
         failing = [now.scale for now in rounds() if broken(rule, now)]
         if name not in rule.unmet:
             assert not failing, f"{rule} lacks the property '{name}' (rows of scale {failing[0]:g}); mend or declare it"
@@ -249,7 +248,7 @@ def _attacked(rule: Aggregator, count: int) -> Iterator[tuple[float, float, str]
 
 def check_hostile_rows(cls: type) -> None:
     """With as many hostile rows as it stands, of any size, it stays as near to the honest box as it says."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         count = min(rule.most_hostile(ROWS), ROWS - 2)  # two honest rows are the fewest that have a spread
         if count == 0:
             continue
@@ -262,7 +261,7 @@ def check_hostile_rows(cls: type) -> None:
 
 def check_average_is_declared(cls: type) -> None:
     """A rule that is declared not robust stands none, and one row does take it out of the box; another stands some."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         if rule.average:
             assert rule.most_hostile(ROWS) == 0, f"{rule} is declared an average and claims to stand hostile rows"
             assert any(distance > 1 for distance, _, _ in _attacked(rule, 1)), f"{rule} is robust, and says it is not"
@@ -274,7 +273,7 @@ def check_average_is_declared(cls: type) -> None:
 
 def check_weights(cls: type) -> None:
     """A rule that uses weights forgets rows of weight zero; another gives the same bits with and without them."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         rows, context, _ = a_round(2)
         weights = (torch.arange(ROWS) % 3).double()
         plain = rule.aggregate(rows, again(context))
@@ -289,7 +288,7 @@ def check_weights(cls: type) -> None:
 
 def check_number_of_rows(cls: type) -> None:
     """Any number of rows works or is refused with the bound; none is refused; what it stands grows with the rows."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         stands = [rule.most_hostile(n) for n in range(1, 40)]
         assert stands == sorted(stands), f"{rule} stands fewer hostile rows among more"
         assert all(0 <= f <= n for n, f in enumerate(stands, start=1)), (
@@ -313,7 +312,7 @@ def check_number_of_rows(cls: type) -> None:
 
 def check_unusable_rows(cls: type) -> None:
     """Rows with NaN or infinity are refused, by the client's id."""
-    for rule in variants(cls):
+    for rule in _working(cls):
         for value, dtype in product((torch.nan, torch.inf, -torch.inf), (torch.float32, torch.float64)):
             rows, context, _ = a_round(0, dtype=dtype)
             rows[5, 2] = value
@@ -326,18 +325,15 @@ def check_unusable_rows(cls: type) -> None:
             raise AssertionError(f"{rule} takes a row that holds {value}")
 
 
-def check_notes(cls: type) -> None:
-    """Notes alone carry a rule from round to round: a copy of them goes on with the same bits."""
-    for rule in variants(cls):
-        before, after = a_round(0), a_round(1)
-        context = again(before.context)
-        rule.aggregate(before.rows, context)
-        restored = {key: note.clone() for key, note in context.memory.items()}
-        fresh: Aggregator = build("aggregator", config_of(rule))
-        first = rule.aggregate(after.rows, again(after.context, memory=context.memory))
-        second = fresh.aggregate(after.rows, again(after.context, memory=restored))
-        assert torch.equal(first, second), f"{rule} remembers something outside its notes"
-        if rule.remembers_clients:
-            assert isinstance(rule, Front) or context.memory, (
-                f"{rule} says that it keeps notes on clients, and has none"
-            )
+CHECKS: Sequence[Check] = (
+    check_gives_no_gradient,
+    check_any_order,
+    check_translation,
+    check_scale,
+    check_consensus,
+    check_hostile_rows,
+    check_average_is_declared,
+    check_weights,
+    check_number_of_rows,
+    check_unusable_rows,
+)
