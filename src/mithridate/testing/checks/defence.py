@@ -28,6 +28,7 @@ from mithridate.testing.checks.subject import Check, entry_of, fresh, made, name
 from mithridate.testing.checks.witness import Witness, bits, same_tensors, through_file, unsaveable
 from mithridate.testing.checks.worlds import World, image_world, state_of, stream_of, tabular_world, untimed
 from mithridate.testing.toy import toy_learner
+from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import CleanUpdates
 
 POISON = 0.15
@@ -76,14 +77,13 @@ class _Watched(Defence):
     Args:
         defence: The one that is asked.
         evidence: Where faults go; None where they were looked for before.
-        world: Where it stands; its learner is given this defence.
+        world: Where it stands.
     """
 
     def __init__(self, defence: Defence, evidence: Evidence | None, world: World) -> None:
         self.defence, self.evidence, self.world = defence, evidence, world
         self.needs = defence.needs  # type: ignore[misc]  # as of the one it stands for
         self.witness = Witness(defence, evidence, world)
-        world.learner.defence = self
 
     @property
     def lookback(self) -> int:
@@ -144,10 +144,11 @@ class _Watched(Defence):
             self.evidence.add("dtype", self.defence, f"`{moment}` makes of {key} {wanted.get(key)} {got.get(key)}")
 
 
-def _watched(defence: Defence, evidence: Evidence | None, world: World) -> _Watched:
-    """The same under the name of its class, which messages give."""
+def _guarded(world: World, defence: Defence, evidence: Evidence | None) -> Learner:
+    """The learner of a world, behind a defence that is watched; it goes by the name of its class in messages."""
     watched: type[_Watched] = type(type(defence).__name__, (_Watched,), {})
-    return watched(defence, evidence, world)
+    world.learner.defence = watched(defence, evidence, world)
+    return world.learner
 
 
 def _judge(defence: Defence, received: AnyBatch, screened: Screened, domain: Domain, evidence: Evidence) -> None:
@@ -181,49 +182,48 @@ def _judge(defence: Defence, received: AnyBatch, screened: Screened, domain: Dom
 def _run_and_resume(defence: Defence, evidence: Evidence) -> None:
     """Three steps; then the first again, and the last from what was saved in the middle."""
     world = image_world()
-    learner = world.learner
-    _watched(defence, evidence, world)
-    learner.update(world.batches[0])
+    first, second, third = world.batches
+    learner = _guarded(world, defence, evidence)
+    learner.update(first)
     after_first = state_of(learner)
-    learner.update(world.batches[1])
+    learner.update(second)
     if unsaveable(learner.memory):
         return  # that is on record
     notes, snapshot, past = through_file(learner.memory), learner.snapshot(), world.past.tensors()
-    learner.update(world.batches[2])
+    learner.update(third)
     score = learner.evaluate([world.validation])
 
-    again = image_world()
-    _watched(fresh(defence), None, again)
-    again.learner.update(again.batches[0])
-    if not same_tensors(state_of(again.learner), after_first):
+    again = _guarded(image_world(), fresh(defence), None)
+    again.update(first)
+    if not same_tensors(state_of(again), after_first):
         evidence.add("repeats", defence, "makes another step of the same batch")
-    resumed = image_world()
-    _watched(fresh(defence), None, resumed)
-    resumed.learner.restore(snapshot)
-    resumed.learner.memory.update(notes)
-    resumed.past.load(past)
-    resumed.learner.update(resumed.batches[2])
-    same = resumed.learner.evaluate([world.validation]) == score
-    if not (same and same_tensors(state_of(resumed.learner), state_of(learner))):
+    other = image_world()
+    resumed = _guarded(other, fresh(defence), None)
+    resumed.restore(snapshot)
+    resumed.memory.update(notes)
+    other.past.load(past)
+    resumed.update(third)
+    same = repr(resumed.evaluate([world.validation])) == repr(score)  # NaN is not equal to itself
+    if not (same and same_tensors(state_of(resumed), state_of(learner))):
         evidence.add("resumes", defence, "goes on otherwise once its notes were saved")
 
 
 def _try_batch_of_one(defence: Defence, evidence: Evidence) -> None:
     world = image_world()
-    world.learner.update_mode = "eval"
-    _watched(defence, None, world)
+    learner = _guarded(world, defence, None)
+    learner.update_mode = "eval"
     for batch in world.batches:
-        if not math.isfinite(world.learner.update(batch.take(slice(1))).update_norm):
+        if not math.isfinite(learner.update(batch.take(slice(1))).update_norm):
             evidence.add("batch of one", defence, "breaks the model on a single sample")
 
 
 def _try_float64(defence: Defence, evidence: Evidence) -> None:
     world = image_world(torch.float64)
-    _watched(defence, evidence, world)
+    learner = _guarded(world, defence, evidence)
     for batch in world.batches:
-        world.learner.update(batch)
-    world.learner.evaluate([world.validation])
-    changed = [name for name, p in world.learner.model.named_parameters() if p.dtype != torch.float64]
+        learner.update(batch)
+    learner.evaluate([world.validation])
+    changed = [name for name, p in learner.model.named_parameters() if p.dtype != torch.float64]
     if changed:
         evidence.add("dtype", defence, f"makes other numbers than float64 of {changed}")
 
@@ -235,9 +235,9 @@ def _try_other_domain(defence: Defence, evidence: Evidence) -> None:
         defence.check_inputs(world.batches[0])
     except ConfigError:
         return
-    _watched(defence, evidence, world)
+    learner = _guarded(world, defence, evidence)
     for batch in world.batches:
-        world.learner.update(batch)
+        learner.update(batch)
 
 
 def check_keeps_labels(cls: type) -> None:

@@ -220,9 +220,8 @@ def check_nobody_hostile(cls: type) -> None:
     """With poison_ratio = 0 the run is the honest run, bit for bit."""
     attack: UpdateAttack = made(cls, fields_in(cls, {"poison_ratio": 0.0}))
     if attack.ratio == 0 and not exercised(cls).crashed:
-        assert _trace(attack) == _trace(CleanUpdates(phase=not _at_once(attack))), (
-            f"{attack} changes a run of honest clients"
-        )
+        honest = CleanUpdates(phase=not _at_once(attack))
+        assert _trace(attack) == _trace(honest), f"{attack} changes a run of honest clients"
 
 
 class _AsNoise(UpdateAttack):
