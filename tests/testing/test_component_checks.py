@@ -136,17 +136,6 @@ class CannotBeWritten(Good):
     parts: Any = frozenset({1})
 
 
-class AcceptsAnything(Good):
-    """Takes a misspelt setting for its own.
-
-    Source:
-        These tests.
-    """
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(**{key: value for key, value in values.items() if key == "floor"})
-
-
 @settings
 class SaysNothingOfAField(Good):
     """Has a field without a word.
@@ -176,7 +165,6 @@ BROKEN: dict[type, set[str]] = {
     TakesPositions: {"defaults"},
     ChangesItsTable: {"round_trip"},
     HasNoHash: {"round_trip"},
-    AcceptsAnything: {"unknown_key"},
     SaysNothingOfAField: {"described"},
     NamesNoSource: {"described"},
     HasNoFirstLine: {"described"},

@@ -25,7 +25,7 @@ def settings(cls: type[T]) -> type[T]:
     rebuild_dataclass(checked)  # a type that is not known yet is an error now: later, pydantic would replace `__init__`
 
     def __init__(self: T, **values: Any) -> None:  # noqa: ANN401  (a field holds anything)
-        _fill(self, values, where=type(self).__name__)
+        _fill(self, values, where=type(self).__name__, initialised_by=checked)
 
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     checked.__init__ = __init__
@@ -49,13 +49,20 @@ def make(cls: type[T], values: Mapping[str, Any], *, where: str) -> T:
     return instance
 
 
-def _fill(instance: Any, values: Mapping[str, Any], *, where: str) -> None:  # noqa: ANN401  (any dataclass)
-    """Initialise a dataclass from values."""
+def _fill(
+    instance: Any,  # noqa: ANN401  (any dataclass)
+    values: Mapping[str, Any],
+    *,
+    where: str,
+    initialised_by: type | None = None,
+) -> None:
+    """Initialise a dataclass from values, by the class whose ``__init__`` was called."""
     fields = {f.name: f for f in dataclasses.fields(instance)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, fields)}")
-    initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
+    if initialised_by is None:
+        initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
     validator = vars(initialised_by).get("__pydantic_validator__")
     try:
         if validator is not None:
