@@ -1,8 +1,11 @@
 """What fields are is said once, and found through the classes that a component derives from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+
+import pytest
 
 from mithridate.core.descriptions import described_fields
+from mithridate.core.registry import KINDS, Kind, entries
 
 
 @dataclass
@@ -63,3 +66,13 @@ def test_a_class_without_a_docstring_of_its_own_is_no_obstacle() -> None:
         more: int = 0
 
     assert list(described_fields(Bare)) == ["eps", "steps"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_component_says_again_what_its_base_says(kind: Kind) -> None:
+    for entry in entries(kind).values():
+        said = " ".join((entry.cls.__doc__ or "").split())
+        for base in entry.cls.__mro__[1:]:
+            if is_dataclass(base):
+                again = [name for name, text in described_fields(base).items() if f" {name}: {text}" in said]
+                assert not again, f"{entry.cls.__name__} repeats what {base.__name__} says of {again}"

@@ -29,9 +29,11 @@ class Budgeted(Attack, ABC):
     """The budget of an attack on images.
 
     Args:
-        eps: Radius of the ball around each clean image, in pixel units of [0, 1] (8/255 is about 0.031).
+        eps: Radius of the ball around each clean sample, in the unit of the inputs (pixels in [0, 1]: 8/255 is about
+            0.031).
         norm: Of the ball: `linf` or `l2`.
-        poison_ratio: Share of each batch that may be changed, in [0, 1]; the positions are the same in every batch.
+        poison_ratio: Share of each batch that may be changed, in [0, 1]; the positions are the same in every batch, the
+            trigger included.
     """
 
     eps: Eps = 16 / 255
@@ -95,8 +97,8 @@ class Iterated(Sighted, ABC):
 
     Args:
         optimiser: `pgd`, `fgsm` (one step as long as the radius) or `mim` (PGD with momentum).
-        steps: Number of inner steps, C.
-        step_size: Length of one inner step, in pixel units; unset: 2 * eps / steps.
+        steps: Number of inner steps a batch, C; 0 returns the start.
+        step_size: Length of one inner step, in the unit of the inputs; unset: 2 * eps / steps.
         decay: Momentum factor of `mim`.
         random_start: Begin at a uniform draw from the ball.
     """

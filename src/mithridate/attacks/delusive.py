@@ -16,7 +16,13 @@ from mithridate.maths.calculus import input_gradient
 
 @settings
 class Delusive(Phased, Sighted, ABC):
-    """Ascend the loss of each batch at the current model; labels are left alone."""
+    """Ascend the loss of each batch at the current model; labels are left alone.
+
+    Args:
+        loss: What is ascended: `ce`, the victim's own loss; `kl`, the divergence from the model's answer to the clean
+            sample (at the sample itself its slope is zero: without a random start the ascent begins beside it); `cw`,
+            the margin of the best other class over the label.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
 

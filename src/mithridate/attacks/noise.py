@@ -16,12 +16,6 @@ from mithridate.core.view import View
 class Noise(Phased):
     """Add a random perturbation on the surface of the ball: random signs (linf) or a random direction (l2).
 
-    Args:
-        eps: Radius of the ball, in pixel units of [0, 1].
-        norm: Of the ball: `linf` or `l2`.
-        poison_ratio: Share of each batch that is changed, in [0, 1].
-        phase: True: every batch of the phase; False: the trigger batch alone.
-
     Source:
         The control of this library: equal budget, no knowledge.
     """

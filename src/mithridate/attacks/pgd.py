@@ -13,15 +13,6 @@ class PGD(Delusive):
     """Ascend the loss of every batch by projected gradient steps; labels are left alone.
 
     Args:
-        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031).
-        norm: Of the ball: `linf` or `l2`.
-        poison_ratio: Share of each batch that is changed, in [0, 1].
-        phase: True: every batch of the phase; False: the trigger batch alone.
-        model_access: The model that is looked at: the `victim`'s own, or a `surrogate` of the attacker's.
-        loss: What is ascended: `ce`, the victim's own loss; `kl`, the divergence from the model's answer to the clean
-            sample (without a random start, from beside it: at it the slope is zero); `cw`, the margin of the best other
-            class over the label.
-        craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         steps: Number of steps; 0 returns the start.
         step_size: Length of one step, in pixel units; unset: 2 * eps / steps.
         random_start: Begin at a uniform draw from the ball.

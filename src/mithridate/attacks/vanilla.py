@@ -22,21 +22,11 @@ class Vanilla(Iterated):
     """Poison the trigger batch alone: its gradient is turned against that of a validation batch.
 
     Args:
-        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031).
-        norm: Of the ball: `linf` or `l2`.
-        poison_ratio: Share of the batch that is changed, in [0, 1].
-        optimiser: `pgd`, `fgsm` (one step as long as the radius) or `mim` (PGD with momentum).
-        steps: Number of inner steps, C.
-        step_size: Length of one inner step, in pixel units; unset: 2 * eps / steps.
-        decay: Momentum factor of `mim`.
-        random_start: Begin at a uniform draw from the ball.
         normalise: Inner product of the gradients as they are (`none`), their cosine (`global`), or the sum of one
             cosine a parameter tensor (`tensor`).
-        model_access: The model that is looked at: the `victim`'s own, or a `surrogate` of the attacker's.
         loss: Whose parameter gradient the poisoned samples are taken to offer: `ce`, the victim's own loss; `kl`, the
             divergence from the model's answer to the clean sample; `cw`, the margin of the best other class over the
             label. S_val keeps the victim's own.
-        craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
 
     Source:

@@ -34,10 +34,9 @@ class AdversariallyLearned(Correcting, ABC):
     Args:
         eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
         norm: Of both balls: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
         step_size: Length of one step of the correction, in pixel units.
         adv_steps: Steps of the ascent around the corrected sample; 0 stays at it.
-        adv_step_size: Length of one, in pixel units; unset: twice the radius over `adv_steps`.
+        adv_step_size: Length of one step of that ascent, in pixel units; unset: twice the radius over `adv_steps`.
     """
 
     adv_steps: Annotated[int, Field(ge=0)] = 10

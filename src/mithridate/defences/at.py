@@ -18,12 +18,6 @@ class AT(Correcting):
     What breaks it: it needs no attacker to do harm, since correcting clean samples teaches the model from pictures that
     are too easy, and accuracy on a clean stream falls.
 
-    Args:
-        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
-        norm: Of the ball: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
-        step_size: Length of one step, in pixel units.
-
     Source:
         Tao et al., NeurIPS 2021, arXiv:2102.04716; "AT" in Zhu et al., ICML 2023, Table 1; the released code's
         eps, step and steps are the defaults.

@@ -34,10 +34,6 @@ class DGC(LookingBack, Defence):
     too.
 
     Args:
-        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
-        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
-        epoch: Of the checkpoint; unset: the earliest one kept.
-        back: Updates to look back with `old = "back"`, k.
         threshold: Mean discrepancy above which a row is flagged, >= 0, in the unit of the divergence; 0 flags every
             row, `inf` none. A step after which the model answers with NaN counts as above it.
         rise: By how much the threshold grows with every update made, tau, >= 0: an honest model moves away from its

@@ -39,10 +39,7 @@ class DSC(LookingBack, Correcting):
     of the paper; at the price of a weaker attack), and a threshold that was set on another data set or model.
 
     Args:
-        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
-        norm: Of the ball: `linf` or `l2`.
         steps: Steps of the correction at most, K; 0 corrects nothing.
-        step_size: Length of one step, in pixel units.
         mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. The paper's
             0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models: let yours be measured (`target_rate`).
         tau: Added to the threshold with every update: P = mu + tau * m.
@@ -50,10 +47,6 @@ class DSC(LookingBack, Correcting):
             set before the stream, in a recipe by the engine, in your own loop by `calibrate`. Unset: they are as given.
         stop: `sample`: a sample is left alone as soon as it is at or below P (the text); `batch`: all are corrected
             until the mean over the batch is (the released code).
-        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
-        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
-        epoch: Of the checkpoint; unset: the earliest one kept.
-        back: Updates to look back with `old = "back"`, k.
         on_missing: While the stream is younger than `back` updates: `pass` every sample as it is, or be `closed` and
             learn from none.
 

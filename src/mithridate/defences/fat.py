@@ -32,10 +32,7 @@ class Fat(Correcting):
     `at` does. A mislabelled sample is pulled all the way towards its wrong label.
 
     Args:
-        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
-        norm: Of the ball: `linf` or `l2`.
         steps: Steps of the correction at most, K; 0 corrects nothing.
-        step_size: Length of one step, in pixel units.
         tau: Steps from points that are classified as labelled, >= 0; as many as `steps` is `at`.
 
     Source:

@@ -36,13 +36,6 @@ class Gate(Tolerance, Defence):
     really changes, which is then refused for ever.
 
     Args:
-        max_loss_rise: By how much the mean trusted loss may rise, in the unit of the criterion (nats for
-            cross-entropy), >= 0; `inf` is off.
-        max_accuracy_drop: By how much the accuracy of the worst class may fall, a fraction, >= 0; `inf` is off. One
-            sample of a class of n is 1/n, so a limit below that refuses any lost sample. Classes without trusted
-            samples are left out.
-        reference: Compared with what: the `previous` committed state, the `best` loss and the best worst-class
-            accuracy of all committed states, or the state at the `start` of the stream.
         trusted_size: Use only so many trusted samples, >= 2, always the same, in equal parts from every class;
             unset: all of them.
 

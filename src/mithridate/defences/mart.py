@@ -37,13 +37,9 @@ class Mart(AdversariallyLearned):
     through the model for each step of the ascent.
 
     Args:
-        eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
-        norm: Of both balls: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
-        step_size: Length of one step of the correction, in pixel units.
         adv_eps: Radius of the ball around the corrected sample, in pixel units; 0 learns the sample itself.
-        adv_steps: Steps of the ascent in it; 0 learns the sample itself.
-        adv_step_size: Length of one, in pixel units; unset: 2 * adv_eps / adv_steps.
+        adv_steps: Steps of the ascent around the corrected sample; 0 learns the sample itself.
+        adv_step_size: Length of one step of that ascent, in pixel units; unset: 2 * adv_eps / adv_steps.
         boost: Weight of the margin term, >= 0; 1 in the paper, 0 leaves plain cross-entropy.
         lam: Weight of the divergence, lambda, >= 0.
 

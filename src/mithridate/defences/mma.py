@@ -39,13 +39,9 @@ class Mma(AdversariallyLearned):
     passes through the model for each step of the ascent and one for each of the bisection.
 
     Args:
-        eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
-        norm: Of both balls: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
-        step_size: Length of one step of the correction, in pixel units.
         max_margin: Margins wider than this are wide enough, d_max, in pixel units; 0 widens none.
-        adv_steps: Steps of PGD in it; 0 finds no boundary.
-        adv_step_size: Length of one, in pixel units; unset: 2 * max_margin / adv_steps.
+        adv_steps: Steps of PGD towards the boundary; 0 finds none.
+        adv_step_size: Length of one step of that PGD, in pixel units; unset: 2 * max_margin / adv_steps.
         bisections: Halvings of the way between sample and end point; the point learned lies at most 2^-bisections of it
             beyond the boundary.
         clean_weight: Share of the plain loss, in [0, 1]; 1 is that alone.

@@ -33,13 +33,9 @@ class Trades(AdversariallyLearned):
     for each step of the ascent.
 
     Args:
-        eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
-        norm: Of both balls: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
-        step_size: Length of one step of the correction, in pixel units.
         adv_eps: Radius of the ball around the corrected sample, in pixel units; 0 has no neighbours and no penalty.
-        adv_steps: Steps of the ascent in it; 0 has no penalty.
-        adv_step_size: Length of one, in pixel units; unset: 2 * adv_eps / adv_steps.
+        adv_steps: Steps of the ascent around the corrected sample; 0 has no penalty.
+        adv_step_size: Length of one step of that ascent, in pixel units; unset: 2 * adv_eps / adv_steps.
         beta: Weight of the penalty, >= 0; 0 is the plain loss of the corrected sample.
 
     Source:

@@ -21,10 +21,6 @@ class Discrepancy(LookingBack, Detector):
     With the epoch before the last as the old model it is the "static" information of Fig. 1 of the paper.
 
     Args:
-        divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
-        old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
-        epoch: Of the checkpoint; unset: the earliest one kept.
-        back: Updates to look back with `old = "back"`, k.
         on_missing: While the stream is younger than `back` updates: `pass` scores every sample 0, as if nothing had
             moved; `closed` scores every sample -inf. Leave those steps out of any figure: nothing was measured there.
 

@@ -43,11 +43,10 @@ class AccumulativeUpdates(HostileShare):
 
     Each round's mean update becomes clean_weight * (honest mean) + lam * G_t, where G_t is the gradient, in the
     model's parameters, of the product of the validation gradient and the trigger's update: stepping against it turns
-    the two against each other. What the honest clients send is taken away again (recovered offset).
+    the two against each other. What the honest clients send is taken away again (recovered offset). A single hostile
+    client is enough where single updates are not bounded (Appendix C.1, C.2).
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client. A single
-            one is enough where single updates are not bounded (Appendix C.1, C.2).
         trigger: What is sent in the trigger round. `clean`: the honest update on the trigger batch, which the phase
             makes harmful; `reversed`: minus that update, taken at the model of the trigger round; `reoptimised`: minus
             the update at the start, from which alpha times the current one is taken in every round (Algorithm 2).

@@ -22,7 +22,6 @@ class Alie(HostileShare):
     """All hostile clients send mean - z * std of the honest updates, entry by entry.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         z: How many standard deviations, > 0; unset: the largest at which enough honest clients lie further out, by the
             paper's formula.
 

@@ -16,7 +16,6 @@ class Direct(HostileShare):
     """In the trigger round alone, make the round's mean a multiple of minus the honest update.
 
     Args:
-        poison_ratio: Share of the round's clients that are hostile, in [0, 1], rounded up to a whole client.
         trigger_scale: The multiple, >= 0 ("loss scaling" in the rows "Poisoned trigger" of Tables 3 to 5); 1 keeps the
             norm of the honest update.
         trigger_norm: l2 length that the update is given instead, > 0, so that triggers can be compared at equal length.

@@ -23,7 +23,7 @@ class HostileShare(UpdateAttack, ABC):
     """A share of each round's clients is hostile.
 
     Args:
-        poison_ratio: That share, in [0, 1], rounded up to a whole client.
+        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
     """
 
     poison_ratio: Share = 0.1

@@ -14,7 +14,6 @@ class InnerProductManipulation(HostileShare):
     """All hostile clients send -scale times the mean of the honest updates.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         scale: The multiple, >= 0; small ones pass distance-based rules, large ones turn the mean.
 
     Source:

@@ -19,7 +19,6 @@ class LabelFlip(HostileShare):
     """Each hostile client sends the update of its own images with every label moved on by some classes.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         shift: Label y becomes (y + shift) modulo the number of classes, >= 1 and no multiple of it.
         scale: What the update is multiplied by, >= 0.
 

@@ -21,7 +21,6 @@ class MinMax(HostileShare):
     bisection.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         direction: `unit`: against the mean; `std`: against the entries' standard deviations; `sign`: against the mean's
             signs.
         bisections: Halvings of the interval of gamma, >= 1.

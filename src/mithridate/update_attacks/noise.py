@@ -17,7 +17,6 @@ class NoiseUpdates(HostileShare):
     """Each hostile client sends a random direction as long as its honest update, scaled.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         scale: Length relative to the honest update, >= 0.
 
     Source:

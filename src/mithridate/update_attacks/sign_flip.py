@@ -14,7 +14,6 @@ class SignFlip(HostileShare):
     """Each hostile client sends minus its own honest update, scaled.
 
     Args:
-        poison_ratio: Share of each round's clients that are hostile, in [0, 1], rounded up to a whole client.
         scale: What it is multiplied by, >= 0.
 
     Source:
