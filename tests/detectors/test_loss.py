@@ -52,5 +52,5 @@ def test_with_an_epoch_it_is_the_fall_since_then(world: "World") -> None:
 
 
 def test_a_label_that_the_model_does_not_have_is_an_error(world: "World") -> None:
-    with pytest.raises(DataError, match="3 classes"):
+    with pytest.raises(DataError, match="3 outputs"):
         world.scores(Loss(), Batch(world.fresh.x, world.fresh.y + 1))

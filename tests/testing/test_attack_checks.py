@@ -195,6 +195,11 @@ class DoesNothing(PGD):
         return batch.x
 
 
+class TakesAnything(Noise):
+    def check_inputs(self, batch: AnyBatch) -> None:
+        pass
+
+
 class CannotRun(Noise):
     def ready(self, view: View) -> bool:
         raise KeyError("no such note")
@@ -233,6 +238,7 @@ BROKEN: dict[type, set[str]] = {
     MovesAbout: {"half_a_batch"},
     HelpsTheVictim: {"beats_noise"},
     DoesNothing: {"uses_its_budget", "beats_noise"},
+    TakesAnything: {"says_which_inputs_it_takes"},
     CannotRun: {"runs"},
 }
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.component import check_moves
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion, answer
@@ -46,6 +47,11 @@ class Damped(Defence):
         if not self.on:
             return updates
         return updates.scaled(torch.full_like(updates.lengths(), self.share))
+
+
+class OfTensors(Damped):
+    def check_inputs(self, batch: AnyBatch) -> None:
+        check_moves(batch, who="it")
 
 
 class Sees(Damped):
@@ -179,7 +185,7 @@ class WritesLabels(Damped):
 
 class WritesToTrustedSamples(Sees):
     def begin(self, view: View) -> None:
-        view.trusted.x.mul_(0.5)
+        view.trusted.y.zero_()
 
 
 class WritesToTrainingSamples(Sees):
@@ -220,7 +226,7 @@ class FlagsTooFew(Damped):
         return Screened(batch.take(slice(2, None)), flagged) if self.on else Screened(batch)
 
 
-class CorrectsUnflagged(Damped):
+class CorrectsUnflagged(OfTensors):
     def screen(self, batch: AnyBatch, view: View) -> Screened:
         x = batch.x.clone()
         x[0] = 0.5
@@ -238,7 +244,7 @@ class WeighsBelowZero(Damped):
         return Screened(batch, None, torch.full((batch.size,), -1.0)) if self.on else Screened(batch)
 
 
-class LeavesTheDomain(Damped):
+class LeavesTheDomain(OfTensors):
     def screen(self, batch: AnyBatch, view: View) -> Screened:
         return Screened(Batch(batch.x - 0.5, batch.y)) if self.on else Screened(batch)
 
@@ -270,7 +276,7 @@ class ServesFloat32(Sees):
         return Weights({name: p.float() for name, p in now.parameters.items()}, now.buffers) if self.on else None
 
 
-class NeedsTwoSamples(Damped):
+class NeedsTwoSamples(OfTensors):
     def screen(self, batch: AnyBatch, view: View) -> Screened:
         assert batch.x[1].isfinite().all()
         return Screened(batch)
@@ -289,6 +295,11 @@ class CannotLearnInFederations(Damped):
 
     def check_federation(self, run: Any, clients: int) -> None:
         assert isinstance(run, FederatedRun)
+
+
+class TakesTensorsAlone(Damped):
+    def screen(self, batch: AnyBatch, view: View) -> Screened:
+        return Screened(batch, None if batch.x.ndim else torch.zeros(batch.size, dtype=torch.bool))
 
 
 class CannotRun(Damped):
@@ -337,6 +348,7 @@ BROKEN: dict[type, set[str]] = {
     NeedsTwoSamples: {"batch_of_one"},
     LooksAtMore: {"declares_needs"},
     CannotLearnInFederations: {"federation"},
+    TakesTensorsAlone: {"says_which_inputs_it_takes"},
     CannotRun: {"runs"},
 }
 

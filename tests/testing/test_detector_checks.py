@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch
 from mithridate.core.view import Memory, View
 from mithridate.core.watch import Observed
 from mithridate.detectors.kd import KernelDensity
@@ -15,7 +15,7 @@ from mithridate.detectors.loss import Loss
 
 
 class DrawsFromTorch(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         return super().score(batch, view, fitted) + 1e-9 * torch.rand(batch.size)
 
 
@@ -25,14 +25,14 @@ class DrawsWhileFitting(KernelDensity):
 
 
 class WritesToItsBatch(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
-        batch.x.copy_(batch.x.clamp(0.1, 0.9))
+        batch.y.copy_(batch.y.flip(0))
         return scores
 
 
 class WritesToItsNotes(KernelDensity):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         fitted["bandwidth"].add_(0.0).nextafter_(torch.tensor(torch.inf, dtype=torch.float64))
         return scores
@@ -46,27 +46,27 @@ class WritesToCleanSamples(KernelDensity):
 
 
 class MovesParameters(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         next(iter(view.model.parameters.values())).mul_(1 + 1e-5)
         return scores
 
 
 class LeavesGradients(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         for parameter in view.model.module.parameters():
             parameter.grad = None
         return super().score(batch, view, fitted)
 
 
 class LeavesEvalMode(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         view.model.module.eval()
         return super().score(batch, view, fitted)
 
 
 class RemembersOnItself(KernelDensity):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         if not hasattr(self, "first"):
             object.__setattr__(self, "first", batch.size)
         return super().score(batch, view, fitted)
@@ -77,7 +77,7 @@ class RemembersWhatItWasFittedTo(KernelDensity):
         object.__setattr__(self, "shift", float(len(clean.y)))
         return super().fit(clean, rng=rng)
 
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         return super().score(batch, view, fitted) + getattr(self, "shift", 0.0)
 
 
@@ -91,47 +91,53 @@ class NotesNothing(Loss):
 
 
 class LooksAtMore(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         view.trusted.x.mean()
         return super().score(batch, view, fitted)
 
 
 class ScoresTheBatch(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         return (scores - scores.mean()) / (scores.std() + 1 if batch.size > 1 else 1)
 
 
 class GivesAColumn(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         return scores[:, None] if batch.size == 20 else scores
 
 
 class GivesGradients(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         return super().score(batch, view, fitted).requires_grad_()
 
 
 class ScoresInWholeNumbers(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         return scores.round().long() if scores.dtype == torch.float64 else scores
 
 
 class NeedsTwoSamples(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         scores = super().score(batch, view, fitted)
         return scores if batch.size > 1 else scores - 1
 
 
 class ScoresUpsideDown(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         return -super().score(batch, view, fitted)
 
 
+class TakesTensorsAlone(Loss):
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+        shift: Tensor = 0 * batch.x.flatten(1).sum(1)
+        return super().score(batch, view, fitted) + shift
+
+
 class CannotRun(Loss):
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         return fitted["no such note"]
 
 
@@ -155,6 +161,7 @@ BROKEN: dict[type, set[str]] = {
     ScoresInWholeNumbers: {"keeps_dtype"},
     NeedsTwoSamples: {"batch_of_one"},
     ScoresUpsideDown: {"separates"},
+    TakesTensorsAlone: {"says_which_inputs_it_takes"},
     CannotRun: {"runs"},
 }
 

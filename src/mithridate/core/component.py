@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
@@ -48,4 +49,23 @@ def check_moves(batch: AnyBatch, *, who: str) -> None:
     raise ConfigError(
         f"{who} moves inputs by small amounts and needs one tensor of floats, such as pixels or features; these inputs "
         f"are {what}. Take a component that leaves inputs alone."
+    )
+
+
+def check_classes(batch: AnyBatch, *, who: str) -> None:
+    """Refuse targets that are no class numbers, for components that compare them with the class that a model says.
+
+    Args:
+        batch: Any of the stream.
+        who: The component, for the message.
+
+    Raises:
+        ConfigError: They are not one int64 a sample.
+    """
+    y = batch.y
+    if y.ndim == 1 and y.dtype == torch.int64:
+        return
+    raise ConfigError(
+        f"{who} compares targets with the class that the model says, and needs class numbers (int64, one a sample); "
+        f"these targets are {y.dtype} of shape {tuple(y.shape)}. Take a component that looks at losses or updates only."
     )

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import answer, frozen_statistics
 from mithridate.core.watch import Observed
 
 
 @torch.no_grad()
-def observe(module: nn.Module, batches: Iterable[Batch]) -> Observed:
+def observe(module: nn.Module, batches: Iterable[AnyBatch]) -> Observed:
     """What a model makes of samples, in eval mode; the model is not changed.
 
     Args:

@@ -6,8 +6,8 @@ from typing import ClassVar, NamedTuple
 
 from torch import Generator, Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.component import Component
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.component import Component, check_classes
 from mithridate.core.view import Memory, Need, View
 
 
@@ -47,6 +47,14 @@ class Detector(Component, ABC):
 
     fits: ClassVar[bool] = True
     """Whether it must be fitted on clean samples."""
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse targets that are no class numbers; override it where they do not matter.
+
+        Raises:
+            ConfigError: They are not one int64 a sample.
+        """
+        check_classes(batch, who=type(self).__name__)
 
     def fit(self, clean: Observed, *, rng: Generator) -> Memory:
         """What the detector remembers of clean samples.

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch, Batch
-from mithridate.core.component import check_moves
+from mithridate.core.component import check_classes, check_moves
 from mithridate.core.defence import Defence, Screened
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
@@ -30,6 +30,9 @@ class Correcting(Defence, ABC):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
 
+    needs_classes: ClassVar[bool] = False
+    """Whether it compares targets with the class that the model says."""
+
     eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
     norm: Norm = "linf"
     steps: Annotated[int, Field(ge=0)] = 10
@@ -41,13 +44,15 @@ class Correcting(Defence, ABC):
         return Ball(self.norm, self.eps)
 
     def check_inputs(self, batch: AnyBatch) -> None:
-        """Refuse inputs that cannot be moved.
+        """Refuse inputs that cannot be moved, and targets that are no class numbers where these are looked at.
 
         Raises:
-            ConfigError: They are not one tensor of floats.
+            ConfigError: They are not one tensor of floats, or not one int64 a sample.
         """
         if self.steps > 0:
             check_moves(batch, who=type(self).__name__)
+        if self.needs_classes:
+            check_classes(batch, who=type(self).__name__)
 
     def loss_gradient(self, batch: Batch, view: View) -> Tensor:
         """Gradient of the current model's loss in the inputs, in eval mode."""

@@ -40,6 +40,7 @@ class Fat(Correcting):
         correction: Zhu et al., ICML 2023, Table 10.
     """
 
+    needs_classes: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any]] = {"steps": 0}
     active: ClassVar[Mapping[str, Any]] = {}
 

@@ -87,6 +87,10 @@ class Filter(Defence):
         """Equal filters have equal hashes; the detector's table itself has none."""
         return hash((self.detector["name"], self.fpr, self.flagged_weight, self.fit_samples))
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse what the detector refuses."""
+        self._detector.check_inputs(batch)
+
     def screen(self, batch: AnyBatch, view: View) -> Screened:
         """The batch without what is flagged, or with less weight on it."""
         if self.fpr == 0:

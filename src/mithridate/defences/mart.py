@@ -49,6 +49,7 @@ class Mart(AdversariallyLearned):
         CIFAR-10, the small Gaussian start is their released code's. As a correction: Zhu et al., ICML 2023, Table 10.
     """
 
+    needs_classes: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any]] = {"steps": 0, "adv_steps": 0, "boost": 0.0, "lam": 0.0}
     active: ClassVar[Mapping[str, Any]] = {}
 

@@ -52,6 +52,7 @@ class Mma(AdversariallyLearned):
         a correction: Zhu et al., ICML 2023, Table 10.
     """
 
+    needs_classes: ClassVar[bool] = True
     neutral: ClassVar[Mapping[str, Any]] = {"steps": 0, "clean_weight": 1.0}
     active: ClassVar[Mapping[str, Any]] = {}
 

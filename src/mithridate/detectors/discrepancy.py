@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch
 from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
@@ -36,9 +36,12 @@ class Discrepancy(LookingBack, Detector):
 
     on_missing: Literal["pass", "closed"] = "pass"
 
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Any: it compares two models' answers, and looks at no target."""
+
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         """(n,), <= 0 up to rounding; in nats for `kl`, `kl_reverse` and `js`."""
         old = self.old_model(view)
         if old is None:
-            return torch.full((len(batch.x),), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.x.device)
+            return torch.full((batch.size,), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.y.device)
         return -memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)

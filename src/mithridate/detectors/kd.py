@@ -66,7 +66,7 @@ class KernelDensity(Detector):
         """(n,) float64, <= 0: the log of a mean of kernels, each at most 1."""
         seen = observe(view.model.module, [batch])
         features, classes = (fitted[name].to(seen.features.device) for name in ("features", "classes"))
-        scores = torch.empty(len(batch.x), dtype=torch.float64, device=seen.features.device)
+        scores = torch.empty(batch.size, dtype=torch.float64, device=seen.features.device)
         for label in torch.unique(seen.predicted):
             mine, same = seen.predicted == label, features[classes == label]
             exponents = -(distances(seen.features[mine], same) / float(fitted["bandwidth"])).square()

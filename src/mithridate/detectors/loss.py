@@ -7,11 +7,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch
-from mithridate.core.domain import check_domain
+from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings
+from mithridate.core.tolerance import check_labels
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
 
@@ -46,12 +46,15 @@ class Loss(Detector):
         if self.epoch is not None:  # the class is frozen: this is set once, here, and follows from `epoch`
             object.__setattr__(self, "needs", frozenset({Need.MODEL, Need.HISTORY}))
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Any that the criterion takes."""
+
     @torch.no_grad()
-    def score(self, batch: Batch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
+    def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         """(n,), in the unit of the criterion."""
         module, criterion = view.model.module, view.model.criterion
         logits = view.model.logits(batch.x)
-        check_domain(batch, view.domain, n_classes=logits.shape[1], where=f"batch given to {view.owner}")
+        check_labels(logits, batch.y, where=f"batch given to {view.owner}")
         now = _losses(criterion, logits, batch.y)
         if self.epoch is None:
             return -now

@@ -20,7 +20,7 @@ from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, entry_of, fields_in, fresh, made, named_choices, variants
 from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
-from mithridate.testing.checks.worlds import World, image_world, stream_of, tabular_world
+from mithridate.testing.checks.worlds import World, image_world, other_worlds, stream_of, tabular_world
 from mithridate.testing.toy import toy_learner
 
 BUDGET = 0.15
@@ -54,6 +54,9 @@ def exercised(cls: type) -> Evidence:
                 _try_batch_of_one(attack, evidence)
         with evidence.trying(attacks[0], "dtype"):
             _try_float64(attacks[0], evidence)
+        if not evidence.crashed:
+            with evidence.trying(attacks[0], "other inputs"):
+                _try_other_inputs(attacks[0])
         if "poison_ratio" in entry_of(cls).fields:
             half = made(cls, {**_small(cls), "poison_ratio": 0.5})
             with evidence.trying(half, "partial ratio"):
@@ -183,6 +186,17 @@ def _try_float64(attack: Attack, evidence: Evidence) -> None:
         sent = play.sends(number)
         if sent.x.dtype != torch.float64:
             evidence.add("dtype", attack, f"makes {sent.x.dtype} of float64")
+
+
+def _try_other_inputs(attack: Attack) -> None:
+    for world in other_worlds():
+        try:
+            attack.check_inputs(world.batches[0])
+        except ConfigError:
+            continue
+        play = _Play(attack, None, world)
+        play.learned(play.sends(0), 0)
+        play.sends(2)
 
 
 def _try_half(attack: Attack, evidence: Evidence) -> None:

@@ -147,6 +147,11 @@ def check_keeps_dtype(cls: type) -> None:
     _evidence(cls).require("dtype")
 
 
+def check_says_which_inputs_it_takes(cls: type) -> None:
+    """With token ids in a mapping, and with numbers as targets, it works, or `check_inputs` refuses before the run."""
+    _evidence(cls).require("other inputs")
+
+
 _SETTINGS: Sequence[Check] = (check_defaults, check_round_trip, check_unknown_key, check_described)
 _CALLS: Sequence[Check] = (check_runs, check_draws_from_no_global_generator, check_keeps_state_in_notes, check_repeats)
 _MODEL: Sequence[Check] = (check_leaves_the_model_alone, check_leaves_gradients_alone, check_leaves_train_flags_alone)
@@ -170,9 +175,9 @@ CHECKS: Mapping[Kind, Sequence[Check]] = {
         check_keeps_dtype,
         *aggregator.CHECKS,
     ),
-    "attack": (*_SETTINGS, *_CALLS, *_SAMPLES, *attack.CHECKS),
-    "defence": (*_SETTINGS, *_CALLS, *_SAMPLES, *defence.CHECKS),
-    "detector": (*_SETTINGS, *_CALLS, *_SAMPLES, *detector.CHECKS),
+    "attack": (*_SETTINGS, *_CALLS, *_SAMPLES, check_says_which_inputs_it_takes, *attack.CHECKS),
+    "defence": (*_SETTINGS, *_CALLS, *_SAMPLES, check_says_which_inputs_it_takes, *defence.CHECKS),
+    "detector": (*_SETTINGS, *_CALLS, *_SAMPLES, check_says_which_inputs_it_takes, *detector.CHECKS),
     "model": (*_SETTINGS, *_CALLS, *_MODEL, check_keeps_dtype, *model.CHECKS),
     "monitor": (*_SETTINGS, *_CALLS, check_leaves_inputs_alone, *monitor.CHECKS),
     "update_attack": (*_SETTINGS, *_CALLS, *_SAMPLES, *update_attack.CHECKS),

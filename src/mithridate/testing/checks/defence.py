@@ -26,7 +26,15 @@ from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, entry_of, fresh, made, named_choices, variants
 from mithridate.testing.checks.witness import Witness, bits, same_tensors, through_file, unsaveable
-from mithridate.testing.checks.worlds import World, image_world, state_of, stream_of, tabular_world, untimed
+from mithridate.testing.checks.worlds import (
+    World,
+    image_world,
+    other_worlds,
+    state_of,
+    stream_of,
+    tabular_world,
+    untimed,
+)
 from mithridate.testing.toy import toy_learner
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import CleanUpdates
@@ -53,6 +61,8 @@ def exercised(cls: Any) -> Evidence:  # noqa: ANN401  (the class of a defence)
             _try_float64(active, evidence)
         with evidence.trying(active, "domain"):
             _try_other_domain(active, evidence)
+        with evidence.trying(active, "other inputs"):
+            _try_other_inputs(active)
     return evidence
 
 
@@ -238,6 +248,18 @@ def _try_other_domain(defence: Defence, evidence: Evidence) -> None:
     learner = _guarded(world, defence, evidence)
     for batch in world.batches:
         learner.update(batch)
+
+
+def _try_other_inputs(defence: Defence) -> None:
+    for world in other_worlds():
+        try:
+            defence.check_inputs(world.batches[0])
+        except ConfigError:
+            continue
+        learner = _guarded(world, defence, None)
+        for batch in world.batches:
+            learner.update(batch)
+        learner.evaluate([world.validation])
 
 
 def check_keeps_labels(cls: type) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mithridate.core.batch import Batch
+from mithridate.core.errors import ConfigError
 from mithridate.core.features import observe
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.view import Memory
@@ -15,7 +16,7 @@ from mithridate.core.watch import Detector
 from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, fresh, made, named_choices, variants
 from mithridate.testing.checks.witness import Witness, bits, same_tensors, through_file, unsaveable
-from mithridate.testing.checks.worlds import image_world, stream_of
+from mithridate.testing.checks.worlds import image_world, other_worlds, stream_of
 from mithridate.training.history import History
 
 SEEDS = range(3)
@@ -39,6 +40,8 @@ def exercised(cls: type) -> Evidence:
                 _try_other_company(detector, evidence)
         with evidence.trying(detectors[0], "dtype"):
             _try_float64(detectors[0], evidence)
+        with evidence.trying(detectors[0], "other inputs"):
+            _try_other_inputs(detectors[0])
     return evidence
 
 
@@ -142,6 +145,17 @@ def _try_float64(detector: Detector, evidence: Evidence) -> None:
     scores = play.scores(Batch(batch.x.double(), batch.y), fitted)
     if not scores.is_floating_point():
         evidence.add("dtype", detector, f"gives scores of {scores.dtype}")
+
+
+def _try_other_inputs(detector: Detector) -> None:
+    for world in other_worlds():
+        try:
+            detector.check_inputs(world.batches[0])
+        except ConfigError:
+            continue
+        clean = observe(world.learner.model, world.learner.training or ())
+        fitted = detector.fit(clean, rng=torch.Generator().manual_seed(3)) if detector.fits else {}
+        detector.score(world.batches[0], world.view(detector, {}), fitted)
 
 
 def check_gives_scores(cls: type) -> None:

@@ -30,6 +30,7 @@ Rule = Literal[
     "shape",
     "screened",
     "company",
+    "other inputs",
 ]
 """What a fault is against."""
 

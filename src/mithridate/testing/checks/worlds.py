@@ -1,17 +1,19 @@
 """Small learners and what can be granted beside them: where components are tried."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.domain import Domain
+from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.core.seeding import generator, seeded_default
 from mithridate.core.view import Memory, Need, View
@@ -41,8 +43,8 @@ class World:
     """
 
     learner: Learner
-    batches: tuple[Batch, ...]
-    validation: Batch
+    batches: tuple[AnyBatch, ...]
+    validation: AnyBatch
     domain: Domain
     surrogate: Learner
     seed: int = 0
@@ -105,7 +107,7 @@ def tabular_world() -> World:
 def _image_world(dtype: torch.dtype, seed: int) -> World:
     stream = stream_of(seed)
 
-    def few(batch: Batch, samples: int) -> Batch:
+    def few(batch: AnyBatch, samples: int) -> AnyBatch:
         return Batch(batch.x[:samples].to(dtype), batch.y[:samples])
 
     batches = tuple(few(stream.victim_batch(step, 0), SAMPLES) for step in range(3))
@@ -115,32 +117,102 @@ def _image_world(dtype: torch.dtype, seed: int) -> World:
     return World(learner, batches, few(stream.validation.all(), VALIDATION), stream.domain, surrogate, seed)
 
 
+def other_worlds() -> list[World]:
+    """Inputs and targets that are neither images nor classes: token ids with a mask, and numbers to predict."""
+    return [_unsettled(_token_world()), _unsettled(_regression_world())]
+
+
 @lru_cache(maxsize=1)
 def _tabular_world() -> World:
     low = -torch.linspace(1.5, 2.5, FEATURES)
     domain = Domain(low, 0.5 - low)
-    rng = generator("tabular world")
     towards = 2 * torch.eye(FEATURES)[:CLASSES]
 
-    def drawn(samples: int) -> Batch:
+    def drawn(samples: int, rng: torch.Generator) -> AnyBatch:
         y = torch.arange(samples) % CLASSES
         return Batch(domain.clamp(towards[y] + torch.randn(samples, FEATURES, generator=rng)), y)
 
-    training = [drawn(ROWS) for _ in range(4)]
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, CLASSES))
+
+    return _learned(model, drawn, domain, F.cross_entropy)
+
+
+class _TokenNet(nn.Module):
+    """The mean embedding of the tokens that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(5 * CLASSES, FEATURES), nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        seen = (self.embedding(input_ids) * attention_mask.unsqueeze(-1)).sum(1)
+        logits: Tensor = self.last(seen / attention_mask.sum(1, keepdim=True))
+        return logits
+
+
+@lru_cache(maxsize=1)
+def _token_world() -> World:
+    def drawn(samples: int, rng: torch.Generator) -> AnyBatch:
+        y = torch.arange(samples) % CLASSES
+        words = torch.randint(5, (samples, 6), generator=rng)  # of which each class has its own
+        ids = CLASSES * words + y.unsqueeze(1)
+        mask = (torch.rand(samples, 6, generator=rng) < 0.8).float()
+        mask[:, 0] = 1
+        return Batch({"input_ids": ids, "attention_mask": mask}, y)
+
+    return _learned(_TokenNet, drawn, Domain(), F.cross_entropy)
+
+
+@lru_cache(maxsize=1)
+def _regression_world() -> World:
+    def drawn(samples: int, rng: torch.Generator) -> AnyBatch:
+        x = torch.randn(samples, FEATURES, generator=rng)
+        return Batch(x, x[:, :2] + 0.1 * torch.randn(samples, 2, generator=rng))
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(FEATURES, 12), nn.ReLU(), nn.Linear(12, 2))
+
+    return _learned(model, drawn, Domain(), F.mse_loss)
+
+
+def _learned(
+    build: Callable[[], nn.Module],
+    drawn: Callable[[int, torch.Generator], AnyBatch],
+    domain: Domain,
+    criterion: Criterion,
+) -> World:
+    """A world of some small model, after a short burn-in.
+
+    Args:
+        build: A fresh module.
+        drawn: So many samples.
+        domain: What a valid input is.
+        criterion: What is learned by.
+    """
+    rng = generator("world")
+    training = [drawn(ROWS, rng) for _ in range(4)]
 
     def learner(seed: int) -> Learner:
         with seeded_default(seed):
-            model = nn.Sequential(nn.Linear(FEATURES, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, CLASSES))
+            model = build()
         untrained = Weights.of(model).copied()
-        optimiser = SGD(model.parameters(), lr=0.1)
-        burned_in = Learner(model, optimiser, trusted=drawn(ROWS), training=training, domain=domain)
+        burned_in = Learner(
+            model,
+            SGD(model.parameters(), lr=0.1),
+            criterion=criterion,
+            trusted=drawn(ROWS, rng),
+            training=training,
+            domain=domain,
+        )
         for _ in range(10):
             for batch in training:
                 burned_in.update(batch)
         burned_in.step, burned_in.history = 0, History(keep=8, checkpoints={0: untrained})
         return burned_in
 
-    return World(learner(0), tuple(drawn(SAMPLES) for _ in range(3)), drawn(VALIDATION), domain, learner(1))
+    batches = tuple(drawn(SAMPLES, rng) for _ in range(3))
+    return World(learner(0), batches, drawn(VALIDATION, rng), domain, learner(1))
 
 
 def _unsettled(world: World) -> World:
