@@ -607,6 +607,18 @@ def test_a_round_without_a_finite_update_moves_nothing(
     assert (outcome.quarantined, learner.learned) == (10, [0])
 
 
+@pytest.mark.parametrize("name", ["alie", "min_max"])
+def test_who_hides_among_honest_rows_stops_no_run_in_which_none_is_finite(
+    federation: Federation, server: NewLearner, name: str
+) -> None:
+    run = dataclasses.replace(RUN, rounds=2)
+    learner = server(run)
+    with torch.no_grad():
+        next(learner.model.parameters()).fill_(math.nan)
+    outcome = run_federated(learner, federation, build("update_attack", {"name": name}), run)
+    assert (outcome.status, column(outcome, "quarantined")) == ("diverged", [0, 10, 10, 10])
+
+
 @pytest.mark.parametrize(
     ("ratio", "hostile"), [(0.0, 0), (0.01, 1), (0.1, 1), (0.11, 2), (0.3, 3), (0.7, 7), (0.95, 10), (1.0, 10)]
 )

@@ -85,7 +85,10 @@ class _Federated(Simulation):
             server_round.notes.take(of_hostile.x, of_hostile.y)
             if hostile:
                 craft = attack.craft_trigger if phase == "trigger" else attack.craft
-                server_round.send(craft(server_round.honest(of_hostile), self.view(), rng))
+                honest = server_round.honest(of_hostile)
+                # A ruined model gives no honest update that is finite: who hides among them has nothing to do.
+                idle = attack.every_row and honest.n_honest == 0 and server_round.refused > 0
+                server_round.send(honest.own if idle else craft(honest, self.view(), rng))
             aggregate, buffers = server_round.aggregated(), server_round.notes.buffers(data.x)
             collected_at = time.perf_counter()
             update = learner.apply(
