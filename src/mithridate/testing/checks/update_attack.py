@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from mithridate.core.errors import DataError
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
@@ -32,15 +31,16 @@ CLIENTS, HOSTILE = 10, 4
 RUN = FederatedRun(rounds=3, lr=0.05)
 LONG_RUN = FederatedRun(rounds=5, lr=0.1, batch_norm="frozen")
 """Where harm is measured: statistics of so few samples would move the test loss more than most attacks."""
-RUINED = 1e3
-"""A test loss of a model that nothing will mend."""
 RADIUS = 0.05
 """Shorter than what any attack would send to the toy federation."""
 
 SEEDS = range(7)
-WORSE = 1.2
-"""How many times as large as under noise the victim's loss must be, at the median over `SEEDS`. Other draws of the
-noise give about 1, this library's attacks 1.4 and more."""
+WORSE = 1.5
+"""How many times as large as under noise the victim's loss must be, at the median over `SEEDS`. Between other draws of
+the noise the ratio is 0.8 to 1.3."""
+LOUD = {"lam": 1.0, "trigger_scale": 4.0}
+"""Of an attack that turns the model little by little, or steps once: it has few rounds to show in. The noise beside it
+is as long."""
 
 
 @lru_cache(maxsize=64)
@@ -259,22 +259,16 @@ def _loss_after(attack: UpdateAttack, seed: int) -> float:
     """Test loss after the trigger round; a model that came to NaN has lost without limit."""
     federation = _federation(seed)
     learner = toy_learner(federation.stream, seed=seed, lr=LONG_RUN.lr)
-    try:
-        loss = float(run_federated(learner, federation, attack, LONG_RUN).trace[-1]["loss"])
-    except DataError:
-        if learner.evaluate([federation.stream.test.all()]).loss < RUINED:
-            raise
-        return math.inf  # no honest client's update is finite any more
+    loss = float(run_federated(learner, federation, attack, LONG_RUN).trace[-1]["loss"])
     return loss if math.isfinite(loss) else math.inf
 
 
 def check_beats_noise(cls: type) -> None:
     """The victim's loss ends well above that under random rows of the same lengths; controls are exempt.
 
-    At the median over seeds of the toy federation, by default or with one of its named choices. An attack that turns
-    the model little by little has few rounds there: `lam` is 1, where there is one.
+    At the median over seeds of the toy federation, by default or with one of its named choices, as loud as `LOUD` says.
     """
-    fixed = fields_in(cls, {"poison_ratio": HOSTILE / CLIENTS, "lam": 1.0})
+    fixed = fields_in(cls, {"poison_ratio": HOSTILE / CLIENTS, **LOUD})
     found = []
     for attack in variants(cls, [fixed, *({**fixed, **choice} for choice in named_choices(cls))]):
         if attack.control or exercised(cls).crashed:
