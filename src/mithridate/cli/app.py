@@ -126,7 +126,10 @@ ChangesOption = Annotated[
     typer.Option(
         "--set",
         metavar="TABLE.KEY=VALUE",
-        help="Change a setting: attack.eps=0.1 (every attack that has it), attack.LABEL.eps=0.1 (one); repeatable.",
+        help=(
+            "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), burn_in.seed=none "
+            "(an optional one is unset); repeatable."
+        ),
     ),
 ]
 PluginsOption = Annotated[

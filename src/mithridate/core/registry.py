@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from mithridate.core import plugins
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.kind import KINDS, Kind, check_kind, component_in, place_of
-from mithridate.core.settings import defaults, fields_of, make, settings
+from mithridate.core.settings import UNSET, defaults, fields_of, make, settings
 
 __all__ = [
     "KINDS",
@@ -174,7 +174,7 @@ def build(kind: Kind, config: Mapping[str, Any], *, where: str = "") -> Any:  # 
 
     Args:
         kind: Which sort.
-        config: `name`, optionally `preset`, and field values.
+        config: `name`, optionally `preset` (`none` is no preset), and field values.
         where: Named in messages; the table's name by default.
 
     Raises:
@@ -188,10 +188,10 @@ def build(kind: Kind, config: Mapping[str, Any], *, where: str = "") -> Any:  # 
     item = entry(kind, str(values.pop("name")))
     if not dataclasses.is_dataclass(item.cls):
         return importlib.import_module("mithridate.models.factory").ModelFactory.of(item.name, values, where=where)
-    preset = values.pop("preset", None)
-    if preset is not None and preset not in item.presets:
-        raise ConfigError(f"{where} {item.name}: unknown preset '{preset}': {nearest(str(preset), item.presets)}")
-    start = item.presets[preset] if preset is not None else {}
+    preset = str(values.pop("preset", UNSET))
+    if preset != UNSET and preset not in item.presets:
+        raise ConfigError(f"{where} {item.name}: unknown preset '{preset}': {nearest(preset, item.presets)}")
+    start = item.presets.get(preset, {})
     return make(item.cls, {**start, **values}, where=f"{where} {item.name}")
 
 

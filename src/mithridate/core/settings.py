@@ -1,8 +1,10 @@
 """Settings: frozen, keyword-only dataclasses whose values are checked, and the messages when one is wrong."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+import math
+from collections.abc import Iterator, Mapping
+from types import NoneType
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -13,12 +15,16 @@ from mithridate.core.errors import ConfigError, nearest
 
 T = TypeVar("T")
 
+UNSET = "none"
+"""What a recipe and a `--set` write to unset a field that may be None, since TOML has no null."""
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose keys, types and ranges are checked when it is made.
 
-    A value that is wrong raises `ConfigError`, from Python as from a recipe.
+    A value that is wrong raises `ConfigError`, from Python as from a recipe. Where a field takes a float, it also takes
+    a fraction as text, such as "8/255"; where it may be None, "none" is None, unless that is one of the field's choices.
     """
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
@@ -61,6 +67,7 @@ def _fill(
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, fields)}")
+    values = _spelled_out(type(instance), values, where=where)
     if initialised_by is None:
         initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
     validator = vars(initialised_by).get("__pydantic_validator__")
@@ -77,6 +84,58 @@ def _fill(
         raise ConfigError(f"{where}: {problems}.") from None
     except ValueError as error:  # from the `__post_init__` of a plain dataclass
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
+    """The same values, with fractions given as text as floats, and `UNSET` as None."""
+    if not any("/" in text or text == UNSET for value in values.values() for text in _texts(value)):
+        return values
+    hints = get_type_hints(cls)
+    read = dict(values)
+    for key, value in values.items():
+        leaves = set(_leaves(hints[key]))
+        if value == UNSET and NoneType in leaves and UNSET not in leaves:
+            read[key] = None
+        elif float in leaves and str not in leaves:
+            try:
+                read[key] = _number(value)
+            except (ValueError, ZeroDivisionError):
+                raise ConfigError(
+                    f"{where}: {key} = {value!r}: give a number, or a fraction of two such as '8/255'."
+                ) from None
+    return read
+
+
+def _leaves(hint: Any) -> Iterator[Any]:  # noqa: ANN401  (types have no common type)
+    """The types that a hint is put together from, and the choices of its literals."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or not parts:
+        yield from parts or (hint,)
+        return
+    for part in parts:
+        yield from _leaves(part)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts in a value, also those in lists."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def _number(value: object) -> object:
+    """A fraction that is given as text as a float, also in lists; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [_number(item) for item in value]
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    above, _, below = value.partition("/")
+    ratio = float(above) / float(below)
+    if not math.isfinite(ratio):
+        raise ValueError
+    return ratio
 
 
 def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.seeding import seeded_default
+from mithridate.core.settings import UNSET
 from mithridate.data.catalogue import DatasetInfo
 
 BUILD_KEYS = ("info", "seed")
@@ -36,7 +37,7 @@ class ModelFactory:
 
         Args:
             name: `package.module:function`; it can be imported.
-            values: The table's other keys.
+            values: The table's other keys; `none` leaves a default of None.
             where: Begins the message.
 
         Raises:
@@ -48,6 +49,7 @@ class ModelFactory:
         free = {
             p.name: p for p in known if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY} and p.name not in BUILD_KEYS
         }
+        values = {k: v for k, v in values.items() if v != UNSET or k not in free or free[k].default is not None}
         for key in values:
             if key in BUILD_KEYS or (key not in free and not takes_any):
                 raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, free)}")
