@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.past import Snapshot
+from mithridate.core.past import Snapshot, Weights
 from mithridate.data.stream import Part, Stream
+from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
-from mithridate.training.burn_in import BurnIn, BurnInResult, Schedule, burn_in
+from mithridate.training.burn_in import BurnIn, BurnInResult, Schedule, burn_in, burn_in_key
 from mithridate.training.checkpoint import load_snapshot
 from mithridate.training.learner import Learner, Update
+from mithridate.training.rollback import put_weights
 
 CONFIG = {"name": "small_cnn", "width": 4}
 HOW = BurnIn(epochs=3, batch_size=40, lr=0.05, checkpoints=(0, 2))
@@ -90,7 +92,9 @@ TORCHS: dict[Schedule, Callable[[SGD, int], LRScheduler]] = {
     "constant": lambda optimiser, steps: ConstantLR(optimiser, factor=1.0),
     "linear": lambda optimiser, steps: LinearLR(optimiser, start_factor=1.0, end_factor=0.0, total_iters=steps),
     "cosine": lambda optimiser, steps: CosineAnnealingLR(optimiser, T_max=steps),
+    "steps": lambda optimiser, steps: MultiStepLR(optimiser, [steps // 3, steps * 2 // 3, 9 * steps], gamma=0.2),
 }
+STEPS: dict[str, Any] = {"lower_after": (1, 2, 9), "lower_by": 0.2}
 
 
 @pytest.mark.parametrize("schedule", TORCHS)
@@ -107,7 +111,8 @@ def test_rates_are_those_of_torchs_schedules_step_by_step(
     monkeypatch.setattr(Learner, "update", spy)
     part = stream.burn_in
     shorter = replace(stream, burn_in=Part("burn_in", part.x[:images], part.y[:images]))
-    final = train(shorter, None, replace(HOW, schedule=schedule)).final
+    how = BurnIn(epochs=3, batch_size=40, lr=0.05, schedule=schedule, **(STEPS if schedule == "steps" else {}))
+    final = train(shorter, None, how).final
     optimiser = SGD([nn.Parameter(torch.zeros(1))], lr=0.05)
     theirs, expected = TORCHS[schedule](optimiser, 3 * steps), list[float]()
     for _ in range(3 * steps):
@@ -205,6 +210,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lr": {"how": replace(HOW, lr=0.04)},
     "schedule": {"how": CONSTANT},
     "length": {"how": replace(HOW, epochs=4)},
+    "steps": {"how": replace(HOW, schedule="steps", lower_after=(1,))},
+    "steps by": {"how": replace(HOW, schedule="steps", lower_after=(1,), lower_by=0.5)},
+    "clipping": {"how": replace(HOW, clip_norm=0.1)},
+    "another norm": {"how": replace(HOW, clip_norm=0.01, norm="linf")},
     "momentum": {"how": replace(HOW, momentum=0.8)},
     "weight decay": {"how": replace(HOW, weight_decay=0.0)},
     "batch size": {"how": replace(HOW, batch_size=60)},
@@ -343,3 +352,79 @@ def test_a_corrupt_cache_is_an_error_that_names_the_file(stream: Stream, tmp_pat
 def test_checkpoints_after_the_end_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"checkpoints \[4, 9\] come after the last of 3 epochs"):
         BurnIn(epochs=3, checkpoints=(1, 4, 3, 9))
+
+
+# Steps of the rate, clipping, and the curve.
+
+
+def test_what_nothing_uses_is_not_in_the_key(stream: Stream) -> None:
+    def key(how: BurnIn) -> str:
+        return burn_in_key(stream, model_of(stream), CONFIG, how, seed=0, device=torch.device("cpu"))
+
+    assert key(HOW) == key(replace(HOW, norm="linf")) == key(replace(HOW, lower_by=0.5))
+    assert key(HOW) != key(replace(HOW, clip_norm=1.0)) != key(replace(HOW, clip_norm=1.0, norm="linf"))
+
+
+def test_steps_and_their_epochs_belong_together() -> None:
+    wrong: dict[str, Any]
+    for wrong in ({"schedule": "steps"}, {"lower_after": (1,)}, {"schedule": "steps", "lower_after": ()}):
+        with pytest.raises(ConfigError, match="belong together"):
+            BurnIn(**wrong)
+
+
+def test_before_its_first_step_a_rate_is_constant_and_epochs_are_shared(stream: Stream, tmp_path: Path) -> None:
+    later = replace(CONSTANT, schedule="steps", lower_after=(3,))
+    assert differing(train(stream, None, later).final, train(stream, None, CONSTANT).final) == []
+    done: list[int] = []
+    train(stream, tmp_path, later)
+    longer = train(stream, tmp_path, replace(later, epochs=4), epochs=done)
+    assert done == [4]
+    assert differing(longer.final, train(stream, None, replace(CONSTANT, epochs=4)).final) != []
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_every_gradient_of_a_clipped_burn_in_is_bounded_and_a_wide_bound_changes_no_bit(
+    stream: Stream, norm: Norm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, lengths = SGD.step, list[float]()
+
+    def spy(self: SGD, closure: None = None) -> None:
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        lengths.append(float(torch.linalg.vector_norm(torch.cat(gradients), 2 if norm == "l2" else torch.inf)))
+        step(self, closure)
+
+    monkeypatch.setattr(SGD, "step", spy)
+    plain = train(stream, None).final
+    bound = median(lengths) / 2
+    assert differing(train(stream, None, replace(HOW, clip_norm=2 * max(lengths), norm=norm)).final, plain) == []
+    lengths.clear()
+    assert differing(train(stream, None, replace(HOW, clip_norm=bound, norm=norm)).final, plain) != []
+    assert max(lengths) <= bound * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("kill_after", [None, 2])
+def test_a_measured_burn_in_has_the_same_bits_and_the_curve_of_its_models(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult, kill_after: int | None
+) -> None:
+    how = replace(HOW, evaluate_every=1, checkpoints=(1, 2))
+    if kill_after:
+        with pytest.raises(KeyboardInterrupt):
+            train(stream, tmp_path, how, kill_after=kill_after)
+    trained, fetched = (train(stream, tmp_path, how) for _ in range(2))
+    assert differing(trained.final, unkilled.final) == []
+    assert fetched.reused
+    assert list(trained.curve) == list(fetched.curve) == list(train(stream, None, how).curve)
+    assert [point.epoch for point in trained.curve] == [1, 2, 3]
+    for epoch, accuracy, loss in trained.curve:
+        model = model_of(stream)
+        learner = Learner(model, SGD(model.parameters(), lr=0.05))
+        old = load_snapshot(trained.epochs[epoch])[0]
+        put_weights(model, Weights(old.parameters, old.buffers))
+        assert (accuracy, loss) == learner.evaluate(stream.test.batches(500))
+
+
+def test_a_curve_has_a_point_every_so_many_epochs_and_none_if_nobody_asks(
+    stream: Stream, unkilled: BurnInResult
+) -> None:
+    assert [p.epoch for p in train(stream, None, replace(HOW, evaluate_every=2)).curve] == [2]
+    assert list(unkilled.curve) == []

@@ -273,6 +273,7 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
         "model": config_of(cell.recipe.model)["name"],
         "burn_in_key": burned.key,
         "burn_in_seconds": burned.seconds,
+        "burn_in_curve": [measured._asdict() for measured in burned.curve],
         "calibrations": [c.summary() for c in calibrations],
     }
 

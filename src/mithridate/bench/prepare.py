@@ -22,9 +22,9 @@ from mithridate.core.view import Need
 from mithridate.data.foreign import foreign_batches
 from mithridate.data.stream import Loader, Stream
 from mithridate.models import build_model
-from mithridate.simulation.run import EVALUATION_BATCH, adopt_momentum, victim_optimiser
+from mithridate.simulation.run import adopt_momentum, victim_optimiser
 from mithridate.simulation.scoring import Scorer, fit_scorers
-from mithridate.training.burn_in import BurnInResult, burn_in
+from mithridate.training.burn_in import EVALUATION_BATCH, BurnInResult, burn_in
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
 from mithridate.training.rollback import put_weights

@@ -127,8 +127,8 @@ ChangesOption = Annotated[
         "--set",
         metavar="TABLE.KEY=VALUE",
         help=(
-            "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), burn_in.seed=none "
-            "(an optional one is unset); repeatable."
+            "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), "
+            "burn_in.seed=none (an optional one is unset); repeatable."
         ),
     ),
 ]

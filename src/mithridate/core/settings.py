@@ -24,7 +24,7 @@ def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose keys, types and ranges are checked when it is made.
 
     A value that is wrong raises `ConfigError`, from Python as from a recipe. Where a field takes a float, it also takes
-    a fraction as text, such as "8/255"; where it may be None, "none" is None, unless that is one of the field's choices.
+    a fraction as text, such as "8/255"; where it may be None, "none" is None, unless that is one of its choices.
     """
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)

@@ -22,9 +22,8 @@ from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
 from mithridate.simulation.scoring import score_columns
 from mithridate.simulation.trace import NOTHING_SENT, Phase, Sent, TraceRow
+from mithridate.training.burn_in import EVALUATION_BATCH
 from mithridate.training.learner import Learner
-
-EVALUATION_BATCH = 500
 
 OnAlarm = Literal["record", "trigger", "halt"]
 

@@ -21,7 +21,7 @@ from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.per_client.batch_statistics import LayerMoments, merge, recorded, watched
 from mithridate.simulation.per_client.gradients import PASS, client_gradients
 from mithridate.simulation.per_client.sums import SUMMED_PASS, summed_gradients
-from mithridate.simulation.run import EVALUATION_BATCH
+from mithridate.training.burn_in import EVALUATION_BATCH
 from mithridate.training.learner import Learner
 from mithridate.training.rollback import copied
 

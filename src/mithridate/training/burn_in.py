@@ -4,10 +4,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -21,17 +21,22 @@ from mithridate.core.past import Snapshot
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
 from mithridate.data.stream import Stream
+from mithridate.defences.clip import Clip
+from mithridate.maths.norms import Norm
 from mithridate.training.checkpoint import load_snapshot, load_weights, save_snapshot
 from mithridate.training.learner import Learner
 
 METHOD = 1
 """Counts up when this file changes what a burn-in computes, so that old checkpoints are not reused."""
 
+EVALUATION_BATCH = 500
+"""Test samples that are measured at once."""
+
 LATEST = "latest.safetensors"
 """Where a killed burn-in goes on."""
 
-Schedule = Literal["constant", "linear", "cosine"]
-"""How the learning rate goes from `lr` at the first step towards 0 at the last."""
+Schedule = Literal["constant", "linear", "cosine", "steps"]
+"""How the learning rate goes on from `lr` at the first step."""
 
 
 @settings
@@ -46,9 +51,16 @@ class BurnIn:
         batch_size: Images a step.
         lr: Learning rate of SGD at the first step, > 0.
         schedule: How the learning rate falls, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a
-            straight line, from `lr` to 0), or `constant`.
+            straight line, from `lr` to 0), `steps` (see `lower_after`), or `constant`.
+        lower_after: For `steps`: epochs after which the learning rate is multiplied by `lower_by`, each >= 1; those
+            after the last epoch lower nothing.
+        lower_by: For `steps`: the factor, in (0, 1).
         momentum: Momentum factor of SGD.
         weight_decay: L2 penalty of SGD.
+        clip_norm: Gradients longer than this are shortened to it, > 0, in the units of the gradient; unset: none is.
+        norm: In which norm `clip_norm` measures the whole gradient: `l2` or `linf` (its largest entry).
+        evaluate_every: Epochs between two measurements of accuracy and loss on the test part, which the run's summary
+            keeps (`burn_in_curve`); unset: none. They change no weight.
         checkpoints: Epochs whose model is kept besides the last (DSC and discrepancy look back at them).
         seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
             run's seed.
@@ -56,16 +68,22 @@ class BurnIn:
             training; `epochs` is then not used.
 
     Source:
-        Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1, constant.
-        Cosine: Loshchilov and Hutter, ICLR 2017, arXiv:1608.03983, Eq. (5), without restarts.
+        Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1, constant;
+        their code multiplies it by 0.1 after 50 epochs. Clipping and its curve: their Fig. 3 (a). Cosine: Loshchilov
+        and Hutter, ICLR 2017, arXiv:1608.03983, Eq. (5), without restarts.
     """
 
     epochs: Annotated[int, Field(ge=0)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 100
     lr: Annotated[float, Field(gt=0)] = 0.1
     schedule: Schedule = "cosine"
+    lower_after: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    lower_by: Annotated[float, Field(gt=0, lt=1)] = 0.1
     momentum: Annotated[float, Field(ge=0)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    norm: Norm = "l2"
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
     checkpoint: AbsolutePath | None = None
@@ -74,11 +92,15 @@ class BurnIn:
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
         if late:
             raise ConfigError(f"[burn_in] checkpoints {late} come after the last of {self.epochs} epochs; lower them.")
+        if (self.schedule == "steps") != bool(self.lower_after):
+            raise ConfigError(
+                '[burn_in] schedule = "steps" and lower_after (such as [50]) belong together; give both, or none.'
+            )
 
     @property
     def depends_on_length(self) -> bool:
         """Whether the rate of a step depends on `epochs`, so that burn-ins of other lengths share no epoch."""
-        return self.schedule != "constant"
+        return self.schedule in {"linear", "cosine"}
 
     def rate(self, passes: float) -> float:
         """The learning rate of a step. It follows from the step's place alone, so a resumed burn-in has the same bits.
@@ -86,10 +108,19 @@ class BurnIn:
         Args:
             passes: Passes over the burn-in part that were made before this step, fractions included, in [0, epochs).
         """
-        if self.schedule == "constant":
-            return self.lr
+        if not self.depends_on_length:
+            lowered = sum(epoch <= passes for epoch in self.lower_after or ())
+            return self.lr * self.lower_by**lowered
         share = passes / self.epochs
         return self.lr * (1 - share if self.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
+
+
+class Measured(NamedTuple):
+    """The test part after an epoch: accuracy (a fraction) and mean loss; None where it is no finite number."""
+
+    epoch: int
+    accuracy: float | None
+    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +133,7 @@ class BurnInResult:
         epochs: Paths of the kept snapshots by epoch; empty without a cache.
         seconds: Time that training took, now or when the cache was filled.
         reused: Whether it was read from the cache and not trained now.
+        curve: What was measured along the way, by `BurnIn.evaluate_every`.
     """
 
     final: Snapshot
@@ -109,6 +141,7 @@ class BurnInResult:
     epochs: Mapping[int, Path] = field(default_factory=dict)
     seconds: float = 0.0
     reused: bool = False
+    curve: Sequence[Measured] = ()
 
 
 def burn_in_key(
@@ -119,10 +152,11 @@ def burn_in_key(
     The fresh model counts by its layers and initial weights, since a name and settings do not say what a function of
     the user's own builds today.
 
-    The key leaves out which epochs are kept and, where the rate does not depend on it, the number of epochs: burn-ins
-    that differ in nothing else share their epochs.
+    The key leaves out settings that nothing uses, which epochs are kept and, where the rate does not depend on it, the
+    number of epochs: burn-ins that differ in nothing else share their epochs.
     """
     shared = {"checkpoints", "checkpoint", "seed"} | (set() if how.depends_on_length else {"epochs"})
+    shared |= (set() if how.lower_after else {"lower_by"}) | (set() if how.clip_norm else {"norm"})  # nothing uses them
     plan = {
         "method": METHOD,
         "data": stream.fingerprint,
@@ -176,14 +210,18 @@ def burn_in(
         load_weights(Path(how.checkpoint), model)
         return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="")
     seed = seed if how.seed is None else how.seed
-    learner = Learner(model, _sgd(model, how))
+    clip = None if how.clip_norm is None else Clip(clip_norm=how.clip_norm, norm=how.norm)
+    learner = Learner(model, _sgd(model, how), defence=clip)
     if cache is None:
-        began = time.perf_counter()
+        seconds, measured = 0.0, list[Measured]()
         for epoch in range(1, how.epochs + 1):
+            began = time.perf_counter()
             _train_epoch(learner, stream, how, seed, epoch)
+            seconds += time.perf_counter() - began
+            measured += _measured(learner, stream, how, epoch)
             if on_epoch:
                 on_epoch(epoch, how.epochs)
-        return BurnInResult(learner.snapshot(), "", seconds=time.perf_counter() - began)
+        return BurnInResult(learner.snapshot(), "", seconds=seconds, curve=measured)
     key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
     folder = Path(cache) / "burn_in" / key
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,14 +241,16 @@ def _train_or_resume(
     wanted = {*how.checkpoints, how.epochs}
     missing = sorted(epoch for epoch in wanted if not _epoch_file(folder, epoch).exists())
     done, spent = 0, 0.0
+    curve: list[Measured] = []
     start = _epoch_file(folder, how.epochs) if not missing else _last_before(missing[0], folder)
     if start is not None:
         snapshot, _, note = load_snapshot(start)
         learner.restore(snapshot)
         done, spent = int(note["epoch"]), float(note["seconds"])
+        curve = [Measured(*values) for values in note.get("curve", [])]
 
     def keep(path: Path, epoch: int) -> None:
-        save_snapshot(path, learner.snapshot(), note={"epoch": epoch, "seconds": spent})
+        save_snapshot(path, learner.snapshot(), note={"epoch": epoch, "seconds": spent, "curve": curve})
 
     if 0 in missing:
         keep(_epoch_file(folder, 0), 0)
@@ -219,12 +259,13 @@ def _train_or_resume(
         began = time.perf_counter()
         _train_epoch(learner, stream, how, seed, epoch)
         spent += time.perf_counter() - began
+        curve += _measured(learner, stream, how, epoch)
         keep(_epoch_file(folder, epoch) if epoch in wanted else latest, epoch)
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
     epochs = {epoch: _epoch_file(folder, epoch) for epoch in sorted(wanted)}
-    return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing)
+    return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing, curve=curve)
 
 
 def _epoch_file(folder: Path, epoch: int) -> Path:
@@ -255,6 +296,14 @@ def _train_epoch(learner: Learner, stream: Stream, how: BurnIn, seed: int, epoch
         _set_rate(learner, how.rate(epoch - 1 + step / steps))
         learner.update(stream.augmented(batch, change) if stream.settings.augment else batch)
     _set_rate(learner, how.lr)  # whoever restores a snapshot with its optimiser learns at this rate, not at almost 0
+
+
+def _measured(learner: Learner, stream: Stream, how: BurnIn, epoch: int) -> list[Measured]:
+    """Accuracy and loss on the test part, if it is their turn."""
+    if how.evaluate_every is None or epoch % how.evaluate_every:
+        return []
+    score = learner.evaluate(stream.test.batches(EVALUATION_BATCH, device=learner.device))
+    return [Measured(epoch, *(value if math.isfinite(value) else None for value in score))]
 
 
 def _set_rate(learner: Learner, lr: float) -> None:
