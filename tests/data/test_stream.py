@@ -10,6 +10,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import fields_of, make
 from mithridate.core.seeding import generator
 from mithridate.data import DATASETS, Part, Stream, StreamSettings, load_images, open_stream
+from mithridate.models import build_model
 
 PARTS = ("burn_in", "victim", "validation", "trusted", "test")
 
@@ -301,3 +302,95 @@ def test_empty_parts_are_allowed_where_nobody_needs_them() -> None:
     stream = open_stream(StreamSettings(burn_in=0, validation=0, trusted=0))
     assert len(stream.burn_in) == len(stream.validation) == len(stream.trusted) == 0
     assert len(stream.test) == 1797 - 550
+
+
+# A stream that the burn-in has seen, and one that comes again.
+
+OVERLAPPING = StreamSettings(overlap=True, burn_in=900, victim=200)
+
+
+def test_an_overlapping_stream_shows_what_the_burn_in_has_seen_and_nothing_of_the_others() -> None:
+    stream = open_stream(OVERLAPPING)
+    counts = {name: len(part) for name, part in parts(stream).items()}
+    assert counts == {"burn_in": 900, "victim": 200, "validation": 100, "trusted": 97, "test": 700}
+    assert set(identities(stream.victim)) <= set(identities(stream.burn_in))
+    others = [
+        identity
+        for name in ("burn_in", "validation", "trusted", "test")
+        for identity in identities(parts(stream)[name])
+    ]
+    assert len(set(others)) == len(others)
+    assert stream.victim.name == "victim"
+
+
+def test_overlap_leaves_the_other_parts_as_they_are_and_the_burn_in_gets_what_the_stream_does_not_take(
+    cifar10: Stream, data_root: Path
+) -> None:
+    """Of the papers' protocol: the burn-in learns from the whole training set, and the stream goes over it again."""
+    seen = open_stream(StreamSettings(name="cifar10", overlap=True), data_root=data_root)
+    assert (len(seen.burn_in), len(seen.victim)) == (49_500, 10_000)
+    for name in ("validation", "test"):
+        assert identities(parts(seen)[name]) == identities(parts(cifar10)[name])
+    fewer = open_stream(replace(OVERLAPPING, victim=50))
+    assert identities(fewer.burn_in) == identities(open_stream(OVERLAPPING).burn_in)
+    assert set(identities(fewer.victim)) < set(identities(open_stream(OVERLAPPING).victim))
+
+
+def test_more_victim_samples_than_the_burn_in_has_are_refused() -> None:
+    with pytest.raises(DataError, match=r"with overlap, victim \(901\) lies inside burn_in \(900\)"):
+        open_stream(replace(OVERLAPPING, victim=901))
+    assert len(open_stream(replace(OVERLAPPING, victim=900)).victim) == 900
+    made = Stream.from_arrays(np.zeros((40, 3)), np.arange(40) % 2, overlap=True, victim=0.5)
+    assert (len(made.burn_in), len(made.victim)) == (40 - 2 - 2 - 8, 20)
+
+
+def test_settings_of_an_overlapping_stream_resolve_to_themselves() -> None:
+    resolved = replace(OVERLAPPING, victim=0.25, passes=3, reshuffle=False).resolved()
+    assert resolved.victim == 449
+    assert resolved.resolved() == make(StreamSettings, fields_of(resolved), where="[data]") == resolved
+
+
+def test_passes_each_show_every_sample_once_in_an_order_of_their_own(digits: Stream) -> None:
+    stream = replace(digits, settings=replace(digits.settings, passes=3))
+    batches = [stream.victim_batch(step, seed=4) for step in range(33)]
+    for step in range(11):  # the first pass is the stream without passes
+        assert torch.equal(batches[step].x, digits.victim_batch(step, seed=4).x)
+    orders = [torch.cat([batch.x for batch in batches[11 * n : 11 * n + 11]]).flatten(1) for n in range(3)]
+    whole = sorted(map(tuple, digits.victim.all().x.flatten(1).tolist()))
+    assert [sorted(map(tuple, order.tolist())) == whole for order in orders] == [True] * 3
+    assert not any(torch.equal(a, b) for a, b in [(orders[0], orders[1]), (orders[1], orders[2])])
+    stream.require(32)
+    with pytest.raises(DataError, match=r"33 accumulative batches .* has 550 in each of 3 passes; at most 32 fit"):
+        stream.require(33)
+
+
+def test_without_reshuffling_every_pass_is_the_first(digits: Stream) -> None:
+    stream = replace(digits, settings=replace(digits.settings, passes=2, reshuffle=False))
+    for step in range(11):
+        assert torch.equal(stream.victim_batch(step, seed=4).x, stream.victim_batch(step + 11, seed=4).x)
+
+
+def test_the_released_loop_feeds_one_batch_at_every_step_augmented_anew(data_root: Path) -> None:
+    how = StreamSettings(
+        name="cifar10", overlap=True, victim=100, passes=40, reshuffle=False, augment_stream=True, validation=500
+    )
+    stream = open_stream(how, data_root=data_root)
+    batches = [*stream.victim_batches(5, seed=1), stream.trigger_batch(39, seed=1)]
+    assert all(torch.equal(batch.y, batches[0].y) for batch in batches)
+    assert len({batch.x.numpy().tobytes() for batch in batches}) == len(batches)
+    plain = replace(stream, settings=replace(stream.settings, augment_stream=False))
+    assert torch.equal(plain.victim_batch(0, seed=1).x, plain.victim_batch(38, seed=1).x)
+
+
+def test_mean_and_std_of_a_named_set_may_be_set_and_reach_the_model_and_the_key(
+    cifar10: Stream, data_root: Path
+) -> None:
+    released = StreamSettings(name="cifar10", std=(0.2023, 0.1994, 0.2010))
+    stream = open_stream(released, data_root=data_root)
+    assert (stream.info.mean, stream.info.std) == (cifar10.info.mean, (0.2023, 0.1994, 0.2010))
+    assert fields_of(stream.settings)["std"] == [0.2023, 0.1994, 0.2010]
+    assert stream.fingerprint != cifar10.fingerprint
+    built = build_model({"name": "small_cnn"}, stream.info, seed=0)
+    assert torch.equal(dict(built.named_buffers())["normalise.std"].flatten(), torch.tensor([0.2023, 0.1994, 0.2010]))
+    with pytest.raises(ConfigError, match="std has 1 numbers"):
+        open_stream(replace(released, std=(0.2,)), data_root=data_root)

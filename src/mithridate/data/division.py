@@ -1,7 +1,7 @@
 """How many samples of a data set go to which part of a stream."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from mithridate.core.errors import DataError
 
@@ -41,7 +41,12 @@ def sizes_by_default(rows: int, asked: Mapping[str, Size | None]) -> dict[str, i
 
 
 def counts(
-    asked: Mapping[str, Size | None], default: Mapping[str, int | None], rows: int, *, where: str
+    asked: Mapping[str, Size | None],
+    default: Mapping[str, int | None],
+    rows: int,
+    *,
+    inside: Collection[str] = (),
+    where: str,
 ) -> dict[str, int]:
     """The samples of each part of one split.
 
@@ -49,20 +54,21 @@ def counts(
         asked: What the user wants; None: the default.
         default: Number by part; None, or no entry: all that the others leave.
         rows: Samples in the split.
+        inside: Parts that lie inside the burn-in part, and so take no samples from the others.
         where: Names the split in messages.
 
     Raises:
         DataError: The parts need more samples than there are.
     """
-    shares = [size for size in asked.values() if isinstance(size, float)]
+    shares = [size for part, size in asked.items() if isinstance(size, float) and part not in inside]
     if math.fsum(shares) > 1 + 1e-9:
         raise DataError(f"{where}: the shares {_sum(shares)} are more than 1; ask for less.")
     sizes = {part: default.get(part) if size is None else _count(size, rows) for part, size in asked.items()}
-    total = sum(size for size in sizes.values() if size is not None)
+    total = sum(size for part, size in sizes.items() if size is not None and part not in inside)
     listing = ", ".join(
         f"{part} {size}{' by default' if asked[part] is None else ''}"
         for part, size in sizes.items()
-        if size is not None
+        if size is not None and part not in inside
     )
     if total > rows:
         raise DataError(f"{where} has {rows} samples, too few for {listing}, {total} in all; ask for fewer.")
@@ -70,6 +76,10 @@ def counts(
     for part, what in (("victim", "to learn online from"), ("test", "to test on")):
         if whole.get(part) == 0:
             raise DataError(f"{where} has {rows} samples, and none is left {what} ({listing}); ask for fewer.")
+    for part in whole.keys() & set(inside):
+        if whole[part] > whole["burn_in"]:
+            inner, outer = f"{part} ({whole[part]})", f"burn_in ({whole['burn_in']})"
+            raise DataError(f"{where}: with overlap, {inner} lies inside {outer}; ask for fewer.")
     return whole
 
 

@@ -78,6 +78,10 @@ class StreamSettings:
             name; of own data a twentieth, 500 at most.
         test: Samples on which accuracy is reported, >= 1. Unset: the rest of the test split; of a lone split a fifth,
             or what the others leave if `burn_in` is set (350 of digits).
+        overlap: Whether victim samples are some of the burn-in part, so that the stream shows what the burn-in has
+            seen; then they take nothing from the other parts.
+        passes: How often the stream may go over the victim part, >= 1. Part and batch of one size repeat one batch.
+        reshuffle: Whether every pass has an order of its own; false: all have that of the first.
         batch_size: Samples in one batch of the stream, >= 1. Unset: 50 of digits, 100 of other image sets by name; of
             own data as many as leave 20 accumulative batches and the trigger, 100 at most.
         augment: Whether burn-in batches are randomly cropped and flipped, as far as `crop_padding` and `flip` go.
@@ -93,6 +97,11 @@ class StreamSettings:
         domain: What a valid input of `npz` is, if it is no image: the least and the largest value of each feature, or
             `observed` for those of the data, feature by feature. Unset: any number.
         seed: Decides which sample goes to which part.
+
+    Source:
+        Pang et al., NeurIPS 2021: two epochs of the training set after forty of it (`overlap`, `passes = 2`); their
+        code feeds one batch at every step, cropped and flipped anew (`augment_stream`), and divides by a `std` of
+        0.2023, 0.1994, 0.2010.
     """
 
     name: str = "digits"
@@ -104,6 +113,9 @@ class StreamSettings:
     validation: AnyNumber | None = None
     trusted: AnyNumber | None = None
     test: Some | None = None
+    overlap: bool = False
+    passes: Annotated[int, Field(ge=1)] = 1
+    reshuffle: bool = True
     batch_size: Annotated[int, Field(ge=1)] | None = None
     augment: bool | None = None
     augment_stream: bool = False
@@ -160,7 +172,8 @@ class StreamSettings:
             default: dict[str, int | None] = dict(sizes_by_default(rows[split], asked))
             if known is not None and rows.keys() == known.splits.keys():
                 default = {part: getattr(known.sizes, part, None) for part in parts}
-            sizes |= counts(asked, default, rows[split], where=f"{self.label}: the split '{split}'")
+            inside = {"victim"} if self.overlap else set()
+            sizes |= counts(asked, default, rows[split], inside=inside, where=f"{self.label}: the split '{split}'")
         batch_size = known.sizes.batch_size if known else max(1, min(100, sizes["victim"] // 21))
         augment = self.augment if known is None or self.augment is not None else True
         return replace(self, **sizes, batch_size=self.batch_size or batch_size, augment=augment)

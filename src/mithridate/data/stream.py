@@ -1,4 +1,4 @@
-"""A stream: a data set divided into burn-in, victim, validation, trusted and test parts that share no sample."""
+"""A stream: a data set divided into burn-in, victim, validation, trusted and test parts."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ __all__ = ["Loader", "Part", "Stream", "StreamSettings", "open_stream"]
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """One data set in parts that share no sample.
+    """One data set in parts that share no sample, but for a victim part inside the burn-in part (`overlap`).
 
     Args:
         settings: How it was divided, resolved: each size is a number of samples.
@@ -115,17 +115,21 @@ class Stream:
         Raises:
             DataError: They do not fit.
         """
-        if (steps + 1) * self.batch_size > len(self.victim):
-            fit = len(self.victim) // self.batch_size - 1
-            what = f"at most {fit} fit" if fit >= 0 else "not even the trigger batch fits"
+        passes = self.settings.passes
+        most = passes * (len(self.victim) // self.batch_size)
+        if steps + 1 > most:
+            what = f"at most {most - 1} fit" if most > 0 else "not even the trigger batch fits"
+            over = "" if passes == 1 else f" in each of {passes} passes"
             raise DataError(
                 f"{self.info.name}: {steps} accumulative batches and the trigger batch of {self.batch_size} samples "
-                f"need {(steps + 1) * self.batch_size}, and the victim part has {len(self.victim)}; {what}. Use fewer "
-                "steps, a smaller batch_size or a larger victim part."
+                f"need {(steps + 1) * self.batch_size}, and the victim part has {len(self.victim)}{over}; {what}. Use "
+                "fewer steps, a smaller batch_size, a larger victim part or more passes."
             )
 
     def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
         """One clean batch of the victim stream; it depends on the arguments alone, so a resumed run sees the same.
+
+        A pass takes as many whole batches as the victim part holds; the next pass begins with the batch after them.
 
         Args:
             step: Which one, from 0.
@@ -136,8 +140,10 @@ class Stream:
             DataError: The stream is shorter.
         """
         self.require(step)
-        order = np.random.default_rng(derived_seed("victim order", seed)).permutation(len(self.victim))
-        batch = self.victim.batch(order[step * self.batch_size : (step + 1) * self.batch_size], device)
+        number, place = divmod(step, len(self.victim) // self.batch_size)
+        again = [number] if number and self.settings.reshuffle else []
+        order = np.random.default_rng(derived_seed("victim order", seed, *again)).permutation(len(self.victim))
+        batch = self.victim.batch(order[place * self.batch_size : (place + 1) * self.batch_size], device)
         if self.settings.augment_stream:
             batch = self.augmented(batch, generator("victim augmentation", seed, step))
         return batch
@@ -221,7 +227,7 @@ def _divided(samples: Samples, settings: StreamSettings) -> Stream:
     for split, names in pools(samples.splits).items():
         whole = samples.splits[split]
         order = np.random.default_rng(derived_seed("parts", split, settings.seed)).permutation(len(whole))
-        *first, last = names
+        *first, last = (name for name in names if name != "victim" or not settings.overlap)
         start = 0
         for name in first:
             chosen = order[start : start + getattr(resolved, name)]
@@ -229,6 +235,9 @@ def _divided(samples: Samples, settings: StreamSettings) -> Stream:
             start += len(chosen)
         # The last part is cut from the far end: its samples stay the same when another part grows into unused ones.
         parts[last] = whole.take(last, order[len(order) - getattr(resolved, last) :])
+    if settings.overlap:
+        before, victim = len(parts["burn_in"]), cast("int", resolved.victim)
+        parts["victim"] = parts["burn_in"].take("victim", np.arange(before - victim, before))  # from the far end, too
     resolved, info = _described(resolved, samples.info, parts["burn_in"])
     fingerprint = _fingerprint(parts["burn_in"], info)
     return Stream(settings=resolved, info=info, fingerprint=fingerprint, domain=samples.domain, **parts)
