@@ -27,6 +27,7 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import open_stream
 from mithridate.models import build_model
+from mithridate.report import build_report
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import adopt_momentum, victim_optimiser
 from mithridate.training.burn_in import burn_in
@@ -534,3 +535,25 @@ def test_torchs_settings_come_back(on: bool, warn: bool) -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled() is held
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+# What is measured when.
+
+
+def test_runs_that_measure_seldom_and_a_burn_in_that_is_measured_reach_store_and_report(
+    tmp_path: Path, cache: Path, grid: Path
+) -> None:
+    seldom = recipe_of("run.evaluate_every=2", "burn_in.evaluate_every=1", attacks="noise", defences="none")
+    (directory,) = run_recipe(seldom, tmp_path / "runs", device="cpu", cache=cache).directories
+    run, usual = read_run(directory), read_run(grid / "noise__none__seed0")
+    assert [row["accuracy"] is None for row in run.trace] == [False, True, False, False, False]
+    assert [row["accuracy"] for row in run.trace if row["step"] != 1] == [
+        row["accuracy"] for row in usual.trace if row["step"] != 1
+    ]
+    assert (run.summary["read_step"], usual.summary["read_step"]) == (2, 3)
+    assert run.summary["read_accuracy"] == usual.trace[2]["accuracy"]
+    assert [point["epoch"] for point in run.summary["burn_in_curve"]] == [1, 2]
+    assert run.summary["burn_in_curve"][-1]["accuracy"] == run.summary["accuracy_start"]
+    assert usual.summary["burn_in_curve"] == []
+    paths = build_report([directory], tmp_path / "report")
+    assert "Accuracy along the steps" in paths.html.read_text(encoding="utf-8")

@@ -50,6 +50,14 @@ def test_just_at_the_limit_there_is_no_alarm() -> None:
     assert alarms(AccuracyFloor(max_drop=0.0), of_accuracy(0.75, 0.75, 0.74, 0.8)) == [False, False, True, False]
 
 
+def test_where_nothing_was_measured_there_is_no_alarm_of_accuracy() -> None:
+    bad = Reading(2, 0.1, 9.0, 0.3)
+    readings = [*of_accuracy(0.9, 0.85), Reading(2, None, None, 0.3)]
+    for monitor in (AccuracyFloor(floor=0.8), AccuracyFloor(max_drop=0.1)):
+        assert monitor.alarm(readings) is None
+        assert monitor.alarm([*readings[:2], bad]) is not None
+
+
 def test_what_the_accuracy_alarm_says() -> None:
     readings = of_accuracy(0.9, 0.65)
     assert AccuracyFloor(floor=0.8).alarm(readings) == "accuracy 65.0% below the floor of 80.0%"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from torch import Generator, Tensor, nn
@@ -445,7 +446,7 @@ def test_a_diverging_victim_is_an_outcome(stream: Stream, victim: NewLearner, na
     )
     outcome = run_online(victim(run=run), stream, attack, run, monitors=[AccuracyFloor(floor=0.1)])
     assert outcome.status == "diverged"
-    assert not math.isfinite(outcome.trace[-1]["loss"]) or not math.isfinite(outcome.trace[-2]["loss"])
+    assert not all(map(math.isfinite, column(outcome, "loss")[-2:]))
     assert outcome.drop is not None
     assert math.isfinite(outcome.drop)
 
@@ -568,3 +569,80 @@ def test_buffers_alone_say_nothing_of_a_served_average() -> None:
         made[decay] = run_online(learner, stream, Noise(eps=0.15), OnlineRun(steps=1, lr=0.05)).accuracy_after_buffers
     assert made[0.9] is None
     assert made[0.0] is not None
+
+
+# Measured every so many steps.
+
+
+@pytest.mark.parametrize(
+    ("every", "measured"), [(1, {0, 1, 2, 3, 4}), (2, {0, 2, 3, 4}), (3, {0, 3, 4}), (9, {0, 3, 4})]
+)
+def test_rows_are_measured_in_turn_at_the_start_and_around_the_trigger_and_nothing_else_changes(
+    stream: Stream, victim: NewLearner, every: int, measured: set[int]
+) -> None:
+    class Seen(Monitor):
+        def alarm(self, readings: Sequence[Reading]) -> str | None:
+            return None if readings[-1].accuracy is None else "seen"
+
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    run = dataclasses.replace(RUN, evaluate_every=every)
+    outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Seen()])
+    for row, full in zip(timeless(outcome.trace), timeless(whole.trace), strict=True):
+        seen = row["step"] in measured
+        assert row == (full if seen else {**full, "accuracy": None, "loss": None}) | {"alarms": row["alarms"]}
+        # The step before the trigger is measured for the record; the monitor was asked before.
+        due = row["step"] == 4 or (row["step"] > 0 and row["step"] % every == 0)
+        assert bool(row["alarms"]) == due
+    for name in ("accuracy_start", "accuracy_before_trigger", "accuracy_after_trigger", "drop", "steps", "status"):
+        assert getattr(outcome, name) == getattr(whole, name)
+    assert outcome.read_step == 3 // every * every
+    assert outcome.read_accuracy == whole.trace[outcome.read_step]["accuracy"]
+    written = pa.Table.from_pylist([dict(row) for row in outcome.trace], schema=TRACE_SCHEMA)
+    assert written.column("accuracy").null_count == 5 - len(measured)
+
+
+def test_the_attack_reads_the_newest_measured_accuracy(stream: Stream, victim: NewLearner) -> None:
+    class Reader(Recorder):
+        def ready(self, view: View) -> bool:
+            self.read = [*getattr(self, "read", []), view.accuracy]
+            return len(self.read) == 4
+
+    attack = Reader(needs=frozenset({Need.ACCURACY}))
+    outcome = run_online(victim(), stream, attack, OnlineRun(steps=4, lr=0.05, images=0, evaluate_every=2))
+    accuracies = column(outcome, "accuracy")
+    assert attack.read == [(accuracies[0], accuracies[step]) for step in (0, 0, 2, 2)]
+    assert (outcome.steps, outcome.stopped_by) == (3, "attack")
+    assert (outcome.read_step, outcome.read_accuracy) == (2, accuracies[2])
+
+
+@pytest.mark.parametrize("on_alarm", ["trigger", "halt"])
+def test_a_phase_that_ends_between_two_measurements_is_measured_before_its_end(
+    stream: Stream, victim: NewLearner, on_alarm: Any
+) -> None:
+    run = dataclasses.replace(RUN, evaluate_every=3, on_alarm=on_alarm)
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Alarm(2)])
+    accuracies = column(whole, "accuracy")
+    assert column(outcome, "accuracy")[:3] == [accuracies[0], None, accuracies[2]]
+    assert (outcome.steps, outcome.read_step, outcome.read_accuracy) == (2, 0, accuracies[0])
+    assert outcome.accuracy_before_trigger == accuracies[2]
+
+
+def test_an_interrupted_run_that_measures_seldom_goes_on_to_the_same_rows(stream: Stream, victim: NewLearner) -> None:
+    run = dataclasses.replace(RUN, evaluate_every=2)
+    whole = run_online(victim(), stream, Noise(eps=0.1), run)
+    kept: list[tuple[Progress, Snapshot]] = []
+    learner = victim()
+    run_online(
+        learner,
+        stream,
+        Noise(eps=0.1),
+        run,
+        on_step=lambda progress: kept.append((copy.deepcopy(progress), learner.snapshot())),
+    )
+    for progress, snapshot in kept:
+        again = victim()
+        again.restore(snapshot)
+        resumed = run_online(again, stream, Noise(eps=0.1), run, progress=progress)
+        assert timeless(resumed.trace) == timeless(whole.trace)
+        assert (resumed.read_step, resumed.read_accuracy) == (whole.read_step, whole.read_accuracy)

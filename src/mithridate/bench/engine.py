@@ -215,7 +215,7 @@ def _run_cell(cell: Cell, directory: Path, prepared: Prepared, context: RunConte
         done = len(progress.rows) - 1
         if done % run.save_every == 0:
             _save_progress(state, learner, progress)
-        context.watcher.step(cell, done, run.steps, progress.rows[-1]["accuracy"])
+        context.watcher.step(cell, done, run.steps, progress.read[1])
 
     outcome = _outcome(cell, learner, prepared, context, progress, on_step)
     summary = _summary(cell, outcome, burned, calibrations)

@@ -17,7 +17,7 @@ class Watcher:
         """A cell begins: the `number`-th, from 0."""
 
     def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
-        """A step of the accumulative phase has ended."""
+        """A step of the accumulative phase has ended; `accuracy` is the newest that was measured."""
 
     def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A cell has ended, or was found finished."""

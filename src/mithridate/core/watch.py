@@ -83,11 +83,15 @@ class Detector(Component, ABC):
 
 
 class Reading(NamedTuple):
-    """What a service can watch after a step: fractions and mean losses; `batch_loss` is None if nothing was learned."""
+    """What a service can watch after a step: fractions and mean losses.
+
+    `accuracy` and `loss` are None where the service did not measure them after this step (it always does before the
+    first); `batch_loss` is None if nothing was learned.
+    """
 
     step: int
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     batch_loss: float | None
 
 

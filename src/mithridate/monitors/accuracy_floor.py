@@ -28,8 +28,10 @@ class AccuracyFloor(Monitor):
     max_drop: Share | None = None
 
     def alarm(self, readings: Sequence[Reading]) -> str | None:
-        """The newest accuracy against the floor and the start."""
+        """The newest accuracy against the floor and the start; nothing where none was measured."""
         start, now = readings[0].accuracy, readings[-1].accuracy
+        if start is None or now is None:
+            return None
         if self.floor is not None and now < self.floor:
             return f"accuracy {now:.1%} below the floor of {self.floor:.1%}"
         if self.max_drop is not None and start - now > self.max_drop:

@@ -52,6 +52,8 @@ class FederatedRun:
             attack that looks at every update, needs one.
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
+        evaluate_every: Rounds between two measurements of the test part; it is measured at the start, before and after
+            the trigger in any case. Attacks and monitors that read accuracy know of no other.
         save_every: Rounds between resume points.
 
     Source:
@@ -71,6 +73,7 @@ class FederatedRun:
     distances: Literal["all", "without_norm"] = "all"
     max_matrix: Annotated[float, Field(gt=0)] = 4.0
     on_alarm: OnAlarm = "record"
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
     save_every: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:

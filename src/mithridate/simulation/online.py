@@ -41,6 +41,8 @@ class OnlineRun:
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
         images: Pictures stored of the first accumulative batch and of the trigger, clean and poisoned.
+        evaluate_every: Steps between two measurements of the test part; it is measured at the start, before and after
+            the trigger in any case. Attacks and monitors that read accuracy know of no other.
         save_every: Steps between resume points.
         ood: An image set that detectors score beside the stream (its test part, fitted to the model's input); never
             learned from. Unset: none.
@@ -58,6 +60,7 @@ class OnlineRun:
     update_mode: BatchNormMode = "train"
     on_alarm: OnAlarm = "record"
     images: Annotated[int, Field(ge=0)] = 8
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
     save_every: Annotated[int, Field(ge=1)] = 1
     ood: str | None = None
 

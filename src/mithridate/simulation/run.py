@@ -51,6 +51,10 @@ class RunSettings(Protocol):
     def on_alarm(self) -> OnAlarm:
         """What a monitor's alarm does."""
 
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between two measurements of the test part, >= 1."""
+
 
 def victim_optimiser(model: torch.nn.Module, run: RunSettings) -> SGD:
     """The victim's optimiser in a run: a fresh SGD."""
@@ -83,6 +87,11 @@ class Progress:
     scores: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def read(self) -> tuple[int, float]:
+        """The newest step after which accuracy was measured, and that accuracy."""
+        return next((r["step"], r["accuracy"]) for r in reversed(self.rows) if r["accuracy"] is not None)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -90,6 +99,9 @@ class Outcome:
 
     Args:
         accuracy_start: Test accuracy before the stream, a fraction.
+        read_step: The step whose accuracy whoever ended the phase had read last: with `evaluate_every = 1`, that of
+            the last one before the trigger.
+        read_accuracy: What was read there, a fraction.
         accuracy_before_trigger: Test accuracy after the accumulative phase.
         accuracy_after_trigger: Test accuracy after the step on the trigger batch; None if halted before it.
         drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
@@ -114,6 +126,8 @@ class Outcome:
     """
 
     accuracy_start: float
+    read_step: int
+    read_accuracy: float
     accuracy_before_trigger: float
     accuracy_after_trigger: float | None
     drop: float | None
@@ -199,7 +213,7 @@ class Simulation(ABC):
     def view(self) -> View:
         """What the attack sees now."""
         rows = self.progress.rows
-        published = {Need.ACCURACY: (rows[0]["accuracy"], rows[-1]["accuracy"])}
+        published = {Need.ACCURACY: (rows[0]["accuracy"], self.progress.read[1])}
         attack = self.attack
         available = {**self.available, **published}
         return View(
@@ -214,7 +228,7 @@ class Simulation(ABC):
         self._note("start", NOTHING_SENT, score, craft_seconds=0.0, update_seconds=0.0, seconds=seconds)
 
     def step(self, phase: Phase) -> None:
-        """One step: send, learn, measure."""
+        """One step: send, learn, and measure if it is its turn."""
         began = time.perf_counter()
         index = len(self.progress.rows) - 1
         exchange = self.exchange(index, phase, generator(self.key, self.seed, index))
@@ -223,7 +237,8 @@ class Simulation(ABC):
             # A generator's key decides the bits, so this one keeps its wording.
             self.attack.after_step(self.view(), generator(f"{self.key}, fed", self.seed, index))
         adapted = time.perf_counter()
-        score = self.learner.evaluate(self.test)
+        due = phase == "trigger" or (index + 1) % self.settings.evaluate_every == 0
+        score = self.learner.evaluate(self.test) if due else (None, None)
         self._note(
             phase,
             exchange.sent,
@@ -233,7 +248,7 @@ class Simulation(ABC):
             seconds=time.perf_counter() - began,
         )
 
-    def _note(self, phase: Phase, sent: Sent, score: tuple[float, float], **seconds: float) -> None:
+    def _note(self, phase: Phase, sent: Sent, score: tuple[float | None, float | None], **seconds: float) -> None:
         """Write a row of the trace, monitors' alarms included."""
         rows = self.progress.rows
         accuracy, loss = score
@@ -243,6 +258,14 @@ class Simulation(ABC):
             readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in rows]
             alarms = [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
             rows[-1]["alarms"] = "; ".join(alarms)
+
+    def measure(self) -> None:
+        """Measure the state that the newest row describes, if that was not done."""
+        row = self.progress.rows[-1]
+        if row["accuracy"] is None:
+            began = time.perf_counter()
+            row["accuracy"], row["loss"] = self.learner.evaluate(self.test)
+            row["seconds"] += time.perf_counter() - began
 
     def phase_end(self) -> str | None:
         """What ends the phase before the trigger now, if anything does: `steps`, `attack` or `monitor`."""
@@ -268,23 +291,34 @@ class Simulation(ABC):
             self.step("accumulative")
             if on_step:
                 on_step(self.progress)
+        read = self.progress.read
+        self.measure()  # after the question: nobody stops by what was measured because it was to stop
         if stopped_by == "monitor" and self.settings.on_alarm == "halt":
-            return self._outcome(stopped_by, None)
+            return self._outcome(stopped_by, read, None)
         before = Weights.of(self.learner.model).copied()
         self.step("trigger")
-        return self._outcome(stopped_by, before)
+        return self._outcome(stopped_by, read, before)
 
-    def _outcome(self, stopped_by: str, before: Weights | None) -> Outcome:
-        """What the run came to; `before` are the weights before the trigger step, None if there was none."""
+    def _outcome(self, stopped_by: str, read: tuple[int, float], before: Weights | None) -> Outcome:
+        """What the run came to.
+
+        Args:
+            stopped_by: What ended the phase.
+            read: The step and the accuracy that were known when it ended.
+            before: The weights before the trigger step; None if there was none.
+        """
         progress, rows = self.progress, self.progress.rows
         halted = before is None
-        accuracy_before = rows[-1 if halted else -2]["accuracy"]
-        accuracy_after = None if halted else rows[-1]["accuracy"]
+        start, accuracy_before, last = (rows[i]["accuracy"] for i in (0, -1 if halted else -2, -1))
+        assert start is not None and accuracy_before is not None  # noqa: S101, PT018  (`go` measured both)
+        accuracy_after = None if halted else last
         losses = [loss for r in rows for loss in (r["loss"], r["batch_loss"]) if loss is not None]
         alarmed = [r["step"] for r in rows if r["alarms"]]
         diverged = not all(math.isfinite(loss) for loss in losses)
         return Outcome(
-            accuracy_start=rows[0]["accuracy"],
+            accuracy_start=start,
+            read_step=read[0],
+            read_accuracy=read[1],
             accuracy_before_trigger=accuracy_before,
             accuracy_after_trigger=accuracy_after,
             drop=None if accuracy_after is None else accuracy_before - accuracy_after,

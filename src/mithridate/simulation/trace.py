@@ -28,8 +28,8 @@ class TraceRow(Sent):
     Args:
         step: Updates since the stream began; 0 is the state before it.
         phase: Which part of the run.
-        accuracy: On the test part, after the step, a fraction.
-        loss: Mean loss on the test part, after the step.
+        accuracy: On the test part, after the step, a fraction; None where nothing was measured (`evaluate_every`).
+        loss: Mean loss on the test part, after the step; None as `accuracy`.
         batch_loss: Mean loss of the batch as the model received it, before the step.
         gradient_norm: l2 length of the gradient before the defence bounds it; in a federation the mean over clients.
         bounded_norm: l2 length of the gradient after the defence has bounded it.
@@ -50,8 +50,8 @@ class TraceRow(Sent):
 
     step: int
     phase: str
-    accuracy: float
-    loss: float
+    accuracy: float | None
+    loss: float | None
     alarms: str
     craft_seconds: float
     update_seconds: float

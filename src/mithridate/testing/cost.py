@@ -39,4 +39,5 @@ def _accuracy(defence: Defence | None, seed: int) -> float:
     """After a clean stream, a fraction."""
     stream = toy_stream(seed)
     outcome = run_online(toy_learner(stream, seed=seed, defence=defence), stream, Clean(), RUN, seed=seed)
-    return outcome.trace[-1]["accuracy"]
+    assert outcome.accuracy_after_trigger is not None
+    return outcome.accuracy_after_trigger

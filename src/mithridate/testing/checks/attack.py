@@ -265,8 +265,8 @@ def _losses(attack: Attack, lr: float) -> Sequence[float]:
         run = OnlineRun(steps=3, lr=lr, images=0)
         surrogate = toy_learner(stream_of(seed), seed=seed + 1).white_box if Need.SURROGATE in attack.needs else None
         outcome = run_online(learner, stream_of(seed), attack, run, seed=seed, surrogate=surrogate)
-        loss = float(outcome.trace[-1]["loss"])
-        losses.append(loss if math.isfinite(loss) else math.inf)
+        loss = outcome.trace[-1]["loss"]
+        losses.append(loss if loss is not None and math.isfinite(loss) else math.inf)
     return losses
 
 

@@ -13,6 +13,7 @@ from mithridate.testing.checks.witness import Witness
 START = Reading(0, 0.95, 0.2, None)
 QUIET = (START, *(Reading(step, 0.95, 0.2, 0.25) for step in range(1, 8)))
 HARMED = (*QUIET, Reading(8, 0.1, 9.0, 12.0))
+UNMEASURED = (*QUIET, Reading(8, None, None, 0.25), Reading(9, 0.95, 0.2, 0.25))
 NOTHING_LEARNED = (*QUIET, Reading(8, 0.95, 0.2, None))
 ONE = (START,)
 ODD = tuple(
@@ -32,7 +33,7 @@ def exercised(cls: type) -> Evidence:
         for monitor in variants(cls, tables):
             with evidence.trying(monitor):
                 _watch(monitor, evidence)
-            for readings in (ONE, *ODD):
+            for readings in (ONE, UNMEASURED[:-1], UNMEASURED, *ODD):
                 with evidence.trying(monitor):
                     _ask(monitor, readings, evidence)
     return evidence
@@ -43,7 +44,7 @@ def _ask(monitor: Monitor, readings: Sequence[Reading], evidence: Evidence) -> s
     given = list(readings)
     with Witness(monitor, evidence).watching("alarm", {}):
         text = monitor.alarm(given)
-    if given != list(readings) and all(math.isfinite(r.loss) for r in readings):  # NaN is not equal to itself
+    if given != list(readings) and all(math.isfinite(r.loss or 0) for r in readings):  # NaN is not equal to itself
         evidence.add("inputs", monitor, "changed the readings that it was given in `alarm`")
     if text is not None and not (isinstance(text, str) and text):
         evidence.add("shape", monitor, f"says {text!r}: give the alarm's text, or None")

@@ -259,8 +259,8 @@ def _loss_after(attack: UpdateAttack, seed: int) -> float:
     """Test loss after the trigger round; a model that came to NaN has lost without limit."""
     federation = _federation(seed)
     learner = toy_learner(federation.stream, seed=seed, lr=LONG_RUN.lr)
-    loss = float(run_federated(learner, federation, attack, LONG_RUN).trace[-1]["loss"])
-    return loss if math.isfinite(loss) else math.inf
+    loss = run_federated(learner, federation, attack, LONG_RUN).trace[-1]["loss"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def check_beats_noise(cls: type) -> None:
