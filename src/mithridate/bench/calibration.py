@@ -58,6 +58,11 @@ def calibrate_recipe(
     Raises:
         UserError: There is no such DSC, the stream is too short, or whatever the burn-in and the data can raise.
     """
+    if recipe.variants:
+        raise ConfigError(
+            f"the recipe has {len(recipe.variants)} variants, each with a threshold of its own; calibrate one: take "
+            "the grid out by --set grid=none, and set its values."
+        )
     chosen = _dsc(recipe, defence)
     wanted = chosen.component.target_rate or 0.05 if rate is None else rate
     if not 0 < wanted < 1:

@@ -6,6 +6,7 @@ import platform
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,15 @@ from typing import Any, cast
 import torch
 
 from mithridate.bench import store
-from mithridate.bench.prepare import Prepared, RunContext, burned_in_learner, choose_device, other_images, prepare
+from mithridate.bench.prepare import (
+    Prepared,
+    RunContext,
+    burned_in_learner,
+    choose_device,
+    other_images,
+    prepare,
+    with_surrogate,
+)
 from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core.attack import Attack
@@ -90,31 +99,42 @@ def run_recipe(
             directory is made, wherever it can be found then.
     """
     watcher, out = watcher or Watcher(), Path(out)
-    chosen = choose_device(device)
-    stream = open_stream(recipe.data, data_root=data_root, cache=cache)
-    recipe = replace(recipe, data=stream.settings)  # sizes as numbers of samples
-    cells = list(recipe.cells())
-    _check_directories(cells, out, resume=resume)
-    _check_runs(cells, stream)
-    ood = other_images(recipe, stream, chosen, data_root, cache)
-    _check_needs(cells, stream)
-    context = RunContext(stream, ood, chosen, cache_directory(cache), watcher)
-    build_model(recipe.model, stream.info, seed=0)
+    chosen, variants = choose_device(device), recipe.each()
+
+    @lru_cache(maxsize=1)  # one variant's samples in memory
+    def opened(number: int) -> tuple[list[Cell], RunContext]:
+        """The cells of one variant and what they share, checked."""
+        variant = variants[number]
+        stream = open_stream(variant.data, data_root=data_root, cache=cache)
+        variant = replace(variant, data=stream.settings)  # sizes as numbers of samples
+        cells = list(variant.cells())
+        _check_directories(cells, out, resume=resume)
+        _check_runs(cells, stream)
+        ood = other_images(variant, stream, chosen, data_root, cache)
+        _check_needs(cells, stream)
+        build_model(variant.model, stream.info, seed=0)
+        return cells, RunContext(stream, ood, chosen, cache_directory(cache), watcher)
+
+    of = sum(len(opened(number)[0]) for number in range(len(variants)))  # all are checked before the first is run
+    directories: list[Path] = []
+    skipped = 0
     with deterministic():
-        skipped = 0
-        prepared: dict[int, Prepared] = {}
-        for number, cell in enumerate(cells):
-            watcher.cell(cell, number, len(cells))
-            directory = out / cell.run_id
-            if store.finished(directory):
-                skipped += 1
-                watcher.finished(cell, store.read_run(directory).summary, skipped=True)
-                continue
-            if cell.seed not in prepared:
-                prepared = {cell.seed: prepare(cell, context)}
-            summary = _run_cell(cell, directory, prepared[cell.seed], context)
-            watcher.finished(cell, summary, skipped=False)
-    return Grid([out / cell.run_id for cell in cells], len(cells) - skipped, skipped)
+        for number in range(len(variants)):
+            cells, context = opened(number)
+            prepared: dict[int, Prepared] = {}
+            for cell in cells:
+                directory = out / cell.run_id
+                watcher.cell(cell, len(directories), of)
+                directories.append(directory)
+                if store.finished(directory):
+                    skipped += 1
+                    watcher.finished(cell, store.read_run(directory).summary, skipped=True)
+                    continue
+                if cell.seed not in prepared:
+                    prepared = {cell.seed: prepare(cell, context)}
+                summary = _run_cell(cell, directory, with_surrogate(prepared[cell.seed], cell, context), context)
+                watcher.finished(cell, summary, skipped=False)
+    return Grid(directories, len(directories) - skipped, skipped)
 
 
 class deterministic:

@@ -89,7 +89,7 @@ class Prepared:
 
     Args:
         burned: The victim's burn-in.
-        surrogate: What attackers without access to the victim's model craft on, if any attack does.
+        surrogate: What an attacker without access to the victim's model crafts on; of one cell, see `with_surrogate`.
         scorers: Detectors, fitted to the model as the burn-in left it.
     """
 
@@ -106,7 +106,7 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         context: What all cells of the recipe share.
 
     Raises:
-        ConfigError: The burn-in keeps no checkpoint that the surrogate or a detector needs.
+        ConfigError: The burn-in keeps no checkpoint that a detector needs.
         DataError: There are too few clean samples for a detector.
     """
     recipe = cell.recipe
@@ -119,14 +119,22 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         cache=context.cache,
         on_epoch=lambda done, epochs: context.watcher.burn_in(cell.seed, done, epochs),
     )
-    wanted = any(Need.SURROGATE in attack.component.needs for attack in recipe.attacks)
-    surrogate = _surrogate(cell, burned, context) if wanted else None
     scorers: list[Scorer] = []
     if recipe.detectors:
         learner = burned_in_learner(cell, cell.defence.component, burned, context)
         detectors = {d.label: d.component for d in recipe.detectors}
         scorers = fit_scorers(detectors, learner, learner.training, seed=cell.seed)
-    return Prepared(burned, surrogate, scorers)
+    return Prepared(burned, None, scorers)
+
+
+def with_surrogate(prepared: Prepared, cell: Cell, context: RunContext) -> Prepared:
+    """The same, with the model that the cell's attack crafts on, if it has no access to the victim's.
+
+    Raises:
+        ConfigError: The burn-in keeps no checkpoint that the surrogate needs.
+    """
+    wanted = Need.SURROGATE in cell.attack.component.needs
+    return replace(prepared, surrogate=_surrogate(cell, prepared.burned, context)) if wanted else prepared
 
 
 def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBox:
@@ -146,7 +154,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBo
     burn_in(
         model,
         context.stream,
-        replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None),
+        replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None, evaluate_every=None),
         seed=seed,
         model_config=config_of(config),
         cache=context.cache,

@@ -5,16 +5,16 @@ import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import Field
-
+from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, expanded, label_of
+from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.model import BatchNormMode
-from mithridate.core.registry import Kind, config_of, fields_of, make, settings
+from mithridate.core.registry import Kind, config_of, fields_of, make
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
 from mithridate.core.watch import Detector, Monitor
@@ -24,26 +24,13 @@ from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.online import OnlineRun
 from mithridate.training.burn_in import BurnIn
 
-Table = dict[str, Any]
-TABLES = (
-    "data",
-    "model",
-    "burn_in",
-    "surrogate",
-    "attack",
-    "defence",
-    "detector",
-    "monitor",
-    "run",
-    "clients",
-    "federated",
-)
+__all__ = ["TABLES", "Cell", "Labelled", "Recipe", "Surrogate", "Table", "apply_change", "make_recipe", "read_recipe"]
+
 PATHS = (("data", "path"), ("burn_in", "checkpoint"))
 """Settings that are paths."""
 
-_KEYS = ("title", "plugins")
+_KEYS = ("title", "variant", "plugins")
 """What stands before the tables."""
-_GRID: tuple[Kind, ...] = ("attack", "defence", "detector", "monitor")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 
 C = TypeVar("C")
@@ -67,31 +54,6 @@ class Labelled(Generic[C]):
         return table if table["name"] == self.label else {**table, "label": self.label}
 
 
-@settings
-class Surrogate:
-    """The model of an attacker who has no access to the victim's (`model_access = "surrogate"` of an attack).
-
-    Args:
-        kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
-            images.
-        epoch: Burn-in epoch, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
-        seed_offset: For `trained`: added to the run's seed, >= 1.
-        model: For `trained`: a table like `[model]`; unset: the victim's architecture.
-
-    Source:
-        Zhu et al., ICML 2023, C.8, Table 11 (older checkpoints).
-    """
-
-    kind: Literal["checkpoint", "trained"] = "checkpoint"
-    epoch: Annotated[int, Field(ge=0)] | None = None
-    seed_offset: Annotated[int, Field(ge=1)] = 1000
-    model: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        if self.model is not None:
-            object.__setattr__(self, "model", config_of(registry.build("model", self.model, where="[surrogate] model")))
-
-
 @dataclass(frozen=True)
 class Cell:
     """One run of the grid.
@@ -100,7 +62,8 @@ class Cell:
         attack: What happens to the stream.
         defence: What stands before the model.
         seed: Decides everything that is drawn.
-        recipe: The recipe that it is a cell of; if that has several robust rules, with this cell's rule in `run`.
+        recipe: The recipe that it is a cell of: of several variants its own; of several robust rules and surrogates
+            with its own in `run` and `surrogate`.
     """
 
     attack: Labelled[Attack] | Labelled[UpdateAttack]
@@ -111,7 +74,8 @@ class Cell:
     @property
     def run_id(self) -> str:
         """The name of its directory."""
-        return f"{self.attack.label}__{self.defence.label}__seed{self.seed}"
+        variant = self.recipe.variant
+        return "__".join([self.attack.label, self.defence.label, *([variant] if variant else []), f"seed{self.seed}"])
 
     def config(self) -> Table:
         """The resolved settings, itself a valid recipe of this one run."""
@@ -120,6 +84,7 @@ class Cell:
         uses_surrogate = Need.SURROGATE in self.attack.component.needs
         return {
             "title": r.title,
+            **({"variant": r.variant} if r.variant else {}),
             **({"plugins": list(r.plugins)} if r.plugins else {}),
             "data": fields_of(r.data.resolved()),
             "model": config_of(r.model),
@@ -147,12 +112,15 @@ class Recipe:
         defences: One column each.
         detectors: Score every batch of every run.
         surrogate: What attackers without access to the victim's model craft on.
+        surrogates: Several of those, by label: a run of each such attack for each. Empty: the one of `surrogate`.
         monitors: Watch every run.
         run: Length and options of the loop.
         rules: Robust rules of a federation's server, by label: a run of each pair for each. Empty: the rule of `run`.
         seeds: One run of each pair a seed.
         clients: How samples are divided among the clients of a federation; None for an online run.
         plugins: Loaded before anything is looked up: modules by name, files by their absolute path.
+        variant: What run ids call it, where it is one of several.
+        variants: The recipes that a grid makes of this one, which is then the first of them.
     """
 
     title: str
@@ -166,9 +134,12 @@ class Recipe:
     seeds: Sequence[int]
     detectors: Sequence[Labelled[Detector]] = ()
     surrogate: Surrogate = field(default_factory=Surrogate)
+    surrogates: Mapping[str, Surrogate] = field(default_factory=dict)
     clients: Shards | None = None
     rules: Mapping[str, FederatedRun] = field(default_factory=dict)
     plugins: Sequence[str] = ()
+    variant: str = ""
+    variants: Sequence["Recipe"] = ()
 
     @property
     def ood(self) -> str | None:
@@ -180,16 +151,28 @@ class Recipe:
         """BatchNorm in the victim's updates."""
         return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
 
+    def each(self) -> Sequence["Recipe"]:
+        """The variants, each a recipe by itself; this one if there are no several."""
+        return self.variants or [self]
+
     def cells(self) -> Iterator[Cell]:
         """All runs, those that share a burn-in next to each other."""
-        for seed in self.seeds:
-            for defence in self.defences:
-                for attack in self.attacks:
-                    if not self.rules:
-                        yield Cell(attack, defence, seed, self)
-                    for label, run in self.rules.items():
-                        both = label if defence.label == "none" else f"{defence.label}+{label}"
-                        yield Cell(attack, replace(defence, label=both), seed, replace(self, run=run, rules={}))
+        for recipe in self.each():
+            for seed in recipe.seeds:
+                for defence in recipe.defences:
+                    for attack in recipe.attacks:
+                        yield from recipe._cells(attack, defence, seed)
+
+    def _cells(self, attack: Any, defence: Labelled[Defence], seed: int) -> Iterator[Cell]:  # noqa: ANN401  (of either kind)
+        """The runs of a pair with a seed: under every rule, on every surrogate if the attack crafts on one."""
+        needed = self.surrogates if Need.SURROGATE in attack.component.needs else {}
+        rules: Mapping[str, OnlineRun | FederatedRun] = self.rules or {"": self.run}
+        for rule, run in rules.items():
+            by_rule = rule if rule and defence.label == "none" else "+".join(filter(None, [defence.label, rule]))
+            for label, surrogate in (needed or {"": self.surrogate}).items():
+                one = replace(self, run=run, rules={}, surrogate=surrogate, surrogates={})
+                by_surrogate = f"{attack.label}+{label}" if label else attack.label
+                yield Cell(replace(attack, label=by_surrogate), replace(defence, label=by_rule), seed, one)
 
 
 def read_recipe(
@@ -237,12 +220,21 @@ def read_recipe(
 
 
 def make_recipe(tables: Mapping[str, Any]) -> Recipe:
-    """A recipe from tables; those of attacks, defences, detectors and monitors may be one table or an array of them.
+    """A recipe from tables; those of attacks, defences, detectors, monitors and surrogates may be arrays of tables.
 
     Raises:
         ConfigError: An unknown table, key or component, a value of the wrong type or range, or two equal labels.
     """
     _check_tables(tables)
+    variants = [_variant(of_one, label) for label, of_one in expanded(dict(tables))]
+    ids = [cell.run_id.lower() for variant in variants for cell in variant.cells()]
+    if twice := next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None:
+        raise ConfigError(f"two runs are called {twice}; give attacks, defences or the grid's values other labels.")
+    return replace(variants[0], variants=variants) if len(variants) > 1 else variants[0]
+
+
+def _variant(tables: Mapping[str, Any], label: str) -> Recipe:
+    """The recipe of tables without a grid; `label` is what a grid calls them."""
     if "attack" not in tables:
         raise ConfigError("the recipe has no [attack]: say which; `mithridate list attacks` shows them.")
     federated = "federated" in tables
@@ -257,8 +249,11 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
     run = dict(tables.get(loop, {}))
     rules = _rules(run) if federated and isinstance(run.get("rule"), list) else {}
     plugins = tuple(dict.fromkeys(registry.load_plugin(plugin) for plugin in tables.get("plugins", [])))
+    variant = "+".join(filter(None, [str(tables.get("variant", "")), label]))
+    surrogates = _surrogates(tables.get("surrogate", {}))
     recipe = Recipe(
         title=str(tables.get("title", "")),
+        variant=_checked_label("variant", variant, ()) if variant else "",
         plugins=plugins,
         data=make(StreamSettings, tables.get("data", {}), where="[data]"),
         model=registry.build("model", tables.get("model", {"name": "small_cnn"})),
@@ -270,11 +265,29 @@ def make_recipe(tables: Mapping[str, Any]) -> Recipe:
         run=make(FederatedRun, run, where="[federated]") if federated else make(OnlineRun, run, where="[run]"),
         clients=make(Shards, tables.get("clients", {}), where="[clients]") if federated else None,
         detectors=_labelled("detector", tables.get("detector", [])),
-        surrogate=make(Surrogate, tables.get("surrogate", {}), where="[surrogate]"),
+        surrogate=next(iter(surrogates.values())),
+        surrogates=surrogates if len(surrogates) > 1 else {},
         rules=rules,
     )
+    if federated and recipe.data.passes > 1:
+        raise ConfigError(
+            f"[data] passes = {recipe.data.passes}: clients of a federation draw from their shards round by round, as "
+            "often as it lasts; leave it out."
+        )
     recipe.data.resolved()
     return recipe
+
+
+def _surrogates(tables: Any) -> dict[str, Surrogate]:  # noqa: ANN401  (a table or a list of them)
+    """The surrogates by label; the only one may have none."""
+    surrogates: dict[str, Surrogate] = {}
+    several = isinstance(tables, list) and len(tables) > 1
+    for table in tables if isinstance(tables, list) else [tables]:
+        values = dict(table)
+        label = str(values.pop("label", ""))
+        made = make(Surrogate, values, where="[surrogate]")
+        surrogates[_checked_label("surrogate", label, surrogates) if several else label] = made
+    return surrogates or {"": Surrogate()}
 
 
 def _rules(run: Table) -> dict[str, FederatedRun]:
@@ -311,11 +324,12 @@ def _check_tables(tables: Mapping[str, Any]) -> None:
     for key, value in tables.items():
         if key == "plugins" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ConfigError(f"plugins = {value!r}: give a list of modules or .py files, such as ['my_defences.py'].")
-        if key not in (*TABLES, *_KEYS):
-            raise ConfigError(f"unknown table [{key}]: {nearest(key, TABLES)}")
-        if key not in _KEYS and not isinstance(value, dict if key not in _GRID else dict | list):
+        if key not in (*TABLES, *_KEYS, "grid"):
+            raise ConfigError(f"unknown table [{key}]: {nearest(key, (*TABLES, 'grid'))}")
+        several = key in (*ARRAYS, "grid")
+        if key not in _KEYS and not isinstance(value, dict | list if several else dict):
             raise ConfigError(f"[{key}] must be a table, not {value!r}.")
-        for item in value if key in _GRID and isinstance(value, list) else []:
+        for item in value if several and isinstance(value, list) else []:
             if not isinstance(item, dict):
                 raise ConfigError(f"[{key}] must be a table or an array of tables, not {item!r}.")
 
@@ -339,70 +353,8 @@ def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labe
     components: list[Labelled[Any]] = []
     for table in tables if isinstance(tables, list) else [tables]:
         values = dict(table)
-        label = _label(values)
+        label = label_of(values)
         values.pop("label", None)
         component = registry.build(kind_of or kind, values, where=f"[{kind}]")
         components.append(Labelled(_checked_label(kind, label, {m.label for m in components}), component))
     return components
-
-
-def _label(table: Mapping[str, Any]) -> str:
-    """What a component is called: its label, its name, or the class of `package.module:Class`."""
-    return str(table.get("label", str(table.get("name", "")).rpartition(":")[2]))
-
-
-def apply_change(tables: Table, change: str) -> None:
-    """Apply one `--set`: `table.key=value`, or `attack.LABEL.key=value` for one of several.
-
-    Without a label, every component of the recipe's table that has the key is changed. Values are TOML; what is not
-    TOML is taken as text.
-
-    Args:
-        tables: The recipe's tables; changed in place.
-        change: Such as `attack.eps=0.1`.
-
-    Raises:
-        ConfigError: No `=`, no such table, label or key.
-    """
-    path, equals, text = change.partition("=")
-    table, _, rest = path.strip().partition(".")
-    label, _, key = rest.rpartition(".")
-    if not equals or not table or not key:
-        raise ConfigError(f"--set {change}: write table.key=value, such as attack.eps=0.1.")
-    if table not in TABLES:
-        raise ConfigError(f"--set {change}: unknown table '{table}': {nearest(table, TABLES)}")
-    value = _toml_value(text.strip())
-    if table not in _GRID:
-        if label:
-            raise ConfigError(f"--set {change}: [{table}] has no parts; write {table}.{key}=....")
-        tables.setdefault(table, {})[key] = value
-        return
-    contents = tables.setdefault(table, {"name": "none"} if table == "defence" else {})
-    targets = contents if isinstance(contents, list) else [contents]
-    if label:
-        labels = {_label(t): t for t in targets}
-        if label not in labels:
-            raise ConfigError(f"--set {change}: no {table} '{label}' in the recipe: {nearest(label, labels)}")
-        labels[label][key] = value
-        return
-    if len(targets) == 1:
-        targets[0][key] = value
-        return
-    kind = "update_attack" if table == "attack" and "federated" in tables else table
-    fitting = [t for t in targets if key in _keys(kind, t)]
-    if not fitting:
-        known = set().union(*(_keys(kind, t) for t in targets))
-        raise ConfigError(f"--set {change}: no {table} of the recipe has '{key}': {nearest(key, known)}")
-    for target in fitting:
-        target[key] = value
-
-
-def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of _GRID, checked by the caller)
-    return set(registry.entry(kind, str(table.get("name", ""))).fields)
-
-
-def _toml_value(text: str) -> Any:  # noqa: ANN401  (whatever TOML can hold)
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text

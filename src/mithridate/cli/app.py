@@ -128,7 +128,7 @@ ChangesOption = Annotated[
         metavar="TABLE.KEY=VALUE",
         help=(
             "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), "
-            "burn_in.seed=none (an optional one is unset); repeatable."
+            "burn_in.seed=none (an optional one is unset), 'grid.run.lr=[0.1,0.01]' (values are crossed); repeatable."
         ),
     ),
 ]

@@ -28,8 +28,8 @@ def flattened(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def settings(run: Run) -> dict[str, str]:
-    """The run's settings without the title and the seed, flattened."""
-    left_out = {"title", "run.seed", "run.seeds", "federated.seeds"}
+    """The run's settings without title, variant (which repeats some of them) and seed, flattened."""
+    left_out = {"title", "variant", "run.seed", "run.seeds", "federated.seeds"}
     return {key: value for key, value in flattened(run.config).items() if key not in left_out}
 
 
