@@ -34,6 +34,7 @@ def written(path: Path, text: str) -> Path:
 
 def test_the_promised_recipes_are_shipped() -> None:
     promised = {"demo", "cifar10-small", "cifar10-paper", "mnist-small", "cifar10-defences-small", "federated-demo"}
+    promised |= {"defences-paper"}
     assert promised <= {path.stem for path in SHIPPED}
 
 
@@ -41,17 +42,21 @@ def test_the_promised_recipes_are_shipped() -> None:
 def test_a_shipped_recipe_is_whole(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.title
-    cells = list(recipe.cells())
-    assert len(cells) == len(recipe.attacks) * len(recipe.defences) * max(len(recipe.rules), 1) * len(recipe.seeds)
-    assert len({cell.run_id for cell in cells}) == len(cells)
-    assert "clean" in {registry.config_of(a.component)["name"] for a in recipe.attacks}  # something to compare with
-    resolved = recipe.data.resolved()
-    assert resolved.victim is not None
-    assert resolved.batch_size is not None
-    if recipe.clients is None:
-        assert (recipe.run.steps + 1) * resolved.batch_size <= resolved.victim
-    else:
-        assert recipe.clients.clients <= resolved.victim
+    assert len({cell.run_id.lower() for cell in recipe.cells()}) == len(list(recipe.cells()))
+    for variant in recipe.each():
+        cells = list(variant.cells())
+        pairs = len(variant.attacks) * len(variant.defences) * max(len(variant.rules), 1)
+        assert len(cells) == pairs * len(variant.seeds)
+        assert "clean" in {
+            registry.config_of(a.component)["name"] for a in variant.attacks
+        }  # something to compare with
+        resolved = variant.data.resolved()
+        assert isinstance(resolved.victim, int)
+        assert resolved.batch_size is not None
+        if variant.clients is None:
+            assert variant.run.steps + 1 <= resolved.passes * (resolved.victim // resolved.batch_size)
+        else:
+            assert variant.clients.clients <= resolved.victim
 
 
 # Tables.
@@ -327,11 +332,11 @@ def test_a_runs_settings_are_a_recipe_of_that_run() -> None:
             assert only.run_id == cell.run_id
             assert only.attack == cell.attack
             assert only.defence == cell.defence
-            assert only.recipe.monitors == recipe.monitors
+            assert only.recipe.monitors == cell.recipe.monitors
             assert only.recipe.run == cell.recipe.run
-            assert recipe.rules or cell.recipe.run == recipe.run
-            assert only.recipe.model == recipe.model
-            assert only.recipe.burn_in == recipe.burn_in
+            assert recipe.rules or recipe.variants or cell.recipe.run == recipe.run
+            assert only.recipe.model == cell.recipe.model
+            assert only.recipe.burn_in == cell.recipe.burn_in
 
 
 def test_the_settings_are_resolved() -> None:
