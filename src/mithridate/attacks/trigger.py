@@ -15,7 +15,7 @@ from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
@@ -82,6 +82,11 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         self.check_hiding()
         if self.beta > 0:
             object.__setattr__(self, "needs", self.needs | {Need.HISTORY})
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The burn-in epoch of the model that it hides from, if it hides."""
+        return frozenset({self.hide_from}) if self.beta > 0 else frozenset()
 
     @property
     def joint(self) -> bool:

@@ -14,6 +14,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.model import BatchNormMode
+from mithridate.core.past import Epoch, older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make, settings
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -74,7 +75,8 @@ class Surrogate:
     Args:
         kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
             images.
-        epoch: Burn-in epoch, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
+        epoch: Burn-in epoch, for `checkpoint`, before the last; it must be among `[burn_in] checkpoints`. `half`: that
+            at half of the burn-in; unset: the earliest kept.
         seed_offset: For `trained`: added to the run's seed, >= 1.
         model: For `trained`: a table like `[model]`; unset: the victim's architecture.
 
@@ -83,7 +85,7 @@ class Surrogate:
     """
 
     kind: Literal["checkpoint", "trained"] = "checkpoint"
-    epoch: Annotated[int, Field(ge=0)] | None = None
+    epoch: Epoch | None = None
     seed_offset: Annotated[int, Field(ge=1)] = 1000
     model: dict[str, Any] | None = None
 
@@ -101,12 +103,28 @@ class Cell:
         defence: What stands before the model.
         seed: Decides everything that is drawn.
         recipe: The recipe that it is a cell of; if that has several robust rules, with this cell's rule in `run`.
+
+    Raises:
+        ConfigError: A component looks back at a model that the burn-in does not keep.
     """
 
     attack: Labelled[Attack] | Labelled[UpdateAttack]
     defence: Labelled[Defence]
     seed: int
     recipe: "Recipe"
+
+    def __post_init__(self) -> None:
+        kept, length = self.recipe.burn_in.older_epochs, self.recipe.burn_in.epochs
+        surrogate = self.recipe.surrogate
+        if Need.SURROGATE in self.attack.component.needs and surrogate.kind == "checkpoint":
+            older_epoch(surrogate.epoch, kept, length, who="[surrogate]")
+        for kind, labelled in (
+            ("attack", self.attack),
+            ("defence", self.defence),
+            *(("detector", detector) for detector in self.recipe.detectors),
+        ):
+            for epoch in labelled.component.old_epochs:
+                older_epoch(epoch, kept, length, who=f"{kind} {labelled.label}")
 
     @property
     def run_id(self) -> str:
@@ -225,6 +243,9 @@ def read_recipe(
         value = tables.get(table, {}).get(key)
         if isinstance(value, str) and value:
             tables[table][key] = str(path.parent / Path(value).expanduser())
+    older = tables.get("burn_in", {}).get("older")
+    for epoch, value in older.items() if isinstance(older, dict) else ():
+        older[epoch] = str(path.parent / Path(value).expanduser()) if isinstance(value, str) and value else value
     tables["plugins"] = [
         *(registry.load_plugin(plugin, folder=path.parent) for plugin in tables.get("plugins", [])),
         *(registry.load_plugin(plugin) for plugin in plugins),

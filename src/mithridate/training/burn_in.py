@@ -1,23 +1,24 @@
 """Burn-in: train on clean data before the stream begins, once for all runs that share what determines it."""
 
+import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from filelock import FileLock
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import AbsolutePath
-from mithridate.core.past import Snapshot
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
 from mithridate.data.stream import Stream
@@ -32,6 +33,9 @@ LATEST = "latest.safetensors"
 
 Schedule = Literal["constant", "linear", "cosine"]
 """How the learning rate goes from `lr` at the first step towards 0 at the last."""
+
+EpochKey = Annotated[str, BeforeValidator(str), Field(pattern=r"^(0|[1-9][0-9]*)$")]
+"""An epoch as the key of a table, which TOML holds as text."""
 
 
 @settings
@@ -49,11 +53,14 @@ class BurnIn:
             straight line, from `lr` to 0), or `constant`.
         momentum: Momentum factor of SGD.
         weight_decay: L2 penalty of SGD.
-        checkpoints: Epochs whose model is kept besides the last (DSC and discrepancy look back at them).
+        checkpoints: Epochs whose model is kept besides the last, for those who look back (DSC, discrepancy): they never
+            look at the last one, which is the model that the stream starts with.
         seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
             run's seed.
         checkpoint: Path of a finished model (`.safetensors`, or `.pt` with tensors only) to start from instead of
-            training; `epochs` is then not used.
+            training; `epochs` then only says how long that was trained.
+        older: With `checkpoint`: paths of earlier states of the same model by epoch, in place of `checkpoints`:
+            `older = { 20 = "epoch20.pt" }`.
 
     Source:
         Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1, constant.
@@ -69,11 +76,29 @@ class BurnIn:
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
     checkpoint: AbsolutePath | None = None
+    older: dict[EpochKey, AbsolutePath] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.checkpoints:
+            raise ConfigError(
+                f"[burn_in] checkpoints = {list(self.checkpoints)} are kept while training, and `checkpoint` names a "
+                'finished model; give files of its earlier states in their place: older = { 20 = "FILE" }.'
+            )
+        if self.checkpoint is None and self.older:
+            raise ConfigError(
+                "[burn_in] older names earlier states of a finished model, and there is no `checkpoint`; name it, or "
+                "keep epochs of the training with `checkpoints`."
+            )
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
         if late:
             raise ConfigError(f"[burn_in] checkpoints {late} come after the last of {self.epochs} epochs; lower them.")
+
+    @property
+    def older_epochs(self) -> Sequence[int]:
+        """Epochs of the kept models that are older than the one that the stream starts with, the earliest first."""
+        if self.checkpoint is not None:
+            return sorted(map(int, self.older))
+        return sorted({epoch for epoch in self.checkpoints if epoch < self.epochs})
 
     @property
     def depends_on_length(self) -> bool:
@@ -99,14 +124,15 @@ class BurnInResult:
     Args:
         final: The learner at its end (optimiser state included).
         key: What determines it, hashed; empty without a cache, or if `BurnIn.checkpoint` was loaded.
-        epochs: Paths of the kept snapshots by epoch; empty without a cache.
+        epochs: The kept models that are older than `final`, by epoch: paths of snapshots (none without a cache), or
+            weights, if `BurnIn.older` named them. For `History`.
         seconds: Time that training took, now or when the cache was filled.
         reused: Whether it was read from the cache and not trained now.
     """
 
     final: Snapshot
     key: str
-    epochs: Mapping[int, Path] = field(default_factory=dict)
+    epochs: Mapping[int, Path | Weights] = field(default_factory=dict)
     seconds: float = 0.0
     reused: bool = False
 
@@ -122,7 +148,7 @@ def burn_in_key(
     The key leaves out which epochs are kept and, where the rate does not depend on it, the number of epochs: burn-ins
     that differ in nothing else share their epochs.
     """
-    shared = {"checkpoints", "checkpoint", "seed"} | (set() if how.depends_on_length else {"epochs"})
+    shared = {"checkpoints", "checkpoint", "older", "seed"} | (set() if how.depends_on_length else {"epochs"})
     plan = {
         "method": METHOD,
         "data": stream.fingerprint,
@@ -170,11 +196,12 @@ def burn_in(
         on_epoch: Called with (epochs done, epochs in all).
 
     Raises:
-        CheckpointError: `how.checkpoint` does not fit, or a cached file is corrupt.
+        CheckpointError: `how.checkpoint` or one of `how.older` does not fit, or a cached file is corrupt.
+        ConfigError: One of `how.older` is the model of `how.checkpoint` itself.
     """
     if how.checkpoint is not None:
         load_weights(Path(how.checkpoint), model)
-        return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="")
+        return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="", epochs=_older(model, how))
     seed = seed if how.seed is None else how.seed
     learner = Learner(model, _sgd(model, how))
     if cache is None:
@@ -223,8 +250,25 @@ def _train_or_resume(
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
-    epochs = {epoch: _epoch_file(folder, epoch) for epoch in sorted(wanted)}
+    epochs = {epoch: _epoch_file(folder, epoch) for epoch in how.older_epochs}
     return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing)
+
+
+def _older(model: nn.Module, how: BurnIn) -> dict[int, Weights]:
+    """The earlier states of a finished model that the settings name."""
+    weights: dict[int, Weights] = {}
+    now = model.state_dict()
+    for epoch in how.older_epochs:
+        path = how.older[str(epoch)]
+        other = copy.deepcopy(model)
+        load_weights(Path(path), other)
+        if all(torch.equal(now[name], t) for name, t in other.state_dict().items()):
+            raise ConfigError(
+                f"[burn_in] older, epoch {epoch}: {path} holds the model of `checkpoint` itself, so whoever looks back "
+                "would compare it with itself; name the file of an earlier epoch."
+            )
+        weights[epoch] = Weights.of(other, f"burn-in epoch {epoch}").copied()
+    return weights
 
 
 def _epoch_file(folder: Path, epoch: int) -> Path:
