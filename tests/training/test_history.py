@@ -70,9 +70,7 @@ def test_checkpoints_by_epoch(tmp_path: Path) -> None:
     history = History(checkpoints=paths, length=12)
     assert [level(history.checkpoint(epoch)) for epoch in (None, 3, 6, "half")] == [3, 3, 6, 6]
     assert level(History(checkpoints=paths, length=7).checkpoint("half")) == 3  # rounded down
-    with pytest.raises(
-        ConfigError, match=r"DSC looks .* epoch 5, which is not kept \(older models: 3, 6\)"
-    ):
+    with pytest.raises(ConfigError, match=r"DSC looks .* epoch 5, which is not kept \(older models: 3, 6\)"):
         history.checkpoint(5, who="DSC")
     with pytest.raises(ConfigError, match="epoch 12, the model that the stream starts with"):
         history.checkpoint(12)

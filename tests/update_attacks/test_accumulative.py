@@ -275,8 +275,9 @@ def test_published_accuracy_is_looked_at_only_where_it_matters(view: View) -> No
 def test_the_phase_ends_when_it_is_about_to_be_noticed(
     fields: dict[str, Any], accuracy: tuple[float, float], ready: bool
 ) -> None:
-    view = View(0, {}, {Need.ACCURACY: accuracy}, GRANTED)
+    view = View(1, {}, {Need.ACCURACY: accuracy}, GRANTED)
     assert AccumulativeUpdates(**fields).ready(view) is ready
+    assert not AccumulativeUpdates(**fields).ready(dataclasses.replace(view, step=0))  # not before the first round
 
 
 def test_the_phase_ends_after_its_rounds(view: View) -> None:

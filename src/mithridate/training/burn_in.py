@@ -76,7 +76,7 @@ class BurnIn:
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
     checkpoint: AbsolutePath | None = None
-    older: dict[EpochKey, AbsolutePath] = Field(default_factory=dict)
+    older: Mapping[EpochKey, AbsolutePath] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.checkpoints:

@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import register, settings
+from mithridate.core.secrecy import Secrecy
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
@@ -38,7 +39,7 @@ TRIGGER, VELOCITY = "trigger", "velocity"
     },
 )
 @settings
-class AccumulativeUpdates(HostileShare):
+class AccumulativeUpdates(Secrecy, HostileShare):
     """Round after round move the model to where the trigger's update is harmful, at unchanged accuracy; then send it.
 
     Each round's mean update becomes clean_weight * (honest mean) + lam * G_t, where G_t is the gradient, in the
@@ -66,9 +67,6 @@ class AccumulativeUpdates(HostileShare):
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
         max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
-        accuracy_floor: End the phase once published accuracy is below this fraction; unset: no such floor.
-        max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
-            no such limit.
         craft_mode: BatchNorm in the attacker's gradients: running statistics (`eval`), or those of the batch (`train`,
             as in the released code).
         chunk: Samples computed at a time; bounds memory (not used with `craft_mode = "train"`).
@@ -95,20 +93,12 @@ class AccumulativeUpdates(HostileShare):
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
     max_rounds: Annotated[int, Field(ge=0)] | None = None
-    accuracy_floor: Share | None = None
-    max_drop: Share | None = None
     craft_mode: BatchNormMode = "train"
     chunk: Annotated[int, Field(ge=1)] = 100
 
     def ready(self, view: View) -> bool:
         """After the rounds that it was given, or once published accuracy has left the range that keeps it secret."""
-        if self.max_rounds is not None and view.step >= self.max_rounds:
-            return True
-        if self.accuracy_floor is None and self.max_drop is None:
-            return False
-        start, now = view.accuracy
-        below = self.accuracy_floor is not None and now < self.accuracy_floor
-        return below or (self.max_drop is not None and start - now > self.max_drop)
+        return (self.max_rounds is not None and view.step >= self.max_rounds) or self.noticed(view)
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """One round of Algorithm 2."""

@@ -87,6 +87,34 @@ def no_better_than_noise(rows: Sequence[Row]) -> Iterator[Doubt]:
             yield Doubt(Severity.SERIOUS, row.cell, text)
 
 
+@_rule("Phase of 0 batches")
+def no_phase(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that have a phase before their trigger, and were given or took no step for it."""
+    for row in _claiming(rows):
+        empty = [run for run in row.runs if run.summary.get("phase_asked") and run.summary.get("steps") == 0]
+        if empty:
+            text = (
+                f"phase of {counted(0, step_noun([row]))} in {_of(empty, row)}, although the attack has one: what is "
+                "shown is its trigger alone."
+            )
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@_rule("Floor above the start")
+def floor_above_start(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks whose accuracy floor lies above the start accuracy, so that their phase ends after one step."""
+    for row in _claiming(rows):
+        tables = (row.attack_settings, row.attack_settings.get("inner", {}))  # the latter is that of `gate_aware`
+        floor = next((f for table in tables if (f := number(table.get("accuracy_floor"))) is not None), None)
+        start = row.statistic("accuracy_start").mean
+        if floor is not None and start is not None and floor > start:
+            text = (
+                f"the phase ends below {points(floor)} %, and the model starts at {points(start)} %: it ends after one "
+                f"{step_noun([row])}, whatever that does; take max_drop, which counts from the start."
+            )
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
 @_rule("Lost before the trigger")
 def early_loss(rows: Sequence[Row]) -> Iterator[Doubt]:
     """Looks for attacks that cost more than 5 points before the trigger, or at least as much as the trigger itself."""
