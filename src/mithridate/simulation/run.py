@@ -97,7 +97,7 @@ class Outcome:
         accuracy_after_buffers: Test accuracy if the trigger step had changed nothing but the buffers (BatchNorm
             statistics); None if halted, or if the defence serves another model than the one that learns.
         steps: Accumulative batches that the victim was sent; rounds, in a federation.
-        phase_asked: Whether the attack has a phase before its trigger: with the best accuracy it would not fire at once.
+        phase_asked: Whether the attack has a phase before its trigger: at the best accuracy it would not fire at once.
         stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
         status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
         alarms: Steps at which a monitor raised an alarm, the trigger step included.
