@@ -20,8 +20,7 @@ from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball, Norm
 
 CorrectionLoss = Literal["ce", "ce_kl", "kl", "cw"]
-"""`ce`: the learner's own criterion; `kl`: KL(received answer || now); `ce_kl`: both; `cw`: the margin of the best other
-class."""
+"""`ce`: the learner's criterion; `kl`: KL(received answer || now); `ce_kl`: both; `cw`: the margin over the label."""
 
 NUDGE = 0.001
 """Standard deviation, in pixel units, of the Gaussian noise with which a walk along a divergence from a sample's own
