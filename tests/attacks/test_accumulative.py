@@ -537,7 +537,7 @@ def test_the_presets_are_what_the_text_and_the_released_code_say() -> None:
     released = build("attack", {"name": "accumulative", "preset": "released"})
     assert (released.eps, released.steps, released.step_size, released.random_start) == (0.2, 2, None, False)
     assert (released.normalise, released.craft_mode) == ("tensor", "eval")
-    assert (released.trigger_mode, released.trigger_update) == ("fixed", "after_step")
+    assert (released.trigger_mode, released.trigger_update) == ("fixed", "released")
     assert released.accuracy_floor == pytest.approx(1 - 0.18)
     assert build("attack", {"name": "accumulative", "preset": "paper", "steps": 7}).steps == 7
 

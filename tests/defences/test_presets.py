@@ -70,12 +70,13 @@ def down(model: nn.Module, x: Tensor, y: Tensor, centre: Tensor, extra: Tensor |
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of each row of probabilities."""
-    return (p * (p.log() - q.log())).sum(1)
+    return torch.sum(p * (p.log() - q.log()), 1)
 
 
 @torch.no_grad()
 def answers(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).softmax(1)
+    probabilities: Tensor = torch.softmax(model(x), 1)
+    return probabilities
 
 
 def released_dsc(model: nn.Module, old: nn.Module, threshold: float) -> Tensor:

@@ -109,7 +109,7 @@ def printed(burned_in: Learner, eta: Bound) -> Tensor:
     poisoned = [eta(-model.gradient(batch, theta)) for batch in trigger]
     for batches in phase:
         poisoned = [eta(p - ALPHA * model.gradient(batch, theta)) for p, batch in zip(poisoned, trigger, strict=True)]
-        product = model.gradient(validation(), theta, graph=True) @ sum(poisoned)  # type: ignore[arg-type]
+        product = model.gradient(validation(), theta, graph=True) @ sum(poisoned)
         (second,) = torch.autograd.grad(product, theta)
         h = sum(model.gradient(batch, theta) for batch in batches) + LAM * second
         theta = (theta - BETA * sum(eta(h) for _ in batches)).detach().requires_grad_()

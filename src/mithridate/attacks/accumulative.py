@@ -24,7 +24,7 @@ from mithridate.maths.calculus import Parameters, alignment_gradient, gradient, 
             "steps": 2,
             "normalise": "tensor",
             "trigger_mode": "fixed",
-            "trigger_update": "after_step",
+            "trigger_update": "released",
             "accuracy_floor": 0.82,
         },
     },
@@ -64,7 +64,7 @@ class Accumulative(Secrecy, TriggerPoisoner):
         """One round of Algorithm 1: the accumulative batch, and with `joint` the trigger beside it."""
         with self.round(view, rng) as at:
             first = TRIGGER not in view.memory
-            trigger_x = self.current_trigger(at, view, rng)
+            trigger_x = self.next_trigger(at, view, rng)
             clean = unit(gradient(at.objective, at.parameters, *batch, chunk=self.pieces), self.normalise)
             y = targets(self.loss, at.box, batch, self.craft_mode)
 

@@ -113,6 +113,11 @@ class GateAware(Tolerance, Budgeted):
         return self.built.ball
 
     @property
+    def trigger_ball(self) -> Ball:
+        """The inner attack's."""
+        return self.built.trigger_ball
+
+    @property
     def ratio(self) -> float:
         """The inner attack's."""
         return self.built.ratio

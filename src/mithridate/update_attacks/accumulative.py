@@ -213,8 +213,9 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         """The honest updates on the trigger: their mean (1, parameters), or one a client as the round computes it."""
         if self.trigger_rows == "mean" or honest is None:
             return _flat(self._trigger_gradient(view)).unsqueeze(0)
-        x, y = (t.unflatten(0, (-1, honest.x.shape[1])) for t in view.clean_trigger)
-        return honest.gradients(x, y)
+        x, y = view.clean_trigger
+        samples = honest.x.shape[1]
+        return honest.gradients(x.view(-1, samples, *x.shape[1:]), y.view(-1, samples))
 
     def _trigger_gradient(self, view: View) -> Parameters:
         with view.model.objective(self.craft_mode) as objective:

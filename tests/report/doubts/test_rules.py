@@ -81,6 +81,13 @@ def test_floor_above_start(make_row: MakeRow, table: dict[str, Any]) -> None:
     assert rules.floor_above_start([make_row(0.2)]) == []
 
 
+def test_left_its_ball(make_row: MakeRow) -> None:
+    kept, drifted = (make_row(0.2, eps=0.4, config={"attack": {"name": "accumulative", "eps": e}}) for e in (0.4, 0.2))
+    assert rules.left_its_ball([kept, make_row(0.0, attack="clean")]) == []
+    (doubt,) = rules.left_its_ball([drifted])
+    assert "moved by 0.4, and eps is 0.2" in doubt.text
+
+
 @pytest.mark.parametrize("control", ["clean", "noise"])
 def test_controls_may_lose_early(make_row: MakeRow, control: str) -> None:
     assert rules.early_loss([make_row(0.0, attack=control, accuracies=(0.98, 0.8))]) == []

@@ -46,6 +46,9 @@ CALIBRATION_FACTOR = 2.0
 """How far outside its confidence interval the share that a measured threshold corrects on a clean stream may lie: from
 half the lower to twice the upper end, since the interval takes samples for independent and is of an undefended copy."""
 
+ROUNDING = 1e-4
+"""How far beyond its eps a pixel may lie by rounding in single precision, or in half."""
+
 ENVIRONMENT_KEYS = (
     "mithridate",
     "commit",
@@ -369,6 +372,19 @@ def budgets_differ(rows: Sequence[Row]) -> Iterator[Doubt]:
         if len(cells) > 1:
             each = "; ".join(f"{value}: {', '.join(dict.fromkeys(attacks))}" for value, attacks in cells.items())
             yield Doubt(Severity.CAUTION, ALL_CELLS, f"{key} differs ({each}); a larger budget breaks more.")
+
+
+@_rule("Left its ball")
+def left_its_ball(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that moved a pixel further than their eps, as the released trigger does, whose ball drifts."""
+    for row in rows:
+        eps = number(row.attack_settings.get("eps"))
+        moved = [c for run in row.runs for step in run.trace if (c := number(step.get("poison_linf"))) is not None]
+        if row.attacking and eps is not None and moved and max(moved) > eps * (1 + ROUNDING) + ROUNDING:
+            text = (
+                f"a pixel was moved by {max(moved):.3g}, and eps is {eps:.3g}: no attack that keeps to it is its like."
+            )
+            yield Doubt(Severity.CAUTION, row.cell, text)
 
 
 @_rule("Unequal machines")
