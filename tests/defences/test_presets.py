@@ -70,7 +70,8 @@ def down(model: nn.Module, x: Tensor, y: Tensor, centre: Tensor, extra: Tensor |
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of each row of probabilities."""
-    return torch.sum(p * (p.log() - q.log()), 1)
+    divergences: Tensor = torch.sum(p * (p.log() - q.log()), 1)
+    return divergences
 
 
 @torch.no_grad()
@@ -81,7 +82,7 @@ def answers(model: nn.Module, x: Tensor) -> Tensor:
 
 def released_dsc(model: nn.Module, old: nn.Module, threshold: float) -> Tensor:
     """Ten corrections of the whole batch while the mean of KL(old || now) is above the threshold."""
-    x = BATCH.x
+    x: Tensor = BATCH.x
     for _ in range(10):
         if float(kl(answers(old, x), answers(model, x)).mean()) <= threshold:
             break

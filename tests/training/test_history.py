@@ -74,7 +74,7 @@ def test_checkpoints_by_epoch(tmp_path: Path) -> None:
         history.checkpoint(5, who="DSC")
     with pytest.raises(ConfigError, match="epoch 12, the model that the stream starts with"):
         history.checkpoint(12)
-    with pytest.raises(ConfigError, match="give the history its `length`"):
+    with pytest.raises(ConfigError, match="give its history the `length`"):
         History(checkpoints=paths).checkpoint("half")
 
 

@@ -34,10 +34,10 @@ def older_epoch(epoch: Epoch | None, kept: Collection[int], length: int | None, 
         wanted = min(kept, default=None)
     if isinstance(wanted, int) and wanted in kept:
         return wanted
+    if wanted is None and epoch == "half":
+        raise ConfigError(f"{who} looks back at half of the burn-in; give its history the `length` of that, in epochs.")
     if wanted is None:
         problem = "at an older model, and no older one is kept: the last epoch's is the one that the stream starts with"
-        if kept:
-            problem = "at half of the burn-in, and nobody says how long that was: give the history its `length`"
     elif wanted == length:
         problem = f"at burn-in epoch {wanted}, the model that the stream starts with: it would compare it with itself"
     else:

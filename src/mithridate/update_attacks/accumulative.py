@@ -214,7 +214,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         if self.trigger_rows == "mean" or honest is None:
             return _flat(self._trigger_gradient(view)).unsqueeze(0)
         x, y = view.clean_trigger
-        samples = honest.x.shape[1]
+        samples = honest.x.shape[1] if len(x) % honest.x.shape[1] == 0 else len(x)  # else it is no round of clients
         return honest.gradients(x.view(-1, samples, *x.shape[1:]), y.view(-1, samples))
 
     def _trigger_gradient(self, view: View) -> Parameters:
