@@ -27,8 +27,10 @@ class Secrecy:
 
     def noticed(self, view: View) -> bool:
         """Whether published accuracy has left its range, after one step at least; only looked at where it matters."""
-        if view.step == 0 or (self.accuracy_floor is None and self.max_drop is None):
+        if self.accuracy_floor is None and self.max_drop is None:
             return False
-        start, now = view.accuracy
+        start, now = view.accuracy  # looked at before the first step too: whoever has none finds out at once
+        if view.step == 0:
+            return False
         below = self.accuracy_floor is not None and now < self.accuracy_floor
         return below or (self.max_drop is not None and start - now > self.max_drop)

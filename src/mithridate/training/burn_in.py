@@ -58,7 +58,7 @@ class BurnIn:
         seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
             run's seed.
         checkpoint: Path of a finished model (`.safetensors`, or `.pt` with tensors only) to start from instead of
-            training; `epochs` then only says how long that was trained.
+            training; `epochs` then only says how long that was trained, and no `checkpoints` are kept.
         older: With `checkpoint`: paths of earlier states of the same model by epoch, in place of `checkpoints`:
             `older = { 20 = "epoch20.pt" }`.
 
@@ -79,11 +79,6 @@ class BurnIn:
     older: Mapping[EpochKey, AbsolutePath] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.checkpoint is not None and self.checkpoints:
-            raise ConfigError(
-                f"[burn_in] checkpoints = {list(self.checkpoints)} are kept while training, and `checkpoint` names a "
-                'finished model; give files of its earlier states in their place: older = { 20 = "FILE" }.'
-            )
         if self.checkpoint is None and self.older:
             raise ConfigError(
                 "[burn_in] older names earlier states of a finished model, and there is no `checkpoint`; name it, or "
