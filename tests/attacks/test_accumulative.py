@@ -523,7 +523,9 @@ def test_the_same_positions_are_poisoned_in_every_batch_and_the_trigger(
 def test_the_phase_ends_outside_the_range_of_accuracy(
     learner: Learner, values: dict[str, Any], accuracy: tuple[float, float], over: bool
 ) -> None:
-    assert attack_of(**values).ready(view_of(learner, accuracy=accuracy)) is over
+    first = view_of(learner, accuracy=accuracy)
+    assert attack_of(**values).ready(replace(first, step=1)) is over
+    assert not attack_of(**values).ready(replace(first, step=0))  # a phase that is asked for has a step, as released
 
 
 def test_the_presets_are_what_the_text_and_the_released_code_say() -> None:
@@ -535,7 +537,7 @@ def test_the_presets_are_what_the_text_and_the_released_code_say() -> None:
     released = build("attack", {"name": "accumulative", "preset": "released"})
     assert (released.eps, released.steps, released.step_size, released.random_start) == (0.2, 2, None, False)
     assert (released.normalise, released.craft_mode) == ("tensor", "eval")
-    assert (released.trigger_mode, released.trigger_update) == ("fixed", "after_step")
+    assert (released.trigger_mode, released.trigger_update) == ("fixed", "released")
     assert released.accuracy_floor == pytest.approx(1 - 0.18)
     assert build("attack", {"name": "accumulative", "preset": "paper", "steps": 7}).steps == 7
 

@@ -262,7 +262,7 @@ def test_it_needs_what_the_inner_attack_needs_and_what_a_rehearsal_does() -> Non
 
 
 def test_it_ends_the_phase_when_the_inner_attack_does() -> None:
-    view = View(0, {}, {Need.ACCURACY: (0.9, 0.8)})
+    view = View(1, {}, {Need.ACCURACY: (0.9, 0.8)})
     assert GateAware(inner={**INNER, "max_drop": 0.05}).ready(view)
     assert not GateAware(inner={**INNER, "max_drop": 0.2}).ready(view)
     assert GateAware(inner={"name": "vanilla"}).ready(view)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from mithridate.attacks.accumulative import Accumulative
-from mithridate.attacks.losses import NUDGE, Loss, by_targets, margin, nudged, targets
+from mithridate.attacks.losses import NUDGE, Loss, by_targets, nudged, targets
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
 from mithridate.attacks.trigger import TRIGGER
@@ -23,6 +23,7 @@ from mithridate.core.domain import PIXELS
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise, gradient, input_gradient
+from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream

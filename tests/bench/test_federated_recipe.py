@@ -139,9 +139,9 @@ def test_presets_of_attacks_on_rounds() -> None:
         )
         for preset in ("paper", "released")
     )
-    assert (paper["trigger"], paper["normalise"], paper["clean_weight"]) == ("reversed", "none", 1.0)
-    assert (released["trigger"], released["normalise"], released["clean_weight"]) == ("clean", "global", 0.0)
-    assert released["lam"] == 0.02
+    assert (paper["trigger"], paper["normalise"], paper["clean_weight"]) == ("reoptimised", "none", 1.0)
+    assert (released["trigger"], released["normalise"], released["clean_weight"]) == ("reoptimised", "global", 0.0)
+    assert (released["lam"], released["alpha"]) == (0.08, 0.01)
 
 
 def test_changes_from_the_command_line() -> None:

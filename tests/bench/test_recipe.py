@@ -354,6 +354,6 @@ def test_the_settings_are_resolved() -> None:
 @pytest.mark.parametrize("kind", ["attack", "defence", "monitor"])
 def test_every_component_can_be_asked_for_by_name(kind: Kind) -> None:
     for name in entries(kind):
-        tables: dict[str, Any] = {"attack": {"name": "clean"}, kind: {"name": name}}
+        tables: dict[str, Any] = {"attack": {"name": "clean"}, kind: {"name": name}, "burn_in": {"checkpoints": [20]}}
         (cell,) = make_recipe(tables).cells()
         assert configs(recipe_of(tomli_w.dumps(cell.config()))) == [cell.config()]

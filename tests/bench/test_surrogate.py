@@ -90,7 +90,7 @@ def test_the_earliest_checkpoint_is_the_default(tmp_path: Path, cache: Path) -> 
 
 
 def test_a_checkpoint_that_was_not_kept_is_an_error(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no checkpoint of epoch 3.*checkpoints"):
+    with pytest.raises(ConfigError, match=r"\[surrogate\] looks back at burn-in epoch 3.*checkpoints = \[3\]"):
         run(tmp_path, cache, BLIND, kind="checkpoint", epoch=3)
 
 
@@ -99,7 +99,7 @@ def test_hiding_from_a_checkpoint_works_in_a_grid_and_says_if_it_cannot(
 ) -> None:
     hidden = run(tmp_path / "hidden", cache, {**ATTACK, "beta": 1.0, "hide": "pixels", "hide_from": 2})
     assert not same_images(hidden, usual)
-    with pytest.raises(ConfigError, match="no checkpoint of epoch 3"):
+    with pytest.raises(ConfigError, match="attack accumulative looks back at burn-in epoch 3"):
         run(tmp_path / "missing", cache, {**ATTACK, "beta": 1.0, "hide_from": 3})
 
 

@@ -173,7 +173,7 @@ def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(invoke: 
         (["--rate", "1.5"], "between 0 and 1"),
         (["--defence", "dcs"], "did you mean 'dsc'"),
         (["--unseen", "400"], "at most"),
-        (["--set", "defence.dsc.epoch=3"], "checkpoint of burn-in epoch 3"),
+        (["--set", "defence.dsc.epoch=3"], "dsc looks back at burn-in epoch 3"),
     ],
 )
 def test_calibrate_says_what_is_wrong(invoke: Invoke, tmp_path: Path, options: Sequence[str], message: str) -> None:

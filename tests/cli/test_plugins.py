@@ -101,9 +101,9 @@ class Linear(nn.Module):
 def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a test imports and registers is forgotten after it; terminals are wide."""
     monkeypatch.setattr(registry, "_entries", {kind: dict(entries(kind)) for kind in KINDS})
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     for console in (cli.out, cli.err):  # they read COLUMNS once, when they are made
-        monkeypatch.setattr(console, "width", 200)
+        monkeypatch.setattr(console, "width", 300)
     monkeypatch.chdir(tmp_path)
     modules = set(sys.modules)
     registry.broken_packages.cache_clear()

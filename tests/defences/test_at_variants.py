@@ -14,8 +14,9 @@ from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.defences.adversarial_loss import NUDGE, AdversariallyLearned
+from mithridate.defences.adversarial_loss import AdversariallyLearned
 from mithridate.defences.at import AT
+from mithridate.defences.correction import NUDGE
 from mithridate.defences.fat import Fat
 from mithridate.defences.mart import Mart, doubt, rivalry
 from mithridate.defences.mma import Mma

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from mithridate.attacks.pgd import PGD
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.defences.at import AT
 from mithridate.defences.dsc import DSC
@@ -50,7 +51,10 @@ def test_discrepancy_is_zero_against_oneself_and_leaves_the_model_alone() -> Non
     learner.model.train()
     x = STREAM.victim_batch(3, 0).x
     before = learner.snapshot()
-    assert float(scores(learner, replace(LOOK_BACK, back=0), x).abs().max()) < 1e-6
+    itself = Weights.of(learner.model).copied()
+    assert float(memorization_discrepancy(learner.white_box, itself, x).abs().max()) < 1e-6
+    with pytest.raises(ConfigError, match="back = 0"):
+        replace(LOOK_BACK, back=0)
     assert float(scores(learner, LOOK_BACK, x).max()) > 1e-3
     after = learner.snapshot()
     assert all(torch.equal(before.buffers[n], after.buffers[n]) for n in before.buffers)

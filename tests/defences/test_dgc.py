@@ -197,7 +197,7 @@ def test_a_young_stream_has_nothing_to_look_back_at(burned_in: Learner, stream: 
     assert learner.defence.bound(gradient, learner.view()) is gradient
     assert DGC(old="back", back=3).lookback == 3
     learner.defence = DGC(epoch=77)
-    with pytest.raises(ConfigError, match="no checkpoint of burn-in epoch 77"):
+    with pytest.raises(ConfigError, match="DGC looks back at burn-in epoch 77"):
         learner.defence.bound(gradient, learner.view())
 
 

@@ -50,6 +50,6 @@ def test_a_young_stream_follows_the_named_policy(
 
 def test_a_checkpoint_that_was_not_kept_is_an_error_in_the_name_of_who_asks(world: "World") -> None:
     detector = Discrepancy(epoch=7)
-    with pytest.raises(ConfigError, match="it: the history holds no checkpoint of burn-in epoch 7"):
+    with pytest.raises(ConfigError, match="it looks back at burn-in epoch 7, which is not kept"):
         detector.score(world.fresh, world.view(detector, HISTORY=History()), {})
     assert Discrepancy().lookback == 0

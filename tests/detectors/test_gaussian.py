@@ -14,6 +14,7 @@ from sklearn.covariance import EmpiricalCovariance
 from mithridate.core.errors import DataError
 from mithridate.core.registry import build
 from mithridate.core.watch import Detector, Observed
+from mithridate.detectors.gaussian import squared_distances
 from mithridate.detectors.gda import GDA
 from mithridate.detectors.gmm import GMM
 
@@ -95,8 +96,31 @@ def test_a_class_of_one_is_an_error_that_names_it(world: "World", name: str) -> 
         build("detector", {"name": name}).fit(rest, rng=torch.Generator())
 
 
-def test_presets_are_the_text_and_the_code() -> None:
-    kinds = [
-        build("detector", {"name": n, "preset": p}).likelihood for n in ("gda", "gmm") for p in ("paper", "released")
-    ]
-    assert kinds == ["mixture", "best", "mixture", "predicted"]
+@pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["", "tiny features, of which the ridge is no rounding error"])
+def test_the_released_presets_leave_out_the_volume_and_put_the_ridge_on_the_sum(world: "World", scale: float) -> None:
+    """Stated anew: (sum of outer products + 1e-10 I) / n, and minus the squared distance that it gives."""
+    seen = world.observed
+    stored, labels = world.stored
+    z, predicted = world.asked
+    stored, z = scale * stored, scale * z
+    groups = [stored[labels == c] for c in range(3)]
+    means = [g.mean(0) for g in groups]
+    scatters = [(g - m).T @ (g - m) for g, m in zip(groups, means, strict=True)]
+    shared = np.linalg.inv((sum(scatters) + 1e-10 * np.eye(6)) / len(stored))
+    own = [np.linalg.inv((s + 1e-10 * np.eye(6)) / len(g)) for s, g in zip(scatters, groups, strict=True)]
+    best = [-min((x - m) @ shared @ (x - m) for m in means) for x in z]
+    of_predicted = [-(x - means[c]) @ own[c] @ (x - means[c]) for x, c in zip(z, predicted, strict=True)]
+    for name, expected in (("gda", best), ("gmm", of_predicted)):
+        detector = build("detector", {"name": name, "preset": "released"})
+        fitted = detector.fit(Observed(scale * seen.features.double(), *seen[1:]), rng=torch.Generator())
+        pair = (torch.as_tensor(z), fitted["means"], fitted["lower"])
+        distances = -squared_distances(*pair)
+        found = distances.amax(1) if name == "gda" else distances.gather(1, torch.as_tensor(predicted)[:, None])[:, 0]
+        assert found.numpy() == pytest.approx(np.array(expected), rel=1e-8)
+        if scale == 1:
+            assert world.scores(detector) == pytest.approx(np.array(expected), rel=1e-8)
+
+
+def test_presets_of_the_text() -> None:
+    paper = [build("detector", {"name": name, "preset": "paper"}) for name in ("gda", "gmm")]
+    assert [(d.likelihood, d.ridge) for d in paper] == [("mixture", 0.0)] * 2

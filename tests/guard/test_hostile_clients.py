@@ -195,8 +195,8 @@ def test_it_remembers_velocity_and_trigger(accomplice: Accomplice) -> None:
     without = update(accomplice, send(accomplice, playing(**fields), 2, still))
     for name in WEIGHTS:
         torch.testing.assert_close(second[name], without[name] + 0.5 * first[name], atol=1e-14, rtol=1e-9)
-    # P starts at -g and moves by -alpha * g of the same model: 1.1 times as long
-    torch.testing.assert_close(notes["attack.trigger"], 1.1 * poison)
+    # P starts at -g and moves by -alpha * g of the same model in every round, the first one too
+    torch.testing.assert_close(notes["attack.trigger"], 1.2 / 1.1 * poison)
 
 
 def test_eta_bounds_what_is_sent(accomplice: Accomplice) -> None:

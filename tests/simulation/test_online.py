@@ -155,6 +155,23 @@ def test_accuracy_is_of_the_whole_test_part(
     assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
 
 
+@pytest.mark.parametrize("preset", ["paper", "released"])
+def test_a_phase_that_is_asked_for_has_a_step_whatever_the_floor(
+    stream: Stream, victim: NewLearner, preset: str
+) -> None:
+    """The presets' floors are of the paper's model; the released loop takes a step before it reads an accuracy."""
+    attack = build("attack", {"name": "accumulative", "preset": preset, "steps": 1, "accuracy_floor": 1.0})
+    outcome = run_online(victim(), stream, attack, RUN)
+    assert outcome.accuracy_start < 1
+    assert (outcome.steps, outcome.stopped_by, outcome.phase_asked) == (1, "attack", True)
+
+
+def test_an_outcome_says_whether_a_phase_was_asked_for(stream: Stream, victim: NewLearner) -> None:
+    none = dataclasses.replace(RUN, steps=0)
+    for attack, asked in ((Noise(), True), (Noise(phase=False), False), (build("attack", {"name": "vanilla"}), False)):
+        assert run_online(victim(), stream, attack, none).phase_asked is asked
+
+
 def test_no_steps_means_the_trigger_alone(stream: Stream, victim: NewLearner) -> None:
     outcome = run_online(victim(), stream, Noise(eps=0.1), dataclasses.replace(RUN, steps=0))
     assert column(outcome, "phase") == ["start", "trigger"]
@@ -422,7 +439,7 @@ def test_the_phase_ends_when_published_accuracy_leaves_the_attackers_range(strea
         outcome = run_online(victim(run=run), stream, attack(**limits), run)
         assert (outcome.steps, outcome.stopped_by) == (first, "attack")
         assert column(outcome, "accuracy")[:-1] == accuracies[: first + 1]
-    assert run_online(victim(), stream, attack(accuracy_floor=1.0), run).steps == 0
+    assert run_online(victim(), stream, attack(accuracy_floor=1.0), run).steps == 1
 
 
 # What must not go wrong.

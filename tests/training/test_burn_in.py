@@ -21,6 +21,7 @@ from mithridate.models import build_model
 from mithridate.testing import toy_stream
 from mithridate.training.burn_in import BurnIn, BurnInResult, Schedule, burn_in, burn_in_key
 from mithridate.training.checkpoint import load_snapshot
+from mithridate.training.history import History
 from mithridate.training.learner import Learner, Update
 from mithridate.training.rollback import put_weights
 
@@ -68,6 +69,13 @@ def tensors(snapshot: Snapshot) -> dict[str, Tensor]:
 def differing(a: Snapshot, b: Snapshot) -> list[str]:
     one, two = tensors(a), tensors(b)
     return sorted(one.keys() ^ two.keys()) + [k for k in one.keys() & two.keys() if not torch.equal(one[k], two[k])]
+
+
+def file_of(result: BurnInResult, epoch: int = 3) -> Path:
+    """A kept snapshot's file; the last one's stands beside those of older ones."""
+    path = next(iter(result.epochs.values()))
+    assert isinstance(path, Path)
+    return path.with_name(f"epoch-{epoch:04d}.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +172,8 @@ def test_killed_and_resumed_equals_unkilled(
     assert resumed.key == unkilled.key
     assert differing(resumed.final, unkilled.final) == []
     for epoch in (0, 2, 3):
-        assert differing(load_snapshot(resumed.epochs[epoch])[0], load_snapshot(unkilled.epochs[epoch])[0]) == []
+        again, once = (load_snapshot(file_of(result, epoch))[0] for result in (resumed, unkilled))
+        assert differing(again, once) == []
 
 
 def test_killed_within_an_epoch_it_goes_on_from_the_last_whole_one(
@@ -190,11 +199,10 @@ def test_killed_within_an_epoch_it_goes_on_from_the_last_whole_one(
 
 
 def test_only_the_epochs_that_were_asked_for_are_kept(unkilled: BurnInResult) -> None:
-    assert list(unkilled.epochs) == [0, 2, 3]
-    folder = unkilled.epochs[3].parent
-    assert {p.name for p in folder.iterdir() if p.suffix == ".safetensors"} == {
-        p.name for p in unkilled.epochs.values()
-    }
+    """The last is no older model: whoever looked back at it would compare the model with itself."""
+    assert list(unkilled.epochs) == [0, 2]
+    files = {*unkilled.epochs.values(), file_of(unkilled)}
+    assert {p for p in file_of(unkilled).parent.iterdir() if p.suffix == ".safetensors"} == files
 
 
 def test_zero_epochs_leave_the_model_as_initialised(stream: Stream, tmp_path: Path) -> None:
@@ -248,8 +256,8 @@ def test_at_a_constant_rate_burn_ins_of_other_lengths_share_their_epochs(stream:
     assert done == [1, 2, 1, 2, 3]  # epoch 1 was not kept
     whole = train(stream, tmp_path, CONSTANT, epochs=done)
     assert short.key == longer.key == whole.key
-    for epoch, path in whole.epochs.items():
-        assert differing(load_snapshot(path)[0], apart[epoch]) == []
+    for epoch in (0, 2, 3):
+        assert differing(load_snapshot(file_of(whole, epoch))[0], apart[epoch]) == []
     assert differing(longer.final, apart[3]) == []
     again = train(stream, tmp_path, replace(CONSTANT, epochs=2, checkpoints=(1,)), epochs=done)
     assert again.reused
@@ -274,7 +282,7 @@ def test_where_the_rate_depends_on_the_length_no_epoch_is_shared(
     short = train(stream, tmp_path, replace(how, epochs=2, checkpoints=()), epochs=done)
     assert done == [1, 2]
     assert short.key != whole.key
-    assert differing(short.final, load_snapshot(whole.epochs[2])[0]) != []
+    assert differing(short.final, load_snapshot(file_of(whole, 2))[0]) != []
 
 
 def test_runs_that_name_a_seed_share_one_burn_in(stream: Stream, tmp_path: Path) -> None:
@@ -323,7 +331,7 @@ def test_a_lone_last_sample_is_left_out(stream: Stream) -> None:
 def test_a_finished_checkpoint_is_taken_instead_of_training(
     stream: Stream, tmp_path: Path, unkilled: BurnInResult
 ) -> None:
-    how = BurnIn(epochs=3, checkpoint=str(unkilled.epochs[3]))
+    how = BurnIn(epochs=3, checkpoint=str(file_of(unkilled)))
     done: list[int] = []
     result = train(stream, tmp_path / "cache", how, seed=1, epochs=done)
     assert done == []
@@ -337,16 +345,59 @@ def test_a_finished_checkpoint_is_taken_instead_of_training(
 
 def test_a_checkpoint_of_another_model_is_refused(stream: Stream, unkilled: BurnInResult) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model"):
-        train(stream, None, BurnIn(checkpoint=str(unkilled.epochs[3])), config={**CONFIG, "width": 8})
+        train(stream, None, BurnIn(checkpoint=str(file_of(unkilled))), config={**CONFIG, "width": 8})
 
 
 def test_a_corrupt_cache_is_an_error_that_names_the_file(stream: Stream, tmp_path: Path) -> None:
-    path = train(stream, tmp_path).epochs[3]
+    path = file_of(train(stream, tmp_path))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match=r"epoch-0003\.safetensors is missing, cut off"):
         train(stream, tmp_path)
     path.unlink()
     assert train(stream, tmp_path).reused is False  # doing as told mends it
+
+
+def test_older_states_of_a_finished_model_come_from_files(stream: Stream, unkilled: BurnInResult) -> None:
+    older = {str(epoch): str(file_of(unkilled, epoch)) for epoch in (0, 2)}
+    how = BurnIn(epochs=3, checkpoint=str(file_of(unkilled)), older=older)
+    assert how.older_epochs == [0, 2]
+    history = History(checkpoints=train(stream, None, how).epochs, length=how.epochs)
+    kept = History(checkpoints=unkilled.epochs, length=3)
+    for epoch in (0, 2):
+        given, trained = history.checkpoint(epoch), kept.checkpoint(epoch)
+        assert all(torch.equal(given.parameters[n], p) for n, p in trained.parameters.items())
+        assert all(torch.equal(given.buffers[n], b) for n, b in trained.buffers.items())
+    with pytest.raises(ConfigError, match="epoch 1, which is not kept"):
+        history.checkpoint("half")
+
+
+def test_an_older_state_that_is_the_model_itself_is_refused(stream: Stream, unkilled: BurnInResult) -> None:
+    last = str(file_of(unkilled))
+    with pytest.raises(ConfigError, match=r"older, epoch 2: .* holds the model of `checkpoint` itself"):
+        train(stream, None, BurnIn(checkpoint=last, older={"2": last}))
+
+
+def test_older_states_are_read_as_carefully_as_the_model(
+    stream: Stream, unkilled: BurnInResult, tmp_path: Path
+) -> None:
+    last = str(file_of(unkilled))
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        train(stream, None, BurnIn(checkpoint=last, older={"2": str(tmp_path / "gone.safetensors")}))
+    with pytest.raises(ConfigError, match="older"):
+        BurnIn(checkpoint=last, older={"2.5": last})
+
+
+def test_checkpoints_belong_to_a_training_and_older_files_to_a_finished_model() -> None:
+    assert (
+        BurnIn(checkpoint="model.pt", checkpoints=(20,)).older_epochs == []
+    )  # none is kept: who looks back is refused
+    with pytest.raises(ConfigError, match="no `checkpoint`"):
+        BurnIn(older={"20": "model.pt"})
+
+
+def test_the_last_epoch_is_no_older_model() -> None:
+    assert BurnIn(epochs=40, checkpoints=(40, 20, 10)).older_epochs == [10, 20]
+    assert BurnIn(epochs=0, checkpoints=(0,)).older_epochs == []
 
 
 def test_checkpoints_after_the_end_are_refused() -> None:

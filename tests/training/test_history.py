@@ -51,7 +51,8 @@ def test_a_recorded_state_does_not_follow_the_model() -> None:
 def test_nothing_kept_is_nothing_found() -> None:
     history = recorded(History(), 3)
     assert history.back(0) is None
-    assert history.checkpoint() is None
+    with pytest.raises(ConfigError, match="no older one is kept"):
+        history.checkpoint()
 
 
 def test_tensors_carry_it_over() -> None:
@@ -66,8 +67,15 @@ def test_checkpoints_by_epoch(tmp_path: Path) -> None:
         state = dict(model_at(float(epoch)).named_parameters())
         paths[epoch] = tmp_path / f"{epoch}.safetensors"
         save_snapshot(paths[epoch], Snapshot(state, {}, {"state": {}, "param_groups": []}, 0))
-    history = History(checkpoints=paths)
-    assert (level(history.checkpoint()), level(history.checkpoint(6)), history.checkpoint(5)) == (3, 6, None)
+    history = History(checkpoints=paths, length=12)
+    assert [level(history.checkpoint(epoch)) for epoch in (None, 3, 6, "half")] == [3, 3, 6, 6]
+    assert level(History(checkpoints=paths, length=7).checkpoint("half")) == 3  # rounded down
+    with pytest.raises(ConfigError, match=r"DSC looks .* epoch 5, which is not kept \(older models: 3, 6\)"):
+        history.checkpoint(5, who="DSC")
+    with pytest.raises(ConfigError, match="epoch 12, the model that the stream starts with"):
+        history.checkpoint(12)
+    with pytest.raises(ConfigError, match="give its history the `length`"):
+        History(checkpoints=paths).checkpoint("half")
 
 
 def test_an_old_model_of_another_architecture_is_refused() -> None:

@@ -69,8 +69,8 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 WISHES: list[dict[str, Any]] = [
     {"name": "accumulative", "preset": "released", "lam": 0.3},
-    {"name": "accumulative", "preset": "paper", "lam": 0.1},
-    {"name": "accumulative", "preset": "paper", "trigger": "reoptimised", "lam": 0.1, "trigger_norm": 2.0},
+    {"name": "accumulative", "preset": "paper", "sums": False, "trigger": "reversed", "lam": 0.1},
+    {"name": "accumulative", "preset": "paper", "sums": False, "lam": 0.1, "trigger_norm": 2.0},
     {"name": "direct", "trigger_scale": 5.0},
 ]
 

@@ -3,11 +3,12 @@
 import torch
 from torch import Generator, Tensor
 
-from mithridate.attacks.budget import Factor, Share
+from mithridate.attacks.budget import Factor
 from mithridate.attacks.losses import nudged, targets
 from mithridate.attacks.trigger import TRIGGER, CraftingRound, TriggerPoisoner
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
+from mithridate.core.secrecy import Secrecy
 from mithridate.core.view import View
 from mithridate.maths.alignment import blend, trigger_ascent
 from mithridate.maths.calculus import Parameters, alignment_gradient, gradient, product_gradient, unit
@@ -23,13 +24,13 @@ from mithridate.maths.calculus import Parameters, alignment_gradient, gradient, 
             "steps": 2,
             "normalise": "tensor",
             "trigger_mode": "fixed",
-            "trigger_update": "after_step",
+            "trigger_update": "released",
             "accuracy_floor": 0.82,
         },
     },
 )
 @settings
-class Accumulative(TriggerPoisoner):
+class Accumulative(Secrecy, TriggerPoisoner):
     """Poison batch after batch so that one later trigger batch breaks the model, while accuracy stays in its range.
 
     At each step the gradient of the poisoned batch is turned towards w = g(S_t) + lam G_t: the first term keeps
@@ -45,9 +46,6 @@ class Accumulative(TriggerPoisoner):
         clean_weight: Weight of g(S_t), >= 0; 0 leaves only the second-order term.
         weight_momentum: Momentum factor that the victim's SGD is given in the accumulative phase (the paper: 1.1);
             unset: left alone. It is power over the optimiser, not over data.
-        accuracy_floor: End the phase once published accuracy is below this fraction; unset: no such floor.
-        max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
-            no such limit. The paper's floor of 80 % under a start of 83.4 % is a max_drop of 0.034.
 
     Source:
         Pang et al., NeurIPS 2021, section 3.2, Eqs. (7)-(9), Algorithm 1; the options from section 4.1 and Tables
@@ -57,20 +55,16 @@ class Accumulative(TriggerPoisoner):
     lam: Factor = 1.0
     clean_weight: Factor = 1.0
     weight_momentum: Factor | None = None
-    accuracy_floor: Share | None = None
-    max_drop: Share | None = None
 
     def ready(self, view: View) -> bool:
         """Once published accuracy has left the range that keeps the phase secret."""
-        start, now = view.accuracy
-        below = self.accuracy_floor is not None and now < self.accuracy_floor
-        return below or (self.max_drop is not None and start - now > self.max_drop)
+        return self.noticed(view)
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """One round of Algorithm 1: the accumulative batch, and with `joint` the trigger beside it."""
         with self.round(view, rng) as at:
             first = TRIGGER not in view.memory
-            trigger_x = self.current_trigger(at, view, rng)
+            trigger_x = self.next_trigger(at, view, rng)
             clean = unit(gradient(at.objective, at.parameters, *batch, chunk=self.pieces), self.normalise)
             y = targets(self.loss, at.box, batch, self.craft_mode)
 

@@ -15,6 +15,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.tolerance import Tolerance, quality
 from mithridate.core.view import Need, View
@@ -112,9 +113,24 @@ class GateAware(Tolerance, Budgeted):
         return self.built.ball
 
     @property
+    def trigger_ball(self) -> Ball:
+        """The inner attack's."""
+        return self.built.trigger_ball
+
+    @property
     def ratio(self) -> float:
         """The inner attack's."""
         return self.built.ratio
+
+    @property
+    def lookback(self) -> int:
+        """The inner attack's."""
+        return self.built.lookback
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The inner attack's."""
+        return self.built.old_epochs
 
     def ready(self, view: View) -> bool:
         """When the inner attack is."""

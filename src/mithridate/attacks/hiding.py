@@ -8,7 +8,7 @@ from torch import Tensor, cat, split
 from mithridate.attacks.losses import by_targets
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.calculus import Normalise, Parameters, add, gradient, input_gradient, unit
@@ -22,7 +22,8 @@ class Hiding:
 
     Args:
         beta: Weight of the attempt to hide, >= 0; 0: none.
-        hide_from: Burn-in epoch of the old model that the defence is expected to use; unset: the earliest kept.
+        hide_from: Burn-in epoch, before the last, of the old model that the defence is expected to use; `half`: that at
+            half of the burn-in; unset: the earliest kept.
         hide: `gradient`: the direction w that the batch's gradient is turned towards gains beta * grad_theta D,
             normalised like its other terms, so that the victim's step lowers the discrepancy D = KL(old || now) of the
             batch (Eq. (21) as printed). It is taken at the poisoned batch as it is at each inner step, and held
@@ -39,7 +40,7 @@ class Hiding:
     """
 
     beta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    hide_from: Annotated[int, Field(ge=0)] | None = None
+    hide_from: Epoch | None = None
     hide: Literal["gradient", "pixels"] = "gradient"
     hide_trigger: bool = False
 
@@ -59,14 +60,7 @@ class Hiding:
         """
         if self.beta == 0:
             return None
-        old = view.history.checkpoint(self.hide_from)
-        if old is None:
-            which = "no checkpoint" if self.hide_from is None else f"no checkpoint of epoch {self.hide_from}"
-            raise ConfigError(
-                f"{view.owner} hides from an old model (beta > 0), and the burn-in keeps {which}; add it to "
-                "`checkpoints` in [burn_in], or set hide_from to one that it keeps."
-            )
-        return old
+        return view.history.checkpoint(self.hide_from, who=f"{view.owner}, which hides from an old model (beta > 0),")
 
     def hidden_direction(
         self,

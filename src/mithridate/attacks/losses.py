@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from mithridate.core.batch import Batch
 from mithridate.core.domain import Domain
 from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 
 Loss = Literal["ce", "kl", "cw"]
@@ -17,22 +18,6 @@ Loss = Literal["ce", "kl", "cw"]
 
 NUDGE = 1e-3
 """Standard deviation of the noise that `kl` begins with, in pixel units, as in TRADES."""
-
-
-def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean of max over j != y of z_j - z_y: above zero where a sample is misclassified, and without a bound.
-
-    Args:
-        logits: (n, classes), at least two classes.
-        y: Labels (n,).
-
-    Source:
-        Carlini and Wagner, S&P 2017, arXiv:1608.04644, section V-A, f_6 without its floor, as PGD takes it for
-        CW-infinity (Madry et al., ICLR 2018, section 5.1).
-    """
-    labelled = torch.arange(logits.shape[1], device=logits.device) == y.unsqueeze(1)
-    others = torch.where(labelled, -torch.inf, logits).amax(1)
-    return (others - logits.gather(1, y.unsqueeze(1)).squeeze(1)).mean()
 
 
 def by_targets(box: WhiteBox) -> WhiteBox:

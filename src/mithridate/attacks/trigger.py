@@ -1,5 +1,6 @@
 """The trigger of the accumulative attack: which one it is, and how it is poisoned."""
 
+import math
 from abc import ABC
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +16,12 @@ from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import Normalise, Objective, Parameters, gradient, unit
+from mithridate.maths.norms import Ball
 
 TRIGGER = "trigger.x"
 """Where the attack keeps its poisoned trigger between steps."""
@@ -57,7 +59,10 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             `reoptimised`: poisoned further at every step ("optimizing P").
         trigger_update: How `reoptimised` works: `joint` ascends H_t in the trigger's pixels inside the same inner loop,
             with third derivatives (Algorithm 1 as printed); `after_step` descends <g_val, g_tri> from the last trigger
-            once the victim has taken its step (the released code).
+            once the victim has taken its step, in the ball around the clean trigger, so that the one that is fed was
+            made for the very model that is fed it. `released` is their code's timing: before each batch but the first,
+            in a ball around the last trigger, so that the trigger drifts up to eps further from the clean one in every
+            step (a report says so), and the one that is fed was made for the model before the last step.
         normalise: Gradients in products as they are (`none`), at unit length (`global`), or each tensor of them
             (`tensor`).
         validation_size: Images of S_val; unset: all that the attacker has.
@@ -71,7 +76,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
 
     trigger_mode: Literal["clean", "fixed", "reoptimised"] = "reoptimised"
-    trigger_update: Literal["joint", "after_step"] = "joint"
+    trigger_update: Literal["joint", "after_step", "released"] = "joint"
     normalise: Normalise = "none"
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
@@ -84,13 +89,28 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             object.__setattr__(self, "needs", self.needs | {Need.HISTORY})
 
     @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The burn-in epoch of the model that it hides from, if it hides."""
+        return frozenset({self.hide_from}) if self.beta > 0 else frozenset()
+
+    @property
+    def drifts(self) -> bool:
+        """Whether the trigger's ball moves with it."""
+        return self.trigger_mode == "reoptimised" and self.trigger_update == "released"
+
+    @property
+    def trigger_ball(self) -> Ball:
+        """Without a bound where the trigger drifts: only the domain holds it then."""
+        return Ball(self.norm, math.inf) if self.drifts else self.ball
+
+    @property
     def joint(self) -> bool:
         """Whether the trigger is poisoned in the same inner loop as each batch."""
         return self.trigger_mode == "reoptimised" and self.trigger_update == "joint"
 
     def after_step(self, view: View, rng: Generator) -> None:
         """With `after_step`: poison the trigger further, for the model as it is now."""
-        if self.trigger_mode == "reoptimised" and not self.joint and TRIGGER in view.memory:
+        if self.trigger_mode == "reoptimised" and self.trigger_update == "after_step" and TRIGGER in view.memory:
             with self.round(view, rng) as at:
                 view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, view.memory[TRIGGER])
 
@@ -136,9 +156,26 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, None)
         return view.memory[TRIGGER]
 
-    def _poisoned_trigger(self, at: CraftingRound, view: View, rng: Generator, start: Tensor | None) -> Tensor:
-        """Descend <g_val, g_tri> in the trigger's pixels, Eq. (6), from `start` or from the clean trigger."""
-        clean = view.clean_trigger.x
+    def next_trigger(self, at: CraftingRound, view: View, rng: Generator) -> Tensor:
+        """The trigger that a batch is crafted for; where it drifts, it moves on now, but not before the first batch."""
+        if self.drifts and TRIGGER in view.memory:
+            last = view.memory[TRIGGER]
+            view.memory[TRIGGER] = self._poisoned_trigger(at, view, rng, last, centre=last)
+        return self.current_trigger(at, view, rng)
+
+    def _poisoned_trigger(
+        self, at: CraftingRound, view: View, rng: Generator, start: Tensor | None, centre: Tensor | None = None
+    ) -> Tensor:
+        """Descend <g_val, g_tri> in the trigger's pixels, Eq. (6).
+
+        Args:
+            at: What this round looks at.
+            view: What the attack sees.
+            rng: The only source of randomness.
+            start: Where to begin; unset: at the centre.
+            centre: Of the ball; unset: the clean trigger.
+        """
+        clean = view.clean_trigger.x if centre is None else centre
         wanted = unit(at.g_validation, self.normalise)
 
         def down(x: Tensor) -> Tensor:

@@ -141,10 +141,8 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBo
     """An older state of the victim's model, or another model that is trained on the same images."""
     how, recipe = cell.recipe.surrogate, cell.recipe
     if how.kind == "checkpoint":
-        old = History(checkpoints=burned.epochs).checkpoint(how.epoch)
-        if old is None:
-            which = "no checkpoint" if how.epoch is None else f"no checkpoint of epoch {how.epoch}"
-            raise ConfigError(f"[surrogate]: the burn-in keeps {which}; add it to `checkpoints` in [burn_in].")
+        history = History(checkpoints=burned.epochs, length=recipe.burn_in.epochs)
+        old = history.checkpoint(how.epoch, who="[surrogate]")
         model = _model(cell, context)
         put_weights(model, old)
         return WhiteBox(model, F.cross_entropy)
@@ -154,7 +152,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBo
     burn_in(
         model,
         context.stream,
-        replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None, evaluate_every=None),
+        replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None, older={}, evaluate_every=None),
         seed=seed,
         model_config=config_of(config),
         cache=context.cache,
@@ -202,4 +200,4 @@ def _history(cell: Cell, defence: Defence, burned: BurnInResult) -> History | No
     if not any(Need.HISTORY in component.needs for component in components):
         return None
     lookback = max(component.lookback for component in components)
-    return History(keep=lookback + 1 if lookback else 0, checkpoints=burned.epochs)
+    return History(keep=lookback + 1 if lookback else 0, checkpoints=burned.epochs, length=cell.recipe.burn_in.epochs)

@@ -14,6 +14,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.core.model import BatchNormMode
+from mithridate.core.past import older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -64,12 +65,28 @@ class Cell:
         seed: Decides everything that is drawn.
         recipe: The recipe that it is a cell of: of several variants its own; of several robust rules and surrogates
             with its own in `run` and `surrogate`.
+
+    Raises:
+        ConfigError: A component looks back at a model that the burn-in does not keep.
     """
 
     attack: Labelled[Attack] | Labelled[UpdateAttack]
     defence: Labelled[Defence]
     seed: int
     recipe: "Recipe"
+
+    def __post_init__(self) -> None:
+        kept, length = self.recipe.burn_in.older_epochs, self.recipe.burn_in.epochs
+        surrogate = self.recipe.surrogate
+        if Need.SURROGATE in self.attack.component.needs and surrogate.kind == "checkpoint":
+            older_epoch(surrogate.epoch, kept, length, who="[surrogate]")
+        for kind, labelled in (
+            ("attack", self.attack),
+            ("defence", self.defence),
+            *(("detector", detector) for detector in self.recipe.detectors),
+        ):
+            for epoch in labelled.component.old_epochs:
+                older_epoch(epoch, kept, length, who=f"{kind} {labelled.label}")
 
     @property
     def run_id(self) -> str:
@@ -208,6 +225,9 @@ def read_recipe(
         value = tables.get(table, {}).get(key)
         if isinstance(value, str) and value:
             tables[table][key] = str(path.parent / Path(value).expanduser())
+    older = tables.get("burn_in", {}).get("older")
+    for epoch, value in older.items() if isinstance(older, dict) else ():
+        older[epoch] = str(path.parent / Path(value).expanduser()) if isinstance(value, str) and value else value
     tables["plugins"] = [
         *(registry.load_plugin(plugin, folder=path.parent) for plugin in tables.get("plugins", [])),
         *(registry.load_plugin(plugin) for plugin in plugins),

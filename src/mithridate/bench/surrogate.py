@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mithridate.core import registry
+from mithridate.core.past import Epoch
 from mithridate.core.registry import config_of, settings
 
 
@@ -15,7 +16,8 @@ class Surrogate:
     Args:
         kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
             images.
-        epoch: Burn-in epoch, for `checkpoint`; it must be among `[burn_in] checkpoints`. Unset: the earliest kept.
+        epoch: Burn-in epoch, for `checkpoint`, before the last; it must be among `[burn_in] checkpoints`. `half`: that
+            at half of the burn-in; unset: the earliest kept.
         seed_offset: For `trained`: added to the run's seed, >= 1.
         model: For `trained`: a table like `[model]`; unset: the victim's architecture.
 
@@ -24,7 +26,7 @@ class Surrogate:
     """
 
     kind: Literal["checkpoint", "trained"] = "checkpoint"
-    epoch: Annotated[int, Field(ge=0)] | None = None
+    epoch: Epoch | None = None
     seed_offset: Annotated[int, Field(ge=1)] = 1000
     model: dict[str, Any] | None = None
 

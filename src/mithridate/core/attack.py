@@ -33,6 +33,11 @@ class Attack(Component, ABC):
         """The perturbation budget of one sample."""
 
     @property
+    def trigger_ball(self) -> Ball:
+        """That of a sample of the trigger; the same unless an attack says that its trigger leaves it."""
+        return self.ball
+
+    @property
     @abstractmethod
     def ratio(self) -> float:
         """Share of each batch that may be poisoned, in [0, 1]."""
@@ -83,15 +88,16 @@ class Attack(Component, ABC):
             DataError: Inputs are not what the domain allows (see `check_domain`).
             AssertionError: The attack broke its own budget; a defect in it.
         """
-        return self._guarded(self.craft, batch, view, rng)
+        return self._guarded(self.craft, self.ball, batch, view, rng)
 
     def trigger(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
         """The trigger batch, poisoned within the budget; takes, returns and raises what `Attack.poison` does."""
-        return self._guarded(self.craft_trigger, batch, view, rng)
+        return self._guarded(self.craft_trigger, self.trigger_ball, batch, view, rng)
 
     def _guarded(
         self,
         craft: Callable[[Batch, View, Tensor, Generator], Tensor],
+        ball: Ball,
         batch: AnyBatch,
         view: View,
         rng: Generator,
@@ -109,8 +115,8 @@ class Attack(Component, ABC):
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
         poisoned = Batch(x, batch.y)
         check_domain(poisoned, view.domain, where=f"batch made by {name}")
-        if not self.ball.holds(x - batch.x):
-            raise AssertionError(f"{name} left its {self.ball.norm} ball of radius {self.ball.eps}")
+        if not ball.holds(x - batch.x):
+            raise AssertionError(f"{name} left its {ball.norm} ball of radius {ball.eps}")
         return poisoned
 
     def positions(self, n: int, view: View, rng: Generator) -> Tensor:

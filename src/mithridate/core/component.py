@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError
+from mithridate.core.past import Epoch
 from mithridate.core.view import Need
 
 
@@ -20,6 +21,14 @@ class Component:
     def lookback(self) -> int:
         """How many updates back it looks in the model's history; 0 if only at burn-in checkpoints or not at all."""
         return 0
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """Burn-in epochs whose models it looks back at, None being the earliest kept; a run without them is refused.
+
+        By default the earliest, for who declares the history and looks no number of updates back.
+        """
+        return frozenset({None}) if Need.HISTORY in self.needs and self.lookback == 0 else frozenset()
 
     def check_inputs(self, batch: AnyBatch) -> None:
         """Refuse inputs of a kind that it cannot work on; asked before a run.

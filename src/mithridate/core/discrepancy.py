@@ -7,9 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.batch import Inputs
-from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.divergence import Divergence, divergence
@@ -44,19 +43,25 @@ class LookingBack:
     Args:
         divergence: `kl`: KL(old || now); `kl_reverse`; `js`; `tv`; `l2` of the logits.
         old: Which old model: a burn-in `checkpoint`, or the model some updates `back`.
-        epoch: Burn-in epoch of the checkpoint; unset: the earliest that was kept.
-        back: Updates to look back with `old = "back"`, k.
+        epoch: Burn-in epoch of the checkpoint, before the last; `half`: that at half of the burn-in, rounded down;
+            unset: the earliest that was kept.
+        back: Updates to look back with `old = "back"`, k, >= 1.
     """
 
     divergence: Divergence = "kl"
     old: Literal["checkpoint", "back"] = "checkpoint"
-    epoch: Annotated[int, Field(ge=0)] | None = None
-    back: Annotated[int, Field(ge=0)] = 20
+    epoch: Epoch | None = None
+    back: Annotated[int, Field(ge=1)] = 20
 
     @property
     def lookback(self) -> int:
         """Past states that the history must hold."""
-        return self.back if self.old == "back" else 0
+        return max(self.back, 1) if self.old == "back" else 0
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The burn-in epoch that it looks back at, if it looks at one."""
+        return frozenset() if self.old == "back" else frozenset({self.epoch})
 
     def old_model(self, view: View) -> Weights | None:
         """The model that is looked back at; None while the stream is too young.
@@ -66,10 +71,4 @@ class LookingBack:
         """
         if self.old == "back":
             return view.history.back(self.back)
-        weights = view.history.checkpoint(self.epoch)
-        if weights is None:
-            which = "no burn-in checkpoint" if self.epoch is None else f"no checkpoint of burn-in epoch {self.epoch}"
-            raise ConfigError(
-                f'{view.owner}: the history holds {which}; add it to `checkpoints` in [burn_in], or set old = "back".'
-            )
-        return weights
+        return view.history.checkpoint(self.epoch, who=view.owner)

@@ -1,14 +1,57 @@
 """What a model was earlier."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Inputs
-from mithridate.core.errors import CheckpointError
+from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.core.model import answer, frozen_statistics
+
+Epoch = Annotated[int, Field(ge=0)] | Literal["half"]
+"""A burn-in epoch whose model was kept: by its number, or the one at `half` of the burn-in, rounded down."""
+
+
+def older_epoch(epoch: Epoch | None, kept: Collection[int], length: int | None, *, who: str) -> int:
+    """Which kept model is meant; the one that the stream starts with never is, since it would be compared with itself.
+
+    Args:
+        epoch: The wanted one; None: the earliest kept.
+        kept: Epochs of the kept models that are older than the one that the stream starts with.
+        length: Epochs of the burn-in; None if nobody knows.
+        who: Who looks back, for the message.
+
+    Raises:
+        ConfigError: It was not kept.
+    """
+    wanted = epoch
+    if epoch == "half":
+        wanted = None if length is None else length // 2
+    elif epoch is None:
+        wanted = min(kept, default=None)
+    if isinstance(wanted, int) and wanted in kept:
+        return wanted
+    if wanted is None and epoch == "half":
+        raise ConfigError(f"{who} looks back at half of the burn-in; give its history the `length` of that, in epochs.")
+    if wanted is None:
+        problem = "at an older model, and no older one is kept: the last epoch's is the one that the stream starts with"
+    elif wanted == length:
+        problem = f"at burn-in epoch {wanted}, the model that the stream starts with: it would compare it with itself"
+    else:
+        problem = f"at burn-in epoch {wanted}, which is not kept (older models: {listed(kept)})"
+    example = wanted if isinstance(wanted, int) and wanted != length else (length or 40) // 2
+    raise ConfigError(
+        f"{who} looks back {problem}. Write e.g. `[burn_in] checkpoints = [{example}]`, or, if `checkpoint` names a "
+        f'finished model, `older = {{ {example} = "FILE" }}`.'
+    )
+
+
+def listed(epochs: Collection[int]) -> str:
+    """Epochs in words, in order."""
+    return ", ".join(map(str, sorted(epochs))) or "none"
 
 
 class Past(Protocol):
@@ -17,8 +60,16 @@ class Past(Protocol):
     def back(self, k: int) -> "Weights | None":
         """The model as it was `k` updates ago, or the nearest kept state older than that; None if there is none."""
 
-    def checkpoint(self, epoch: int | None = None) -> "Weights | None":
-        """The model at the end of a burn-in epoch; unset: the earliest kept one. None if there is none."""
+    def checkpoint(self, epoch: Epoch | None = None, *, who: str = "a component") -> "Weights":
+        """The model at the end of a burn-in epoch before the last; unset: the earliest kept one.
+
+        Args:
+            epoch: Which.
+            who: Who looks back, for the message.
+
+        Raises:
+            ConfigError: It was not kept.
+        """
 
 
 @dataclass(frozen=True)

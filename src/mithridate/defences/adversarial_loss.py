@@ -11,17 +11,12 @@ from torch import Tensor
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Screened
 from mithridate.core.registry import settings
-from mithridate.core.seeding import generator
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.ascent import climb
 from mithridate.maths.calculus import Parameters, input_gradient
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
-
-NUDGE = 0.001
-"""Standard deviation, in pixel units, of the Gaussian noise that an ascent starts with: at the sample itself the
-gradient of a divergence from its own answer is zero. The value of TRADES' Algorithm 1 and of MART's released code."""
 
 
 @settings
@@ -74,20 +69,17 @@ class AdversariallyLearned(Correcting, ABC):
         return self._ascended(batch.x, gradient_at, view)
 
     def _ascended(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor], view: View) -> Tensor:
-        """The end of the ascent; its nudge depends on the step alone, so that a run repeats and can be resumed."""
+        """The end of the ascent, which starts beside each sample."""
         if not self.searches:
             return x
-        ball, rng = self.neighbourhood, generator("defence", type(self).__name__, view.step)
-        noise = torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
-        start = view.domain.clamp(x + ball.project(NUDGE * noise))
         return climb(
             x,
             gradient_at,
-            ball,
+            self.neighbourhood,
             into_domain=view.domain.clamp,
             steps=self.adv_steps,
             step_size=self.adv_step_size,
-            start=start,
+            start=self.beside(x, self.neighbourhood, view),
         )
 
 

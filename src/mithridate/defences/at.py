@@ -10,10 +10,17 @@ from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 
 
-@register("defence", "at")
+@register(
+    "defence",
+    "at",
+    presets={"released": {"correction_loss": "ce_kl", "eps": 0.2, "norm": "linf", "step_size": 0.02, "steps": 10}},
+)
 @settings
 class AT(Correcting):
     """Correct every received sample by reverse PGD, clean or not.
+
+    The released code does not descend the cross-entropy alone: it adds a divergence from the model's answers to the
+    received batch (preset `released`).
 
     What breaks it: it needs no attacker to do harm, since correcting clean samples teaches the model from pictures that
     are too easy, and accuracy on a clean stream falls.

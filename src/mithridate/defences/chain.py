@@ -20,7 +20,7 @@ from mithridate.core.defence import (
 )
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
@@ -86,6 +86,11 @@ class Chain(Defence):
     def lookback(self) -> int:
         """How many updates back the part looks that looks back furthest."""
         return max((part.lookback for part in self.built), default=0)
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """What any part looks back at."""
+        return frozenset[Epoch | None]().union(*(part.old_epochs for part in self.built))
 
     @property
     def built(self) -> tuple[Defence, ...]:

@@ -13,7 +13,11 @@ from mithridate.core.view import View
 from mithridate.maths.norms import Norm, shrink
 
 
-@register("defence", "clip")
+@register(
+    "defence",
+    "clip",
+    presets={"released": {"clip_norm": 0.01, "norm": "linf", "how": "scale"}},
+)
 @settings
 class Clip(Defence):
     """Gradient clipping (GC): a gradient longer than the bound is shortened before the optimiser sees it.
@@ -26,6 +30,7 @@ class Clip(Defence):
 
     Source:
         Pascanu et al., ICML 2013, Algorithm 1; Pang et al., NeurIPS 2021, section 4.2; "GC" in Zhu et al., ICML 2023.
+        Preset `released`: what the latter's code does, the whole gradient scaled to a largest entry of 0.01.
     """
 
     neutral: ClassVar[Mapping[str, Any]] = {"clip_norm": math.inf}

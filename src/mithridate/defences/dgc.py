@@ -43,6 +43,8 @@ class DGC(LookingBack, Defence):
             is a step with a zero gradient: momentum and weight decay still move the model.
         clip_norm: The bound, > 0; `inf` never clips.
         norm: In which norm: `l2` or `linf`.
+        back: Updates to look back with `old = "back"`, k, >= 0; 0 is the model before the step, as what is compared is
+            the model after a row's step.
         lr: Length of the plain step, > 0; the server's learning rate (1 on Flower, whose clients send whole models).
         trusted_size: Use only the first so many trusted samples, >= 1; unset: all.
 
@@ -62,6 +64,7 @@ class DGC(LookingBack, Defence):
     flagged: Literal["clip", "drop"] = "clip"
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
+    back: Annotated[int, Field(ge=0)] = 20
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
 

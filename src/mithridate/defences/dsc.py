@@ -20,13 +20,27 @@ from mithridate.defences.correction import Correcting
 from mithridate.defences.threshold import Share, quantile_line
 from mithridate.maths.divergence import divergence
 
+PAPER = {
+    "stop": "sample",
+    "mu": 0.5,
+    "tau": 0.02,
+    "eps": 0.2,
+    "step_size": 0.02,
+    "steps": 9,
+    "epoch": "half",
+    "divergence": "kl_reverse",
+}
+"""Algorithm 1 with K = 10: its loop runs from n = 1 while n < K, so K - 1 corrections; its discrepancy is D(now, old).
+Ball and step, whose sizes the text does not give, are the released code's."""
+
 
 @register(
     "defence",
     "dsc",
     presets={
-        "paper": {"stop": "sample", "mu": 0.5, "tau": 0.02},
-        "released": {"stop": "batch", "mu": 0.5, "tau": 0.02, "eps": 0.2, "step_size": 0.02, "steps": 10},
+        "paper": PAPER,
+        "paper-cifar100": {**PAPER, "mu": 1.7, "tau": 0.1},
+        "released": {**PAPER, "stop": "batch", "divergence": "kl", "steps": 10},
     },
 )
 @settings
@@ -39,7 +53,10 @@ class DSC(LookingBack, Correcting):
     of the paper; at the price of a weaker attack), and a threshold that was set on another data set or model.
 
     Args:
-        steps: Steps of the correction at most, K; 0 corrects nothing.
+        steps: Corrections of a sample at most; 0 corrects none. The text's Algorithm 1 counts from n = 1 while n < K,
+            which is K - 1 of them; the released code makes K.
+        divergence: `kl`: KL(old || now), as in Eq. (5) and the released code; `kl_reverse`: KL(now || old), as Eq. (6)
+            and Algorithm 1 write it; `js`; `tv`; `l2` of the logits.
         mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. The paper's
             0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models: let yours be measured (`target_rate`).
         tau: Added to the threshold with every update: P = mu + tau * m.
@@ -142,26 +159,31 @@ class DSC(LookingBack, Correcting):
         x = batch.x.clone()
         active = torch.arange(len(x), device=x.device)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for _ in range(self.steps):
+        received: Tensor | None = None
+        for number in range(self.steps):
             # One forward pass of the current model serves both the discrepancy and the gradient of the correction.
             piece = x[active].requires_grad_()
             now = box.logits(piece)
-            scores = divergence(old.logits(box.module, piece.detach()), now.detach(), self.divergence)
+            if number == 0:
+                received = now.detach() if self.correction_loss in {"kl", "ce_kl"} else None
+            beside = self.beside(x, self.ball, view) if number == 0 and self.correction_loss == "kl" else None
+            with torch.no_grad():
+                scores = divergence(old.logits(box.module, piece), now, self.divergence)
             if not torch.isfinite(scores).all():
                 raise DataError("DSC: the discrepancy of a sample is not finite; one of the two models has diverged.")
             above = self._above(scores, limit)
             if not bool(above.any()):
                 break
-            if 2 * int(above.sum()) < len(active):  # a pass over these alone is cheaper than one back through all
+            every, active = active, active[above]
+            start, y = x[active] if beside is None else beside[active], batch.y[active]
+            answers = None if received is None else received[active]
+            # A pass over these alone is cheaper than one back through twice as many, and the only way where all move.
+            if beside is not None or 2 * len(active) < len(every):
                 del now
-                active = active[above]
-                start = x[active]
-                gradient = self.loss_gradient(Batch(start, batch.y[active]), view)
+                gradient = self.correction_gradient(Batch(start, y), answers, view)
             else:
-                loss = box.criterion(now[above], batch.y[active[above]])
+                loss = self.descended(now[above], y, answers, view)
                 gradient = torch.autograd.grad(loss, piece)[0][above]
-                active = active[above]
-                start = x[active]
             ever[active] = True
             x[active] = self.stepped(batch.x[active], start, gradient, view)
         return x, ever

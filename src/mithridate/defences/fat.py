@@ -59,6 +59,9 @@ class Fat(Correcting):
         active = torch.arange(len(x), device=x.device)
         left = torch.full_like(active, self.tau)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        received = self.answers(batch, view)
+        if self.correction_loss == "kl":
+            x = self.beside(x, self.ball, view)
         for _ in range(self.steps):
             # One forward pass serves both the stop and the gradient of the correction.
             piece, y = x[active].requires_grad_(), batch.y[active]
@@ -68,10 +71,12 @@ class Fat(Correcting):
                 goes = ~right | (left[active] > 0)
                 if not bool(goes.any()):
                     break
-                loss = view.model.criterion(logits[goes], y[goes])
+                answers = None if received is None else received[active[goes]]
+                loss = self.descended(logits[goes], y[goes], answers, view)
             gradient = torch.autograd.grad(loss, piece)[0][goes]
             left[active[right & goes]] -= 1
             active = active[goes]
             ever[active] = True
             x[active] = self.stepped(batch.x[active], x[active].detach(), gradient, view)
+        x[~ever] = batch.x[~ever]  # which `beside` has moved
         return x, ever

@@ -12,6 +12,7 @@ from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence, Screened
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.features import observe
+from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import generator
 from mithridate.core.view import Memory, Need, View
@@ -86,6 +87,11 @@ class Filter(Defence):
     def __hash__(self) -> int:
         """Equal filters have equal hashes; the detector's table itself has none."""
         return hash((self.detector["name"], self.fpr, self.flagged_weight, self.fit_samples))
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The detector's."""
+        return self._detector.old_epochs
 
     def check_inputs(self, batch: AnyBatch) -> None:
         """Refuse what the detector refuses."""

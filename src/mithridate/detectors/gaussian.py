@@ -1,7 +1,7 @@
 """Gaussians fitted to features, in float64."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +10,22 @@ from torch import Tensor
 from mithridate.core.errors import DataError
 
 Ridge = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Added to a covariance's diagonal, in units of a mean variance."""
+"""Added to a diagonal; `RidgeOn` says to which."""
+
+RidgeOn = Literal["covariance", "scatter"]
+"""`covariance`: in units of a mean variance; `scatter`: as it is, to the sum over samples that is then divided by n."""
+
+
+def ridge_of(ridge: float, on: RidgeOn, variance: Tensor, samples: int) -> Tensor:
+    """What a covariance's diagonal gains.
+
+    Args:
+        ridge: >= 0.
+        on: What it is added to.
+        variance: The mean variance of a feature, a scalar.
+        samples: How many the covariance is of.
+    """
+    return ridge * variance if on == "covariance" else torch.full_like(variance, ridge / samples)
 
 
 def within_covariance(classes: list[Tensor]) -> Tensor:
@@ -19,27 +34,27 @@ def within_covariance(classes: list[Tensor]) -> Tensor:
     return centred.T @ centred / len(centred)
 
 
-def cholesky(covariance: Tensor, ridge: float, unit: Tensor, *, where: str) -> Tensor:
-    """Lower triangle L with L L^T = covariance + ridge * unit * I.
+def cholesky(covariance: Tensor, added: Tensor, *, where: str) -> Tensor:
+    """Lower triangle L with L L^T = covariance + added * I.
 
     Args:
         covariance: (features, features) float64.
-        ridge: Added to the diagonal, in units of `unit`, >= 0.
-        unit: A variance, a scalar.
+        added: To the diagonal, a scalar >= 0.
         where: The detector, named in the message.
 
     Raises:
         DataError: The sum is singular: more features than samples, features that never vary, and too small a ridge.
     """
     size = len(covariance)
-    filled = covariance + ridge * unit * torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    filled = covariance + added * torch.eye(size, dtype=covariance.dtype, device=covariance.device)
     values = torch.linalg.eigvalsh(filled)
     # The rounding errors of a sum of so many products: an eigenvalue below them is zero for all that we know.
     rank = int((values > size * torch.finfo(values.dtype).eps * values[-1]).sum())
     if rank < size:
         raise DataError(
-            f"{where}: the covariance of the {size} features has rank {rank} with ridge = {ridge:g} (features that "
-            "never vary, or fewer clean samples than features); raise the ridge, 0.01 say, or give more clean samples."
+            f"{where}: the covariance of the {size} features has rank {rank} with a ridge of {float(added):.3g} "
+            "(features that never vary, or fewer clean samples than features); raise the ridge, 0.01 of the covariance "
+            "say, or give more clean samples."
         )
     lower: Tensor = torch.linalg.cholesky(filled)
     return lower

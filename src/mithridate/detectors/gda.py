@@ -13,9 +13,11 @@ from mithridate.core.view import Memory, View
 from mithridate.core.watch import Detector, Observed
 from mithridate.detectors.gaussian import (
     Ridge,
+    RidgeOn,
     cholesky,
     log_densities,
     log_frequencies,
+    ridge_of,
     squared_distances,
     within_covariance,
 )
@@ -27,7 +29,7 @@ from mithridate.detectors.stored import by_class
     "gda",
     presets={
         "paper": {"likelihood": "mixture", "ridge": 0.0},
-        "released": {"likelihood": "best", "ridge": 1e-10},
+        "released": {"likelihood": "best", "ridge": 1e-10, "ridge_on": "scatter"},
     },
 )
 @settings
@@ -39,8 +41,10 @@ class GDA(Detector):
     Args:
         likelihood: `mixture`: the log density of the mixture with the classes' frequencies (the text's "likelihood");
             `best`: minus the squared Mahalanobis distance to the nearest class mean (the released code).
-        ridge: Added to the covariance's diagonal, as a multiple of the mean variance of a feature within classes, >=
-            0, so that features in other units need no other ridge. The released code adds 1e-10 as it is.
+        ridge: Added to the covariance's diagonal, >= 0.
+        ridge_on: `covariance`: the ridge is a multiple of the mean variance of a feature within classes, so that
+            features in other units need no other one; `scatter`: it is added as it is to the sum over samples, which is
+            then divided by their number (the released code, 1e-10).
 
     Raises:
         DataError: (from `fit`) fewer than two correctly classified clean samples of a class, or a covariance that is
@@ -52,14 +56,16 @@ class GDA(Detector):
 
     likelihood: Literal["mixture", "best"] = "mixture"
     ridge: Ridge = 0.01
+    ridge_on: RidgeOn = "covariance"
 
     def fit(self, clean: Observed, *, rng: Generator) -> Memory:
         """Class means, the shared covariance's Cholesky factor, class frequencies."""
         classes = by_class(clean, where="gda")
         covariance = within_covariance(classes)
+        added = ridge_of(self.ridge, self.ridge_on, covariance.diagonal().mean(), sum(map(len, classes)))
         return {
             "means": torch.stack([features.double().mean(0) for features in classes]),
-            "lower": cholesky(covariance, self.ridge, covariance.diagonal().mean(), where="gda"),
+            "lower": cholesky(covariance, added, where="gda"),
             "log_frequencies": log_frequencies(classes),
         }
 

@@ -1,15 +1,14 @@
 """The loss of a sample's received label as a detector: now, or how far it has risen since an old model."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
-from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion
+from mithridate.core.past import Epoch
 from mithridate.core.registry import register, settings
 from mithridate.core.tolerance import check_labels
 from mithridate.core.view import Need, View
@@ -25,8 +24,8 @@ class Loss(Detector):
     were pushed up the loss; poison need not be either.
 
     Args:
-        epoch: Compare with the model at the end of this burn-in epoch, >= 0: minus (loss now - loss then), the loss
-            discrepancy. Unset: the loss of the current model alone.
+        epoch: Compare with the model at the end of this burn-in epoch, before the last (`half`: that at half of the
+            burn-in): minus (loss now - loss then), the loss discrepancy. Unset: the loss of the current model alone.
 
     Raises:
         ConfigError: (from `score`) that checkpoint was not kept.
@@ -40,11 +39,16 @@ class Loss(Detector):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL})
     fits: ClassVar[bool] = False
 
-    epoch: Annotated[int, Field(ge=0)] | None = None
+    epoch: Epoch | None = None
 
     def __post_init__(self) -> None:
         if self.epoch is not None:  # the class is frozen: this is set once, here, and follows from `epoch`
             object.__setattr__(self, "needs", frozenset({Need.MODEL, Need.HISTORY}))
+
+    @property
+    def old_epochs(self) -> frozenset[Epoch | None]:
+        """The burn-in epoch that it compares with, if it does."""
+        return frozenset() if self.epoch is None else frozenset({self.epoch})
 
     def check_inputs(self, batch: AnyBatch) -> None:
         """Any that the criterion takes."""
@@ -58,12 +62,7 @@ class Loss(Detector):
         now = _losses(criterion, logits, batch.y)
         if self.epoch is None:
             return -now
-        old = view.history.checkpoint(self.epoch)
-        if old is None:
-            raise ConfigError(
-                f"{view.owner}: the history holds no checkpoint of burn-in epoch {self.epoch}; add it to `checkpoints` "
-                "in [burn_in]."
-            )
+        old = view.history.checkpoint(self.epoch, who=view.owner)
         return _losses(criterion, old.logits(module, batch.x), batch.y) - now
 
 

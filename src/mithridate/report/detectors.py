@@ -121,5 +121,7 @@ def _epoch(run: Run, table: Mapping[str, Any]) -> int | None:
         return None
     epoch = table.get("epoch")
     if epoch is None and table.get("name") == "discrepancy":
-        epoch = min((*burn_in.get("checkpoints", ()), burn_in.get("epochs", 0)))
+        epoch = min(burn_in.get("checkpoints", ()), default=None)
+    if epoch == "half":
+        epoch = burn_in.get("epochs", 0) // 2
     return epoch if isinstance(epoch, int) else None

@@ -4,7 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -108,6 +108,7 @@ class Outcome:
         accuracy_after_buffers: Test accuracy if the trigger step had changed nothing but the buffers (BatchNorm
             statistics); None if halted, or if the defence serves another model than the one that learns.
         steps: Accumulative batches that the victim was sent; rounds, in a federation.
+        phase_asked: Whether the attack has a phase before its trigger: at the best accuracy it would not fire at once.
         stopped_by: What ended the phase: `steps`, `attack` or `monitor`.
         status: `finished`, `diverged` (a loss became NaN or infinite) or `halted`.
         alarms: Steps at which a monitor raised an alarm, the trigger step included.
@@ -133,6 +134,7 @@ class Outcome:
     drop: float | None
     accuracy_after_buffers: float | None
     steps: int
+    phase_asked: bool
     stopped_by: str
     status: str
     alarms: int
@@ -219,6 +221,11 @@ class Simulation(ABC):
         return View(
             self.learner.step, self.progress.memory, available, attack.needs, type(attack).__name__, self.domain
         )
+
+    def _has_phase(self) -> bool:
+        """Whether the attack would not fire at once, if nobody could notice anything."""
+        at_best = {**self.available, Need.ACCURACY: (1.0, 1.0)}
+        return not self.attack.ready(replace(self.view(), step=0, memory={}, available=at_best))
 
     def start(self) -> None:
         """The row of the state before the first step."""
@@ -314,6 +321,7 @@ class Simulation(ABC):
         accuracy_after = None if halted else last
         losses = [loss for r in rows for loss in (r["loss"], r["batch_loss"]) if loss is not None]
         alarmed = [r["step"] for r in rows if r["alarms"]]
+        steps = sum(r["phase"] == "accumulative" for r in rows)
         diverged = not all(math.isfinite(loss) for loss in losses)
         return Outcome(
             accuracy_start=start,
@@ -323,7 +331,8 @@ class Simulation(ABC):
             accuracy_after_trigger=accuracy_after,
             drop=None if accuracy_after is None else accuracy_before - accuracy_after,
             accuracy_after_buffers=None if before is None else self._accuracy_with_buffers_alone(before),
-            steps=sum(r["phase"] == "accumulative" for r in rows),
+            steps=steps,
+            phase_asked=steps > 0 or self._has_phase(),
             stopped_by=stopped_by,
             status="halted" if halted else "diverged" if diverged else "finished",
             alarms=len(alarmed),

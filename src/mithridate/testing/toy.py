@@ -104,7 +104,7 @@ def toy_learner(
     optimiser = SGD(model.parameters(), lr=lr, momentum=0.9)
     fresh = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=seed).to(dtype)
     untrained = Weights.of(fresh, "burn-in epoch 0").copied()
-    history = History(keep=8, checkpoints={0: untrained})
+    history = History(keep=8, checkpoints={0: untrained}, length=1)  # who looks at half of it sees the untrained one
     training = [Batch(x.to(dtype), y) for x, y in stream.burn_in.batches(60)]
     trusted = stream.trusted.all()
     return Learner(

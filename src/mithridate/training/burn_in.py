@@ -1,5 +1,6 @@
 """Burn-in: train on clean data before the stream begins, once for all runs that share what determines it."""
 
+import copy
 import hashlib
 import json
 import math
@@ -11,13 +12,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import nn
 from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import AbsolutePath
-from mithridate.core.past import Snapshot
+from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
 from mithridate.data.stream import Stream
@@ -37,6 +38,9 @@ LATEST = "latest.safetensors"
 
 Schedule = Literal["constant", "linear", "cosine", "steps"]
 """How the learning rate goes on from `lr` at the first step."""
+
+EpochKey = Annotated[str, BeforeValidator(str), Field(pattern=r"^(0|[1-9][0-9]*)$")]
+"""An epoch as the key of a table, which TOML holds as text."""
 
 
 @settings
@@ -61,11 +65,14 @@ class BurnIn:
         norm: In which norm `clip_norm` measures the whole gradient: `l2` or `linf` (its largest entry).
         evaluate_every: Epochs between two measurements of accuracy and loss on the test part, which the run's summary
             keeps (`burn_in_curve`); unset: none. They change no weight.
-        checkpoints: Epochs whose model is kept besides the last (DSC and discrepancy look back at them).
+        checkpoints: Epochs whose model is kept besides the last, for those who look back (DSC, discrepancy): they never
+            look at the last one, which is the model that the stream starts with.
         seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
             run's seed.
         checkpoint: Path of a finished model (`.safetensors`, or `.pt` with tensors only) to start from instead of
-            training; `epochs` is then not used.
+            training; `epochs` then only says how long that was trained, and no `checkpoints` are kept.
+        older: With `checkpoint`: paths of earlier states of the same model by epoch, in place of `checkpoints`:
+            `older = { 20 = "epoch20.pt" }`.
 
     Source:
         Pang et al., NeurIPS 2021, section 4, "Burn-in phase": 40 epochs on CIFAR-10, 10 on MNIST, lr 0.1, constant;
@@ -87,8 +94,14 @@ class BurnIn:
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
     seed: int | None = None
     checkpoint: AbsolutePath | None = None
+    older: Mapping[EpochKey, AbsolutePath] = Field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.checkpoint is None and self.older:
+            raise ConfigError(
+                "[burn_in] older names earlier states of a finished model, and there is no `checkpoint`; name it, or "
+                "keep epochs of the training with `checkpoints`."
+            )
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
         if late:
             raise ConfigError(f"[burn_in] checkpoints {late} come after the last of {self.epochs} epochs; lower them.")
@@ -96,6 +109,13 @@ class BurnIn:
             raise ConfigError(
                 '[burn_in] schedule = "steps" and lower_after (such as [50]) belong together; give both, or none.'
             )
+
+    @property
+    def older_epochs(self) -> Sequence[int]:
+        """Epochs of the kept models that are older than the one that the stream starts with, the earliest first."""
+        if self.checkpoint is not None:
+            return sorted(map(int, self.older))
+        return sorted({epoch for epoch in self.checkpoints if epoch < self.epochs})
 
     @property
     def depends_on_length(self) -> bool:
@@ -130,7 +150,8 @@ class BurnInResult:
     Args:
         final: The learner at its end (optimiser state included).
         key: What determines it, hashed; empty without a cache, or if `BurnIn.checkpoint` was loaded.
-        epochs: Paths of the kept snapshots by epoch; empty without a cache.
+        epochs: The kept models that are older than `final`, by epoch: paths of snapshots (none without a cache), or
+            weights, if `BurnIn.older` named them. For `History`.
         seconds: Time that training took, now or when the cache was filled.
         reused: Whether it was read from the cache and not trained now.
         curve: What was measured along the way, by `BurnIn.evaluate_every`.
@@ -138,7 +159,7 @@ class BurnInResult:
 
     final: Snapshot
     key: str
-    epochs: Mapping[int, Path] = field(default_factory=dict)
+    epochs: Mapping[int, Path | Weights] = field(default_factory=dict)
     seconds: float = 0.0
     reused: bool = False
     curve: Sequence[Measured] = ()
@@ -155,7 +176,7 @@ def burn_in_key(
     The key leaves out settings that nothing uses, which epochs are kept and, where the rate does not depend on it, the
     number of epochs: burn-ins that differ in nothing else share their epochs.
     """
-    shared = {"checkpoints", "checkpoint", "seed"} | (set() if how.depends_on_length else {"epochs"})
+    shared = {"checkpoints", "checkpoint", "older", "seed"} | (set() if how.depends_on_length else {"epochs"})
     shared |= (set() if how.lower_after else {"lower_by"}) | (set() if how.clip_norm else {"norm"})  # nothing uses them
     plan = {
         "method": METHOD,
@@ -204,11 +225,12 @@ def burn_in(
         on_epoch: Called with (epochs done, epochs in all).
 
     Raises:
-        CheckpointError: `how.checkpoint` does not fit, or a cached file is corrupt.
+        CheckpointError: `how.checkpoint` or one of `how.older` does not fit, or a cached file is corrupt.
+        ConfigError: One of `how.older` is the model of `how.checkpoint` itself.
     """
     if how.checkpoint is not None:
         load_weights(Path(how.checkpoint), model)
-        return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="")
+        return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="", epochs=_older(model, how))
     seed = seed if how.seed is None else how.seed
     clip = None if how.clip_norm is None else Clip(clip_norm=how.clip_norm, norm=how.norm)
     learner = Learner(model, _sgd(model, how), defence=clip)
@@ -264,8 +286,25 @@ def _train_or_resume(
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
-    epochs = {epoch: _epoch_file(folder, epoch) for epoch in sorted(wanted)}
+    epochs = {epoch: _epoch_file(folder, epoch) for epoch in how.older_epochs}
     return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing, curve=curve)
+
+
+def _older(model: nn.Module, how: BurnIn) -> dict[int, Weights]:
+    """The earlier states of a finished model that the settings name."""
+    weights: dict[int, Weights] = {}
+    now = model.state_dict()
+    for epoch in how.older_epochs:
+        path = how.older[str(epoch)]
+        other = copy.deepcopy(model)
+        load_weights(Path(path), other)
+        if all(torch.equal(now[name], t) for name, t in other.state_dict().items()):
+            raise ConfigError(
+                f"[burn_in] older, epoch {epoch}: {path} holds the model of `checkpoint` itself, so whoever looks back "
+                "would compare it with itself; name the file of an earlier epoch."
+            )
+        weights[epoch] = Weights.of(other, f"burn-in epoch {epoch}").copied()
+    return weights
 
 
 def _epoch_file(folder: Path, epoch: int) -> Path:

@@ -13,7 +13,6 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.view import Need, View
 from mithridate.defences.dsc import DSC
 from mithridate.defences.threshold import Share
-from mithridate.training.history import History
 from mithridate.training.learner import Learner
 
 
@@ -30,7 +29,7 @@ def rehearsal(learner: Learner, batches: Sequence[AnyBatch]) -> Rehearsal:
         twin = Learner(model, optimiser, criterion=learner.criterion, update_mode=learner.update_mode)
         twin.step = learner.step
         if learner.history is not None:
-            twin.history = History(keep=learner.history.keep, checkpoints=learner.history.checkpoints)
+            twin.history = learner.history.empty()
             twin.history.load(learner.history.tensors())
         steps, scores = [], []
         for batch in batches:

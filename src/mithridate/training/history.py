@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import write_atomically
-from mithridate.core.past import Weights
+from mithridate.core.past import Epoch, Weights, older_epoch
 from mithridate.training.checkpoint import load_snapshot
 
 
@@ -19,7 +19,9 @@ class History:
         every: Updates between two kept states, >= 1.
         keep: States kept at most, >= 0, the current one included; the oldest goes first. 0 keeps only the checkpoints.
         folder: Where states are kept instead of in memory; None keeps them in memory.
-        checkpoints: Burn-in models by epoch: weights, or snapshot files (`BurnInResult.epochs`), read when asked for.
+        checkpoints: Burn-in models by epoch, older than the one that the stream starts with: weights, or snapshot files
+            (`BurnInResult.epochs`), read when asked for.
+        length: Epochs of the burn-in, for those who look back at half of it.
 
     Raises:
         ConfigError: `every` is below 1 or `keep` below 0.
@@ -32,13 +34,18 @@ class History:
         keep: int = 0,
         folder: str | Path | None = None,
         checkpoints: Mapping[int, str | Path | Weights] | None = None,
+        length: int | None = None,
     ) -> None:
         if every < 1 or keep < 0:
             raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
-        self.every, self.keep = every, keep
+        self.every, self.keep, self.length = every, keep, length
         self.folder = Path(folder) if folder is not None else None
         self.checkpoints = {k: Path(v) if isinstance(v, str) else v for k, v in (checkpoints or {}).items()}
         self._states: dict[int, Weights | Path] = {}
+
+    def empty(self) -> "History":
+        """A history in memory with the same checkpoints and settings, and no recorded state."""
+        return History(every=self.every, keep=self.keep, checkpoints=self.checkpoints, length=self.length)
 
     def record(self, step: int, model: nn.Module) -> None:
         """Keep the model as it is before update number `step`, if its turn has come; called by the learner.
@@ -67,20 +74,21 @@ class History:
         old = [step for step in self._states if step <= max(self._states) - k]
         return self._load(self._states[max(old)], f"before update {max(old)}") if old else None
 
-    def checkpoint(self, epoch: int | None = None) -> Weights | None:
-        """The model at the end of a burn-in epoch.
+    def checkpoint(self, epoch: Epoch | None = None, *, who: str = "a component") -> Weights:
+        """The model at the end of a burn-in epoch before the last.
 
         Args:
             epoch: Which; unset: the earliest kept one.
+            who: Who looks back, for the message.
+
+        Raises:
+            ConfigError: It was not kept.
         """
-        if epoch is None:
-            epoch = min(self.checkpoints, default=None)
-        if epoch is None or epoch not in self.checkpoints:
-            return None
-        state = self.checkpoints[epoch]
+        at = older_epoch(epoch, self.checkpoints.keys(), self.length, who=who)
+        state = self.checkpoints[at]
         if isinstance(state, Path):
             snapshot, _, _ = load_snapshot(state)
-            state = self.checkpoints[epoch] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {epoch}")
+            state = self.checkpoints[at] = Weights(snapshot.parameters, snapshot.buffers, f"burn-in epoch {at}")
         return state
 
     def tensors(self) -> dict[str, Tensor]:

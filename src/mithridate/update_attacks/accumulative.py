@@ -10,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import register, settings
+from mithridate.core.secrecy import Secrecy
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
@@ -26,19 +27,38 @@ from mithridate.maths.norms import Norm
 from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
 
 TRIGGER, VELOCITY = "trigger", "velocity"
-"""Where the attack keeps its poisoned trigger and its velocity between rounds, (parameters,) each."""
+"""Where the attack keeps its poisoned trigger (1 or clients, parameters) and its velocity (parameters,)."""
 
 
 @register(
     "update_attack",
     "accumulative",
     presets={
-        "paper": {"trigger": "reversed", "normalise": "none", "clean_weight": 1.0},
-        "released": {"trigger": "clean", "normalise": "global", "clean_weight": 0.0, "lam": 0.02},
+        "paper": {
+            "trigger": "reoptimised",
+            "trigger_rows": "each",
+            "normalise": "none",
+            "clean_weight": 1.0,
+            "sums": True,
+            "spread": 1.0,
+            "how": "project",
+            "craft_mode": "eval",
+        },
+        "released": {
+            "trigger": "reoptimised",
+            "alpha": 0.01,
+            "normalise": "global",
+            "clean_weight": 0.0,
+            "lam": 0.08,
+            "norm": "l2",
+            "trigger_bound": "linf",
+            "how": "scale",
+            "craft_mode": "train",
+        },
     },
 )
 @settings
-class AccumulativeUpdates(HostileShare):
+class AccumulativeUpdates(Secrecy, HostileShare):
     """Round after round move the model to where the trigger's update is harmful, at unchanged accuracy; then send it.
 
     Each round's mean update becomes clean_weight * (honest mean) + lam * G_t, where G_t is the gradient, in the
@@ -46,10 +66,20 @@ class AccumulativeUpdates(HostileShare):
     the two against each other. What the honest clients send is taken away again (recovered offset). A single hostile
     client is enough where single updates are not bounded (Appendix C.1, C.2).
 
+    The preset `paper` is Algorithm 2 as printed, on a server that takes the mean: its beta is lr / N for N clients.
+    As printed, every client sends the whole sum H_t, so that a round of the phase is N times as long as an honest one
+    and only eta holds it; eta has no value in the text, so set `radius`, or `sums = false` for rounds of honest length.
+    `released` is the main script of their code: the honest term is left out, products are cosines of whole gradients,
+    and bounds shorten the whole update, in l2 in the phase and by the largest entry at the trigger; set `radius` to
+    their clip value. Tables 3 to 5 have `trigger = "clean"`.
+
     Args:
         trigger: What is sent in the trigger round. `clean`: the honest update on the trigger batch, which the phase
             makes harmful; `reversed`: minus that update, taken at the model of the trigger round; `reoptimised`: minus
-            the update at the start, from which alpha times the current one is taken in every round (Algorithm 2).
+            the update at the start, from which alpha times the current one is taken at the beginning of every round:
+            in the first one the model of the start is used twice, and the last model never (Algorithm 2).
+        trigger_rows: With `reoptimised`: what is kept and bounded, the `mean` update alone or that of `each` client (a
+            row as long as the model for each, as printed).
         alpha: Step of `reoptimised`, >= 0.
         trigger_scale: The trigger's update is multiplied by this, >= 0 ("loss scaling" of a poisoned trigger).
         trigger_norm: l2 length that the trigger's update is given, > 0, so that triggers can be compared at equal
@@ -58,17 +88,20 @@ class AccumulativeUpdates(HostileShare):
         momentum: Of G_t, >= 0: the share of the last round's pull that stays in this one's, for servers whose
             optimiser has no momentum of its own (FedAvg); the released code's server has 0.9.
         clean_weight: Weight of the honest mean, >= 0; the released code leaves it out.
+        sums: H_t is a sum over the round's clients and G_t of the sum of the trigger's updates, as printed, and not of
+            their means.
         normalise: How the two enter their product: as they are (`none`), at unit length (`global`: their cosine, as in
             the released code), or one cosine a tensor (`tensor`).
         spread: Length of the zero-sum random vectors that make hostile clients differ, relative to their updates; >= 0.
-        radius: The attacker keeps every row within this length, > 0; `inf` does not.
+        radius: The attacker keeps every row within this length, > 0; `inf` does not. Eta in the text.
         norm: In which norm: `l2`, or `linf` (every entry).
+        trigger_radius: Of the trigger's rows, > 0; unset: `radius`.
+        trigger_bound: In which norm those are bounded; unset: `norm`.
+        how: `project`: to the nearest row within the radius, which for `linf` clamps every entry; `scale`: the whole
+            row is shortened. The two agree in l2.
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
         max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
-        accuracy_floor: End the phase once published accuracy is below this fraction; unset: no such floor.
-        max_drop: End the phase once published accuracy has fallen by more than this fraction since the start; unset:
-            no such limit.
         craft_mode: BatchNorm in the attacker's gradients: running statistics (`eval`), or those of the batch (`train`,
             as in the released code).
         chunk: Samples computed at a time; bounds memory (not used with `craft_mode = "train"`).
@@ -82,50 +115,54 @@ class AccumulativeUpdates(HostileShare):
 
     poison_ratio: Share = 1.0
     trigger: Literal["clean", "reversed", "reoptimised"] = "clean"
+    trigger_rows: Literal["mean", "each"] = "mean"
     alpha: Factor = 0.1
     trigger_scale: Factor = 1.0
     trigger_norm: Length | None = None
     lam: Factor = 0.02
     momentum: Factor = 0.0
     clean_weight: Factor = 0.0
+    sums: bool = False
     normalise: Normalise = "global"
     spread: Factor = 0.0
     radius: Annotated[float, Field(gt=0)] = math.inf
     norm: Norm = "l2"
+    trigger_radius: Annotated[float, Field(gt=0)] | None = None
+    trigger_bound: Norm | None = None
+    how: Literal["project", "scale"] = "project"
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
     max_rounds: Annotated[int, Field(ge=0)] | None = None
-    accuracy_floor: Share | None = None
-    max_drop: Share | None = None
     craft_mode: BatchNormMode = "train"
     chunk: Annotated[int, Field(ge=1)] = 100
 
     def ready(self, view: View) -> bool:
         """After the rounds that it was given, or once published accuracy has left the range that keeps it secret."""
-        if self.max_rounds is not None and view.step >= self.max_rounds:
-            return True
-        if self.accuracy_floor is None and self.max_drop is None:
-            return False
-        start, now = view.accuracy
-        below = self.accuracy_floor is not None and now < self.accuracy_floor
-        return below or (self.max_drop is not None and start - now > self.max_drop)
+        return (self.max_rounds is not None and view.step >= self.max_rounds) or self.noticed(view)
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """One round of Algorithm 2."""
+        if self.trigger == "reoptimised":
+            view.memory[TRIGGER] = self._reoptimised(honest, view)
         pull = self.lam * self.pull(view, rng)
         if self.momentum > 0:
             pull = pull + self.momentum * view.memory.get(VELOCITY, torch.zeros_like(pull))
             view.memory[VELOCITY] = pull
-        wanted = self.clean_weight * honest.mean + pull
+        wanted = (honest.clients if self.sums else 1) * (self.clean_weight * honest.mean + pull)
         rows = shared_out(wanted, honest)
         if self.spread > 0:
             rows = rows + zero_sum(rows, self.spread, rng)
-        return within(rows, self.radius, self.norm)
+        return within(rows, self.radius, self.norm, how=self.how)
 
     def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Rows that make the round's mean the trigger's update."""
-        update = scaled(self._update(view), self.trigger_scale, self.trigger_norm)
-        return within(shared_out(update, honest), self.radius, self.norm)
+        updates = self._trigger(view, honest)
+        mean = updates.mean(0)
+        wanted = scaled(mean, self.trigger_scale, self.trigger_norm)
+        if honest.n_honest == 0 and len(updates) == honest.hostile:  # every client sends its own
+            longer = self.trigger_scale if self.trigger_norm is None else float(wanted.norm() / mean.norm())
+            return self._bounded_trigger(longer * updates)
+        return self._bounded_trigger(shared_out(wanted, honest))
 
     def pull(self, view: View, rng: Generator) -> Tensor:
         """G_t (parameters,): the gradient of product(g_val, trigger's update) in the model's parameters."""
@@ -138,39 +175,47 @@ class AccumulativeUpdates(HostileShare):
                     objective, parameters, validation, view.clean_trigger, normalise=self.normalise, chunk=self._chunk
                 )
                 return sign * _flat(g)
-            held = Updates(self._poisoned(view).unsqueeze(0), {name: p.shape for name, p in parameters.items()})
+            update = self._trigger(view).mean(0, keepdim=True)
+            held = Updates(update, {name: p.shape for name, p in parameters.items()})
             g_validation = gradient(objective, parameters, *validation, chunk=self._chunk)
             along = alignment_gradient(g_validation, unit(held.named(), self.normalise), self.normalise)
             return _flat(hessian_vector_product(objective, parameters, *validation, along, chunk=self._chunk))
-
-    def after_step(self, view: View, rng: Generator) -> None:
-        """With `reoptimised`: take alpha times the trigger's current update away from the poisoned one."""
-        if self.trigger == "reoptimised":
-            moved = self._poisoned(view) - self.alpha * _flat(self._trigger_gradient(view))
-            view.memory[TRIGGER] = within(moved.unsqueeze(0), self.radius, self.norm)[0]
 
     def alignment(self, view: View) -> float:
         """Cosine of the validation gradient and the trigger's update: below zero, the trigger does harm."""
         with view.model.objective(self.craft_mode) as objective:
             g = _flat(gradient(objective, view.model.parameters, *view.validation, chunk=self._chunk))
-        return float(cosine_similarity(g, self._update(view), dim=0))
+        return float(cosine_similarity(g, self._trigger(view).mean(0), dim=0))
 
     @property
     def _chunk(self) -> int | None:
         return None if self.craft_mode == "train" else self.chunk
 
-    def _update(self, view: View) -> Tensor:
-        """The trigger's update as it would be sent now, before scaling."""
+    def _trigger(self, view: View, honest: Honest | None = None) -> Tensor:
+        """The trigger's updates as they would be sent now, before scaling: (1 or clients, parameters)."""
+        if self.trigger == "reoptimised" and TRIGGER in view.memory:
+            return view.memory[TRIGGER]
         if self.trigger == "reoptimised":
-            return self._poisoned(view)
-        return _flat(self._trigger_gradient(view)) * (1 if self.trigger == "clean" else -1)
+            return self._bounded_trigger(-self._clean_trigger(view, honest))
+        return self._clean_trigger(view, None) * (1 if self.trigger == "clean" else -1)
 
-    def _poisoned(self, view: View) -> Tensor:
-        """The poisoned trigger; at first the reversed clean one."""
-        if TRIGGER not in view.memory:
-            reverse = -_flat(self._trigger_gradient(view))
-            view.memory[TRIGGER] = within(reverse.unsqueeze(0), self.radius, self.norm)[0]
-        return view.memory[TRIGGER]
+    def _reoptimised(self, honest: Honest, view: View) -> Tensor:
+        """The poisoned trigger, moved on by the current update of the clean one; at first the reversed one."""
+        now = self._clean_trigger(view, honest)
+        before = view.memory[TRIGGER] if TRIGGER in view.memory else self._bounded_trigger(-now)
+        return self._bounded_trigger(before - self.alpha * now)
+
+    def _bounded_trigger(self, rows: Tensor) -> Tensor:
+        radius = self.radius if self.trigger_radius is None else self.trigger_radius
+        return within(rows, radius, self.trigger_bound or self.norm, how=self.how)
+
+    def _clean_trigger(self, view: View, honest: Honest | None) -> Tensor:
+        """The honest updates on the trigger: their mean (1, parameters), or one a client as the round computes it."""
+        if self.trigger_rows == "mean" or honest is None:
+            return _flat(self._trigger_gradient(view)).unsqueeze(0)
+        x, y = view.clean_trigger
+        samples = honest.x.shape[1] if len(x) % honest.x.shape[1] == 0 else len(x)  # else it is no round of clients
+        return honest.gradients(x.view(-1, samples, *x.shape[1:]), y.view(-1, samples))
 
     def _trigger_gradient(self, view: View) -> Parameters:
         with view.model.objective(self.craft_mode) as objective:

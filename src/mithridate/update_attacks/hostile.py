@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -82,9 +82,9 @@ def zero_sum(rows: Tensor, spread: float, rng: Generator) -> Tensor:
     return drawn * (spread * length / math.sqrt(rows.shape[1]))
 
 
-def within(rows: Tensor, radius: float, norm: Norm) -> Tensor:
-    """Rows projected to the radius that the attacker keeps to; infinity leaves them alone."""
-    return clip_rows(rows, radius, norm, how="project")
+def within(rows: Tensor, radius: float, norm: Norm, *, how: Literal["scale", "project"] = "project") -> Tensor:
+    """Rows within the radius that the attacker keeps to; infinity leaves them alone."""
+    return clip_rows(rows, radius, norm, how=how)
 
 
 def every_honest_row(honest: Honest) -> Tensor:

@@ -57,6 +57,37 @@ def test_early_loss(make_row: MakeRow, before: float, drop: float, expected: Sev
     assert [doubt.severity for doubt in rules.early_loss([row])] == ([] if expected is None else [expected])
 
 
+def test_no_phase(make_row: MakeRow, federated: Make) -> None:
+    empty = {"accuracies": (0.98,), "summary": {"phase_asked": True, "steps": 0}}
+    (doubt,) = rules.no_phase([make_row(0.2, 0.2, **empty)])
+    assert doubt.severity is Severity.SERIOUS
+    assert doubt.text.startswith("phase of 0 batches in 2 of 2 runs (seeds 0, 1)")
+    assert rules.no_phase([make_row(0.2, summary={"phase_asked": True})]) == []
+    assert rules.no_phase([make_row(0.2, attack="vanilla", accuracies=(0.98,), summary={"phase_asked": False})]) == []
+    assert rules.no_phase([make_row(0.2, attack="noise", **empty)]) == []
+    run = federated()
+    run = replace(run, summary={**run.summary, "phase_asked": True, "steps": 0})
+    (doubt,) = rules.no_phase(rows([run]))
+    assert doubt.text.startswith("phase of 0 rounds")
+
+
+@pytest.mark.parametrize("table", [{"accuracy_floor": 0.99}, {"inner": {"accuracy_floor": 0.99}}], ids=str)
+def test_floor_above_start(make_row: MakeRow, table: dict[str, Any]) -> None:
+    attack = {"name": "accumulative", "eps": 0.2}
+    (doubt,) = rules.floor_above_start([make_row(0.2, config={"attack": {**attack, **table}})])
+    assert doubt.severity is Severity.SERIOUS
+    assert "ends below 99.0 %, and the model starts at 98.0 %" in doubt.text
+    assert rules.floor_above_start([make_row(0.2, config={"attack": {**attack, "accuracy_floor": 0.98}})]) == []
+    assert rules.floor_above_start([make_row(0.2)]) == []
+
+
+def test_left_its_ball(make_row: MakeRow) -> None:
+    kept, drifted = (make_row(0.2, eps=0.4, config={"attack": {"name": "accumulative", "eps": e}}) for e in (0.4, 0.2))
+    assert rules.left_its_ball([kept, make_row(0.0, attack="clean")]) == []
+    (doubt,) = rules.left_its_ball([drifted])
+    assert "moved by 0.4, and eps is 0.2" in doubt.text
+
+
 @pytest.mark.parametrize("control", ["clean", "noise"])
 def test_controls_may_lose_early(make_row: MakeRow, control: str) -> None:
     assert rules.early_loss([make_row(0.0, attack=control, accuracies=(0.98, 0.8))]) == []

@@ -46,6 +46,9 @@ CALIBRATION_FACTOR = 2.0
 """How far outside its confidence interval the share that a measured threshold corrects on a clean stream may lie: from
 half the lower to twice the upper end, since the interval takes samples for independent and is of an undefended copy."""
 
+ROUNDING = 1e-4
+"""How far beyond its eps a pixel may lie by rounding in single precision, or in half."""
+
 ENVIRONMENT_KEYS = (
     "mithridate",
     "commit",
@@ -84,6 +87,34 @@ def no_better_than_noise(rows: Sequence[Row]) -> Iterator[Doubt]:
         drop, noise, bar = row.statistic("drop"), noise_of(row, rows), noise_bar(row, rows)
         if drop.mean is not None and noise is not None and bar is not None and drop.mean <= bar:
             text = f"drop {spread(drop)} points, noise {spread(noise.statistic('drop'))} points: no better than noise."
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@_rule("Phase of 0 batches")
+def no_phase(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that have a phase before their trigger, and were given or took no step for it."""
+    for row in _claiming(rows):
+        empty = [run for run in row.runs if run.summary.get("phase_asked") and run.summary.get("steps") == 0]
+        if empty:
+            text = (
+                f"phase of {counted(0, step_noun([row]))} in {_of(empty, row)}, although the attack has one: what is "
+                "shown is its trigger alone."
+            )
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@_rule("Floor above the start")
+def floor_above_start(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks whose accuracy floor lies above the start accuracy, so that their phase ends after one step."""
+    for row in _claiming(rows):
+        tables = (row.attack_settings, row.attack_settings.get("inner", {}))  # the latter is that of `gate_aware`
+        floor = next((f for table in tables if (f := number(table.get("accuracy_floor"))) is not None), None)
+        start = row.statistic("accuracy_start").mean
+        if floor is not None and start is not None and floor > start:
+            text = (
+                f"the phase ends below {points(floor)} %, and the model starts at {points(start)} %: it ends after one "
+                f"{step_noun([row])}, whatever that does; take max_drop, which counts from the start."
+            )
             yield Doubt(Severity.SERIOUS, row.cell, text)
 
 
@@ -341,6 +372,19 @@ def budgets_differ(rows: Sequence[Row]) -> Iterator[Doubt]:
         if len(cells) > 1:
             each = "; ".join(f"{value}: {', '.join(dict.fromkeys(attacks))}" for value, attacks in cells.items())
             yield Doubt(Severity.CAUTION, ALL_CELLS, f"{key} differs ({each}); a larger budget breaks more.")
+
+
+@_rule("Left its ball")
+def left_its_ball(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that moved a pixel further than their eps, as the released trigger does, whose ball drifts."""
+    for row in rows:
+        eps = number(row.attack_settings.get("eps"))
+        moved = [c for run in row.runs for step in run.trace if (c := number(step.get("poison_linf"))) is not None]
+        if row.attacking and eps is not None and moved and max(moved) > eps * (1 + ROUNDING) + ROUNDING:
+            text = (
+                f"a pixel was moved by {max(moved):.3g}, and eps is {eps:.3g}: no attack that keeps to it is its like."
+            )
+            yield Doubt(Severity.CAUTION, row.cell, text)
 
 
 @_rule("Unequal machines")

@@ -15,7 +15,7 @@ from mithridate.core.batch import AnyBatch
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.view import Memory, Need, View
-from mithridate.maths.norms import sample_norms
+from mithridate.maths.norms import Ball, sample_norms
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, entry_of, fields_in, fresh, made, named_choices, variants
@@ -132,8 +132,9 @@ def _run_and_resume(attack: Attack, evidence: Evidence, begin: Callable[[], Worl
     second = play.sends(1)
     play.learned(second, 1)
     trigger = play.sends(2)
-    for clean, sent in zip(play.world.batches, (first, second, trigger), strict=True):
-        _judge(attack, clean, sent, play.world.domain, evidence)
+    balls = (attack.ball, attack.ball, attack.trigger_ball)
+    for clean, sent, ball in zip(play.world.batches, (first, second, trigger), balls, strict=True):
+        _judge(attack, clean, sent, ball, play.world.domain, evidence)
     whole = sample_norms(first.x - play.world.batches[0].x, attack.ball.norm)
     if not _may_hold_back(attack) and float(whole.max()) <= 0.5 * attack.ball.eps:
         evidence.add("use of the budget", attack, f"hardly uses its budget: {float(whole.max()):.3g}")
@@ -156,14 +157,13 @@ def _may_hold_back(attack: Attack) -> bool:
     return attack.control or bool(getattr(attack, "restrained", False))
 
 
-def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, domain: Domain, evidence: Evidence) -> None:
+def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, ball: Ball, domain: Domain, evidence: Evidence) -> None:
     """Hold a poisoned batch against the clean one."""
     if (sent.x.shape, sent.x.dtype, sent.x.device) != (clean.x.shape, clean.x.dtype, clean.x.device):
         evidence.add("dtype", attack, f"made {sent.x.dtype} {tuple(sent.x.shape)} on {sent.x.device}")
         return
     if bits(sent.y) != bits(clean.y):
         evidence.add("labels", attack, "changed labels")
-    ball = attack.ball
     longest = float(sample_norms(sent.x.double() - clean.x.double(), ball.norm).max())
     if longest > ball.eps + ROUNDING * max(1, ball.eps):
         evidence.add("budget", attack, f"left its {ball.norm} ball: {longest:.6g}")

@@ -76,7 +76,7 @@ class _Play:
     def teach(self) -> None:
         """The model learns that class 0 is class 1, and remembers how it was before."""
         learner = self.world.learner
-        learner.history = History(checkpoints={0: Weights.of(learner.model).copied()})
+        learner.history = History(checkpoints={0: Weights.of(learner.model).copied()}, length=1)
         learner.restore(_lesson(self.seed, self.dtype))
 
     def scores(self, batch: Batch, fitted: Memory) -> Tensor:

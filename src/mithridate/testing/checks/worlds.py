@@ -208,7 +208,7 @@ def _learned(
         for _ in range(10):
             for batch in training:
                 burned_in.update(batch)
-        burned_in.step, burned_in.history = 0, History(keep=8, checkpoints={0: untrained})
+        burned_in.step, burned_in.history = 0, History(keep=8, checkpoints={0: untrained}, length=1)
         return burned_in
 
     batches = tuple(drawn(SAMPLES, rng) for _ in range(3))
