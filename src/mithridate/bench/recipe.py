@@ -9,6 +9,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
+from mithridate.bench.store import run_id
 from mithridate.core import registry
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
@@ -111,7 +112,7 @@ class Cell:
     @property
     def run_id(self) -> str:
         """The name of its directory."""
-        return f"{self.attack.label}__{self.defence.label}__seed{self.seed}"
+        return run_id(self.attack.label, self.defence.label, self.seed)
 
     def config(self) -> Table:
         """The resolved settings, itself a valid recipe of this one run."""
