@@ -88,7 +88,7 @@ def run_recipe(
     build_model(recipe.model, stream.info, seed=0)
     samples = samples_key(stream, ood)
     places = [
-        Place(cell, out / cell.run_id, Origin(settings_key(config), inputs_key(samples, config)), resume)
+        Place(cell, out / cell.run_id, Origin(settings_key(config), samples, inputs_key(samples, config)), resume)
         for cell in cells
         for config in [cell.config()]
     ]
@@ -296,6 +296,7 @@ def _summary(
         "dataset": cell.recipe.data.label,
         "model": config_of(cell.recipe.model)["name"],
         "settings_key": place.origin.settings,
+        "samples_key": place.origin.samples,
         "inputs_key": place.origin.inputs,
         "burn_in_key": burned.key,
         "burn_in_seconds": burned.seconds,

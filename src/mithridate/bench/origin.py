@@ -23,10 +23,12 @@ class Origin:
 
     Args:
         settings: 16 hex digits of its resolved settings; the title does not count.
-        inputs: 16 hex digits of every sample that the run can see, and of the files that its settings name.
+        samples: 16 hex digits of every sample that the run can see.
+        inputs: 16 hex digits of those samples, and of the files that its settings name.
     """
 
     settings: str
+    samples: str
     inputs: str
 
 

@@ -98,7 +98,7 @@ class Place:
     def _of_summary(self) -> Origin | None:
         try:
             summary = self.summary()
-            return Origin(summary["settings_key"], summary["inputs_key"])
+            return Origin(summary["settings_key"], summary["samples_key"], summary["inputs_key"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

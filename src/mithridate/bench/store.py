@@ -4,7 +4,8 @@ Layout of `DIR/<run id>/`:
 
 - `config.toml`: the resolved settings, tables `[data] [model] [burn_in] [attack] [defence] [monitor] [run]`.
 - `trace.parquet`: one row a step, columns `TRACE_SCHEMA`; the first row is the state before the stream.
-- `summary.json`: the outcome, and what it was made from: `settings_key`, `inputs_key`, `burn_in_key`.
+- `summary.json`: the outcome, and what it was made from: `settings_key`, `samples_key`, `inputs_key` (samples, and
+  files that settings name) and `burn_in_key`.
 - `environment.json`: versions, processor, threads, precision; what of it was another when the burn-in was trained
   (`burn_in`) or before the run was resumed (`resumed`).
 - `scores.parquet`: what detectors said of each sample, columns `SCORES_SCHEMA`; only if the recipe has detectors.
