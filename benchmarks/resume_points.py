@@ -1,7 +1,7 @@
 """Processor time a step in a long run, with a resume point after each: they must not grow with the steps behind.
 
-Runs a tiny model over a synthetic stream with two detectors, through the engine as `mithridate run` does, and prints the
-median time of the steps around some places:
+Runs a tiny model over a synthetic stream with two detectors, through the engine as `mithridate run` does, and prints
+the median time of the steps around some places:
 
     python benchmarks/resume_points.py --at 10 1000 5000 [--save-every 1] [--json times.json]
 """
