@@ -388,6 +388,8 @@ def test_every_run_has_the_stores_files_and_columns(grid: Path) -> None:
             "trace.parquet",
             "summary.json",
             "environment.json",
+            "SHA256SUMS",
+            ".lock",
         }
         assert pq.read_schema(run.path / "trace.parquet").equals(TRACE_SCHEMA)
         assert [row["step"] for row in run.trace] == [0, 1, 2, 3, 4]

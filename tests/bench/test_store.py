@@ -1,11 +1,12 @@
 """The run store: what is written comes back, a failure leaves the old file, and nothing foreign is believed."""
 
+import hashlib
 import io
 import json
 import math
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from mithridate.bench import store
 from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
-from mithridate.core.errors import StoreError
+from mithridate.core.errors import StoreError, WriteError
 from mithridate.core.files import write_atomically
 
 CONFIG: dict[str, Any] = {
@@ -29,6 +30,7 @@ CONFIG: dict[str, Any] = {
 SUMMARY: dict[str, Any] = {"accuracy": 0.75, "batches": 5, "stopped": None, "notes": ["a", "b"]}
 ENVIRONMENT = {"torch": "2.13.0", "threads": 2}
 FILES = (store.CONFIG, store.TRACE, store.SUMMARY, store.ENVIRONMENT, store.IMAGES)
+WRITTEN = (*FILES, store.SUMS)
 
 
 def row(step: int = 0, **values: Any) -> dict[str, Any]:
@@ -47,14 +49,30 @@ def images() -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     return {"trigger.clean": np.random.default_rng(0).random((2, 3, 4, 5), dtype=np.float32)}
 
 
-def write_run(path: Path, *, summary: Mapping[str, Any] = SUMMARY, with_images: bool = True) -> Path:
-    store.write_toml(path / store.CONFIG, CONFIG)
-    store.write_trace(path / store.TRACE, ROWS)
-    store.write_json(path / store.ENVIRONMENT, ENVIRONMENT)
+def write_run(
+    path: Path,
+    *,
+    summary: Mapping[str, Any] = SUMMARY,
+    with_images: bool = True,
+    trace: Sequence[Mapping[str, Any]] = ROWS,
+    arrays: Mapping[str, np.ndarray[Any, Any]] | None = None,
+) -> Path:
+    sums = {
+        store.CONFIG: store.write_toml(path / store.CONFIG, CONFIG),
+        store.TRACE: store.write_trace(path / store.TRACE, trace),
+        store.ENVIRONMENT: store.write_json(path / store.ENVIRONMENT, ENVIRONMENT),
+        store.SUMMARY: store.write_json(path / store.SUMMARY, summary),
+    }
     if with_images:
-        store.write_arrays(path / store.IMAGES, images())
-    store.write_json(path / store.SUMMARY, summary)
+        sums[store.IMAGES] = store.write_arrays(path / store.IMAGES, images() if arrays is None else arrays)
+    store.seal(path, sums)
     return path
+
+
+def seal_as_it_is(path: Path) -> None:
+    """Give whatever stands there checksums, as if it had been written so."""
+    there = {name: path / name for name in store.FILES if (path / name).exists()}
+    store.seal(path, {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in there.items()})
 
 
 def same_row(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -65,7 +83,7 @@ def same_row(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name not in FILES)
+    return sorted(p.name for p in folder.iterdir() if p.name not in WRITTEN)
 
 
 # There and back.
@@ -116,8 +134,7 @@ rows = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=40)
 @given(st.lists(rows, min_size=1, max_size=3))
 def test_any_trace_comes_back(tmp_path_factory: pytest.TempPathFactory, trace: list[dict[str, Any]]) -> None:
-    path = write_run(tmp_path_factory.mktemp("run"), with_images=False)
-    store.write_trace(path / store.TRACE, trace)
+    path = write_run(tmp_path_factory.mktemp("run"), with_images=False, trace=trace)
     assert all(same_row(a, b) for a, b in zip(read_run(path).trace, trace, strict=True))
 
 
@@ -133,8 +150,7 @@ def test_any_trace_comes_back(tmp_path_factory: pytest.TempPathFactory, trace: l
     ],
 )
 def test_arrays_keep_shape_type_and_bits(array: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    path = write_run(tmp_path)
-    store.write_arrays(path / store.IMAGES, {"a": array, "b": array})
+    path = write_run(tmp_path, arrays={"a": array, "b": array})
     for name in ("a", "b"):
         found = read_run(path).images[name]
         assert (found.shape, found.dtype) == (array.shape, array.dtype)
@@ -152,14 +168,14 @@ def refuse(part: Path) -> NoReturn:
 def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "summary.json"
     store.write_json(path, {"old": 1})
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         write_atomically(path, refuse)
     assert json.loads(path.read_text()) == {"old": 1}
     assert [p.name for p in path.parent.iterdir()] == ["summary.json"]
 
 
 def test_a_writer_that_fails_at_first_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(WriteError, match="disk full"):
         write_atomically(tmp_path / "a.json", refuse)
     assert list(tmp_path.iterdir()) == []
 
@@ -220,18 +236,28 @@ def test_runs_are_found_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     store.write_toml(tmp_path / "killed" / store.CONFIG, CONFIG)
     (tmp_path / "notes.txt").write_text("not a run")
+    assert store.unfinished([tmp_path]) == [tmp_path / "killed"]
     assert names(read_runs([tmp_path])) == ["a-10", "a-2", "b", "seed=0"]
     assert names(read_runs([tmp_path / "b", tmp_path])) == ["b", "a-10", "a-2", "seed=0"]
     assert names(read_runs([tmp_path / "deeper", tmp_path / "b", tmp_path / "b"])) == ["too deep", "b"]
     assert set(read_run(tmp_path / "seed=0").trace[0]) == set(TRACE_SCHEMA.names), "a folder's name is no column"
 
 
-def test_finished_means_that_the_summary_is_there(tmp_path: Path) -> None:
+def test_finished_means_that_the_checksums_are_there(tmp_path: Path) -> None:
     assert not store.finished(tmp_path / "nowhere")
     write_run(tmp_path)
     assert store.finished(tmp_path)
-    (tmp_path / store.SUMMARY).unlink()
+    (tmp_path / store.SUMS).unlink()
     assert not store.finished(tmp_path)
+    with pytest.raises(StoreError, match="no SHA256SUMS; finish it with --resume"):
+        read_runs(tmp_path)
+
+
+def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    for line in (path / store.SUMS).read_text(encoding="utf-8").splitlines():
+        digest, name = line.split("  ")
+        assert digest == hashlib.sha256((path / name).read_bytes()).hexdigest()
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
@@ -243,23 +269,66 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_no_finished_run(tmp_path: Path) -> None:
-    write_run(tmp_path / "killed")
-    (tmp_path / "killed" / store.SUMMARY).unlink()
+    store.write_toml(tmp_path / "killed" / store.CONFIG, CONFIG)
     for place in (tmp_path, tmp_path / "killed"):
         with pytest.raises(StoreError, match=r"no finished run in .*mithridate run"):
             read_runs([place])
-    with pytest.raises(StoreError, match=r"killed is not a readable finished run \(FileNotFoundError.*--resume"):
+    with pytest.raises(StoreError, match=r"killed is no finished run.*--resume"):
         read_run(tmp_path / "killed")
 
 
 # Foreign and broken files.
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if n != store.IMAGES])
-def test_a_missing_file(name: str, tmp_path: Path) -> None:
-    (write_run(tmp_path) / name).unlink()
-    with pytest.raises(StoreError, match="not a readable finished run"):
-        read_run(tmp_path)
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[(bit // 8) % len(content)] ^= 1 << bit % 8
+    path.write_bytes(bytes(content))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "without its last line": lambda path: path.write_bytes(path.read_bytes().rpartition(b"\n")[0]),
+    **{f"bit {bit}": lambda path, bit=bit: flip(path, bit) for bit in range(3, 40_000, 1999)},  # type: ignore[misc]
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_happens_to_a_file_is_noticed(name: str, change: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    CHANGES[change](path / name)
+    named = r"SHA256SUMS" if name == store.SUMS else rf"run/{name} is damaged \(.*--resume, or delete .*run\."
+    with pytest.raises(StoreError, match=named):
+        read_run(path)
+    with pytest.raises(StoreError, match=named):
+        read_runs([tmp_path])
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_of_another_run_is_noticed(name: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run")
+    other = write_run(
+        tmp_path / "other", summary={**SUMMARY, "accuracy": 0.5}, trace=ROWS[:2], arrays={"a": np.ones(3)}
+    )
+    store.write_toml(other / store.CONFIG, {**CONFIG, "title": "other"})
+    store.write_json(other / store.ENVIRONMENT, {"torch": "other"})
+    seal_as_it_is(other)
+    assert read_run(other).summary["accuracy"] == 0.5
+    (path / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(StoreError, match=r"run/.*is damaged"):
+        read_run(path)
+
+
+def test_a_file_without_a_checksum_is_noticed(tmp_path: Path) -> None:
+    path = write_run(tmp_path, with_images=False)
+    store.write_arrays(path / store.IMAGES, images())
+    with pytest.raises(StoreError, match=r"images\.safetensors is damaged \(it has no checksum"):
+        read_run(path)
 
 
 class Trap:
@@ -290,10 +359,11 @@ def test_a_file_of_another_kind_is_an_error_and_is_never_unpickled(name: str, ki
         "object array": object_array(mark),
     }[kind]
     (path / name).write_bytes(content)
+    seal_as_it_is(path)
     if name == store.CONFIG and kind == "empty":
         assert read_run(path).config == {}, "an empty TOML file is valid TOML"
         return
-    with pytest.raises(StoreError, match="run is not a readable finished run"):
+    with pytest.raises(StoreError, match=rf"run/{name} is damaged"):
         read_run(path)
     with pytest.raises(StoreError):
         read_runs([tmp_path])
@@ -319,14 +389,30 @@ def parquet(table: pa.Table) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        (store.SUMMARY, b"[1, 2]", "must each hold an object"),
-        (store.ENVIRONMENT, b"null", "must each hold an object"),
-        (store.IMAGES, bfloat16(), "bfloat16"),
+        (store.SUMMARY, b"[1, 2]", "must hold an object"),
+        (store.ENVIRONMENT, b"null", "must hold an object"),
+        (store.IMAGES, bfloat16(), "BF16"),
         (store.TRACE, parquet(pa.table({"step": [1], "phase": ["start"]})), "lacks accuracy, admitted"),
         (store.TRACE, parquet(TRACE_SCHEMA.empty_table()), "has no rows"),
     ],
 )
 def test_a_sound_file_of_another_shape(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
     (write_run(tmp_path) / name).write_bytes(content)
+    seal_as_it_is(tmp_path)
     with pytest.raises(StoreError, match=reason):
         read_run(tmp_path)
+
+
+# Names of directories.
+
+
+LABELS = ("a", "A", "a_", "a__b", "b", "_b", "a-b", "a.b", "a" * 64, "a" * 63 + "b", "a+b", "b__seed1", "con")
+
+
+def test_every_pair_of_labels_has_a_directory_of_its_own() -> None:
+    pairs = [(a, b, seed) for a in LABELS for b in LABELS for seed in (0, 1, 11)]
+    names = [store.run_id(*pair) for pair in pairs]
+    assert len({name.lower() for name in names}) == len(pairs), "as a file system without capitals sees them"
+    assert max(map(len, names)) <= 130
+    assert len({store.run_id("a" * 64, "b" * 129 + end, 0) for end in "xyz"}) == 3
+    assert store.run_id("pgd", "none", 3) == "pgd__none__seed3"

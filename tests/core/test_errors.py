@@ -17,6 +17,8 @@ def test_every_error_is_a_users_error_with_a_docstring() -> None:
         "CheckpointError",
         "DeviceError",
         "StoreError",
+        "WriteError",
+        "BusyError",
         "ThreatModelError",
     }
     for error in found.values():

@@ -130,14 +130,17 @@ def in_memory(
 
 def save(run: Run) -> Run:
     """Write a run with the store's own functions."""
-    store.write_toml(run.path / store.CONFIG, run.config)
-    store.write_trace(run.path / store.TRACE, run.trace)
-    store.write_json(run.path / store.ENVIRONMENT, run.environment)
+    sums = {
+        store.CONFIG: store.write_toml(run.path / store.CONFIG, run.config),
+        store.TRACE: store.write_trace(run.path / store.TRACE, run.trace),
+        store.ENVIRONMENT: store.write_json(run.path / store.ENVIRONMENT, run.environment),
+        store.SUMMARY: store.write_json(run.path / store.SUMMARY, run.summary),
+    }
     if run.images:
-        store.write_arrays(run.path / store.IMAGES, run.images)
+        sums[store.IMAGES] = store.write_arrays(run.path / store.IMAGES, run.images)
     if run.scores:
-        store.write_scores(run.path / store.SCORES, run.scores)
-    store.write_json(run.path / store.SUMMARY, run.summary)
+        sums[store.SCORES] = store.write_scores(run.path / store.SCORES, run.scores)
+    store.seal(run.path, sums)
     return run
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from mithridate.bench.store import Run, read_runs
 from mithridate.report.rows import Row, rows
-from mithridate.report.terminal import measures_table, summary_table
+from mithridate.report.terminal import doubt_lines, measures_table, summary_table
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]
@@ -56,3 +56,18 @@ def test_terminal_measures_of_what_was_run_only(make_row: MakeRow) -> None:
     assert "[red]clip[/red]" in capture.get()
     assert "trigger of [bold]x[/bold]" in capture.get()
     assert table.row_count == 2
+
+
+def test_the_terminal_counts_the_doubts_and_names_the_serious_ones(demo_store: Path, make_row: MakeRow) -> None:
+    count, *serious = doubt_lines(rows(read_runs([demo_store])))
+    assert "doubts: " in count
+    assert f"{len(serious)} serious" in count
+    assert any("Diverged: pgd, loud" in line for line in serious)
+    assert all(line.startswith("serious: ") for line in serious)
+    assert doubt_lines([make_row(0.0, 0.0, 0.0, attack="clean")]) == ["0 doubts."]
+
+
+def test_settings_that_differ_stand_behind_the_labels(make_run: Make) -> None:
+    table = summary_table(rows([make_run(eps=0.1), make_run(eps=0.2)]))
+    assert [str(cell) for cell in table.columns[0].cells] == ["accumulative, eps 0.1", "accumulative, eps 0.2"]
+    assert len(table.columns) == 8

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
 from mithridate.core.batch import Batch
-from mithridate.core.errors import CheckpointError, ConfigError
+from mithridate.core.errors import CheckpointError, ConfigError, WriteError
 from mithridate.core.past import Snapshot, Weights
 from mithridate.data.stream import Part, Stream
 from mithridate.maths.norms import Norm
@@ -348,13 +348,79 @@ def test_a_checkpoint_of_another_model_is_refused(stream: Stream, unkilled: Burn
         train(stream, None, BurnIn(checkpoint=str(file_of(unkilled))), config={**CONFIG, "width": 8})
 
 
-def test_a_corrupt_cache_is_an_error_that_names_the_file(stream: Stream, tmp_path: Path) -> None:
-    path = file_of(train(stream, tmp_path))
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"epoch-0003\.safetensors is missing, cut off"):
-        train(stream, tmp_path)
-    path.unlink()
-    assert train(stream, tmp_path).reused is False  # doing as told mends it
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(bytes(content))
+
+
+def swap(path: Path) -> None:
+    other = path.with_name("epoch-0002.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-10]),
+    "one bit": flip,
+    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "missing": Path.unlink,
+    "of another epoch": swap,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_trained_again(stream: Stream, tmp_path: Path, unkilled: BurnInResult, damage: str) -> None:
+    DAMAGES[damage](file_of(train(stream, tmp_path)))
+    again = train(stream, tmp_path)
+    assert not again.reused
+    assert differing(again.final, unkilled.final) == []
+    for epoch in (0, 2, 3):
+        assert differing(load_snapshot(file_of(again, epoch))[0], load_snapshot(file_of(unkilled, epoch))[0]) == []
+    assert train(stream, tmp_path).reused
+
+
+def test_a_snapshot_of_another_burn_in_is_not_taken(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
+    ours, theirs = train(stream, tmp_path), train(stream, tmp_path, seed=1)
+    file_of(ours).write_bytes(file_of(theirs).read_bytes())
+    again = train(stream, tmp_path)
+    assert not again.reused
+    assert differing(again.final, unkilled.final) == []
+
+
+def test_a_cache_that_can_only_be_read_serves(stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(stream, tmp_path)
+
+    def read_only(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mithridate.core.files.FileLock.acquire", read_only)
+        patch.setattr("mithridate.core.files.tempfile.mkstemp", read_only)
+        patch.setattr(Path, "mkdir", read_only)
+        assert differing(train(stream, tmp_path).final, first.final) == []
+        with pytest.raises(WriteError, match="cannot be written"):
+            train(stream, tmp_path, seed=1)
+
+
+def test_what_a_killed_writer_left_is_removed(stream: Stream, tmp_path: Path) -> None:
+    folder = file_of(train(stream, tmp_path)).parent
+    (folder / ".epoch-0003.safetensors.x.part").write_bytes(b"half")
+    (folder / "epoch-0003.safetensors").unlink()
+    train(stream, tmp_path)
+    assert {p.suffix for p in folder.iterdir()} == {".safetensors", ""}  # the lock has no suffix
+
+
+def test_it_says_where_it_was_trained(stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = train(stream, tmp_path).environments
+    assert [e["cpu_capability"] for e in here] == [torch.backends.cpu.get_cpu_capability()]
+    with pytest.raises(KeyboardInterrupt):
+        train(stream, tmp_path, seed=1, kill_after=2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    assert train(stream, tmp_path).environments == here  # of the training, not of who asks
+    both = train(stream, tmp_path, seed=1).environments
+    assert [e["cpu_capability"] for e in both] == [here[0]["cpu_capability"], "OTHER"]
 
 
 def test_older_states_of_a_finished_model_come_from_files(stream: Stream, unkilled: BurnInResult) -> None:
@@ -469,7 +535,7 @@ def test_a_measured_burn_in_has_the_same_bits_and_the_curve_of_its_models(
     for epoch, accuracy, loss in trained.curve:
         model = model_of(stream)
         learner = Learner(model, SGD(model.parameters(), lr=0.05))
-        old = load_snapshot(trained.epochs[epoch])[0]
+        old = load_snapshot(file_of(trained, epoch))[0]
         put_weights(model, Weights(old.parameters, old.buffers))
         assert (accuracy, loss) == learner.evaluate(stream.test.batches(500))
 

@@ -1,19 +1,18 @@
 """Run a recipe's grid on this machine: burn in once, run every cell, write the store, go on where it was killed."""
 
 import math
-import os
-import platform
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from mithridate.bench import store
+from mithridate.bench.journal import Journal
+from mithridate.bench.origin import Origin, inputs_key, samples_key, settings_key
+from mithridate.bench.place import Place, Standing
 from mithridate.bench.prepare import (
     Prepared,
     RunContext,
@@ -27,8 +26,9 @@ from mithridate.bench.recipe import Cell, Recipe
 from mithridate.bench.watcher import Watcher
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Calibration
-from mithridate.core.errors import DataError, StoreError
-from mithridate.core.files import cache_directory
+from mithridate.core.environment import differing, environment
+from mithridate.core.errors import CheckpointError, DataError, StoreError
+from mithridate.core.files import cache_directory, locked, remove_parts
 from mithridate.core.registry import config_of
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -59,20 +59,6 @@ class Grid:
     skipped: int
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device and threads: what must be equal for two runs to give the same bits."""
-    return {
-        "mithridate": version("mithridate"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-    }
-
-
 def run_recipe(
     recipe: Recipe,
     out: str | Path,
@@ -100,40 +86,53 @@ def run_recipe(
     """
     watcher, out = watcher or Watcher(), Path(out)
     chosen, variants = choose_device(device), recipe.each()
+    _check_place(out)
 
     @lru_cache(maxsize=1)  # one variant's samples in memory
-    def opened(number: int) -> tuple[list[Cell], RunContext]:
-        """The cells of one variant and what they share, checked."""
+    def opened(number: int) -> tuple[list[Place], RunContext]:
+        """Where the runs of one variant are written, and what they share, checked."""
         variant = variants[number]
         stream = open_stream(variant.data, data_root=data_root, cache=cache)
         variant = replace(variant, data=stream.settings)  # sizes as numbers of samples
         cells = list(variant.cells())
-        _check_directories(cells, out, resume=resume)
         _check_runs(cells, stream)
         ood = other_images(variant, stream, chosen, data_root, cache)
         _check_needs(cells, stream)
         build_model(variant.model, stream.info, seed=0)
-        return cells, RunContext(stream, ood, chosen, cache_directory(cache), watcher)
+        samples = samples_key(stream, ood)
+        places = [
+            Place(cell, out / cell.run_id, Origin(settings_key(config), samples, inputs_key(samples, config)), resume)
+            for cell in cells
+            for config in [cell.config()]
+        ]
+        for place in places:
+            place.standing()
+        return places, RunContext(stream, ood, chosen, cache_directory(cache), watcher)
 
     of = sum(len(opened(number)[0]) for number in range(len(variants)))  # all are checked before the first is run
     directories: list[Path] = []
     skipped = 0
     with deterministic():
         for number in range(len(variants)):
-            cells, context = opened(number)
+            places, context = opened(number)
             prepared: dict[int, Prepared] = {}
-            for cell in cells:
-                directory = out / cell.run_id
+            for place in places:
+                cell = place.cell
                 watcher.cell(cell, len(directories), of)
-                directories.append(directory)
-                if store.finished(directory):
+                directories.append(place.directory)
+                if place.standing() is Standing.FINISHED:
+                    store.tidy(place.directory)
                     skipped += 1
-                    watcher.finished(cell, store.read_run(directory).summary, skipped=True)
+                    watcher.finished(cell, place.summary(), skipped=True)
                     continue
                 if cell.seed not in prepared:
                     prepared = {cell.seed: prepare(cell, context)}
-                summary = _run_cell(cell, directory, with_surrogate(prepared[cell.seed], cell, context), context)
-                watcher.finished(cell, summary, skipped=False)
+                with locked(place.directory / store.LOCK, timeout=0):
+                    kept = place.standing() is Standing.FINISHED  # by another process, while this one prepared
+                    ready = with_surrogate(prepared[cell.seed], cell, context)
+                    summary = place.summary() if kept else _run_cell(place, ready, context)
+                skipped += kept
+                watcher.finished(cell, summary, skipped=kept)
     return Grid(directories, len(directories) - skipped, skipped)
 
 
@@ -154,29 +153,10 @@ class deterministic:
         torch.backends.cudnn.benchmark = self.benchmark
 
 
-def _check_directories(cells: Sequence[Cell], out: Path, *, resume: bool) -> None:
+def _check_place(out: Path) -> None:
     nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise StoreError(f"{nearest} is not a directory; choose another --out.")
-    for cell in cells:
-        directory = out / cell.run_id
-        if not directory.exists():
-            continue
-        if not resume:
-            raise StoreError(f"{directory} exists; go on with --resume, choose another --out, or delete it.")
-        path = directory / store.CONFIG
-        if not path.exists():
-            continue
-        try:
-            stored = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} is unreadable ({error}); delete {directory}.") from None
-        differing = _differences(stored, cell.config())
-        if differing:
-            raise StoreError(
-                f"{directory} was made with other settings ({', '.join(differing[:5])}); resume with the same ones, or "
-                "choose another --out."
-            )
 
 
 def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
@@ -208,45 +188,87 @@ def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
             cell.defence.component.check_federation(run, run.per_round or clients.clients)
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    flat_stored, flat_wanted = _flat(stored), _flat(wanted)
-    keys = sorted(flat_stored.keys() | flat_wanted.keys())
-    return [k for k in keys if flat_stored.get(k) != flat_wanted.get(k) and k != "title"]
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, Mapping):
-        return {
-            k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else key).items()
-        }
-    return {prefix: value}
-
-
-def _run_cell(cell: Cell, directory: Path, prepared: Prepared, context: RunContext) -> dict[str, Any]:
-    run, burned = cell.recipe.run, prepared.burned
-    learner = burned_in_learner(cell, cell.defence.component, burned, context)
+def _run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str, Any]:
+    """Run a cell, or go on with it; its directory is locked."""
+    cell, directory, run = place.cell, place.directory, place.cell.recipe.run
+    here = environment(context.device, code=_foreign_code(cell))
+    learner = burned_in_learner(cell, cell.defence.component, prepared.burned, context)
     calibrations = calibrated(learner, context.stream.batch_size)
-    store.write_toml(directory / store.CONFIG, cell.config())
-    store.write_json(directory / store.ENVIRONMENT, environment(context.device))
-    state = directory / store.STATE
-    progress = _load_progress(state, learner) if state.exists() else Progress()
+    journal, state = Journal(directory / store.JOURNAL), directory / store.STATE
+    resumed = _resumed(place, learner, journal, state, here, context.watcher)
+    if resumed is None:
+        store.clear(directory)
+        journal.begin(place.origin)
+        resumed = Progress(), _with_burn_in(here, prepared.burned)
+    progress, record = resumed
+    remove_parts(directory)
+    sums = {
+        store.CONFIG: store.write_toml(directory / store.CONFIG, cell.config()),
+        store.ENVIRONMENT: store.write_json(directory / store.ENVIRONMENT, record),
+    }
 
     def on_step(progress: Progress) -> None:
         done = len(progress.rows) - 1
         if done % run.save_every == 0:
-            _save_progress(state, learner, progress)
+            _save_progress(state, learner, progress, {"mark": journal.keep(progress), "environment": record})
         context.watcher.step(cell, done, run.steps, progress.read[1])
 
     outcome = _outcome(cell, learner, prepared, context, progress, on_step)
-    summary = _summary(cell, outcome, burned, calibrations)
-    store.write_trace(directory / store.TRACE, outcome.trace)
+    summary = _summary(place, outcome, prepared.burned, calibrations)
+    sums[store.TRACE] = store.write_trace(directory / store.TRACE, outcome.trace)
     if outcome.images:
-        store.write_arrays(directory / store.IMAGES, {n: t.float().numpy() for n, t in outcome.images.items()})
+        images = {n: t.float().numpy() for n, t in outcome.images.items()}
+        sums[store.IMAGES] = store.write_arrays(directory / store.IMAGES, images)
     if prepared.scorers:
-        store.write_scores(directory / store.SCORES, outcome.scores)
-    store.write_json(directory / store.SUMMARY, summary)
-    state.unlink(missing_ok=True)
+        sums[store.SCORES] = store.write_scores(directory / store.SCORES, outcome.scores)
+    sums[store.SUMMARY] = store.write_json(directory / store.SUMMARY, summary)
+    store.seal(directory, sums)
+    store.tidy(directory)
     return summary
+
+
+def _foreign_code(cell: Cell) -> list[str]:
+    """The plug-ins of the recipe, and the modules of components that the cell names by where they are."""
+    return [*cell.recipe.plugins, *_modules(cell.config())]
+
+
+def _modules(value: object) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        name = value.get("name")
+        if isinstance(name, str) and ":" in name:
+            yield name.partition(":")[0]
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _modules(item)
+
+
+def _with_burn_in(here: Mapping[str, Any], burned: BurnInResult) -> dict[str, Any]:
+    """The environment of a run, and what was another when its burn-in was trained."""
+    there: dict[str, str] = {}
+    for environment_then in burned.environments:
+        there |= {k: v for k, v in differing(here, environment_then).items() if not k.startswith("code.")}
+    return {**here, **({"burn_in": there} if there else {})}
+
+
+def _resumed(
+    place: Place, learner: Learner, journal: Journal, state: Path, here: Mapping[str, Any], watcher: Watcher
+) -> tuple[Progress, dict[str, Any]] | None:
+    """Where a killed run stood, with the learner put there, and its environment; None if it must begin anew."""
+    standing = place.standing()
+    if standing is not Standing.UNFINISHED or not state.exists():
+        if standing is Standing.DAMAGED:
+            watcher.redone(place.cell, place.damage())
+        return None
+    try:
+        progress, record = _load_progress(state, learner, journal)
+    except CheckpointError as error:
+        watcher.redone(place.cell, str(error))
+        return None
+    if changed := differing(here, {k: v for k, v in record.items() if k not in {"burn_in", "resumed"}}):
+        entry = {"after_step": len(progress.rows) - 1, **changed}
+        record["resumed"] = [*record.get("resumed", []), entry]
+    return progress, record
 
 
 def _outcome(
@@ -282,7 +304,10 @@ def _outcome(
     )
 
 
-def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]) -> dict[str, Any]:
+def _summary(
+    place: Place, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]
+) -> dict[str, Any]:
+    cell = place.cell
     values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.summary().items()}
     return {
         **values,
@@ -291,6 +316,9 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
         "defence": cell.defence.label,
         "dataset": cell.recipe.data.label,
         "model": config_of(cell.recipe.model)["name"],
+        "settings_key": place.origin.settings,
+        "samples_key": place.origin.samples,
+        "inputs_key": place.origin.inputs,
         "burn_in_key": burned.key,
         "burn_in_seconds": burned.seconds,
         "burn_in_curve": [measured._asdict() for measured in burned.curve],
@@ -298,28 +326,38 @@ def _summary(cell: Cell, outcome: Outcome, burned: BurnInResult, calibrations: S
     }
 
 
-def _save_progress(path: Path, learner: Learner, progress: Progress) -> None:
+def _save_progress(path: Path, learner: Learner, progress: Progress, note: Mapping[str, Any]) -> None:
+    """Keep the state of model, optimiser, attack and defence: as large after the last step as after the first."""
     extra = {f"attack.{k}": v for k, v in progress.memory.items()}
     extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
     extra |= {f"rule.{k}": v for k, v in progress.rule.items()}
     extra |= {f"image.{k}": v for k, v in progress.images.items()}
-    extra |= {f"score.{k}": v for k, v in progress.scores.items()}
-    extra |= {f"changed.{k}": v for k, v in progress.changed.items()}
     if learner.history is not None:
         extra |= {f"history.{k}": v for k, v in learner.history.tensors().items()}
     on_cpu = [name for name, t in extra.items() if t.device.type == "cpu"]
-    save_snapshot(path, learner.snapshot(), extra=extra, note={"rows": progress.rows, "on_cpu": on_cpu})
+    save_snapshot(path, learner.snapshot(), extra=extra, note={**note, "on_cpu": on_cpu})
 
 
-def _load_progress(path: Path, learner: Learner) -> Progress:
+def _load_progress(path: Path, learner: Learner, journal: Journal) -> tuple[Progress, dict[str, Any]]:
+    """What `_save_progress` kept, the learner put there, and the environment of then.
+
+    Raises:
+        CheckpointError: A file is missing or damaged; the learner is then as it was.
+    """
     snapshot, extra, note = load_snapshot(path)
-    learner.restore(snapshot)
-    kinds = ("attack", "defence", "rule", "image", "history", "score", "changed")
+    kinds = ("attack", "defence", "rule", "image", "history")
     parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
-    for name, tensor in extra.items():
-        kind, _, key = name.partition(".")
-        parts[kind][key] = tensor if name in note["on_cpu"] else tensor.to(learner.device)
+    try:
+        for name, tensor in extra.items():
+            kind, _, key = name.partition(".")
+            parts[kind][key] = tensor if name in note["on_cpu"] else tensor.to(learner.device)
+        progress = Progress(memory=parts["attack"], rule=parts["rule"], images=parts["image"])
+        journal.take_back(progress, note["mark"])
+        record = dict(note["environment"])
+    except (KeyError, TypeError) as error:  # a whole snapshot, of something else
+        raise CheckpointError(f"{path} is no state of a run ({type(error).__name__}: {error}).") from error
+    learner.restore(snapshot)
     learner.memory.update(parts["defence"])
     if learner.history is not None:
         learner.history.load(parts["history"])
-    return Progress(note["rows"], parts["attack"], parts["rule"], parts["image"], parts["score"], parts["changed"])
+    return progress, record

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, expanded, label_of
+from mithridate.bench.store import run_id
 from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
 from mithridate.core.attack import Attack
@@ -91,8 +92,7 @@ class Cell:
     @property
     def run_id(self) -> str:
         """The name of its directory."""
-        variant = self.recipe.variant
-        return "__".join([self.attack.label, self.defence.label, *([variant] if variant else []), f"seed{self.seed}"])
+        return run_id(self.attack.label, self.defence.label, self.seed, variant=self.recipe.variant)
 
     def config(self) -> Table:
         """The resolved settings, itself a valid recipe of this one run."""

@@ -4,17 +4,25 @@ Layout of `DIR/<run id>/`:
 
 - `config.toml`: the resolved settings, tables `[data] [model] [burn_in] [attack] [defence] [monitor] [run]`.
 - `trace.parquet`: one row a step, columns `TRACE_SCHEMA`; the first row is the state before the stream.
-- `summary.json`: the outcome, written last: a run without it is unfinished.
-- `environment.json`: versions, device, threads.
+- `summary.json`: the outcome, and what it was made from: `settings_key`, `samples_key`, `inputs_key` (samples, and
+  files that settings name) and `burn_in_key`.
+- `environment.json`: versions, processor, threads, precision; what of it was another when the burn-in was trained
+  (`burn_in`) or before the run was resumed (`resumed`).
 - `scores.parquet`: what detectors said of each sample, columns `SCORES_SCHEMA`; only if the recipe has detectors.
 - `images.safetensors`: a few images, float32 (n, channels, height, width) in [0, 1], as `<phase>.clean` and
   `<phase>.poisoned` for the phases `accumulative` and `trigger`.
-- `state.safetensors`: where a killed run goes on; removed when it has finished.
+- `SHA256SUMS`: a checksum a file, as `sha256sum -c` reads them; written last: a run without it is unfinished.
+- `state.safetensors`, `journal.jsonl`: where a killed run goes on; removed when it has finished.
+- `.lock`: held by the process that writes here.
 """
 
+import hashlib
+import io
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
@@ -29,7 +37,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from mithridate.core.errors import StoreError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import remove_parts, write_atomically, writing
 from mithridate.simulation.trace import COLUMNS, TraceRow
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
@@ -40,7 +48,16 @@ CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
     "images.safetensors",
     "scores.parquet",
 )
-STATE = "state.safetensors"
+SUMS = "SHA256SUMS"
+STATE, JOURNAL, LOCK = "state.safetensors", "journal.jsonl", ".lock"
+
+ALWAYS = (CONFIG, TRACE, SUMMARY, ENVIRONMENT)
+"""The files that every finished run has."""
+
+FILES = (*ALWAYS, IMAGES, SCORES)
+"""The files that a finished run may have, `SHA256SUMS` aside."""
+
+_SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
 
 _ARROW = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
 
@@ -68,44 +85,101 @@ SCORES_SCHEMA = pa.schema(
 )
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically; NaN is refused, since JSON has none (use None)."""
-    _write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+def run_id(attack: str, defence: str, seed: int, *, variant: str = "") -> str:
+    """The name of a run's directory: another one for all labels that differ, on every file system.
+
+    Plain labels name themselves. Labels that could be mistaken for others (capitals, where a file system knows none;
+    the separator within a label) or that are long get a hash of them all.
+
+    Args:
+        attack: Label of the attack.
+        defence: Label of the defence.
+        seed: The run's seed.
+        variant: Label of what else a grid sets; empty: nothing.
+
+    >>> run_id("pgd", "none", 0)
+    'pgd__none__seed0'
+    >>> run_id("pgd", "none", 0, variant="lr-0.1")
+    'pgd__none__lr-0.1__seed0'
+    >>> run_id("PGD", "none", 0)
+    'PGD__none__seed0-b0a656fe59'
+    """
+    labels = [attack, defence, *([variant] if variant else [])]
+    name = "__".join([*labels, f"seed{seed}"])
+    unmistakable = name == name.lower() and name.count("__") == len(labels) and "___" not in name
+    if unmistakable and len(name) <= _LONGEST:
+        return name
+    digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:10]
+    short = "__".join(label[:40] for label in labels)
+    return f"{short}__seed{seed}-{digest}"
 
 
-def write_toml(path: Path, value: Mapping[str, Any]) -> None:
-    """Write TOML atomically."""
-    _write_text(path, tomli_w.dumps(value))
+_LONGEST = 120
 
 
-def _write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+def write_json(path: Path, value: object) -> str:
+    """Write JSON atomically; NaN is refused, since JSON has none (use None). Returns the SHA-256."""
+    return _write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write trace rows (keys: columns of `TRACE_SCHEMA`; a missing one is None) atomically.
+def write_toml(path: Path, value: Mapping[str, Any]) -> str:
+    """Write TOML atomically. Returns the SHA-256."""
+    return _write(path, tomli_w.dumps(value).encode())
+
+
+def write_trace(path: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write trace rows (keys: columns of `TRACE_SCHEMA`; a missing one is None) atomically. Returns the SHA-256.
 
     Raises:
         ValueError: A row has a key that is no column.
     """
     if strange := {key for row in rows for key in row} - set(TRACE_SCHEMA.names):
         raise ValueError(f"the trace has no column {', '.join(sorted(strange))}")
-    table = pa.Table.from_pylist([dict(row) for row in rows], schema=TRACE_SCHEMA)
-    write_atomically(path, lambda part: pq.write_table(table, part))
+    return _write(path, _parquet(pa.Table.from_pylist([dict(row) for row in rows], schema=TRACE_SCHEMA)))
 
 
-def write_scores(path: Path, columns: Mapping[str, NDArray[Any]]) -> None:
-    """Write scores (columns of `SCORES_SCHEMA`) atomically."""
-    table = pa.table(
-        {name: pa.array(columns[name], type=SCORES_SCHEMA.field(name).type) for name in SCORES_SCHEMA.names}
+def write_scores(path: Path, columns: Mapping[str, NDArray[Any]]) -> str:
+    """Write scores (columns of `SCORES_SCHEMA`) atomically. Returns the SHA-256."""
+    return _write(
+        path,
+        _parquet(
+            pa.table(
+                {name: pa.array(columns[name], type=SCORES_SCHEMA.field(name).type) for name in SCORES_SCHEMA.names}
+            )
+        ),
     )
-    write_atomically(path, lambda part: pq.write_table(table, part))
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write named arrays as safetensors, atomically."""
-    ready = {name: np.asarray(a, order="C") for name, a in arrays.items()}
-    write_atomically(path, lambda part: safetensors.numpy.save_file(ready, part))
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Write named arrays as safetensors, atomically. Returns the SHA-256."""
+    return _write(path, safetensors.numpy.save({name: np.asarray(a, order="C") for name, a in arrays.items()}))
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+def _write(path: Path, content: bytes) -> str:
+    """The checksum is of what was meant to be written, so that it tells whatever the disk does to it."""
+    write_atomically(path, lambda part: part.write_bytes(content))
+    return hashlib.sha256(content).hexdigest()
+
+
+def seal(directory: Path, sums: Mapping[str, str]) -> None:
+    """Declare a run finished.
+
+    Args:
+        directory: Its directory.
+        sums: What the writers of this module returned, by name of the file.
+    """
+    _write(directory / SUMS, _sums_text(sums).encode())
+
+
+def _sums_text(sums: Mapping[str, str]) -> str:
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 @dataclass(frozen=True)
@@ -135,60 +209,162 @@ def read_run(path: str | Path) -> Run:
     """One finished run.
 
     Raises:
-        StoreError: A file is missing or unreadable.
+        StoreError: A file is missing, is not as it was written, or is unreadable; the message names it.
     """
     path = Path(path)
+    content = read_files(path)
+    name = CONFIG
     try:
-        with (path / CONFIG).open("rb") as handle:
-            config = tomllib.load(handle)
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        environment = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
-        trace = pq.read_table(path / TRACE).to_pylist()
-        _check_shape(summary, environment, trace)
-        images = safetensors.numpy.load_file(path / IMAGES) if (path / IMAGES).exists() else {}
-        scores = _read_scores(path / SCORES) if (path / SCORES).exists() else {}
-    except (OSError, ValueError, TypeError, pa.ArrowException, safetensors.SafetensorError) as error:
-        raise StoreError(
-            f"{path} is not a readable finished run ({type(error).__name__}: {error}); finish it with --resume, "
-            "or delete it."
-        ) from error
+        config = tomllib.loads(content[CONFIG].decode())
+        name = SUMMARY
+        summary = _json_object(content[SUMMARY])
+        name = ENVIRONMENT
+        environment = _json_object(content[ENVIRONMENT])
+        name = TRACE
+        trace = pq.read_table(io.BytesIO(content[TRACE])).to_pylist()
+        _check_trace(trace)
+        name = IMAGES
+        images = safetensors.numpy.load(content[IMAGES]) if IMAGES in content else {}
+        name = SCORES
+        scores = _read_scores(content[SCORES]) if SCORES in content else {}
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowException, safetensors.SafetensorError) as error:
+        raise _damage(path / name, f"{type(error).__name__}: {error}") from error
     return Run(path, config, summary, trace, environment, images, scores)
 
 
-def _read_scores(path: Path) -> dict[str, NDArray[Any]]:
-    table = pq.read_table(path)
+def read_files(directory: Path) -> dict[str, bytes]:
+    """The files of a finished run, each exactly as it was written.
+
+    Raises:
+        StoreError: One is missing or has changed, or stands there without a checksum.
+    """
+    sums = _read_sums(directory)
+    content: dict[str, bytes] = {}
+    for name in FILES:
+        path = directory / name
+        if name not in sums:
+            if path.exists():
+                raise _damage(path, f"it has no checksum in {SUMS}")
+            continue
+        try:
+            content[name] = path.read_bytes()
+        except OSError as error:
+            raise _damage(path, error.strerror or str(error)) from error
+        if hashlib.sha256(content[name]).hexdigest() != sums[name]:
+            raise _damage(path, f"its checksum is not that of {SUMS}: one of the two has changed since the run")
+    return content
+
+
+def _read_sums(directory: Path) -> dict[str, str]:
+    path = directory / SUMS
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{directory} is no finished run, for it has no {SUMS}; finish it with --resume, or delete it."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _damage(path, str(error)) from error
+    found = {match[2]: match[1] for line in text.splitlines() if (match := _SUM.fullmatch(line))}
+    if text != _sums_text(found) or not set(ALWAYS) <= set(found) <= set(FILES):
+        raise _damage(path, "it is not as it was written")
+    return found
+
+
+def _damage(path: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"{path} is damaged ({reason}); make the run anew by the command that made it with --resume, or delete "
+        f"{path.parent}."
+    )
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise TypeError("it must hold an object")
+    return value
+
+
+def _read_scores(content: bytes) -> dict[str, NDArray[Any]]:
+    table = pq.read_table(io.BytesIO(content))
     if missing := set(SCORES_SCHEMA.names) - set(table.column_names):
         raise ValueError(f"{SCORES} lacks {', '.join(sorted(missing))}")
     table = table.select(SCORES_SCHEMA.names).cast(SCORES_SCHEMA)
     return {name: table.column(name).to_numpy() for name in SCORES_SCHEMA.names}
 
 
-def _check_shape(summary: object, environment: object, trace: Sequence[Mapping[str, Any]]) -> None:
-    if not (isinstance(summary, dict) and isinstance(environment, dict)):
-        raise TypeError(f"{SUMMARY} and {ENVIRONMENT} must each hold an object")
+def _check_trace(trace: Sequence[Mapping[str, Any]]) -> None:
     if not trace:
-        raise ValueError(f"{TRACE} has no rows")
+        raise ValueError("it has no rows")
     if missing := set(TRACE_SCHEMA.names) - trace[0].keys():
-        raise ValueError(f"{TRACE} lacks {', '.join(sorted(missing))}")
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
 
 
 def finished(path: Path) -> bool:
     """Whether this directory holds a run that has ended."""
-    return (path / SUMMARY).is_file()
+    return (path / SUMS).is_file()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether this directory holds files of a run, finished or not."""
+    return any((path / name).exists() for name in (*FILES, SUMS, STATE, JOURNAL))
+
+
+def vacant(path: Path) -> bool:
+    """Whether a run can be written there without touching anything: nothing is there, or a lock alone."""
+    names = [p.name for p in path.iterdir() if p.suffix != ".part"] if path.exists() else [LOCK]
+    return names == [LOCK]
+
+
+def clear(directory: Path) -> None:
+    """Remove every file of a run, so that another can be written there; what is not the store's stays.
+
+    Raises:
+        WriteError: The file system refuses.
+    """
+    with writing(directory):
+        for name in (SUMS, *FILES, STATE, JOURNAL):  # without the first, the others are of no finished run
+            (directory / name).unlink(missing_ok=True)
+    remove_parts(directory)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a finished run no longer needs, where that can be."""
+    with suppress(OSError):
+        for name in (STATE, JOURNAL):
+            (directory / name).unlink(missing_ok=True)
+    remove_parts(directory)
+
+
+def _ended(path: Path) -> bool:
+    """Whether this directory holds what only the end of a run writes."""
+    return any((path / name).exists() for name in (SUMS, SUMMARY, TRACE))
+
+
+def unfinished(directories: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The runs in some directories (as in `read_runs`) that have begun and not ended, ordered by name."""
+    paths = [path for folder in _folders(directories) for path in (folder, *sorted(folder.glob("*/")))]
+    return [path for path in dict.fromkeys(paths) if holds_run(path) and not _ended(path)]
+
+
+def _folders(directories: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(d) for d in ([directories] if isinstance(directories, str | Path) else directories)]
 
 
 def read_runs(directories: str | Path | Sequence[str | Path]) -> list[Run]:
     """All finished runs in one or several directories (run directories, or directories of them), ordered by name.
 
+    Runs that have not ended are left out; `unfinished` says which.
+
     Raises:
-        StoreError: A directory does not exist, or none holds a finished run.
+        StoreError: A directory does not exist, none holds a finished run, or a file of one is damaged.
     """
-    folders = [directories] if isinstance(directories, str | Path) else directories
+    folders = _folders(directories)
     paths: list[Path] = []
-    for directory in map(Path, folders):
+    for directory in folders:
         if not directory.is_dir():
             raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
-        paths += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))
+        paths += [directory] if _ended(directory) else [p for p in sorted(directory.glob("*/")) if _ended(p)]
     if not paths:
         raise StoreError(f"no finished run in {', '.join(map(str, folders))}; `mithridate run RECIPE.toml` makes some.")
     return [read_run(path) for path in dict.fromkeys(paths)]

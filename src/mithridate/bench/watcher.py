@@ -19,5 +19,8 @@ class Watcher:
     def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
         """A step of the accumulative phase has ended; `accuracy` is the newest that was measured."""
 
+    def redone(self, cell: "Cell", reason: str) -> None:
+        """A cell whose files are damaged is made anew."""
+
     def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A cell has ended, or was found finished."""

@@ -1,5 +1,36 @@
-"""The command line: parse, build, call, print."""
+"""The command line: parse, build, call, print. Imports nothing heavy, so that an interrupt is heard from the start."""
 
-from mithridate.cli.app import main
+import os
+import signal
+import sys
+from types import FrameType
 
-__all__ = ["main"]
+__all__ = ["INTERRUPTED", "main"]
+
+INTERRUPTED = 130
+"""The exit code of a command that the user interrupted, as of shells."""
+
+
+def main() -> None:
+    """The entry point of the `mithridate` command; Ctrl-C ends it with 130 and no traceback, wherever it is."""
+    heard: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        if heard:  # the user insists: whatever holds the program up is not waited for
+            os._exit(INTERRUPTED)
+        heard.append(number)
+        sys.unraisablehook = lambda _: None  # an interrupt within a finaliser would be shown as an error
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs are not to be interrupted
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        from mithridate.cli.app import main as command
+
+        command()
+    except BaseException as end:
+        if not heard:
+            raise
+        if not isinstance(end, SystemExit):  # else the command has said so
+            print("interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)  # also where foreign code has made another error of the interrupt

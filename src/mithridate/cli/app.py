@@ -345,11 +345,11 @@ def _run(
 
 
 def _report(directories: Sequence[Path], out_dir: Path) -> None:
-    from mithridate.bench.store import read_runs
+    from mithridate.bench.store import read_runs, unfinished
     from mithridate.report import build_report
     from mithridate.report.findings import findings
     from mithridate.report.rows import rows
-    from mithridate.report.terminal import measures_table, summary_table
+    from mithridate.report.terminal import doubt_lines, measures_table, summary_table
 
     paths = build_report(directories, out_dir)
     table = rows(read_runs(directories))
@@ -358,6 +358,11 @@ def _report(directories: Sequence[Path], out_dir: Path) -> None:
         out.print(measured)
     for finding in findings(table):
         out.print(finding.headline, markup=False, style="bold")
+    for line in doubt_lines(table):
+        out.print(line, markup=False, highlight=False)
+    if missing := unfinished(directories):
+        names = ", ".join(path.name for path in missing)
+        out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
@@ -469,6 +474,10 @@ class _Bars(Watcher):
         if self.now is not None:
             self.progress.remove_task(self.now)
             self.now = None
+
+    def redone(self, cell: "Cell", reason: str) -> None:
+        """A damaged run is made anew."""
+        self.progress.console.print(f"{cell.run_id} is made anew: {reason}", soft_wrap=True, markup=False)
 
     def _show(self, what: str, done: int, of: int, note: str) -> None:
         if self.now is None:

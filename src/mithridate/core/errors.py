@@ -31,6 +31,14 @@ class StoreError(UserError):
     """A run directory is in the way, unreadable or incomplete."""
 
 
+class WriteError(UserError):
+    """A file cannot be written: the disk is full, a folder is read-only, or something is in the way."""
+
+
+class BusyError(UserError):
+    """Another process is writing in the same place."""
+
+
 class ThreatModelError(UserError):
     """A component looked at something that it does not declare in its `needs`."""
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mithridate.bench.store import read_runs
-from mithridate.core.files import write_atomically
+from mithridate.bench.store import read_runs, unfinished
+from mithridate.core.files import locked, remove_parts, write_atomically
 from mithridate.report.figures import figure_sections
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.measures import measure_records, measures
@@ -20,6 +20,9 @@ from mithridate.report.tables.results import to_markdown
 from mithridate.report.tables.section import markdown
 
 __all__ = ["ReportPaths", "build_report"]
+
+LOCK = ".report.lock"
+"""Held by the process that writes a report in a folder."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def build_report(directories: str | Path | Sequence[str | Path], out: str | Path
         out: Where the files go; made if missing.
 
     Raises:
-        StoreError: A directory does not exist, a run is unreadable, or there is none.
+        StoreError: A directory does not exist, a file of a run is damaged, or there is none.
+        WriteError: The report cannot be written there.
     """
     out = Path(out)
     cells = rows(read_runs(directories))
@@ -63,22 +67,26 @@ def build_report(directories: str | Path | Sequence[str | Path], out: str | Path
     scores = averaged(scored)
     of_defences, of_detectors = defence_tables(measured), detector_tables(cells, scores)
     sections = figure_sections(cells)
-    figures = _write_figures([drawing for section in sections for drawing in section.drawings], out / "figures")
     score_files = {"scores.csv": to_csv(scores), "scores_runs.csv": to_csv(scored)} if scored else {}
     score_files |= {"scores.md": markdown(of_detectors)} if of_detectors else {}
-    return ReportPaths(
-        html=_write(out / "report.html", page(cells, [clipping_table(cells), *of_defences, *of_detectors, *sections])),
-        summary_csv=_write(out / "summary.csv", to_csv(summary_records(cells))),
-        runs_csv=_write(out / "runs.csv", to_csv(run_records(cells))),
-        markdown=_write(out / "summary.md", to_markdown(cells)),
-        figures=tuple(figures),
-        measures_csv=_write(out / "measures.csv", to_csv(measure_records(measured))) if measured else None,
-        measures_markdown=_write(out / "measures.md", markdown(of_defences)) if measured else None,
-        scores=tuple(_write(out / name, text) for name, text in score_files.items()),
-    )
+    parts = [clipping_table(cells), *of_defences, *of_detectors, *sections]
+    whole_page = page(cells, parts, [path.name for path in unfinished(directories)])
+    with locked(out / LOCK):  # what lies half-written there is then of a report that was killed
+        for folder in (out, out / "figures"):
+            remove_parts(folder)
+        return ReportPaths(
+            summary_csv=_write(out / "summary.csv", to_csv(summary_records(cells))),
+            runs_csv=_write(out / "runs.csv", to_csv(run_records(cells))),
+            markdown=_write(out / "summary.md", to_markdown(cells)),
+            figures=_write_figures([drawing for section in sections for drawing in section.drawings], out / "figures"),
+            measures_csv=_write(out / "measures.csv", to_csv(measure_records(measured))) if measured else None,
+            measures_markdown=_write(out / "measures.md", markdown(of_defences)) if measured else None,
+            scores=tuple(_write(out / name, text) for name, text in score_files.items()),
+            html=_write(out / "report.html", whole_page),
+        )
 
 
-def _write_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
+def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
     paths: list[Path] = []
     taken: set[str] = set()
     for drawing in drawings:
@@ -87,7 +95,7 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> list[Path]:
             stem += "_"
         taken.add(stem.lower())
         paths += [_write(folder / f"{stem}.svg", drawing.svg), _write(folder / f"{stem}.png", drawing.png)]
-    return paths
+    return tuple(paths)
 
 
 def _write(path: Path, content: str | bytes) -> Path:

@@ -9,8 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from mithridate.bench.store import Run
-from mithridate.report.doubts import Examined, examine
-from mithridate.report.doubts.doubt import Severity
+from mithridate.report.doubts import Examined, examine, tally
 from mithridate.report.figures import FigureSection
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.findings import findings
@@ -19,7 +18,7 @@ from mithridate.report.rows import Row, groups, seeds, step_noun
 from mithridate.report.settings import flattened, settings, shared, varying
 from mithridate.report.tables.results import results_table
 from mithridate.report.tables.section import TableSection
-from mithridate.report.wording import MISSING, counted, one_line, with_step_noun
+from mithridate.report.wording import MISSING, one_line, with_step_noun
 
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
@@ -41,12 +40,13 @@ _RUN_COLUMNS = {
 }
 
 
-def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection]) -> str:
+def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection], unfinished: Sequence[str] = ()) -> str:
     """The whole report as HTML. Every value from the store is escaped.
 
     Args:
         rows: All rows.
         parts: What stands between the results and the alarms, in order; empty ones are left out.
+        unfinished: Names of runs that have not ended, and are not among the rows.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("mithridate.report")
@@ -64,7 +64,8 @@ def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection]) -> 
         findings=shown,
         doubtful=[_doubtful(answer) for answer in answers if answer.doubts],
         passed=[answer for answer in answers if not answer.doubts],
-        tally=_tally(answers),
+        tally=tally(answers),
+        unfinished=[one_line(name) for name in unfinished],
         parts=[part for part in (results_table(rows), *parts) if not part.empty],
         several=len(groups(rows)) > 1,
         card=_card,
@@ -82,13 +83,6 @@ def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection]) -> 
 def _doubtful(answer: Examined) -> dict[str, Any]:
     anchor = "doubt-" + answer.title.lower().replace(" ", "-").replace(",", "")
     return {"id": anchor, "title": answer.title, "severity": answer.doubts[0].severity.value, "doubts": answer.doubts}
-
-
-def _tally(answers: Sequence[Examined]) -> str:
-    severities = [doubt.severity for answer in answers for doubt in answer.doubts]
-    counts = [(severity, severities.count(severity)) for severity in Severity]
-    total = counted(len(severities), "doubt")
-    return f"{total}: {', '.join(f'{count} {severity.value}' for severity, count in counts if count)}."
 
 
 def _card(drawing: Drawing, name: str) -> dict[str, Any]:

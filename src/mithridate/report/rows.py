@@ -1,10 +1,11 @@
 """Runs -> rows: one row a cell (data set, model, attack, defence) with every result of its runs."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mithridate.bench.store import Run
+from mithridate.report.labels import labels
 from mithridate.report.settings import config_table
 from mithridate.report.statistic import Statistic
 from mithridate.report.wording import MISSING, number, one_line
@@ -15,11 +16,12 @@ class Row:
     """One cell of the experiment.
 
     Args:
-        dataset: Name of the data set.
+        dataset: Name of the data set; see `labels` for what may stand behind this and the other names.
         model: Name of the model.
         attack: Label of the attack.
         defence: Label of the defence.
         runs: Its runs, in the store's order.
+        apart: Settings in which runs of the same labels differ anywhere in the report, with this cell's values.
     """
 
     dataset: str
@@ -27,6 +29,7 @@ class Row:
     attack: str
     defence: str
     runs: tuple[Run, ...]
+    apart: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def group(self) -> tuple[str, str]:
@@ -46,7 +49,8 @@ class Row:
     @property
     def names(self) -> dict[str, str]:
         """What tells the cell from other cells, as columns of a file."""
-        return {"dataset": self.dataset, "model": self.model, "attack": self.attack, "defence": self.defence}
+        names = {"dataset": self.dataset, "model": self.model, "attack": self.attack, "defence": self.defence}
+        return {**names, **self.apart}
 
     @property
     def attack_name(self) -> str:
@@ -179,7 +183,7 @@ def seeds(runs: Iterable[Run]) -> str:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Group runs into cells.
+    """Group runs into cells; runs that differ in more than the seed are of different cells.
 
     Args:
         runs: As read from the store.
@@ -189,26 +193,16 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         phases first. Beside online runs, federations count as another data set, as the two are not to be compared.
         Where federations differ in their length, the attack's label says it.
     """
-    cells: dict[tuple[str, str, str, str], list[Run]] = {}
-    beside = ", federated" if len({bool(_rounds(run)) for run in runs}) > 1 else ""
-
-    def group(run: Run) -> tuple[str, str]:
-        return _label(run, "dataset", "data") + (beside if _rounds(run) else ""), _label(run, "model", "model")
-
-    lengths: dict[tuple[str, str], set[int]] = {}
-    for run in runs:
-        lengths.setdefault(group(run), set()).update(_rounds(run))
-    for run in runs:
-        attack = _label(run, "attack", "attack")
-        if len(lengths[group(run)]) > 1:
-            attack += "".join(f", {rounds} rounds" for rounds in _rounds(run))
-        cells.setdefault((*group(run), attack, _label(run, "defence", "defence")), []).append(run)
+    cells: dict[tuple[str, str, str, str], list[tuple[Run, Mapping[str, str]]]] = {}
+    for run, label in zip(runs, labels(runs), strict=True):
+        cells.setdefault((label.dataset, label.model, label.attack, label.defence), []).append((run, label.apart))
 
     def order(row: Row) -> tuple[object, ...]:
         rank = {"clean": 0, "noise": 1}.get(row.attack_name, 2)
         return (*row.group, row.defence_name != "none", row.defence, rank, row.mean_steps, row.attack)
 
-    return sorted((Row(*names, runs=tuple(members)) for names, members in cells.items()), key=order)
+    made = (Row(*names, runs=tuple(run for run, _ in members), apart=members[0][1]) for names, members in cells.items())
+    return sorted(made, key=order)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
@@ -225,16 +219,5 @@ def step_noun(rows: Sequence[Row]) -> str:
     return "step" if len(kinds) > 1 else "round" if True in kinds else "batch"
 
 
-def _rounds(run: Run) -> tuple[int, ...]:
-    """How many rounds before its trigger a federation was given; nothing for an online run."""
-    rounds = config_table(run, "federated").get("rounds")
-    return (rounds,) if isinstance(rounds, int) else ()
-
-
 def _component(run: Run, kind: str) -> str:
     return one_line(config_table(run, kind).get("name", run.summary.get(kind, "unknown")))
-
-
-def _label(run: Run, key: str, kind: str) -> str:
-    table = config_table(run, kind)
-    return one_line(run.summary.get(key) or table.get("label") or table.get("name") or "unknown") or "unknown"

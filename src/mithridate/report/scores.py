@@ -5,6 +5,7 @@ Scores of different runs are never pooled here, so neither another defence nor a
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -28,9 +29,6 @@ PHASES = (ACCUMULATIVE, TRIGGER, BOTH)
 
 WHERE = {ACCUMULATIVE: "accumulative phase", TRIGGER: "trigger batch"}
 """The phases in words."""
-
-NAMES = ("dataset", "model", "attack", "defence", "detector", "component", "epoch", "interval", "phase")
-"""The columns that name a record's subject; `interval` is the backtracking interval k in epochs."""
 
 METRICS = (
     "auroc",
@@ -190,21 +188,22 @@ def averaged(records: Sequence[Record]) -> list[Record]:
     `finest_fpr` is the smallest false-positive rate above zero that every run's clean samples can show.
 
     Args:
-        records: As `run_score_records` makes them.
+        records: As `run_score_records` makes them; the columns before `run` name what a record is about.
     """
     cells: dict[tuple[object, ...], list[Record]] = {}
+    names = tuple(takewhile(lambda column: column != "run", records[0] if records else ()))
     for record in records:
-        cells.setdefault(tuple(record[name] for name in NAMES), []).append(record)
-    return [_average(members) for members in cells.values()]
+        cells.setdefault(tuple(record[name] for name in names), []).append(record)
+    return [_average(members, names) for members in cells.values()]
 
 
-def _average(members: Sequence[Record]) -> Record:
+def _average(members: Sequence[Record], names: Sequence[str]) -> Record:
     def known(key: str) -> tuple[float, ...]:
         values = (number(value) for record in members if not isinstance(value := record[key], str))
         return tuple(value for value in values if value is not None)
 
     return {
-        **{name: members[0][name] for name in NAMES},
+        **{name: members[0][name] for name in names},
         "runs": len(members),
         **{f"{kind}_samples": int(sum(known(f"{kind}_samples"))) for kind in ScoredSamples._fields},
         "finest_fpr": max(known("finest_fpr"), default=None),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
+from mithridate.report.doubts import examine, tally
+from mithridate.report.doubts.doubt import Severity
 from mithridate.report.findings import strongest
 from mithridate.report.measures import Measures, measures
 from mithridate.report.rows import Row, groups, step_noun
@@ -16,7 +18,7 @@ GROUP = ("data set", "model")
 """The columns that are shown only if several data sets or models are compared."""
 
 LEFT_OUT = {"alarms", "seconds"}
-"""The columns of the results for which 80 characters have no room."""
+"""The columns of the results for which 80 characters have no room; settings stand behind the labels."""
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
 """What the other columns of the results are called here."""
@@ -40,7 +42,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
             table.add_section()
-        shown = [_tight(cell) for name, cell in displayed(row).items() if name not in LEFT_OUT]
+        shown = [_tight(cell) for name, cell in displayed(row).items() if name not in {*LEFT_OUT, *row.apart}]
         table.add_row(*map(Text, (*(row.group if several else ()), *shown)))
     return table
 
@@ -75,6 +77,22 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
             attacked = next((cell for cell in under if strong is not None and cell.row.attack == strong.attack), None)
             table.add_row(*map(Text, (*(group if several else ()), defence, *_line(clean, attacked))))
     return table
+
+
+def doubt_lines(rows: Sequence[Row]) -> list[str]:
+    """How many doubts the report has, and each serious one, as lines of text.
+
+    Args:
+        rows: All rows.
+    """
+    answers = examine(rows)
+    serious = [
+        f"serious: {answer.title}: {doubt.cell}: {doubt.text}"
+        for answer in answers
+        for doubt in answer.doubts
+        if doubt.severity is Severity.SERIOUS
+    ]
+    return [tally(answers), *serious]
 
 
 def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:

@@ -190,6 +190,7 @@ class Simulation(ABC):
     ) -> None:
         self.learner, self.attack, self.settings, self.seed = learner, attack, run, seed
         self.monitors, self.progress = monitors, progress
+        self.readings: list[Reading] = []  # of all rows; kept, so that a step costs the same however long the run
         if learner.domain is None:
             learner.domain = stream.domain
         self.domain = stream.domain
@@ -262,8 +263,9 @@ class Simulation(ABC):
         row = {"step": len(rows), "phase": phase, "accuracy": accuracy, "loss": loss, **sent, "alarms": "", **seconds}
         rows.append(row)  # type: ignore[arg-type]  # all columns are there: mypy does not add up dictionaries
         if phase != "start":
-            readings = [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in rows]
-            alarms = [text for monitor in self.monitors if (text := monitor.alarm(readings)) is not None]
+            new = rows[len(self.readings) :]
+            self.readings += [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in new]
+            alarms = [text for monitor in self.monitors if (text := monitor.alarm(self.readings)) is not None]
             rows[-1]["alarms"] = "; ".join(alarms)
 
     def measure(self) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from filelock import FileLock
 from pydantic import BeforeValidator, Field
 from torch import nn
 from torch.optim import SGD
 
-from mithridate.core.errors import ConfigError
-from mithridate.core.files import AbsolutePath
+from mithridate.core.environment import environment
+from mithridate.core.errors import CheckpointError, ConfigError
+from mithridate.core.files import AbsolutePath, locked, remove_parts
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -155,6 +155,8 @@ class BurnInResult:
         seconds: Time that training took, now or when the cache was filled.
         reused: Whether it was read from the cache and not trained now.
         curve: What was measured along the way, by `BurnIn.evaluate_every`.
+        environments: Where it was trained, each environment once (see `core.environment`); empty if
+            `BurnIn.checkpoint` was loaded.
     """
 
     final: Snapshot
@@ -163,6 +165,7 @@ class BurnInResult:
     seconds: float = 0.0
     reused: bool = False
     curve: Sequence[Measured] = ()
+    environments: Sequence[Mapping[str, Any]] = ()
 
 
 def burn_in_key(
@@ -214,6 +217,7 @@ def burn_in(
     """Train `model` in place on the stream's burn-in part, or fetch the result of an earlier, equal training.
 
     Every epoch is written to the cache as it ends, so a killed burn-in goes on from its last epoch, with the same bits.
+    A cached file that is damaged, or is not what its name says, is not used: its epochs are trained again.
 
     Args:
         model: Freshly built; on the device to train on.
@@ -225,8 +229,9 @@ def burn_in(
         on_epoch: Called with (epochs done, epochs in all).
 
     Raises:
-        CheckpointError: `how.checkpoint` or one of `how.older` does not fit, or a cached file is corrupt.
+        CheckpointError: `how.checkpoint` or one of `how.older` does not fit.
         ConfigError: One of `how.older` is the model of `how.checkpoint` itself.
+        WriteError: The cache lacks something, and cannot be written to.
     """
     if how.checkpoint is not None:
         load_weights(Path(how.checkpoint), model)
@@ -243,12 +248,72 @@ def burn_in(
             measured += _measured(learner, stream, how, epoch)
             if on_epoch:
                 on_epoch(epoch, how.epochs)
-        return BurnInResult(learner.snapshot(), "", seconds=seconds, curve=measured)
+        here = [environment(learner.device)]
+        return BurnInResult(learner.snapshot(), "", seconds=seconds, curve=measured, environments=here)
     key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
     folder = Path(cache) / "burn_in" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        return _train_or_resume(learner, stream, how, seed, folder, on_epoch)
+    cached = _Cached(folder)
+    if (finished := _finished(learner, how, cached)) is not None:
+        return finished  # without a lock, so that a cache that can only be read serves too
+    with locked(folder / ".lock"):
+        remove_parts(folder)
+        return _finished(learner, how, cached) or _train_or_resume(learner, stream, how, seed, cached, on_epoch)
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """The snapshots of one burn-in in the cache.
+
+    Args:
+        folder: Their folder, called by the burn-in's key.
+    """
+
+    folder: Path
+
+    def file(self, epoch: int) -> Path:
+        return self.folder / f"epoch-{epoch:04d}.safetensors"
+
+    def older(self, how: BurnIn) -> dict[int, Path | Weights]:
+        """The files of the epochs before the last that were asked for."""
+        return {epoch: self.file(epoch) for epoch in how.older_epochs}
+
+    def load(self, path: Path, epoch: int | None = None) -> tuple[Snapshot, dict[str, Any]] | None:
+        """A snapshot with its note; None if it is missing, damaged, or of another burn-in or epoch."""
+        try:
+            snapshot, _, note = load_snapshot(path)
+        except CheckpointError:
+            return None
+        right = isinstance(note, dict) and note.get("key") == self.folder.name and epoch in {None, note["epoch"]}
+        return (snapshot, note) if right else None
+
+    def before(self, epoch: int) -> tuple[Snapshot, dict[str, Any]] | None:
+        """The newest snapshot that was taken before an epoch's end."""
+        epochs = {int(path.stem.removeprefix("epoch-")) for path in self.folder.glob("epoch-*.safetensors")}
+        latest = self.load(self.folder / LATEST)
+        earlier = sorted((e for e in epochs if e < epoch), reverse=True)
+        kept = next((found for e in earlier if (found := self.load(self.file(e), e)) is not None), None)
+        if latest is None or latest[1]["epoch"] >= epoch:
+            return kept
+        return latest if kept is None or latest[1]["epoch"] > kept[1]["epoch"] else kept
+
+
+def _finished(learner: Learner, how: BurnIn, cached: _Cached) -> BurnInResult | None:
+    """The result, with the learner put there, if every epoch that is asked for is in the cache and whole."""
+    found = {epoch: cached.load(cached.file(epoch), epoch) for epoch in {*how.checkpoints, how.epochs}}
+    last = found[how.epochs]
+    if last is None or None in found.values():
+        return None
+    snapshot, note = last
+    learner.restore(snapshot)
+    return BurnInResult(
+        learner.snapshot(),
+        cached.folder.name,
+        cached.older(how),
+        note["seconds"],
+        reused=True,
+        curve=_curve(note),
+        environments=note["environments"],
+    )
 
 
 def _train_or_resume(
@@ -256,38 +321,44 @@ def _train_or_resume(
     stream: Stream,
     how: BurnIn,
     seed: int,
-    folder: Path,
+    cached: _Cached,
     on_epoch: Callable[[int, int], None] | None,
 ) -> BurnInResult:
-    """Train the epochs that the folder does not hold yet."""
+    """Train the epochs that the cache does not hold yet."""
     wanted = {*how.checkpoints, how.epochs}
-    missing = sorted(epoch for epoch in wanted if not _epoch_file(folder, epoch).exists())
-    done, spent = 0, 0.0
+    missing = sorted(epoch for epoch in wanted if cached.load(cached.file(epoch), epoch) is None)
+    here = environment(learner.device)
+    done, spent, environments = 0, 0.0, [here]
     curve: list[Measured] = []
-    start = _epoch_file(folder, how.epochs) if not missing else _last_before(missing[0], folder)
-    if start is not None:
-        snapshot, _, note = load_snapshot(start)
+    if (start := cached.before(missing[0])) is not None:
+        snapshot, note = start
         learner.restore(snapshot)
-        done, spent = int(note["epoch"]), float(note["seconds"])
-        curve = [Measured(*values) for values in note.get("curve", [])]
+        done, spent, curve = int(note["epoch"]), float(note["seconds"]), _curve(note)
+        environments = note["environments"] if here in note["environments"] else [*note["environments"], here]
 
     def keep(path: Path, epoch: int) -> None:
-        save_snapshot(path, learner.snapshot(), note={"epoch": epoch, "seconds": spent, "curve": curve})
+        told = {"epoch": epoch, "seconds": spent, "curve": curve, "environments": environments}
+        save_snapshot(path, learner.snapshot(), note={"key": cached.folder.name, **told})
 
     if 0 in missing:
-        keep(_epoch_file(folder, 0), 0)
-    latest = folder / LATEST
+        keep(cached.file(0), 0)
+    latest = cached.folder / LATEST
     for epoch in range(done + 1, how.epochs + 1):
         began = time.perf_counter()
         _train_epoch(learner, stream, how, seed, epoch)
         spent += time.perf_counter() - began
         curve += _measured(learner, stream, how, epoch)
-        keep(_epoch_file(folder, epoch) if epoch in wanted else latest, epoch)
+        keep(cached.file(epoch) if epoch in wanted else latest, epoch)
         if on_epoch:
             on_epoch(epoch, how.epochs)
     latest.unlink(missing_ok=True)
-    epochs = {epoch: _epoch_file(folder, epoch) for epoch in how.older_epochs}
-    return BurnInResult(learner.snapshot(), folder.name, epochs, spent, reused=not missing, curve=curve)
+    return BurnInResult(
+        learner.snapshot(), cached.folder.name, cached.older(how), spent, curve=curve, environments=environments
+    )
+
+
+def _curve(note: Mapping[str, Any]) -> list[Measured]:
+    return [Measured(*values) for values in note["curve"]]
 
 
 def _older(model: nn.Module, how: BurnIn) -> dict[int, Weights]:
@@ -305,19 +376,6 @@ def _older(model: nn.Module, how: BurnIn) -> dict[int, Weights]:
             )
         weights[epoch] = Weights.of(other, f"burn-in epoch {epoch}").copied()
     return weights
-
-
-def _epoch_file(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:04d}.safetensors"
-
-
-def _last_before(epoch: int, folder: Path) -> Path | None:
-    """The newest snapshot in the folder that was taken before an epoch's end."""
-    snapshots = {int(path.stem.removeprefix("epoch-")): path for path in folder.glob("epoch-*.safetensors")}
-    if (folder / LATEST).exists():
-        snapshots[int(load_snapshot(folder / LATEST)[2]["epoch"])] = folder / LATEST
-    before = [e for e in snapshots if e < epoch]
-    return snapshots[max(before)] if before else None
 
 
 def _sgd(model: nn.Module, how: BurnIn) -> SGD:

@@ -4,6 +4,7 @@ Foreign checkpoints come in as bare tensors only: a `.pt` file is read with `wei
 """
 
 import argparse
+import hashlib
 import json
 import pickle
 from collections.abc import Mapping
@@ -19,19 +20,33 @@ from mithridate.core.errors import CheckpointError
 from mithridate.core.files import write_atomically
 from mithridate.core.past import Snapshot
 
-FORMAT = "mithridate-snapshot-1"
+FORMAT = "mithridate-snapshot-2"
+"""Raised when a file's layout changes; 2 came with the checksum."""
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """64 hex digits of a SHA-256 over names, types, shapes and bits, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def save_snapshot(
     path: str | Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None
 ) -> None:
-    """Write a snapshot as one safetensors file, atomically.
+    """Write a snapshot as one safetensors file, atomically, with a checksum over everything in it.
 
     Args:
         path: The file.
         snapshot: What to write.
         extra: More tensors to write beside the snapshot, by name.
         note: Any JSON value to write beside the snapshot.
+
+    Raises:
+        WriteError: The file system refuses.
     """
     tensors = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     tensors |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
@@ -52,23 +67,35 @@ def save_snapshot(
     }
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     text = json.dumps(header)
-    write_atomically(Path(path), lambda part: safetensors.torch.save_file(ready, part, metadata={"mithridate": text}))
+    metadata = {"mithridate": text, "sha256": _checksum(text, ready)}
+    write_atomically(Path(path), lambda part: safetensors.torch.save_file(ready, part, metadata=metadata))
+
+
+def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{header}\n{tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def _verify(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    if metadata["sha256"] != _checksum(metadata["mithridate"], tensors):
+        raise ValueError("its checksum differs from what was written")
 
 
 def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
     """Read what `save_snapshot` wrote: the snapshot, the extra tensors and the note.
 
     Raises:
-        CheckpointError: Missing, truncated, or not one of our files.
+        CheckpointError: Missing, damaged in any bit, or not one of our files.
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            header = json.loads((handle.metadata() or {})["mithridate"])
+            metadata = handle.metadata() or {}
+            header = json.loads(metadata["mithridate"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
         if header["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew."
             )
+        _verify(metadata, tensors)
         state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in header["optimiser_plain"].items()}
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "extra": {}}
         for name, tensor in tensors.items():
@@ -82,7 +109,7 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
         snapshot = Snapshot(parts["parameter"], parts["buffer"], optimiser, int(header["step"]))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is missing, cut off or not a checkpoint of this library ({type(error).__name__}: {error}); delete "
+            f"{path} is missing, damaged or not a checkpoint of this library ({type(error).__name__}: {error}); delete "
             "it and train again, or give another file."
         ) from error
     return snapshot, parts["extra"], header["note"]

@@ -285,11 +285,36 @@ def test_power_over_optimiser(make_row: MakeRow) -> None:
     assert rules.power_over_optimiser([make_row(0.1)]) == []
 
 
-def test_settings_mixed(make_run: Make) -> None:
-    same, other = make_run(seed=0), make_run(seed=1, config={"burn_in": {"epochs": 3, "lr": 0.1}})
-    (doubt,) = rules.settings_mixed(rows([same, other]))
-    assert "burn_in.epochs = 12 | 3" in doubt.text
-    assert rules.settings_mixed(rows([same, make_run(seed=1)])) == []
+def test_settings_apart(make_run: Make) -> None:
+    (doubt,) = rules.settings_apart(rows([make_run(eps=0.1), make_run(eps=0.2)]))
+    assert (doubt.severity, "attack.eps (0.1 | 0.2)" in doubt.text) == (Severity.NOTE, True)
+    assert rules.settings_apart(rows([make_run(seed=0), make_run(seed=1)])) == []
+
+
+def test_made_in_two_places(make_run: Make) -> None:
+    here = {"threads": 1, "cpu_capability": "AVX2"}
+    elsewhere = make_run(seed=1, environment={**here, "burn_in": {"threads": "1, 2"}})
+    resumed = make_run(seed=2, environment={**here, "resumed": [{"after_step": 3, "cpu_capability": "AVX512, AVX2"}]})
+    first, second = rules.made_in_two_places(rows([make_run(environment=here), elsewhere, resumed]))
+    assert "1 of 3 runs (seed 1) started from a burn-in of another environment (threads: 1, 2)" in first.text
+    assert "1 of 3 runs (seed 2) went on with a part of another environment (cpu_capability: AVX512" in second.text
+    assert rules.made_in_two_places(rows([make_run(environment=here)])) == []
+    assert rules.versions_mixed(rows([make_run(environment=here), elsewhere, resumed])) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("cpu_capability", "DEFAULT"), ("processor", "other"), ("packages", {"extra": "2"})]
+)
+def test_every_part_of_the_environment_counts(make_run: Make, key: str, value: object) -> None:
+    here = {"threads": 1, "cpu_capability": "AVX2", "cpus": 4}
+    (doubt,) = rules.versions_mixed(
+        rows([make_run(environment=here), make_run(seed=1, environment={**here, key: value})])
+    )
+    assert key in doubt.text
+    assert (
+        rules.versions_mixed(rows([make_run(environment=here), make_run(seed=1, environment={**here, "cpus": 8})]))
+        == []
+    )
 
 
 @pytest.mark.parametrize("key", ["mithridate", "torch", "device"])

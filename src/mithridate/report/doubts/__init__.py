@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from mithridate.report.doubts.doubt import Doubt, Severity
 from mithridate.report.doubts.rules import RULES
 from mithridate.report.rows import Row, groups
+from mithridate.report.wording import counted
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,11 @@ def examine(rows: Sequence[Row]) -> list[Examined]:
         doubts.sort(key=lambda doubt: doubt.severity.rank)
         answers.append(Examined(title, (rule.__doc__ or "").partition("\n")[0], tuple(doubts)))
     return sorted(answers, key=lambda a: a.doubts[0].severity.rank if a.doubts else len(Severity))
+
+
+def tally(answers: Sequence[Examined]) -> str:
+    """How many doubts there are, in all and by severity."""
+    severities = [doubt.severity for answer in answers for doubt in answer.doubts]
+    counts = [(severity, severities.count(severity)) for severity in Severity]
+    each = ", ".join(f"{count} {severity.value}" for severity, count in counts if count)
+    return f"{counted(len(severities), 'doubt')}{f': {each}' if each else ''}."

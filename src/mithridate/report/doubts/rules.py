@@ -14,7 +14,7 @@ from mithridate.bench.store import Run
 from mithridate.report.comparisons import BUDGET_KEYS, FEDERATED_BUDGET_KEYS, budget, noise_bar, noise_of, undefended
 from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.rows import Row, seed, seeds, step_noun, updates
-from mithridate.report.settings import flattened, settings, shared, varying
+from mithridate.report.settings import flattened, shared, varying
 from mithridate.report.statistic import Statistic, spread
 from mithridate.report.wording import counted, listed, noun_of, number, one_line, points
 
@@ -49,21 +49,9 @@ half the lower to twice the upper end, since the interval takes samples for inde
 ROUNDING = 1e-4
 """How far beyond its eps a pixel may lie by rounding in single precision, or in half."""
 
-ENVIRONMENT_KEYS = (
-    "mithridate",
-    "commit",
-    "python",
-    "torch",
-    "numpy",
-    "cuda",
-    "device",
-    "device_name",
-    "gpu",
-    "threads",
-    "platform",
-    "machine",
-)
-"""The entries of `environment.json` that can move a result."""
+NOT_OF_THE_MACHINE = ("cpus", "burn_in", "resumed")
+"""The entries of `environment.json` that are no difference between machines: how many cores there are, and what was
+another within one run, of which there is a rule of its own."""
 
 
 def _rule(title: str) -> Callable[[Callable[[Sequence[Row]], Iterable[Doubt]]], Rule]:
@@ -169,14 +157,14 @@ def halted(rows: Sequence[Row]) -> Iterator[Doubt]:
             yield Doubt(Severity.CAUTION, row.cell, text)
 
 
-@_rule("One cell, several settings")
-def settings_mixed(rows: Sequence[Row]) -> Iterator[Doubt]:
-    """Looks for cells whose runs differ in more than the seed: their mean is of unlike things."""
-    for row in rows:
-        tables = [settings(run) for run in row.runs]
-        if mixed := varying(tables, shared(tables)):
-            text = "; ".join(f"{key} = {values}" for key, values in mixed.items())
-            yield Doubt(Severity.SERIOUS, row.cell, f"its runs differ in more than the seed: {text}.")
+@_rule("Shown apart")
+def settings_apart(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for runs of the same labels that differ in more than the seed: they are shown apart, and are not pooled."""
+    for key in rows[0].apart if rows else ():
+        values = list(dict.fromkeys(row.apart[key] for row in rows))
+        if len(values) > 1:
+            text = f"runs of the same name differ in {key} ({' | '.join(values)}); each value has rows of its own."
+            yield Doubt(Severity.NOTE, ALL_CELLS, text)
 
 
 @_rule("Same seed twice")
@@ -392,11 +380,37 @@ def versions_mixed(rows: Sequence[Row]) -> Iterator[Doubt]:
     """Looks for different versions or devices behind results that are compared."""
     runs = [run for row in rows for run in row.runs]
     tables = [
-        {key: one_line(run.environment[key]) for key in ENVIRONMENT_KEYS if key in run.environment} for run in runs
+        flattened({key: value for key, value in run.environment.items() if key not in NOT_OF_THE_MACHINE})
+        for run in runs
     ]
     if mixed := varying(tables, shared(tables)):
         text = "; ".join(f"{key}: {values}" for key, values in mixed.items())
         yield Doubt(Severity.CAUTION, ALL_CELLS, f"the runs were made with unlike software or hardware: {text}.")
+
+
+@_rule("Made in two places")
+def made_in_two_places(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for runs whose burn-in or first part was made by other software, threads or hardware than the rest."""
+    for what, key in (("started from a burn-in", "burn_in"), ("went on with a part", "resumed")):
+        changed = {id(run): _changed_environment(run.environment.get(key)) for row in rows for run in row.runs}
+        for row in rows:
+            some = [run for run in row.runs if changed[id(run)]]
+            if some:
+                names = listed(list(dict.fromkeys(name for run in some for name in changed[id(run)])))
+                text = f"{_of(some, row)} {what} of another environment ({names}): their bits are of no one machine."
+                yield Doubt(Severity.CAUTION, row.cell, text)
+
+
+def _changed_environment(entry: object) -> list[str]:
+    """What differed, as `key: here, there`."""
+    tables = entry if isinstance(entry, list) else [entry]
+    return [
+        f"{one_line(key)}: {one_line(value)}"
+        for table in tables
+        if isinstance(table, Mapping)
+        for key, value in table.items()
+        if key != "after_step"
+    ]
 
 
 @_rule("Power over the optimiser")

@@ -34,13 +34,14 @@ def defence_tables(measured: Sequence[Measures]) -> list[TableSection]:
     clean = [cell for cell in measured if not cell.row.attacking]
     several_streams = len({cell.row.attack for cell in clean}) > 1
     noun = step_noun([cell.row for cell in measured])
+    apart = measured[0].row.apart if measured else {}
     costs = TableSection(
         id="costs",
         heading="What the defences cost on a clean stream",
         intro="Nothing is attacked here, so every sample corrected, dropped or weighed less, step refused and "
         "alarm is a false one. Against none: final accuracy minus that of the undefended run of the same seed. "
         "Time: of one update, the defence included. Mean ± standard deviation over n seeds.",
-        names=2 if several_streams else 1,
+        names=(2 if several_streams else 1) + len(apart),
     )
     holds = TableSection(
         id="holds",
@@ -49,24 +50,35 @@ def defence_tables(measured: Sequence[Measures]) -> list[TableSection]:
         "treats all samples alike. Against none: accuracy after the trigger minus that of the undefended run of "
         f"the same seed. First alarm: the {noun} at which a monitor first raised one; the trigger comes right "
         "after the phase. Mean ± standard deviation over n seeds.",
+        names=2 + len(apart),
         line=0,
     )
     return [
         _filled(
-            costs, [(cell.row.subject, _clean_cells(cell, several_streams=several_streams)) for cell in clean], noun
+            costs,
+            [(cell.row.subject, _clean_cells(cell, several_streams=several_streams)) for cell in clean],
+            noun,
+            apart,
         ),
-        _filled(holds, [(cell.row.subject, _attack_cells(cell)) for cell in measured if cell.row.attacking], noun),
+        _filled(
+            holds, [(cell.row.subject, _attack_cells(cell)) for cell in measured if cell.row.attacking], noun, apart
+        ),
     ]
 
 
-def _filled(table: TableSection, cells: Sequence[tuple[str, Mapping[str, str]]], noun: str) -> TableSection:
+def _filled(
+    table: TableSection, cells: Sequence[tuple[str, Mapping[str, str]]], noun: str, apart: Mapping[str, str]
+) -> TableSection:
     """The table with these cells; optional columns that are empty are named in a note instead."""
     head = list(cells[0][1]) if cells else []
     empty = [name for name in head if name in OPTIONAL and all(line[name] in {MISSING, "0"} for _, line in cells)]
     shown = [name for name in head if name not in empty]
     note = f"None in any row, so not shown: {listed([name.partition(' (')[0] for name in empty])}." if empty else ""
     return replace(table, note=note, bold=shown.index(BOLD) if shown else None).filled(
-        [(subject, {with_step_noun(noun, name): line[name] for name in shown}) for subject, line in cells]
+        [
+            (subject, {name if name in apart else with_step_noun(noun, name): line[name] for name in shown})
+            for subject, line in cells
+        ]
     )
 
 
@@ -74,6 +86,7 @@ def _clean_cells(cell: Measures, *, several_streams: bool) -> dict[str, str]:
     return {
         "defence": cell.row.defence,
         **({"stream": cell.row.attack} if several_streams else {}),
+        **cell.row.apart,
         "final accuracy (%)": spread(cell.accuracy_after_trigger),
         BOLD: signed(cell.against_none),
         "clean samples corrected (%)": spread(cell.flagged_clean),
@@ -89,6 +102,7 @@ def _attack_cells(cell: Measures) -> dict[str, str]:
     return {
         "attack": cell.row.attack,
         "defence": cell.row.defence,
+        **cell.row.apart,
         "before (%)": spread(cell.accuracy_before_trigger),
         "after (%)": spread(cell.accuracy_after_trigger),
         "drop (points)": spread(cell.drop),

@@ -19,23 +19,26 @@ def results_table(rows: Sequence[Row]) -> TableSection:
         heading="Results",
         intro="Accuracy on the test part, mean ± standard deviation over seeds (none for a single run). Drop: accuracy "
         "before the trigger step minus after it. n: runs with a drop.",
+        names=2 + len(rows[0].apart),
         line=1,
-        bold=5,
+        bold=5 + len(rows[0].apart),
     ).filled([(row.subject, dict(zip(columns(rows), displayed(row).values(), strict=True))) for row in rows])
 
 
 def columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The headings of `displayed`, with what one step of these rows takes in instead of a batch."""
-    return tuple(with_step_noun(step_noun(rows), name) for name in displayed(rows[0]))
+    apart = rows[0].apart
+    return tuple(name if name in apart else with_step_noun(step_noun(rows), name) for name in displayed(rows[0]))
 
 
 def displayed(row: Row) -> dict[str, str]:
-    """One row as people read it, by headings as of online runs; the first two columns are names."""
+    """One row as people read it, by headings as of online runs; the first columns are names, `row.apart` among them."""
     drop = row.statistic("drop")
     seconds = row.statistic("seconds").mean
     return {
         "attack": row.attack,
         "defence": row.defence,
+        **row.apart,
         "start (%)": spread(row.statistic("accuracy_start")),
         "before trigger (%)": spread(row.statistic("accuracy_before_trigger")),
         "after trigger (%)": spread(row.statistic("accuracy_after_trigger")),
@@ -53,5 +56,5 @@ def to_markdown(rows: Sequence[Row]) -> str:
     return markdown_table(
         [*(("data set", "model") if several else ()), *columns(rows)],
         [(*(row.group if several else ()), *displayed(row).values()) for row in rows],
-        names=4 if several else 2,
+        names=(4 if several else 2) + len(rows[0].apart),
     )
