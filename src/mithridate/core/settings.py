@@ -20,7 +20,7 @@ def settings(cls: type[T]) -> type[T]:
 
     A value that is wrong raises `ConfigError`, from Python as from a recipe.
     """
-    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
     rebuild_dataclass(checked)  # a type that is not known yet is an error now: later, pydantic would replace `__init__`
 

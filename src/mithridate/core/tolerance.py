@@ -57,8 +57,8 @@ class Tolerance:
             worst-class accuracy of all committed states, or the state at the `start` of the stream.
     """
 
-    max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
-    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1
+    max_loss_rise: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.1
+    max_accuracy_drop: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.1
     reference: Literal["previous", "best", "start"] = "previous"
 
     @property
