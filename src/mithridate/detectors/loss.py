@@ -9,9 +9,8 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
+from mithridate.core.model import Criterion, check_labels
 from mithridate.core.registry import register, settings
-from mithridate.core.tolerance import check_labels
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
 

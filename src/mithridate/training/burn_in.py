@@ -176,7 +176,7 @@ def burn_in(
         load_weights(Path(how.checkpoint), model)
         return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="")
     seed = seed if how.seed is None else how.seed
-    learner = Learner(model, _sgd(model, how))
+    learner = Learner(model, _sgd(model, how), seed=seed)
     if cache is None:
         began = time.perf_counter()
         for epoch in range(1, how.epochs + 1):
