@@ -198,6 +198,20 @@ def test_a_train_method_of_the_models_own_is_called_and_flags_come_back_though_i
     assert differing(state(model), before) == []
 
 
+@pytest.mark.parametrize("part", ["batch norm", "dropout"])
+def test_what_is_frozen_is_part_of_a_snapshot(part: str, tmp_path: Path) -> None:
+    whole = learner_of(part)
+    whole.model.get_submodule("0").eval()
+    whole.update(batch_of(0))
+    save_snapshot(tmp_path / "state", whole.snapshot())
+    whole.update(batch_of(1))
+    resumed = learner_of(part)
+    resumed.restore(load_snapshot(tmp_path / "state")[0])
+    resumed.update(batch_of(1))
+    assert differing(state(resumed.model), state(whole.model)) == []
+    assert not resumed.model.get_submodule("0").training
+
+
 # What is drawn.
 
 
@@ -347,6 +361,7 @@ def test_snapshots_of_a_compiled_model_are_those_of_the_model_that_was_compiled(
     for learner in (plain, fast):
         learner.restore(read)
         assert all(torch.equal(t, snapshot.parameters[name]) for name, t in learner.snapshot().parameters.items())
+    assert all(m.training for m in model.modules())
     old = Weights(snapshot.parameters, snapshot.buffers)
     x = batch_of(5).x
     torch.testing.assert_close(old.logits(model, x), old.logits(plain.model, x))

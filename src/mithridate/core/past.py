@@ -94,9 +94,11 @@ class Snapshot:
         buffers: Buffers by name (BatchNorm statistics among them), likewise.
         optimiser: The optimiser's state dict (momentum and the like).
         step: Number of updates made.
+        in_eval: Names of the modules that are in eval mode by themselves (frozen ones); None where that is not known.
     """
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     optimiser: Mapping[str, Any]
     step: int
+    in_eval: tuple[str, ...] | None = None

@@ -1,8 +1,10 @@
 """Settings: frozen, keyword-only dataclasses whose values are checked, and the messages when one is wrong."""
 
 import dataclasses
+import inspect
+import math
 from collections.abc import Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -18,8 +20,13 @@ T = TypeVar("T")
 def settings(cls: type[T]) -> type[T]:
     """Make a class a frozen, keyword-only dataclass whose keys, types and ranges are checked when it is made.
 
-    A value that is wrong raises `ConfigError`, from Python as from a recipe.
+    A value that is wrong raises `ConfigError`, from Python as from a recipe. Infinity is wrong, unless the field says
+    `allow_inf_nan=True`, or has infinity for its default or its neutral value.
     """
+    neutral = vars(cls).get("neutral", {})
+    for name, kind in inspect.get_annotations(cls).items():
+        if any(isinstance(value, float) and math.isinf(value) for value in (vars(cls).get(name), neutral.get(name))):
+            cls.__annotations__[name] = Annotated[kind, pydantic.Field(allow_inf_nan=True)]
     config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
     rebuild_dataclass(checked)  # a type that is not known yet is an error now: later, pydantic would replace `__init__`

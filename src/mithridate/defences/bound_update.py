@@ -42,7 +42,7 @@ class BoundUpdate(Defence):
     neutral: ClassVar[Mapping[str, Any]] = {"clip_norm": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"clip_norm": 0.01}
 
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
 
     @torch.no_grad()

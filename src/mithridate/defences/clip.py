@@ -31,7 +31,7 @@ class Clip(Defence):
     neutral: ClassVar[Mapping[str, Any]] = {"clip_norm": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"clip_norm": 0.1}
 
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
     how: Literal["scale", "project"] = "scale"
 

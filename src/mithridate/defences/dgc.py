@@ -60,7 +60,7 @@ class DGC(LookingBack, Defence):
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.5
     rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     flagged: Literal["clip", "drop"] = "clip"
-    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None

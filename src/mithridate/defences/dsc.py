@@ -62,7 +62,7 @@ class DSC(LookingBack, Correcting):
     neutral: ClassVar[Mapping[str, Any]] = {"mu": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"mu": 0.0, "tau": 0.0, "old": "back", "back": 1, "on_missing": "closed"}
 
-    mu: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.5
+    mu: Annotated[float, Field(ge=0)] = 0.5
     tau: Annotated[float, Field(ge=0)] = 0.02
     target_rate: Annotated[float, Field(gt=0, lt=1)] | None = None
     stop: Literal["sample", "batch"] = "sample"

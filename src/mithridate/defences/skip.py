@@ -62,7 +62,7 @@ class Skip(Defence):
     active: ClassVar[Mapping[str, Any]] = {"threshold": 0.0, "warmup": 1}
 
     window: Annotated[int, Field(ge=2)] = 50
-    threshold: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 4.0
+    threshold: Annotated[float, Field(ge=0)] = 4.0
     warmup: Annotated[int, Field(ge=1)] = 5
     watch: Literal["loss", "gradient", "either"] = "either"
     robust: bool = False

@@ -60,7 +60,7 @@ class ReplyLimits:
     max_examples: Annotated[int, Field(ge=1)] | None = None
     max_examples_ratio: Annotated[float, Field(ge=1, allow_inf_nan=True)] = 10.0
     statistics: tuple[str, ...] = STATISTICS
-    statistics_clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = math.inf
+    statistics_clip_norm: Annotated[float, Field(gt=0)] = math.inf
 
     def capped(self, counts: Sequence[float]) -> list[float]:
         """What each reported number of examples counts for; one that no cap touches is returned as it is.

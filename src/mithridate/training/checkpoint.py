@@ -55,6 +55,7 @@ def save_snapshot(
     header = {
         "format": FORMAT,
         "step": snapshot.step,
+        "in_eval": snapshot.in_eval,
         "param_groups": _plain(snapshot.optimiser["param_groups"], "group", tensors),
         "optimiser_plain": json_state,
         "note": note,
@@ -116,7 +117,14 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
             elif kind != "within":
                 parts[kind][rest] = tensor
         optimiser = {"state": state, "param_groups": groups}
-        snapshot = Snapshot(parts["parameter"], parts["buffer"], optimiser, int(header["step"]))
+        in_eval = header.get("in_eval")  # older snapshots do not say
+        snapshot = Snapshot(
+            parts["parameter"],
+            parts["buffer"],
+            optimiser,
+            int(header["step"]),
+            None if in_eval is None else tuple(in_eval),
+        )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is missing, cut off or not a checkpoint of this library ({type(error).__name__}: {error}); delete "

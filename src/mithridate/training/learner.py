@@ -207,11 +207,12 @@ class Learner(DefendedStep):
         parameters, buffers = (
             {uncompiled(name): t for name, t in tensors.items()} for tensors in (now.parameters, now.buffers)
         )
-        return Snapshot(parameters, buffers, copy.deepcopy(self.optimiser.state_dict()), self.step)
+        in_eval = tuple(dict.fromkeys(_place(name) for name, m in self.model.named_modules() if not m.training))
+        return Snapshot(parameters, buffers, copy.deepcopy(self.optimiser.state_dict()), self.step, in_eval)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state and step.
+        """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state, train flags and step.
 
         Raises:
             CheckpointError: Names or shapes are not those of this model and optimiser; nothing has changed then.
@@ -229,7 +230,15 @@ class Learner(DefendedStep):
                 if isinstance(value, Tensor) and isinstance(loaded.get(key), Tensor):
                     loaded[key] = value.to(loaded[key].device)
         put_weights(self.model, weights)
+        if snapshot.in_eval is not None:
+            for name, m in self.model.named_modules():
+                m.training = _place(name) not in snapshot.in_eval
         self.step = snapshot.step
+
+
+def _place(module_name: str) -> str:
+    """The name of a module as it was before compiling."""
+    return uncompiled(f"{module_name}.").strip(".")
 
 
 def _by_index(optimiser: Optimizer) -> list[tuple[int, dict[str, Any]]]:

@@ -90,7 +90,7 @@ class AccumulativeUpdates(HostileShare):
     clean_weight: Factor = 0.0
     normalise: Normalise = "global"
     spread: Factor = 0.0
-    radius: Annotated[float, Field(gt=0, allow_inf_nan=True)] = math.inf
+    radius: Annotated[float, Field(gt=0)] = math.inf
     norm: Norm = "l2"
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
