@@ -110,7 +110,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "GLU": lambda: Function(F.glu, 2 * WIDTH),
     "Hardsigmoid": lambda: Function(lambda x: F.hardsigmoid(x) * x),
     "Hardswish": lambda: Function(F.hardswish),
-    "a function of the user's own": lambda: Function(Squared.apply),  # type: ignore[no-untyped-call]
+    "a function of the user's own": lambda: Function(Squared.apply),
     "a constant made without gradients": Scaled,
 }
 
@@ -146,13 +146,12 @@ def test_they_are_those_of_double_backward(layer: str, mode: BatchNormMode) -> N
         in_x, in_p = slope(along, {"x": pixels})["x"], slope(along, p)
         third = slope(calculus.inner(in_p, u), {"x": pixels})["x"]
     with box.objective(mode) as objective:
-        tolerance = {"rtol": 1e-8, "atol": 1e-11}
-        assert_close(calculus.mixed_partial(objective, box.parameters, x, y, v), in_x.detach(), **tolerance)
+        assert_close(calculus.mixed_partial(objective, box.parameters, x, y, v), in_x.detach(), rtol=1e-8, atol=1e-11)
         for name, t in calculus.hessian_vector_product(objective, box.parameters, x, y, v).items():
-            assert_close(t, in_p[name].detach(), **tolerance)
+            assert_close(t, in_p[name].detach(), rtol=1e-8, atol=1e-11)
         if layer != "encoder":  # torch's own third derivative of LayerNorm is wrong; the differences below hold it
             found = calculus.mixed_partial_of_curvature(objective, box.parameters, x, y, u, v)
-            assert_close(found, third.detach(), **tolerance)
+            assert_close(found, third.detach(), rtol=1e-8, atol=1e-11)
 
 
 def test_third_derivatives_of_an_encoder_are_differences_of_second_ones() -> None:
@@ -206,7 +205,7 @@ def test_where_there_is_no_way_the_layer_is_named() -> None:
             pytest.raises(ConfigError, match=r"the layer 1 \(Function\) has no second derivative"),
             box.objective() as f,
         ):
-            derivative(f, box.parameters, x, y, v)  # type: ignore[operator]
+            derivative(f, box.parameters, x, y, v)
 
 
 def test_a_loss_that_is_wrong_in_itself_says_so() -> None:

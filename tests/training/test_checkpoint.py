@@ -376,6 +376,7 @@ def test_a_part_that_was_wrapped_by_itself_is_found(tmp_path: Path) -> None:
 def test_a_tied_parameter_may_come_under_one_name(missing: str, tmp_path: Path) -> None:
     """As safetensors saves it, and as our own snapshots do."""
     source, target = filled(Tied, 1), filled(Tied, 2)
+    assert isinstance(target, Tied)
     state = {name: t for name, t in source.state_dict().items() if name != missing}
     safetensors.torch.save_file(state, tmp_path / "a.safetensors")
     load_weights(tmp_path / "a.safetensors", target)

@@ -288,6 +288,8 @@ def test_statistics_that_overflow_are_a_verdict() -> None:
 
 def test_infinities_that_belong_to_a_model_are_no_fault() -> None:
     class Masked(nn.Module):
+        mask: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(WIDTH, CLASSES + 1)

@@ -35,6 +35,9 @@ def batch_of(seed: int, n: int = 8) -> Batch:
 class Counting(nn.Module):
     """Counts the passes in a buffer, and gives up the buffer that it had for a new one."""
 
+    passes: Tensor
+    largest: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("passes", torch.zeros(()))
@@ -276,7 +279,7 @@ class Odd(Optimizer):
         super().__init__(parameters, {"lr": torch.tensor(0.05), "pair": (0.9, 0.5)})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is needed
         for group in self.param_groups:
             assert isinstance(group["pair"], tuple)
             for p in group["params"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,8 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
     else:
         args = tuple(x)
     output = module(*args, **kwargs) if state is None else functional_call(module, _apart(module, state), args, kwargs)
-    if isinstance(output, Tensor):
-        logits = output
-    else:
+    logits: Any = output
+    if not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ConfigError(
@@ -144,11 +143,11 @@ def _as_error(message: str) -> Iterator[None]:
         yield
 
 
-def unknown_labels(outputs: int, y: Tensor) -> Tensor:
+def unknown_labels(outputs: float, y: Tensor) -> Tensor:
     """Which class numbers a model has no output for: (n, ...) int64 -> (n,) bool; `IGNORED` ones are known.
 
     Args:
-        outputs: How many the model has.
+        outputs: How many the model has; infinite if targets are no class numbers.
         y: Class numbers.
     """
     unknown = ((y < 0) & (y != IGNORED)) | (y >= outputs)
@@ -278,7 +277,7 @@ def _eager() -> AbstractContextManager[None]:
     """Compiled models as they were before: what the compiler makes can be differentiated only once."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call,no-any-return]  # torch gives it no types
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]  # torch gives it no types
 
 
 def _without_second_derivative(module: nn.Module, x: Tensor) -> str:

@@ -16,7 +16,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -81,7 +81,7 @@ def _either(
 @contextmanager
 def _differentiable_kernels() -> Iterator[None]:
     """Without the fused attention and recurrent layers whose backward passes torch cannot differentiate."""
-    backends = (torch.backends.mkldnn, torch.backends.cudnn)
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
     enabled = [backend.enabled for backend in backends]
     try:
         for backend in backends:
@@ -143,7 +143,7 @@ def _along_by_backward(objective: Objective, leaves: Parameters, x: Tensor, y: T
 
 def refuse_once_differentiable(value: Tensor) -> None:
     """Raise where a function may be differentiated only once: torch then drops its part of a derivative unsaid."""
-    waiting, seen = [value.grad_fn], {None}
+    waiting, seen = [value.grad_fn], set[object]()
     while waiting:
         node = waiting.pop()
         if node in seen or node is None:
