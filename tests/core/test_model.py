@@ -131,7 +131,8 @@ def test_looking_at_a_model_changes_nothing(mode: BatchNormMode, net: Net) -> No
     before, state = flags(net), statistics(net)
     box, batch = WhiteBox(net, F.cross_entropy), batch_of(8)
     with box.objective(mode) as objective:
-        assert {m.training for m in net.modules()} == {mode == "train"}
+        assert {m.training for m in net.modules() if m not in set(net.frozen.modules())} == {mode == "train"}
+        assert not any(m.training for m in net.frozen.modules())
         objective(box.parameters, *batch)
     assert flags(net) == before
     assert same(statistics(net), state)
@@ -228,7 +229,8 @@ def test_every_module_gets_its_own_flag_back(net: Net) -> None:
         assert not any(m.training for m in net.modules())
     assert flags(net) == before
     with in_mode(net, "train"):
-        assert all(m.training for m in net.modules())
+        frozen = set(net.frozen.modules())
+        assert all(m.training is (m not in frozen) for m in net.modules())
         assert net.norm.track_running_stats  # an update records
     assert flags(net) == before
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import DataError
-from mithridate.core.model import IGNORED, WhiteBox
+from mithridate.core.model import IGNORED, WhiteBox, check_labels
 from mithridate.core.past import Weights
-from mithridate.core.tolerance import BEST, START, Quality, Tolerance, check_labels, quality
+from mithridate.core.tolerance import BEST, START, Quality, Tolerance, quality
 
 STATES = [Quality(1.0, 0.5), Quality(0.8, 0.4), Quality(0.9, 0.7), Quality(math.nan, 0.1), Quality(2.0, 0.2)]
 

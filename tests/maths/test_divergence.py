@@ -48,3 +48,54 @@ def test_certain_answers_stay_finite_and_bounded() -> None:
     assert float(divergence(old, now, "js")) == pytest.approx(math.log(2))
     assert float(divergence(old, now, "tv")) == pytest.approx(1)
     assert float(divergence(old, now, "kl")) == pytest.approx(400)
+
+
+def by_definition(old: list[float], now: list[float], kind: Divergence) -> float:
+    """One sample's divergence in Python's own doubles, term by term, with 0 log 0 = 0."""
+    if kind == "l2":
+        return math.sqrt(sum((0.0 if a == b else a - b) ** 2 for a, b in zip(old, now, strict=True)))
+
+    def probabilities(z: list[float]) -> list[float]:
+        weights = [math.exp(value - max(z)) for value in z]
+        return [weight / sum(weights) for weight in weights]
+
+    def kl(p: list[float], q: list[float]) -> float:
+        pairs = [(a, b) for a, b in zip(p, q, strict=True) if a > 0]
+        return math.inf if any(b == 0 for _, b in pairs) else sum(a * math.log(a / b) for a, b in pairs)
+
+    p, q = probabilities(old), probabilities(now)
+    middle = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+    return {
+        "kl": kl(p, q),
+        "kl_reverse": kl(q, p),
+        "js": (kl(p, middle) + kl(q, middle)) / 2,
+        "tv": sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2,
+    }[kind]
+
+
+IMPOSSIBLE = {
+    "in both": ([0.3, -math.inf, 1.0], [-0.2, -math.inf, 0.9]),
+    "in the old one": ([0.3, -math.inf, 1.0], [-0.2, 0.1, 0.9]),
+    "in the current one": ([0.3, 0.1, 1.0], [-0.2, -math.inf, 0.9]),
+    "in each another one": ([0.3, -math.inf, 1.0], [-math.inf, 0.1, 0.9]),
+    "all but one, the same": ([-math.inf, 2.0, -math.inf], [-math.inf, 2.0, -math.inf]),
+    "all but one, another": ([-math.inf, 2.0, -math.inf], [2.0, -math.inf, -math.inf]),
+    "by rounding": ([0.0, -5000.0, 1.0], [0.0, -4000.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_impossible_classes_are_counted_as_the_definition_says(case: str, kind: Divergence, dtype: torch.dtype) -> None:
+    old, now = IMPOSSIBLE[case]
+    found = float(divergence(torch.tensor([old], dtype=dtype), torch.tensor([now], dtype=dtype), kind))
+    assert found == pytest.approx(by_definition(old, now, kind), rel=64 * torch.finfo(dtype).eps, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["kl", "kl_reverse", "js"])
+def test_an_impossible_class_leaves_the_gradient_finite(kind: Divergence) -> None:
+    old, now = torch.tensor([[0.3, -math.inf, 1.0]]), torch.tensor([[-0.2, -math.inf, 0.9]], requires_grad=True)
+    (slope,) = torch.autograd.grad(divergence(old, now, kind).sum(), now)
+    assert bool(slope.isfinite().all())
+    assert float(slope.abs().max()) > 0

@@ -530,8 +530,8 @@ def test_what_a_valid_input_is_comes_from_the_stream_unless_the_learner_knows(
     stream: Stream, victim: NewLearner
 ) -> None:
     """A correction does not leave the pixels; a learner with a domain of its own keeps that."""
-    narrow = Domain(0.2, 0.8)
-    for domain, expected in ((None, stream.domain), (narrow, narrow)):
+    wide = Domain(-0.5, 1.5)
+    for domain, expected in ((None, stream.domain), (wide, wide)):
         seen: list[Domain] = []
 
         class Looking(Defence):

@@ -7,7 +7,8 @@ import math
 import os
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,208 @@ def test_the_header_is_json_and_tensors_are_named_by_what_they_are(tmp_path: Pat
     assert held["step"] == 1
     assert held["note"] == "n"
     assert kinds == {"parameter", "buffer", "optimiser"}
+
+
+# Wrapped, tied, and other people's.
+
+
+class Tied(nn.Module):
+    """An embedding that is its own answer layer, as in language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embedding(x).mean(1))
+        return out
+
+
+class Named(nn.Module):
+    """Its children are really called what wrappers are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight = nn.Linear(3, 2), nn.Parameter(torch.zeros(2))
+        self._module = nn.Linear(2, 2)
+
+
+class Nested(nn.Module):
+    """So that taking a wrapper's name off makes another parameter's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Sequential()
+        self.module.add_module("module", nn.Linear(3, 2))
+        self.module.register_parameter("weight", nn.Parameter(torch.zeros(4)))
+
+
+class Wrapper(nn.Module):
+    """Puts its name before the names of what it wraps."""
+
+    def __init__(self, name: str, inner: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, inner)
+
+
+def wrapped(model: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    for name in reversed(names):
+        model = Wrapper(name, model)
+    return model
+
+
+def filled(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    model = make()
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=rng))
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "convolutional": small_model,
+    "tied": Tied,
+    "named": Named,
+    "nested": Nested,
+}
+
+
+@pytest.mark.parametrize(
+    "names", [(), *permutations(["module", "_module", "_orig_mod"]), ("module", "module")], ids=str
+)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("which", ["checkpoint", "model", "both"])
+def test_wrappers_in_any_order_are_taken_off(name: str, names: tuple[str, ...], which: str, tmp_path: Path) -> None:
+    source, target = filled(MODELS[name], 1), filled(MODELS[name], 2)
+    saved = wrapped(source, names) if which != "model" else source
+    torch.save(saved.state_dict(), tmp_path / "a.pt")
+    load_weights(tmp_path / "a.pt", wrapped(target, names) if which != "checkpoint" else target)
+    assert differing(target.state_dict(), source.state_dict()) == []
+
+
+def test_an_averaged_model_fills_the_model_that_it_averages(tmp_path: Path) -> None:
+    source, target = filled(small_model, 1), filled(small_model, 2)
+    averaged = torch.optim.swa_utils.AveragedModel(Wrapper("module", source))
+    averaged.update_parameters(Wrapper("module", source))
+    torch.save({"model_state_dict": averaged.state_dict(), "epoch": 3}, tmp_path / "a.pt")
+    load_weights(tmp_path / "a.pt", target)
+    assert differing(target.state_dict(), source.state_dict()) == []
+
+
+def test_a_part_that_was_wrapped_by_itself_is_found(tmp_path: Path) -> None:
+    source, target = filled(small_model, 1), filled(small_model, 2)
+    state = {name.replace("convolutions.", "convolutions._orig_mod."): t for name, t in source.state_dict().items()}
+    torch.save(state, tmp_path / "a.pt")
+    load_weights(tmp_path / "a.pt", target)
+    assert differing(target.state_dict(), source.state_dict()) == []
+
+
+@pytest.mark.parametrize("missing", ["embedding.weight", "head.weight"])
+def test_a_tied_parameter_may_come_under_one_name(missing: str, tmp_path: Path) -> None:
+    """As safetensors saves it, and as our own snapshots do."""
+    source, target = filled(Tied, 1), filled(Tied, 2)
+    assert isinstance(target, Tied)
+    state = {name: t for name, t in source.state_dict().items() if name != missing}
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    load_weights(tmp_path / "a.safetensors", target)
+    assert differing(target.state_dict(), source.state_dict()) == []
+    assert target.head.weight is target.embedding.weight
+
+
+def test_a_learner_with_tied_weights_goes_on_from_a_file(tmp_path: Path) -> None:
+    def fresh() -> Learner:
+        model = filled(Tied, 1)
+        return Learner(model, AdamW(model.parameters(), lr=0.1))
+
+    def learn_tokens(learner: Learner, seeds: range) -> None:
+        for seed in seeds:
+            rng = torch.Generator().manual_seed(seed)
+            learner.update(Batch(torch.randint(5, (8, 4), generator=rng), torch.randint(5, (8,), generator=rng)))
+
+    learner, again = fresh(), fresh()
+    learn_tokens(learner, range(3))
+    save_snapshot(tmp_path / "a.safetensors", learner.snapshot())
+    again.restore(load_snapshot(tmp_path / "a.safetensors")[0])
+    model = filled(Tied, 2)
+    load_weights(tmp_path / "a.safetensors", model)
+    assert differing(model.state_dict(), learner.model.state_dict()) == []
+    for one in (learner, again):
+        learn_tokens(one, range(3, 6))
+    assert differing(again.model.state_dict(), learner.model.state_dict()) == []
+
+
+@pytest.mark.parametrize(
+    "key", ["net", "model", "state_dict", "model_state_dict", "model_state", "network", "module", "weights", "params"]
+)
+def test_a_state_dict_may_lie_under_any_usual_key(key: str, tmp_path: Path) -> None:
+    optimiser = SGD(small_model().parameters(), lr=0.1).state_dict()
+    torch.save({key: WEIGHTS, "optimizer_state_dict": optimiser, "epoch": 3}, tmp_path / "a.pt")
+    torch.save({"state_dict": {key: prefixed("module.")}, "params": {"lr": 0.1}}, tmp_path / "b.pt")
+    for file in ("a.pt", "b.pt"):
+        model = small_model()
+        load_weights(tmp_path / file, model)
+        assert differing(model.state_dict(), WEIGHTS) == []
+
+
+def test_several_state_dicts_are_not_chosen_from(tmp_path: Path) -> None:
+    torch.save({"model": WEIGHTS, "state_dict": small_model(8).state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"several state dicts \(model, state_dict\)"):
+        load_weights(tmp_path / "a.pt", small_model())
+
+
+def spoiled(name: str, value: Any) -> dict[str, Tensor]:
+    state = {key: t.clone() for key, t in WEIGHTS.items()}
+    if isinstance(value, torch.dtype):
+        state[name] = state[name].to(value)
+    else:
+        state[name].view(-1)[0] = value
+    return state
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (spoiled("fc2.weight", math.nan), r"'fc2.weight' holds 1 of \d+ values that are NaN or infinite"),
+        (spoiled("fc2.bias", -math.inf), "'fc2.bias' holds 1 of 4 values"),
+        (spoiled("fc2.weight", torch.int8), r"'fc2.weight' is torch\.int8"),
+        (spoiled("fc2.weight", torch.complex64), r"'fc2.weight' is torch\.complex64"),
+    ],
+    ids=["nan", "infinite", "quantised", "complex"],
+)
+def test_weights_that_no_training_gives_are_refused(state: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "a.pt")
+    model = small_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_weights(tmp_path / "a.pt", model)
+    assert differing(model.state_dict(), before) == []
+
+
+def test_ties_that_a_checkpoint_does_not_keep_are_told(tmp_path: Path) -> None:
+    state = {name: t.clone() for name, t in filled(Tied, 1).state_dict().items()}
+    state["head.weight"][0, 0] += 1
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"'embedding\.weight' and 'head\.weight' are one parameter in the model"):
+        load_weights(tmp_path / "a.pt", filled(Tied, 2))
+
+
+def test_what_is_meant_to_be_infinite_may_be(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+
+    source, target = filled(Masked, 1), filled(Masked, 2)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    load_weights(tmp_path / "a.pt", target)
+    assert differing(target.state_dict(), source.state_dict()) == []
+
+
+def test_a_checkpoint_in_half_precision_fills_a_model_in_single(tmp_path: Path) -> None:
+    torch.save({name: t.half() if t.is_floating_point() else t for name, t in WEIGHTS.items()}, tmp_path / "a.pt")
+    model = small_model()
+    load_weights(tmp_path / "a.pt", model)
+    assert torch.equal(model.state_dict()["fc2.weight"], WEIGHTS["fc2.weight"].half().float())

@@ -88,3 +88,31 @@ def test_an_old_model_of_another_architecture_is_refused() -> None:
 def test_impossible_sizes(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         History(**wrong)  # type: ignore[arg-type]  # on purpose: what is refused
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("made", [0, 2, 6])
+@pytest.mark.parametrize("again", [False, True], ids=["next update", "the same update again"])
+def test_what_was_recorded_for_an_update_that_failed_is_forgotten(
+    tmp_path: Path, on_disk: bool, made: int, again: bool
+) -> None:
+    history = recorded(History(keep=3, folder=tmp_path if on_disk else None), made)
+    before, files = history.tensors(), {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    step = max(made - again, 0)
+
+    def fail() -> None:
+        with history.recording(step, model_at(100.0)):
+            assert level(history.back(0)) == 100
+            assert len({key.partition(".")[0] for key in history.tensors()}) <= 3
+            raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        fail()
+    after = history.tensors()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+    with history.recording(step, model_at(100.0)):
+        pass
+    assert level(history.back(0)) == 100
+    assert len(list(tmp_path.iterdir())) == (min(step + 1, 3) if on_disk else 0)

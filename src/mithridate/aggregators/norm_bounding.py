@@ -41,7 +41,7 @@ class NormBounding(Aggregator):
         "consensus": "a row longer than clip_norm is clipped even if all agree",
     }
 
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1.0
     norm: Norm = "l2"
 
     def most_hostile(self, n: int) -> int:

@@ -14,9 +14,10 @@ from mithridate.attacks.budget import Budgeted, Factor, StepSize
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import BatchNormMode, WhiteBox, answer, in_mode
 from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.seeding import no_draws
 from mithridate.core.tolerance import Tolerance, quality
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball
@@ -50,8 +51,10 @@ class GateAware(Tolerance, Budgeted):
         inner: The attack that is shrunk, a table as in a recipe, without the three fields above:
             `{name = "pgd", steps = 5}`. It is completed with that attack's defaults. By default `accumulative` with
             `after_step`: the trigger is then crafted for the model as the shrunk batch really left it.
-        max_loss_rise: By how much the mean loss on S_val may rise in a step, in the unit of the criterion, >= 0.
-        max_accuracy_drop: By how much the accuracy of the worst class of S_val may fall, a fraction, >= 0.
+        max_loss_rise: By how much the mean loss on S_val may rise in a step, in the unit of the criterion, >= 0;
+            `inf` is off.
+        max_accuracy_drop: By how much the accuracy of the worst class of S_val may fall, a fraction, >= 0; `inf` is
+            off.
         reference: Compared with what: the `previous` state, the `best` loss and worst-class accuracy so far, or the
             state at the `start`.
         halvings: Steps of the bisection, >= 0: the share is found to within 2^-halvings; 0: all or nothing.
@@ -227,14 +230,13 @@ def rehearsed(
         weight_decay: Its L2 penalty.
         mode: BatchNorm in the step; statistics are recorded in `train`.
     """
-    twin = copy.deepcopy(box.module).train(mode == "train")
+    twin = copy.deepcopy(box.module)
     optimiser = SGD(twin.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
     optimiser.zero_grad(set_to_none=True)
     for name, parameter in twin.named_parameters():
         if name in buffer:
             optimiser.state[parameter]["momentum_buffer"] = buffer[name].clone()
-    devices = [batch.x.device] if batch.x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():  # dropout draws from the global generator
-        torch.autograd.backward(box.criterion(twin(batch.x), batch.y))
+    with in_mode(twin, mode), no_draws(twin), torch.enable_grad():  # dropout draws from the global generator
+        torch.autograd.backward(box.criterion(answer(twin, batch.x), batch.y))
     optimiser.step()
     return twin

@@ -186,6 +186,7 @@ def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, contex
         history=_history(cell, defence, result),
         training=Loader(stream.burn_in, EVALUATION_BATCH, context.device),
         domain=stream.domain,
+        seed=cell.seed,
         update_mode=cell.recipe.update_mode,
     )
     learner.restore(Snapshot(burned.parameters, burned.buffers, optimiser.state_dict(), step=0))

@@ -74,6 +74,10 @@ class Spread(NamedTuple):
         return Spread(self.diameter + 2 * by, self.widths + 2 * by, self.length + by)
 
 
+class NotFiniteError(AssertionError):
+    """A rule made NaN or infinity of finite rows: a defect in it, which a server need not stop for."""
+
+
 class Aggregator(ABC):
     """Makes one update of many, some of which may be hostile. Override `combine`, `most_hostile` and `worst_deviation`.
 
@@ -143,6 +147,7 @@ class Aggregator(ABC):
             DataError: Rows, weights, ids or the trusted update are of the wrong shape or hold unusable numbers; names
                 the clients.
             ThreatModelError: The rule needs a trusted update and there is none.
+            NotFiniteError: The rule made NaN or infinity of finite rows.
         """
         name = type(self).__name__
         check_rows(rows, clients=context.clients, weights=context.weights, trusted=context.trusted, where=name)
@@ -157,5 +162,5 @@ class Aggregator(ABC):
             kinds = f"{update.dtype} {tuple(update.shape)} of {rows.dtype} {tuple(rows.shape)}"
             raise AssertionError(f"{name} made {kinds}")
         if not update.isfinite().all():
-            raise AssertionError(f"{name} made NaN or infinity of finite rows")
+            raise NotFiniteError(f"{name} made NaN or infinity of finite rows")
         return update

@@ -96,6 +96,8 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
     Raises:
         DataError: No tensors, a tensor without rows, or lengths that differ.
     """
+    if not isinstance(batch, Batch):
+        raise DataError(f"{where} is a {type(batch).__name__}; give a Batch(inputs, targets).")
     x, y = batch
     if not isinstance(x, Tensor | Mapping | Sequence) or isinstance(x, str):
         raise DataError(

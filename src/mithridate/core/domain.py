@@ -30,9 +30,28 @@ class Domain(NamedTuple):
 
     def holds(self, x: Tensor) -> bool:
         """Whether all inputs are valid, up to `TOLERANCE`; NaN is not."""
-        low, high = (torch.as_tensor(b, dtype=x.dtype, device=x.device) for b in self)
+        return bool(self.inside(x).all())
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Which samples are valid, up to `TOLERANCE`, those with NaN not: (n, ...) -> (n,) bool.
+
+        Raises:
+            DataError: The bounds are of another shape than a sample.
+        """
+        dtype = x.dtype if x.is_floating_point() else torch.float64
+        low, high = (torch.as_tensor(b, dtype=dtype, device=x.device) for b in self)
+        for bound in (low, high):
+            if bound.ndim and bound.shape != x.shape[1:]:
+                raise DataError(
+                    f"inputs have the shape {tuple(x.shape[1:])}, and the domain's bounds {tuple(bound.shape)}: give "
+                    "one bound a value of a sample, or one for all."
+                )
         slack = TOLERANCE * torch.nan_to_num(high - low, nan=0.0, posinf=0.0)
-        return bool(((x >= low - slack) & (x <= high + slack)).all())
+        low, high = low - slack, high + slack
+        if low.ndim == high.ndim == 0 and x.numel():
+            least, most = torch.aminmax(x.reshape(len(x), -1), dim=1)  # of which NaN makes NaN
+            return (least >= low) & (most <= high)
+        return ((x >= low) & (x <= high)).reshape(len(x), -1).all(1)
 
     def _bound(self, bound: Tensor | float, x: Tensor) -> Tensor | float:
         mixed = isinstance(self.low, Tensor) or isinstance(self.high, Tensor)

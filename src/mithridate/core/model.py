@@ -1,17 +1,21 @@
 """What is looked at: a model, its loss as a pure function, and what it was earlier."""
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mithridate.core.batch import Inputs
-from mithridate.core.errors import ConfigError
-from mithridate.maths.calculus import Objective, Parameters
+from mithridate.core.batch import Inputs, each_tensor
+from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.seeding import no_draws
+from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, refuse_once_differentiable
 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
@@ -26,14 +30,18 @@ IGNORED = -100
 def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = None) -> Tensor:
     """What a model says of inputs: its logits, or whatever else its criterion takes.
 
+    The model gets copies: one that writes to its inputs, or to the buffers in `state`, changes nothing of the caller's.
+
     Args:
         module: A model that gives a tensor, or an object or mapping with a tensor under `logits`.
         x: A tensor, a mapping (keyword arguments) or a sequence (positional ones).
         state: Parameters and buffers to use in place of the module's, by name; the others stay the module's.
 
     Raises:
-        ConfigError: The model gives something else.
+        ConfigError: The model gives something else, or no floats; or it is of a kind whose parameters cannot be
+            replaced.
     """
+    x = each_tensor(x, Tensor.clone)
     args: tuple[Tensor, ...] = ()
     kwargs: dict[str, Tensor] = {}
     if isinstance(x, Tensor):
@@ -42,16 +50,142 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
         kwargs = dict(x)
     else:
         args = tuple(x)
-    output = module(*args, **kwargs) if state is None else functional_call(module, dict(state), args, kwargs)
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    output = module(*args, **kwargs) if state is None else functional_call(module, _apart(module, state), args, kwargs)
+    logits: Any = output
+    if not isinstance(output, Tensor):
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise ConfigError(
             f"{type(module).__name__} gives a {type(output).__name__}; a model must give a tensor, or an object with a "
             "tensor under `.logits`. Wrap it in a module that does."
         )
+    if not logits.is_floating_point() or logits.ndim == 0:
+        raise ConfigError(
+            f"{type(module).__name__} gives {logits.dtype} of shape {tuple(logits.shape)}; a model must give floats, a "
+            "row a sample (logits, not the class)."
+        )
     return logits
+
+
+def _apart(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with copies of all buffers that a forward pass may write to."""
+    if isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
+        kind = "traced or scripted" if isinstance(module, torch.jit.ScriptModule) else "wrapped in DataParallel"
+        raise ConfigError(
+            f"the model, a {type(module).__name__}, is {kind}, so that it cannot be computed with other parameters "
+            "than its own; give the module that is inside, as it was before."
+        )
+    written = {name: state.get(name, b).detach().clone() for name, b in _other_buffers(module).items()}
+    return {**state, **written}
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Layers whose buffers are known to stay as they are in eval mode, and without `track_running_stats`."""
+
+
+def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a forward pass may write to although BatchNorm does not record: those of all other layers."""
+    return {
+        f"{prefix}.{name}" if prefix else name: b
+        for prefix, m in module.named_modules()
+        if m._buffers and type(m) not in _NORMS
+        for name, b in m._buffers.items()
+        if b is not None
+    }
+
+
+def loss_of(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) -> Tensor:
+    """The mean loss, a scalar.
+
+    Args:
+        criterion: (logits, targets) -> mean loss.
+        logits: What a model said.
+        y: Targets.
+        where: Names the samples in messages.
+
+    Raises:
+        DataError: The targets do not fit the model, or the criterion.
+        ConfigError: The criterion gives no scalar.
+    """
+    check_labels(logits, y, where=where)
+    return _compared(criterion, logits, y, where=where)
+
+
+def _compared(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) -> Tensor:
+    """The mean loss of targets that have been looked at before."""
+    try:
+        # Of outputs (n, 1) and targets (n,) torch makes n * n pairs, and only warns.
+        spread = y.is_floating_point() and logits.shape != y.shape
+        with _as_error("Using a target size") if spread else nullcontext():
+            loss = criterion(logits, y)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, UserWarning) as error:
+        if isinstance(error, NotImplementedError):  # of forward mode, which is none of the targets' faults
+            raise
+        raise DataError(
+            f"{where}: the criterion cannot compare outputs {logits.dtype} {tuple(logits.shape)} with targets "
+            f"{y.dtype} {tuple(y.shape)}: {error}; give targets, or a model, of the shape that the criterion takes."
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(
+            f"the criterion gives {shape}, and a loss is one number: give one that averages over samples "
+            '(reduction="mean").'
+        )
+    return loss.reshape(())
+
+
+@contextmanager
+def _as_error(message: str) -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=message)
+        yield
+
+
+def unknown_labels(outputs: float, y: Tensor) -> Tensor:
+    """Which class numbers a model has no output for: (n, ...) int64 -> (n,) bool; `IGNORED` ones are known.
+
+    Args:
+        outputs: How many the model has; infinite if targets are no class numbers.
+        y: Class numbers.
+    """
+    unknown = ((y < 0) & (y != IGNORED)) | (y >= outputs)
+    return unknown.flatten(1).any(1) if y.ndim > 1 else unknown
+
+
+def names_classes(logits: Tensor, y: Tensor) -> bool:
+    """Whether targets are class numbers of a model that gives such logits.
+
+    Args:
+        logits: (n, classes) or (n, positions, classes).
+        y: (n,) or (n, positions) int64.
+    """
+    return (
+        y.dtype == torch.int64 and logits.ndim == y.ndim + 1 and logits.shape[:-1] == y.shape and logits.shape[-1] > 1
+    )
+
+
+def check_labels(logits: Tensor, y: Tensor, *, where: str) -> None:
+    """Refuse class numbers that a model has no output for.
+
+    Args:
+        logits: (n, classes); of another shape nothing is checked.
+        y: (n,) int64; of another kind nothing is checked.
+        where: Named in the message.
+
+    Raises:
+        DataError: There are some.
+    """
+    if not names_classes(logits, y):
+        return
+    outputs = logits.shape[-1]
+    if bool(unknown_labels(outputs, y).any()):
+        labels = y[y != IGNORED]
+        raise DataError(
+            f"{where}: labels span [{int(labels.min())}, {int(labels.max())}], but the model has {outputs} outputs; "
+            "give labels of the model's own classes, or build it with as many outputs as there are classes."
+        )
 
 
 def right_answers(logits: Tensor, y: Tensor) -> Tensor | None:
@@ -90,46 +224,134 @@ class WhiteBox:
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
     def logits(self, x: Inputs, mode: BatchNormMode = "eval", *, parameters: Parameters | None = None) -> Tensor:
-        """What the model says of inputs, differentiable in them; nothing is recorded.
+        """What the model says of inputs, differentiable in them; nothing is recorded, no global generator drawn from.
 
         Args:
             x: Inputs.
             mode: `eval` uses BatchNorm's running statistics, `train` those of the batch.
             parameters: Trainable ones to use in place of the model's.
         """
-        with frozen_statistics(self.module, mode):
+        with frozen_statistics(self.module, mode), no_draws(self.module):
+            if parameters is None and not torch.is_grad_enabled():
+                return answer(self.module, x)
             return answer(self.module, x, self.parameters if parameters is None else parameters)
 
     @contextmanager
     def objective(self, mode: BatchNormMode = "eval") -> Iterator[Objective]:
         """The loss as a pure function, with BatchNorm in the given mode; flags and statistics come back untouched.
 
+        Equal arguments give equal values inside the block: dropout draws the same numbers, and what a layer would
+        remember of a pass is forgotten.
+
         Args:
             mode: `eval` uses the running statistics. `train` uses those of the batch and records nothing.
+
+        Raises:
+            DataError: (from the function) targets do not fit the model or the criterion.
+            ConfigError: (from the block) a layer has no second derivative, and one was asked for.
         """
-        with frozen_statistics(self.module, mode):
+        looked_at: list[Tensor] = []
 
-            def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
-                return self.criterion(answer(self.module, x, parameters), y)
+        def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
+            with no_draws(self.module):
+                logits = answer(self.module, x, parameters)
+            if not looked_at or looked_at[0] is not y:  # once: an ascent asks again and again
+                check_labels(logits, y, where="targets that a gradient was asked of")
+                looked_at[:] = [y]
+            inputs[:] = [x]
+            return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")
 
-            yield objective
+        inputs: list[Tensor] = []
+        with frozen_statistics(self.module, mode), _eager():
+            try:
+                yield objective
+            except NoDerivativeError as error:
+                raise ConfigError(
+                    f"{_without_second_derivative(self.module, inputs[0].detach())} has no second derivative, which "
+                    f"this needs ({error}); put another layer in its place, or take an attack that follows gradients "
+                    "of the loss alone (pgd)."
+                ) from error
+
+
+def _eager() -> AbstractContextManager[None]:
+    """Compiled models as they were before: what the compiler makes can be differentiated only once."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]  # torch gives it no types
+
+
+def _without_second_derivative(module: nn.Module, x: Tensor) -> str:
+    """The first layer of a model whose gradient cannot be differentiated, by name; the model itself if it is none."""
+    culprits: list[str] = []
+
+    def ask(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def differentiate(layer: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
+            entries = [a.detach().requires_grad_() for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            if culprits or not entries:
+                return
+            rest = iter(entries)
+            try:
+                output = layer.forward(
+                    *(next(rest) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+                )
+                value = (output if isinstance(output, Tensor) else output[0]).sin().sum()
+                (slope,) = torch.autograd.grad(value, entries[:1], create_graph=True, materialize_grads=True)
+                again = slope.sin().sum()
+                refuse_once_differentiable(again)
+                torch.autograd.grad(again, entries[:1], allow_unused=True)
+            except RuntimeError:
+                culprits.append(f"the layer {name} ({type(layer).__name__})")
+
+        return differentiate
+
+    handles = [
+        layer.register_forward_hook(ask(name))
+        for name, layer in module.named_modules()
+        if name and not isinstance(layer, nn.Sequential)
+    ]
+    try:
+        with torch.enable_grad():
+            answer(module, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return culprits[0] if culprits else f"the model, a {type(module).__name__},"
+
+
+_OWN_FLAGS: ContextVar[Mapping[nn.Module, bool]] = ContextVar("own train flags", default={})  # noqa: B039  (never written to)
+"""What the train flags were before the outermost `in_mode`."""
 
 
 @contextmanager
 def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Put a model in eval or train mode; every module's own flag comes back as it was."""
-    training = [(m, m.training) for m in module.modules()]
-    module.train(mode == "train")
+    """Put a model in eval or train mode; every module's own flag comes back as it was.
+
+    A part that is in eval mode while the model as a whole is in train mode is frozen, and stays in eval mode.
+
+    Args:
+        module: The model.
+        mode: `eval` or `train`.
+    """
+    now = [(m, m.training) for m in module.modules()]
+    before = _OWN_FLAGS.get()
+    own = {m: before.get(m, flag) for m, flag in now}
+    token = _OWN_FLAGS.set({**before, **own})
     try:
+        module.train(mode == "train")
+        if mode == "train" and own[module]:
+            for m, flag in own.items():
+                if not flag:
+                    m.training = False
         yield
     finally:
-        for m, flag in training:
+        for m, flag in now:
             m.training = flag
+        _OWN_FLAGS.reset(token)
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Put a model in eval or train mode without letting BatchNorm record; every flag comes back as it was.
+    """Put a model in eval or train mode without letting it record; every flag and buffer comes back as it was.
 
     Args:
         module: The model.
@@ -137,12 +359,33 @@ def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [m.track_running_stats for m in norms]
-    with in_mode(module, mode):
-        if mode == "train":
-            for m in norms:
-                m.track_running_stats = False
+    with in_mode(module, mode), _kept_buffers(module):
         try:
+            if mode == "train":
+                for m in norms:
+                    m.track_running_stats = False
             yield
         finally:
             for m, flag in zip(norms, tracking, strict=True):
                 m.track_running_stats = flag
+
+
+@contextmanager
+def _kept_buffers(module: nn.Module) -> Iterator[None]:
+    """Bring back whatever a layer other than BatchNorm writes to its buffers inside the block."""
+    held = [
+        (m, {name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()})
+        for m in module.modules()
+        if m._buffers and type(m) not in _NORMS
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for m, buffers in held:
+                for name in m._buffers.keys() - buffers.keys():
+                    del m._buffers[name]
+                for name, (b, kept) in buffers.items():
+                    m._buffers[name] = b
+                    if b is not None and kept is not None and not torch.equal(b, kept):
+                        b.copy_(kept)

@@ -1,6 +1,6 @@
 """What a model was earlier."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -105,7 +105,7 @@ class Weights:
             CheckpointError: The past model is of another architecture or class count.
         """
         now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        state = {**self.parameters, **self.buffers}
+        state = named_like(now, {**self.parameters, **self.buffers})
         if now.keys() != state.keys() or any(now[name].shape != state[name].shape for name in now):
             raise CheckpointError(
                 f"the old model ({self.label or 'unnamed'}) is of another architecture or class count than the current "
@@ -115,18 +115,41 @@ class Weights:
             return answer(module, x, state)
 
 
+def uncompiled(name: str) -> str:
+    """The name of a parameter or buffer as it was before `torch.compile` wrapped the model, or a part of it."""
+    return name.replace("_orig_mod.", "")
+
+
+def named_like(own: Iterable[str], tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors by the names that a model has for them now; the same mapping where names differ in more than compiling.
+
+    Args:
+        own: The model's names.
+        tensors: By the names that it had when it was compiled, or was not.
+    """
+    own = list(own)
+    if own == list(tensors):
+        return tensors
+    by_name = {uncompiled(name): t for name, t in tensors.items()}
+    if {uncompiled(name) for name in own} != by_name.keys():
+        return tensors
+    return {name: by_name[uncompiled(name)] for name in own}
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All that a learner is at one moment: a value, detached copies, restored bit for bit.
 
     Args:
-        parameters: Parameters by name.
-        buffers: Buffers by name (BatchNorm statistics among them).
+        parameters: Parameters by name, as it was before `torch.compile`.
+        buffers: Buffers by name (BatchNorm statistics among them), likewise.
         optimiser: The optimiser's state dict (momentum and the like).
         step: Number of updates made.
+        in_eval: Names of the modules that are in eval mode by themselves (frozen ones); None where that is not known.
     """
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     optimiser: Mapping[str, Any]
     step: int
+    in_eval: tuple[str, ...] | None = None

@@ -36,14 +36,36 @@ def generator(*keys: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded_default(seed: int) -> Iterator[None]:
-    """Seed torch's default CPU generator inside the block and give it back its state afterwards.
+def seeded_default(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's default generators inside the block and give them back their states afterwards.
 
-    For code that can draw from nowhere else, such as the constructors of layers. Other devices are left alone.
+    For code that can draw from nowhere else, such as the constructors of layers, or dropout.
 
     Args:
         seed: Any integer in [-2^63, 2^64).
+        device: Whose generator is seeded beside that of the CPU; unset: none.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=_with_generator(device)):
         torch.default_generator.manual_seed(seed)
+        for gpu in _with_generator(device):
+            torch.cuda.default_generators[gpu].manual_seed(seed)
         yield
+
+
+@contextmanager
+def no_draws(module: torch.nn.Module) -> Iterator[None]:
+    """Give torch's default generators back their states after the block, whatever a model draws inside.
+
+    Args:
+        module: Lies on the device whose generator counts beside that of the CPU.
+    """
+    first = next(module.parameters(), None)
+    with torch.random.fork_rng(devices=_with_generator(None if first is None else first.device)):
+        yield
+
+
+def _with_generator(device: torch.device | None) -> list[int]:
+    """The number of a GPU, as torch.random wants it; none for other devices."""
+    if device is None or device.type != "cuda":
+        return []
+    return [torch.cuda.current_device() if device.index is None else device.index]

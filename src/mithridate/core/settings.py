@@ -1,10 +1,11 @@
 """Settings: frozen, keyword-only dataclasses whose values are checked, and the messages when one is wrong."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from types import NoneType
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
@@ -25,8 +26,13 @@ def settings(cls: type[T]) -> type[T]:
 
     A value that is wrong raises `ConfigError`, from Python as from a recipe. Where a field takes a float, it also takes
     a fraction as text, such as "8/255"; where it may be None, "none" is None, unless that is one of its choices.
+    Infinity is wrong, unless the field says `allow_inf_nan=True`, or has infinity for its default or its neutral value.
     """
-    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=True, validate_default=True)
+    neutral = vars(cls).get("neutral", {})
+    for name, kind in inspect.get_annotations(cls).items():
+        if any(isinstance(value, float) and math.isinf(value) for value in (vars(cls).get(name), neutral.get(name))):
+            cls.__annotations__[name] = Annotated[kind, pydantic.Field(allow_inf_nan=True)]
+    config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)
     checked: Any = checked_dataclass(frozen=True, kw_only=True, config=config)(cls)
     rebuild_dataclass(checked)  # a type that is not known yet is an error now: later, pydantic would replace `__init__`
 

@@ -8,8 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
-from mithridate.core.errors import DataError
-from mithridate.core.model import IGNORED, WhiteBox, right_answers
+from mithridate.core.model import IGNORED, WhiteBox, loss_of, right_answers
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Memory
@@ -57,8 +56,8 @@ class Tolerance:
             worst-class accuracy of all committed states, or the state at the `start` of the stream.
     """
 
-    max_loss_rise: Annotated[float, Field(ge=0)] = 0.1
-    max_accuracy_drop: Annotated[float, Field(ge=0)] = 0.1
+    max_loss_rise: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.1
+    max_accuracy_drop: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.1
     reference: Literal["previous", "best", "start"] = "previous"
 
     @property
@@ -111,8 +110,7 @@ def quality(box: WhiteBox, samples: AnyBatch, weights: Weights | None = None) ->
     loss, hits, groups = 0.0, [], []
     for piece in samples.split(CHUNK):
         logits = box.logits(piece.x) if weights is None else weights.logits(box.module, piece.x)
-        check_labels(logits, piece.y, where="trusted samples")
-        loss += float(box.criterion(logits, piece.y)) * piece.size
+        loss += float(loss_of(box.criterion, logits, piece.y, where="trusted samples")) * piece.size
         right = right_answers(logits, piece.y)
         if right is not None:
             hits.append(right)
@@ -129,24 +127,3 @@ def _group_of(y: Tensor) -> Tensor:
     if y.is_floating_point():
         return torch.arange(y[0].numel(), device=y.device).repeat(len(y))
     return y if y.ndim == 1 and not bool((y == IGNORED).any()) else torch.zeros_like(y[y != IGNORED])
-
-
-def check_labels(logits: Tensor, y: Tensor, *, where: str) -> None:
-    """Refuse class numbers that a model has no output for.
-
-    Args:
-        logits: (n, classes); of another shape nothing is checked.
-        y: (n,) int64; of another kind nothing is checked.
-        where: Named in the message.
-
-    Raises:
-        DataError: There are some.
-    """
-    if y.ndim != 1 or y.dtype != torch.int64 or logits.ndim != 2 or logits.shape[1] == 1:
-        return
-    labels = y[y != IGNORED]
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]):
-        raise DataError(
-            f"{where}: labels span [{int(labels.min())}, {int(labels.max())}], but the model has {logits.shape[1]} "
-            "outputs; give labels of the model's own classes, or build it with as many outputs as there are classes."
-        )

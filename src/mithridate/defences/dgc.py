@@ -59,7 +59,7 @@ class DGC(LookingBack, Defence):
     neutral: ClassVar[Mapping[str, Any]] = {"clip_norm": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"clip_norm": 0.1, "threshold": 0.0, "old": "checkpoint"}
 
-    threshold: Annotated[float, Field(ge=0)] = 0.5
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.5
     rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     flagged: Literal["clip", "drop"] = "clip"
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
-from mithridate.core.model import Criterion
+from mithridate.core.model import Criterion, loss_of
 from mithridate.core.past import Epoch
 from mithridate.core.registry import register, settings
-from mithridate.core.tolerance import check_labels
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
 
@@ -58,7 +57,7 @@ class Loss(Detector):
         """(n,), in the unit of the criterion."""
         module, criterion = view.model.module, view.model.criterion
         logits = view.model.logits(batch.x)
-        check_labels(logits, batch.y, where=f"batch given to {view.owner}")
+        loss_of(criterion, logits, batch.y, where=f"batch given to {view.owner}")
         now = _losses(criterion, logits, batch.y)
         if self.epoch is None:
             return -now

@@ -56,9 +56,9 @@ class ReplyLimits:
         Engineering practice.
     """
 
-    max_update_norm: Annotated[float, Field(gt=0)] = 1e9
+    max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1e9
     max_examples: Annotated[int, Field(ge=1)] | None = None
-    max_examples_ratio: Annotated[float, Field(ge=1)] = 10.0
+    max_examples_ratio: Annotated[float, Field(ge=1, allow_inf_nan=True)] = 10.0
     statistics: tuple[str, ...] = STATISTICS
     statistics_clip_norm: Annotated[float, Field(gt=0)] = math.inf
 

@@ -4,6 +4,9 @@ Every second-order quantity here is forward-over-reverse: the derivative, along 
 reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so
 no graph of a backward pass is kept; `torch.func.grad` would keep one.
 
+Some layers (fused attention, LSTM, weight_norm, Hardsigmoid) have no formula for that: for a loss with one of them the
+same quantity is computed by a backward pass through the graph of a backward pass.
+
 Source:
     The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation
     exchanged); Pang et al., NeurIPS 2021, Algorithm 1, for where each derivative is needed.
@@ -13,12 +16,14 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
 
@@ -30,6 +35,62 @@ Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
 
 Normalise = Literal["none", "global", "tensor"]
 """How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
+
+T = TypeVar("T")
+
+
+class NoDerivativeError(RuntimeError):
+    """Torch has no second derivative of the loss, neither in forward mode nor by double backward."""
+
+
+_NO_FORWARD_MODE: WeakSet[Objective] = WeakSet()
+"""Losses that forward mode has failed on: it is not tried again at every step of an ascent."""
+
+
+def _either(
+    objective: Objective, forward: Callable[[], T], double_backward: Callable[[], T], loss: Callable[[], Tensor]
+) -> T:
+    """What forward mode gives; where torch has no formula for it, what double backward gives.
+
+    Args:
+        objective: The loss.
+        forward: Computes the derivative in forward mode.
+        double_backward: Computes the same one.
+        loss: Computes the value alone, which raises where the loss itself is wrong.
+
+    Raises:
+        NoDerivativeError: Both failed, and the loss itself can be computed.
+    """
+    if objective not in _NO_FORWARD_MODE:
+        try:
+            return forward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            _NO_FORWARD_MODE.add(objective)
+    with _differentiable_kernels():
+        try:
+            return double_backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            loss()
+            raise NoDerivativeError(str(error).partition("\n")[0]) from error
+
+
+@contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Without the fused attention and recurrent layers whose backward passes torch cannot differentiate."""
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        with sdpa_kernel([SDPBackend.MATH]):
+            yield
+    finally:
+        for backend, before in zip(backends, enabled, strict=True):
+            backend.enabled = before
 
 
 @functools.cache
@@ -63,9 +124,34 @@ def _leaves(parameters: Parameters) -> Parameters:
     return {name: p.detach().requires_grad_() for name, p in parameters.items()}
 
 
-def _backward(value: Tensor, by: Parameters) -> Parameters:
-    gradients = torch.autograd.grad(value, list(by.values()), allow_unused=True, materialize_grads=True)
+def _backward(value: Tensor, by: Parameters, *, keep_graph: bool = False) -> Parameters:
+    if not value.requires_grad:  # a gradient that is constant
+        return {name: torch.zeros_like(t) for name, t in by.items()}
+    gradients = torch.autograd.grad(
+        value, list(by.values()), allow_unused=True, materialize_grads=True, create_graph=keep_graph
+    )
     return dict(zip(by, gradients, strict=True))
+
+
+def _along_by_backward(objective: Objective, leaves: Parameters, x: Tensor, y: Tensor, v: Parameters) -> Tensor:
+    """<grad_theta L(x), v>, a scalar that can be differentiated."""
+    with Instead(FOR_SECOND):
+        along = inner(_backward(objective(leaves, x, y), leaves, keep_graph=True), v)
+    refuse_once_differentiable(along)
+    return along
+
+
+def refuse_once_differentiable(value: Tensor) -> None:
+    """Raise where a function may be differentiated only once: torch then drops its part of a derivative unsaid."""
+    waiting, seen = [value.grad_fn], set[object]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise NoDerivativeError("a function that was marked with @once_differentiable")
+        waiting += [before for before, _ in node.next_functions]
 
 
 def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -132,9 +218,16 @@ def hessian_vector_product(
 
     def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
         leaves = _leaves(parameters)
-        with _moving(leaves, v) as moving:
-            gradients = _backward(objective(moving, piece_x, piece_y), leaves)
-            return {name: _along(g) for name, g in gradients.items()}
+
+        def forward() -> Parameters:
+            with _moving(leaves, v) as moving:
+                gradients = _backward(objective(moving, piece_x, piece_y), leaves)
+                return {name: _along(g) for name, g in gradients.items()}
+
+        def double_backward() -> Parameters:
+            return _backward(_along_by_backward(objective, leaves, piece_x, piece_y, v), leaves)
+
+        return _either(objective, forward, double_backward, lambda: objective(leaves, piece_x, piece_y))
 
     return _over_chunks(term, x, y, chunk)
 
@@ -165,12 +258,25 @@ def mixed_partial(
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
     """
+
+    def term(piece_x: Tensor, piece_y: Tensor) -> Tensor:
+        leaf = piece_x.detach().requires_grad_()
+
+        def forward() -> Tensor:
+            with _moving(_detached(parameters), v) as moving:
+                return _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
+
+        def double_backward() -> Tensor:
+            along = _along_by_backward(objective, _leaves(parameters), leaf, piece_y, v)
+            return _backward(along, {"x": leaf})["x"]
+
+        return _either(objective, forward, double_backward, lambda: objective(parameters, leaf, piece_y))
+
     terms = []
     for share, piece_x, piece_y in _chunks(x, y, chunk):
-        leaf = piece_x.detach().requires_grad_()
-        with torch.enable_grad(), _moving(_detached(parameters), v) as moving:
-            term = _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
-        terms.append(term if share == 1.0 else share * term)
+        with torch.enable_grad():
+            value = term(piece_x, piece_y)
+        terms.append(value if share == 1.0 else share * value)
     return torch.cat(terms)
 
 
@@ -184,7 +290,7 @@ def mixed_partial_of_curvature(
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """d/dx <u, Hessian_theta L(x) v>: two forward passes nested over one reverse pass.
+    """d/dx <u, Hessian_theta L(x) v>: two forward passes nested over one reverse pass, or three reverse passes.
 
     Args:
         objective: The loss, a pure function.
@@ -207,11 +313,19 @@ def mixed_partial_of_curvature(
             out: Tensor = jvp(lambda q: grad(objective, argnums=1)(q, piece_x, piece_y), (p,), (v,))[1]
             return out
 
-        out: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
-        return out
+        def forward() -> Tensor:
+            out: Tensor = jvp(along_v, (_detached(parameters),), (u,))[1]
+            return out
+
+        def double_backward() -> Tensor:
+            leaves, leaf = _leaves(parameters), piece_x.requires_grad_()
+            along = _backward(_along_by_backward(objective, leaves, leaf, piece_y, v), leaves, keep_graph=True)
+            return _backward(inner(along, u), {"x": leaf})["x"]
+
+        return _either(objective, forward, double_backward, lambda: objective(parameters, piece_x, piece_y))
 
     _load_forward_mode()
-    with Instead(FOR_THIRD):
+    with torch.enable_grad(), Instead(FOR_THIRD):  # without gradients, `Instead` would take all for constants
         return torch.cat([share * curvature_of(px.detach(), py) for share, px, py in _chunks(x, y, chunk)])
 
 

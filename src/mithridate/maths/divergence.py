@@ -20,13 +20,14 @@ def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
         kind: Which distance. KL, JS are in nats (JS at most log 2), TV lies in [0, 1], l2 has the unit of logits.
 
     Shape:
-        old and now (n, classes); returns (n,), >= 0 up to rounding.
+        old and now (n, classes), -inf where a class is impossible; returns (n,), >= 0 up to rounding, and infinite for
+        a KL where what is certain not to be in the one answer may be in the other.
 
     Source:
         Zhu et al., ICML 2023, Definition 3.3 (KL; the released code takes KL(old || now)) and Fig. 7 (JS).
     """
     if kind == "l2":
-        lengths: Tensor = torch.linalg.vector_norm(old - now, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(torch.where(old == now, 0.0, old - now), dim=1)  # inf - inf is NaN
         return lengths
     p, q = F.log_softmax(old, 1), F.log_softmax(now, 1)
     if kind == "tv":
@@ -35,10 +36,12 @@ def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
         return _kl(p, q)
     if kind == "kl_reverse":
         return _kl(q, p)
-    middle = torch.logaddexp(p, q) - math.log(2)
+    neither = (p == -math.inf) & (q == -math.inf)  # logaddexp has no derivative there
+    middle = torch.logaddexp(p.masked_fill(neither, 0.0), q.masked_fill(neither, 0.0)) - math.log(2)
+    middle = middle.masked_fill(neither, -math.inf)
     return 0.5 * (_kl(p, middle) + _kl(q, middle))
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) of two log-distributions."""
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
+    """KL(p || q) of two log-distributions; a class of probability 0 in p adds nothing (0 log 0 = 0)."""
+    return (p.exp() * torch.where(p == -math.inf, 0.0, p - q)).sum(1)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -71,9 +72,10 @@ def _instance_norm(
 FOR_SECOND: dict[Any, Callable[..., Tensor]] = {
     F.group_norm: _group_norm,
     F.silu: lambda x, inplace=False: x * torch.sigmoid(x),
+    F.hardsigmoid: lambda x, inplace=False: F.relu6(x + 3) / 6,
     F.mish: lambda x, inplace=False: x * torch.tanh(F.softplus(x)),
 }
-"""Layers whose fused backward pass torch cannot take in forward mode, in elementary operations."""
+"""Layers whose fused backward pass torch cannot differentiate, in elementary operations."""
 
 FOR_THIRD: dict[Any, Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
@@ -86,11 +88,18 @@ finite differences."""
 
 
 class Instead(TorchFunctionMode):
-    """Calls other functions in place of some of torch's."""
+    """Calls other functions in place of some of torch's, and takes what is computed without gradients for a constant.
+
+    Forward mode would differentiate through `torch.no_grad`, where reverse mode does not: the two would differ.
+    """
 
     def __init__(self, functions: Mapping[Any, Callable[..., Tensor]]) -> None:
         super().__init__()
         self.functions = functions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's protocol, which types nothing)
-        return self.functions.get(func, func)(*args, **(kwargs or {}))
+        call = self.functions.get(func, func)
+        if torch.is_grad_enabled():
+            return call(*args, **(kwargs or {}))
+        with forward_ad._set_fwd_grad_enabled(False):
+            return call(*args, **(kwargs or {}))

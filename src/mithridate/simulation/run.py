@@ -4,6 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch
 from mithridate.core.past import Snapshot, Weights
-from mithridate.core.seeding import generator
+from mithridate.core.seeding import derived_seed, generator, seeded_default
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Monitor, Reading
@@ -288,6 +289,10 @@ class Simulation(ABC):
             return "attack"
         return "monitor" if alarmed and self.settings.on_alarm == "trigger" else None
 
+    def draws(self) -> AbstractContextManager[None]:
+        """What a model draws in the coming step (dropout) follows from the seed: a resumed run has the same bits."""
+        return seeded_default(derived_seed("model", self.seed, len(self.progress.rows)), self.learner.device)
+
     def go(self, on_step: Callable[[Progress], None] | None) -> Outcome:
         """The whole run, from where its progress stands.
 
@@ -295,17 +300,21 @@ class Simulation(ABC):
             on_step: Called after every step of the phase.
         """
         if not self.progress.rows:
-            self.start()
+            with self.draws():
+                self.start()
         while (stopped_by := self.phase_end()) is None:
-            self.step("accumulative")
+            with self.draws():
+                self.step("accumulative")
             if on_step:
                 on_step(self.progress)
         read = self.progress.read
-        self.measure()  # after the question: nobody stops by what was measured because it was to stop
+        with self.draws():
+            self.measure()  # after the question: nobody stops by what was measured because it was to stop
         if stopped_by == "monitor" and self.settings.on_alarm == "halt":
             return self._outcome(stopped_by, read, None)
         before = Weights.of(self.learner.model).copied()
-        self.step("trigger")
+        with self.draws():
+            self.step("trigger")
         return self._outcome(stopped_by, read, before)
 
     def _outcome(self, stopped_by: str, read: tuple[int, float], before: Weights | None) -> Outcome:

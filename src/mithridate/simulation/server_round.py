@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from mithridate.core.aggregator import Context
+from mithridate.core.aggregator import Context, NotFiniteError
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, in_mode
@@ -234,13 +234,21 @@ class ServerRound:
         )
 
     def aggregated(self) -> Updates:
-        """The round's update; zero where too few rows are finite for the rule: nobody hostile may stop the server."""
+        """The round's update; zero where too few rows are finite for the rule: nobody hostile may stop the server.
+
+        One that is not finite is shown to no bound, and the learner refuses to step on it.
+        """
         if self.filled == 0 or not self._enough():
             return Updates(torch.zeros_like(self.total).unsqueeze(0), self.shapes)
         row = (self.total / self.filled).unsqueeze(0)
         if self.run.aggregator is not None:
             row = row.clone()
-            row[:, self.measured] = self._by_rule().unsqueeze(0)
+            try:
+                row[:, self.measured] = self._by_rule().unsqueeze(0)
+            except NotFiniteError:
+                row.fill_(torch.nan)
+        if not bool(row.isfinite().all()):
+            return Updates(row, self.shapes)
         return Updates(self._bounded(row) if self.run.bound == "after" else row, self.shapes)
 
     def _by_rule(self) -> Tensor:

@@ -238,7 +238,7 @@ def burn_in(
         return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="", epochs=_older(model, how))
     seed = seed if how.seed is None else how.seed
     clip = None if how.clip_norm is None else Clip(clip_norm=how.clip_norm, norm=how.norm)
-    learner = Learner(model, _sgd(model, how), defence=clip)
+    learner = Learner(model, _sgd(model, how), defence=clip, seed=seed)
     if cache is None:
         seconds, measured = 0.0, list[Measured]()
         for epoch in range(1, how.epochs + 1):

@@ -26,7 +26,9 @@ def rehearsal(learner: Learner, batches: Sequence[AnyBatch]) -> Rehearsal:
 
     def rehearse(score: Callable[[AnyBatch, View], Tensor | None]) -> tuple[Tensor, Tensor]:
         model, optimiser = copy.deepcopy((learner.model, learner.optimiser))
-        twin = Learner(model, optimiser, criterion=learner.criterion, update_mode=learner.update_mode)
+        twin = Learner(
+            model, optimiser, criterion=learner.criterion, seed=learner.seed, update_mode=learner.update_mode
+        )
         twin.step = learner.step
         if learner.history is not None:
             twin.history = learner.history.empty()

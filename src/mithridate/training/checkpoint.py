@@ -7,7 +7,7 @@ import argparse
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+KEYS = ("net", "model", "state_dict", "model_state_dict", "model_state", "network", "module", "weights", "params")
+"""Under which a state dict may lie in a file of torch."""
+
+WRAPPERS = ("module", "_module", "_orig_mod")
+"""What DataParallel and AveragedModel, opacus, and `torch.compile` put before the names of what they wrap."""
+
+TENSOR, TUPLE = "<tensor>", "<tuple>"
+"""In an optimiser's state as JSON: the name of a tensor that stands there, and a tuple's items."""
+
+
 def save_snapshot(
     path: str | Path, snapshot: Snapshot, *, extra: Mapping[str, Tensor] | None = None, note: object = None
 ) -> None:
@@ -57,11 +67,12 @@ def save_snapshot(
             if isinstance(value, Tensor):
                 tensors[f"optimiser.{index}.{key}"] = value
             else:
-                json_state.setdefault(str(index), {})[key] = value
+                json_state.setdefault(str(index), {})[key] = _plain(value, f"optimiser.{index}.{key}", tensors)
     header = {
         "format": FORMAT,
         "step": snapshot.step,
-        "param_groups": snapshot.optimiser["param_groups"],
+        "in_eval": snapshot.in_eval,
+        "param_groups": _plain(snapshot.optimiser["param_groups"], "group", tensors),
         "optimiser_plain": json_state,
         "note": note,
     }
@@ -80,6 +91,33 @@ def _verify(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
         raise ValueError("its checksum differs from what was written")
 
 
+def _plain(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401  (an optimiser keeps anything)
+    """What JSON can hold of a value of an optimiser's; its tensors go to `tensors`, and are named in their places."""
+    if isinstance(value, Tensor):
+        tensors[f"within.{at}"] = value
+        return {TENSOR: f"within.{at}"}
+    if isinstance(value, tuple):
+        return {TUPLE: [_plain(item, f"{at}.{i}", tensors) for i, item in enumerate(value)]}
+    if isinstance(value, list):
+        return [_plain(item, f"{at}.{i}", tensors) for i, item in enumerate(value)]
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{at}.{key}", tensors) for key, item in value.items()}
+    return value
+
+
+def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401  (an optimiser keeps anything)
+    """What `_plain` was given."""
+    if isinstance(value, list):
+        return [_whole(item, tensors) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    if TUPLE in value:
+        return tuple(_whole(item, tensors) for item in value[TUPLE])
+    return {key: _whole(item, tensors) for key, item in value.items()}
+
+
 def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
     """Read what `save_snapshot` wrote: the snapshot, the extra tensors and the note.
 
@@ -96,17 +134,25 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
                 f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew."
             )
         _verify(metadata, tensors)
-        state: dict[int, dict[str, Any]] = {int(i): dict(values) for i, values in header["optimiser_plain"].items()}
+        state = {int(i): _whole(values, tensors) for i, values in header["optimiser_plain"].items()}
+        groups = _whole(header["param_groups"], tensors)
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "extra": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind == "optimiser":
                 index, _, key = rest.partition(".")
                 state.setdefault(int(index), {})[key] = tensor
-            else:
+            elif kind != "within":
                 parts[kind][rest] = tensor
-        optimiser = {"state": state, "param_groups": header["param_groups"]}
-        snapshot = Snapshot(parts["parameter"], parts["buffer"], optimiser, int(header["step"]))
+        optimiser = {"state": state, "param_groups": groups}
+        in_eval = header["in_eval"]
+        snapshot = Snapshot(
+            parts["parameter"],
+            parts["buffer"],
+            optimiser,
+            int(header["step"]),
+            None if in_eval is None else tuple(in_eval),
+        )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is missing, damaged or not a checkpoint of this library ({type(error).__name__}: {error}); delete "
@@ -118,37 +164,113 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
 def load_weights(path: str | Path, model: nn.Module) -> None:
     """Fill a model from a checkpoint that somebody else may have made: `.safetensors`, or `.pt`/`.pth` as bare tensors.
 
-    The wrapper prefix `module.` is taken off, and a state dict may lie under `net`, `model` or `state_dict`. A file
-    that would run code when read is refused.
+    What wraps a model (DataParallel, `torch.compile`, AveragedModel, a Sequential behind a normalisation) is taken off
+    its names, in any order; the model may be wrapped itself. A parameter that is used twice may come under either name.
+    A state dict may lie under one of the usual keys (`KEYS`). A file that would run code when read is refused.
 
     Args:
         path: The checkpoint.
         model: Filled in place; untouched if anything does not fit.
 
     Raises:
-        CheckpointError: Missing, unreadable, unsafe, or its tensors do not fit the model.
+        CheckpointError: Missing, unreadable, unsafe; its tensors do not fit the model, are of another kind of number,
+            or hold NaN or infinity; or it holds several state dicts.
     """
-    weights = {name.removeprefix("module."): t for name, t in _read_weights(Path(path)).items()}
+    read = _read_weights(Path(path))
     wanted = model.state_dict()
-    if not any(name in wanted for name in weights):
-        inside = {name: t for name, t in ((_after_dot(n), t) for n, t in weights.items()) if name in wanted}
-        weights = inside or weights
-    missing = sorted(wanted.keys() - weights.keys())
     derived = {name for name, _ in model.named_buffers()} - wanted.keys()  # our snapshots hold them; no state dict does
-    weights = {name: t for name, t in weights.items() if name not in derived}
-    extra = sorted(weights.keys() - wanted.keys())
-    wrong = sorted(n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape)
-    if missing or extra or wrong:
-        raise CheckpointError(
-            f"{path} does not fit the model: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
-            f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; set [model] to the architecture, width and "
-            "classes of the checkpoint."
-        )
-    model.load_state_dict(weights)
+    tied = _tied(model)
+    misfits = []
+    for named in _by_names_of(wanted, read):
+        weights = {name: t for name, t in named.items() if name not in derived}
+        for names in tied:
+            held = [weights[name] for name in names if name in weights]
+            if held:
+                weights |= {name: held[0] for name in names if name not in weights}
+        missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+        wrong = sorted(n for n in wanted.keys() & weights.keys() if wanted[n].shape != weights[n].shape)
+        if not (missing or extra or wrong):
+            _check_values(weights, wanted, tied, path)
+            model.load_state_dict(weights)
+            return
+        misfits.append((missing, extra, wrong))
+    missing, extra, wrong = min(misfits, key=lambda misfit: len(misfit[0]))
+    raise CheckpointError(
+        f"{path} does not fit the model: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
+        f"{extra[:3]}, {len(wrong)} of another shape {wrong[:3]}; set [model] to the architecture, width and "
+        "classes of the checkpoint."
+    )
+
+
+def _by_names_of(wanted: Mapping[str, Tensor], weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """The weights by names that may be the model's: as they are first, then with more and more wrappers taken off."""
+    weights = {name: t for name, t in weights.items() if name != "n_averaged" or name in wanted}
+    for own_names in _unwrapped(list(wanted)):
+        own = dict(zip(own_names, wanted, strict=True))
+        for names in _unwrapped(list(weights)):
+            yield {own.get(name, name): t for name, t in zip(names, weights.values(), strict=True)}
+    own, given = ({_bare(name): name for name in names} for names in (wanted, weights))
+    if len(own) == len(wanted) and len(given) == len(weights):
+        yield {own.get(bare, bare): weights[name] for bare, name in given.items()}
+        # Behind one more name, as a part of a Sequential is: the other parts are none of the model's.
+        inside = {own[_after_dot(bare)]: weights[n] for bare, n in given.items() if _after_dot(bare) in own}
+        if inside and not given.keys() & own.keys():
+            yield inside
+
+
+def _unwrapped(names: list[str]) -> Iterator[list[str]]:
+    """The names as they are, then without the wrapper that all of them begin with, and so on."""
+    yield names
+    while names and {name.partition(".")[0] for name in names} <= set(WRAPPERS):
+        shorter = [_after_dot(name) for name in names]
+        if len(set(shorter)) < len(names) or "" in shorter:
+            return
+        names = shorter
+        yield names
+
+
+def _bare(name: str) -> str:
+    """A name without what wraps a model or a part of it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _after_dot(name: str) -> str:
     return name.partition(".")[2]
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _check_values(
+    weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tied: Iterable[list[str]], path: str | Path
+) -> None:
+    """Refuse values that no trained model has, or that would be changed as they are read."""
+    for name, t in weights.items():
+        own = wanted[name]
+        if (t.is_floating_point(), t.is_complex()) != (own.is_floating_point(), own.is_complex()):
+            raise CheckpointError(
+                f"{path}: '{name}' is {t.dtype}, and the model's is {own.dtype}; save it as it was trained, not "
+                "quantised."
+            )
+        # What is meant to be infinite, such as an attention mask, is so in a fresh model too.
+        bad = ~torch.isfinite(t) & (t != own.to(t.device))
+        if bool(bad.any()):
+            raise CheckpointError(
+                f"{path}: '{name}' holds {int(bad.sum())} of {t.numel()} values that are NaN or infinite; the training "
+                "had diverged: take an earlier checkpoint."
+            )
+    for names in tied:
+        differing = [name for name in names if not torch.equal(weights[name], weights[names[0]])]
+        if differing:
+            raise CheckpointError(
+                f"{path}: '{names[0]}' and '{differing[0]}' are one parameter in the model, and differ here; build the "
+                "model without the tie, or save it with."
+            )
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -171,10 +293,22 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is not a checkpoint that can be read safely ({reason}); it must exist, be whole, and hold tensors "
             "only."
         ) from error
-    for key in ("net", "model", "state_dict"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+    while isinstance(loaded, Mapping):
+        inside = [key for key in KEYS if _may_hold_weights(loaded.get(key))]
+        if len(inside) > 1:
+            raise CheckpointError(
+                f"{path} holds several state dicts ({', '.join(inside)}); save the one that is meant by itself."
+            )
+        if not inside:
             break
+        loaded = loaded[inside[0]]
     if not isinstance(loaded, Mapping) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{path} holds no state dict (names to tensors); save `model.state_dict()` instead.")
     return {str(name): t for name, t in loaded.items()}
+
+
+def _may_hold_weights(value: object) -> bool:
+    """Whether something in a checkpoint is a state dict, or has one under a usual key; settings are neither."""
+    return isinstance(value, Mapping) and (
+        any(isinstance(t, Tensor) for t in value.values()) or any(_may_hold_weights(value.get(key)) for key in KEYS)
+    )

@@ -1,6 +1,7 @@
 """A model's past: snapshots of its weights every few updates, in bounded memory or on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -54,14 +55,33 @@ class History:
             step: Updates made so far, from 0.
             model: Whose weights to copy.
         """
+        with self.recording(step, model):
+            pass
+
+    @contextmanager
+    def recording(self, step: int, model: nn.Module) -> Iterator[None]:
+        """Keep the model as `record` does; if the block raises, the history is as it was before.
+
+        Args:
+            step: Updates made so far, from 0.
+            model: Whose weights to copy.
+        """
         if step % self.every or self.keep == 0:
+            yield
             return
+        before = dict(self._states)
         weights = Weights.of(model, f"before update {step}").copied()
-        self._states[step] = weights if self.folder is None else self._write(step, weights)
-        for old in sorted(self._states)[: -self.keep]:
-            state = self._states.pop(old)
-            if isinstance(state, Path):
-                state.unlink(missing_ok=True)
+        self._states[step] = new = weights if self.folder is None else self._write(step, weights)
+        gone = [before[step]] if step in before else []
+        gone += [self._states.pop(old) for old in sorted(self._states)[: -self.keep]]
+        try:
+            yield
+        except BaseException:
+            self._states = before
+            _delete(new)
+            raise
+        for state in gone:
+            _delete(state)
 
     def back(self, k: int) -> Weights | None:
         """The model as it was `k` updates before the newest recorded one, or the nearest kept state older than that.
@@ -111,12 +131,19 @@ class History:
     def _write(self, step: int, weights: Weights) -> Path:
         assert self.folder is not None  # noqa: S101  (callers checked)
         path = self.folder / f"update-{step:08d}.safetensors"
+        if self._states.get(step) == path:  # what is there stays until it is known that this update is made
+            path = path.with_stem(f"{path.stem}-again")
         tensors = {name: t.cpu().contiguous() for name, t in _named(weights).items()}
         write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part))
         return path
 
     def _load(self, state: Weights | Path, label: str) -> Weights:
         return state if isinstance(state, Weights) else _weights(safetensors.torch.load_file(state), label)
+
+
+def _delete(state: Weights | Path) -> None:
+    if isinstance(state, Path):
+        state.unlink(missing_ok=True)
 
 
 def _named(weights: Weights) -> dict[str, Tensor]:

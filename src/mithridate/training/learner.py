@@ -4,23 +4,23 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import AnyBatch
+from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
-from mithridate.core.errors import CheckpointError
-from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics, right_answers
-from mithridate.core.past import Snapshot, Weights
+from mithridate.core.errors import CheckpointError, DataError
+from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics, loss_of, right_answers
+from mithridate.core.past import Snapshot, Weights, uncompiled
 from mithridate.core.updates import Updates
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_weights
-from mithridate.training.step import DefendedStep
+from mithridate.training.step import TOO_FEW, DefendedStep, too_few
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Update:
         learned: Samples (or clients) that the gradient was computed on.
         verdict: Whether the step was kept, and why not.
         seconds: Wall-clock time, the defence's included.
-        quarantined: Samples with NaN or infinity, which were taken out before anything looked at them.
+        quarantined: Samples with NaN or infinity, outside the domain, or of a class that the model has not, which were
+            taken out before anything looked at them.
         flagged: (n,) bool over the batch as received, the samples that the defence corrected, dropped or gave less
             weight, quarantined ones included; None if the defence treats all samples alike.
     """
@@ -70,9 +71,16 @@ class Learner(DefendedStep):
         history: Keeps past states of the model, for defences that look back; the learner records into it.
         training: Clean batches that the model was trained on, for defences that declare them; a list, or anything
             that can be iterated more than once.
-        domain: What a valid input is (pixels: `PIXELS`), for defences that change samples; unset: taken from the
-            stream in a simulation, else unknown, and nothing is clamped.
+        domain: What a valid input is (pixels: `PIXELS`): samples outside are quarantined, and defences that change
+            samples stay inside; unset: taken from the stream in a simulation, else unknown.
+        seed: Of what the model draws in a step (dropout), with the step's number; torch's own generators are left
+            alone, and a learner that goes on from a snapshot draws what it would have drawn.
         update_mode: BatchNorm in an update: `train` uses and records the batch's statistics; `eval` leaves them alone.
+            Layers that are in eval mode while the model is in train mode are frozen, and stay so.
+
+    Raises:
+        ConfigError: No parameter of the model is trainable, or the optimiser has none of those that are.
+        DataError: The trusted set is no batch, or holds NaN or infinity.
     """
 
     optimiser: Optimizer
@@ -88,6 +96,7 @@ class Learner(DefendedStep):
         history: History | None = None,
         training: Iterable[AnyBatch] | None = None,
         domain: Domain | None = None,
+        seed: int = 0,
         update_mode: BatchNormMode = "train",
     ) -> None:
         super().__init__(
@@ -99,14 +108,17 @@ class Learner(DefendedStep):
             history=history,
             training=training,
             domain=domain,
+            seed=seed,
         )
         self.update_mode = update_mode
 
     def update(self, batch: AnyBatch) -> Update:
         """Learn from one batch: a defended step.
 
-        Samples with NaN or infinity never reach the defence or the model: they are taken out and counted. If anything
-        raises, the learner is as it was before the call.
+        Samples with NaN or infinity, outside the domain, or with a class number that the model has no output for never
+        reach the defence or the model: they are taken out and counted. A gradient or step that is not finite is
+        refused, whatever the defence, and so is a batch that BatchNorm cannot train on. If anything raises, the learner
+        is as it was before the call.
 
         Args:
             batch: The samples as received from the stream.
@@ -115,8 +127,8 @@ class Learner(DefendedStep):
             Norms, the loss and the verdict. A NaN loss is not an error: it is reported.
 
         Raises:
-            DataError: It is no batch, or its labels do not fit the model.
-            ConfigError: The criterion gives no scalar.
+            DataError: It is no batch, or its inputs or targets are not of the kind that model and criterion take.
+            ConfigError: The criterion gives no scalar, or one that no trainable parameter has a part in.
         """
         began = time.perf_counter()
         with self.taking():
@@ -124,9 +136,15 @@ class Learner(DefendedStep):
             loss, lengths, moved = torch.tensor(torch.nan), (0.0, 0.0), 0.0
             verdict = Verdict(admit=False, reason=received.nothing_left)
             if not received.nothing_left:
-                loss = self.backward(received, self.update_mode)
-                lengths = self.bound(loss)
-                verdict, moved = self.advance()
+                try:
+                    loss = self.backward(received, self.update_mode)
+                except ValueError as error:
+                    if TOO_FEW not in str(error):
+                        raise
+                    verdict = self.refuse(too_few(received.batch))
+                else:
+                    lengths = self.bound(loss)
+                    verdict, moved = self.advance(lengths[1])
         return Update(
             batch_loss=float(loss),
             gradient_norm=lengths[0],
@@ -152,7 +170,7 @@ class Learner(DefendedStep):
         self.put_buffers(buffers)
         self.put_gradient(update)
         length = float(torch.linalg.vector_norm(update.rows))
-        verdict, moved = self.advance()
+        verdict, moved = self.advance(length)
         return Update(batch_loss, length, length, moved, learned, verdict, time.perf_counter() - began)
 
     @torch.no_grad()
@@ -162,39 +180,68 @@ class Learner(DefendedStep):
         Args:
             batches: On the learner's device or not.
             weights: Weights of the model to measure in place of the one that is served.
+
+        Raises:
+            DataError: There is no sample, or inputs or targets are not of the kind that model and criterion take.
         """
         hits, targets, loss, count = 0, 0, 0.0, 0
         served = weights or self.defence.serve(self.view())
         with frozen_statistics(self.model, "eval"):
             for batch in batches:
-                x, y = batch.to(self.device)
-                logits = answer(self.model, x) if served is None else served.logits(self.model, x)
+                check_batch(batch, where="batch to evaluate")
+                x, y = on_device = batch.to(self.device)
+                with self._explained(on_device):
+                    logits = answer(self.model, x) if served is None else served.logits(self.model, x)
+                loss += float(loss_of(self.criterion, logits, y, where="batch to evaluate")) * len(y)
                 right = right_answers(logits, y)
                 if right is not None:
                     hits, targets = hits + int(right.sum()), targets + right.numel()
-                loss += float(self.criterion(logits, y)) * len(y)
                 count += len(y)
+        if count == 0:
+            raise DataError("there is no sample to evaluate the model on; give at least one batch.")
         return Score(hits / targets if targets else torch.nan, loss / count)
 
     def snapshot(self) -> Snapshot:
         """All that the learner is now, as detached copies."""
         now = Weights.of(self.model).copied()
-        return Snapshot(now.parameters, now.buffers, copy.deepcopy(self.optimiser.state_dict()), self.step)
+        parameters, buffers = (
+            {uncompiled(name): t for name, t in tensors.items()} for tensors in (now.parameters, now.buffers)
+        )
+        in_eval = tuple(dict.fromkeys(_place(name) for name, m in self.model.named_modules() if not m.training))
+        return Snapshot(parameters, buffers, copy.deepcopy(self.optimiser.state_dict()), self.step, in_eval)
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state and step.
+        """Become what the snapshot holds, bit for bit: parameters, buffers, optimiser state, train flags and step.
 
         Raises:
             CheckpointError: Names or shapes are not those of this model and optimiser; nothing has changed then.
         """
-        weights = Weights(snapshot.parameters, snapshot.buffers)
-        require_weights(self.model, weights)  # before anything is changed
+        weights = require_weights(self.model, Weights(snapshot.parameters, snapshot.buffers))  # nothing has changed yet
+        wanted = copy.deepcopy(dict(snapshot.optimiser))
         try:
-            self.optimiser.load_state_dict(copy.deepcopy(dict(snapshot.optimiser)))
+            self.optimiser.load_state_dict(wanted)
         except ValueError as error:
             raise CheckpointError(
                 f"the optimiser state is of another optimiser: {error}; build the same one."
             ) from error
+        for index, loaded in _by_index(self.optimiser):  # torch makes floats of whole numbers, and of other precisions
+            for key, value in wanted["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and isinstance(loaded.get(key), Tensor):
+                    loaded[key] = value.to(loaded[key].device)
         put_weights(self.model, weights)
+        if snapshot.in_eval is not None:
+            for name, m in self.model.named_modules():
+                m.training = _place(name) not in snapshot.in_eval
         self.step = snapshot.step
+
+
+def _place(module_name: str) -> str:
+    """The name of a module as it was before compiling."""
+    return uncompiled(f"{module_name}.").strip(".")
+
+
+def _by_index(optimiser: Optimizer) -> list[tuple[int, dict[str, Any]]]:
+    """The state of each parameter, numbered as in a state dict."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    return [(index, optimiser.state[p]) for index, p in enumerate(parameters) if p in optimiser.state]

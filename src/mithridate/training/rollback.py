@@ -1,15 +1,17 @@
 """A place to come back to: copies of a model and its optimiser, in memory that is used again at every step."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mithridate.core.errors import CheckpointError
-from mithridate.core.past import Weights
+from mithridate.core.past import Weights, named_like
 
 
 class Rollback:
@@ -61,10 +63,7 @@ class Rollback:
     def restore(self) -> None:
         """Bring back what was remembered."""
         write(dict(self.module.named_parameters()), self._parameters)
-        for name in dict(self.module.named_buffers()).keys() - self._buffers.keys():  # the step made them
-            owner, _, last = name.rpartition(".")
-            setattr(self.module.get_submodule(owner), last, None)
-        write(dict(self.module.named_buffers()), self._buffers)
+        self._restore_buffers()
         for m, flag in self._flags:
             m.training = flag
         if self.optimiser is None:
@@ -81,12 +80,48 @@ class Rollback:
                 else:
                     live[key] = copy.deepcopy(value)
         for group, remembered in zip(self.optimiser.param_groups, self._groups, strict=True):
-            group.update(copy.deepcopy(remembered))
+            for key, value in remembered.items():
+                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)  # a learning rate that a schedule holds too
+                else:
+                    group[key] = copy.deepcopy(value)
+
+    def _restore_buffers(self) -> None:
+        now = dict(self.module.named_buffers())
+        for name in now.keys() | self._buffers.keys():
+            remembered, live = self._buffers.get(name), now.get(name)
+            if remembered is not None and live is not None and _alike(remembered, live):
+                live.copy_(remembered)
+                continue
+            owner, _, last = name.rpartition(".")  # the step made it, deleted it, or gave it another shape
+            setattr(self.module.get_submodule(owner), last, None if remembered is None else remembered.clone())
 
     def moved(self) -> Iterator[Tensor]:
         """How far each parameter is from where it was."""
         for name, p in self.module.named_parameters():
             yield p.detach() - self._parameters[name]
+
+    @torch.no_grad()
+    def spoiled(self) -> str:
+        """The first parameter or buffer that the step has made NaN or infinite, by name; empty if there is none."""
+        for name, p in self.module.named_parameters():
+            if _spoils(self._parameters[name], p):
+                return name
+        return self.spoiled_buffer()
+
+    @torch.no_grad()
+    def spoiled_buffer(self) -> str:
+        """The first buffer that the step has made NaN or infinite, by name; empty if there is none."""
+        floats = {name: b for name, b in self.module.named_buffers() if b.is_floating_point() and name in self._buffers}
+        if not floats or bool(torch.isfinite(get_total_norm(list(floats.values()), math.inf))):
+            return ""
+        return next((name for name, b in floats.items() if _spoils(self._buffers[name], b)), "")
+
+
+def _spoils(before: Tensor, now: Tensor) -> bool:
+    """Whether a value that was finite is not any more."""
+    bad = ~torch.isfinite(now)
+    return bool((bad & torch.isfinite(before) if before.shape == now.shape else bad).any())
 
 
 def copied(live: Mapping[str, Any], into: dict[str, Any]) -> dict[str, Any]:
@@ -107,12 +142,13 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
-def require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> None:
-    """Refuse tensors whose names or shapes are not those of a model.
+def fitted(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
+    """Tensors by the names of a model, which may have been compiled since, or not yet.
 
     Raises:
-        CheckpointError: Names what differs.
+        CheckpointError: Names or shapes are not those of the model; says what differs.
     """
+    values = named_like(into, values)
     if into.keys() != values.keys():
         missing, extra = sorted(into.keys() - values.keys()), sorted(values.keys() - into.keys())
         raise CheckpointError(
@@ -125,17 +161,18 @@ def require_fit(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: 
                 f"{what[:-1]} '{name}' has shape {tuple(values[name].shape)}, the model wants {tuple(target.shape)}; "
                 "build the model with the width and classes that the checkpoint was made with."
             )
+    return values
 
 
-def require_weights(module: nn.Module, weights: Weights) -> None:
-    """Refuse parameters and buffers whose names or shapes are not those of a model.
+def require_weights(module: nn.Module, weights: Weights) -> Weights:
+    """The same weights by the names of a model.
 
     Raises:
-        CheckpointError: Names what differs.
+        CheckpointError: Names or shapes are not those of the model; says what differs.
     """
     now = Weights.of(module)
-    require_fit(now.parameters, weights.parameters, "parameters")
-    require_fit(now.buffers, weights.buffers, "buffers")
+    parameters = fitted(now.parameters, weights.parameters, "parameters")
+    return Weights(parameters, fitted(now.buffers, weights.buffers, "buffers"), weights.label)
 
 
 def put_weights(module: nn.Module, weights: Weights) -> None:
@@ -144,8 +181,7 @@ def put_weights(module: nn.Module, weights: Weights) -> None:
     Raises:
         CheckpointError: Names or shapes are not those of the model; nothing has changed then.
     """
-    require_weights(module, weights)
-    now = Weights.of(module)
+    weights, now = require_weights(module, weights), Weights.of(module)
     write(now.parameters, weights.parameters)
     write(now.buffers, weights.buffers)
 

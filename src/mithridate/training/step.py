@@ -1,23 +1,35 @@
 """One defended step: what every driver (learner, federated server, a loop of the user's own) goes through."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import AnyBatch, check_batch
+from mithridate.core.batch import AnyBatch, check_batch, tensors_of
 from mithridate.core.defence import Defence, Screened, Verdict, checked
 from mithridate.core.domain import Domain
-from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Criterion, WhiteBox, in_mode
-from mithridate.core.tolerance import check_labels
+from mithridate.core.errors import ConfigError, DataError, UserError
+from mithridate.core.model import (
+    BatchNormMode,
+    Criterion,
+    WhiteBox,
+    in_mode,
+    loss_of,
+    names_classes,
+    unknown_labels,
+)
+from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.training.history import History
-from mithridate.training.rollback import Rollback, copied, require_fit, write
+from mithridate.training.rollback import Rollback, copied, fitted, write
+
+TOO_FEW = "more than 1 value per channel"
+"""What torch says where BatchNorm is to train on a single value a channel, which has no variance."""
 
 
 class Received(NamedTuple):
@@ -28,21 +40,24 @@ class Received(NamedTuple):
         weights: What each sample counts in the loss, one a sample, >= 0; None: all count 1.
         flagged: (n,) bool over the batch as received: the samples that the defence corrected, dropped or gives less
             weight, quarantined ones included; None if all are treated alike.
-        quarantined: How many samples had NaN or infinity, and were shown to nobody.
+        quarantined: How many samples were shown to nobody: those with NaN or infinity, outside the domain, or with a
+            class number that the model has no output for.
+        fault: Why the defence could not screen what was left; empty if it could.
     """
 
     batch: AnyBatch
     weights: Tensor | None
     flagged: Tensor | None
     quarantined: int
+    fault: str = ""
 
     @property
     def nothing_left(self) -> str:
         """Why no sample is left; empty if some are."""
-        if self.batch.size:
-            return ""
+        if self.fault or self.batch.size:
+            return self.fault
         if self.flagged is not None and self.quarantined == len(self.flagged):
-            return "every sample has NaN or infinite pixels: quarantined"
+            return "every sample is quarantined: not finite, outside the domain, or of a class that the model has not"
         return "the defence left no sample of the batch"
 
 
@@ -63,7 +78,13 @@ class DefendedStep:
         history: Keeps past states of the model, for defences that look back; the step records into it.
         training: Clean batches that the model was trained on, for defences that declare them; a list, or anything
             that can be iterated more than once.
-        domain: What a valid input is, for defences that change samples; None: unknown, and nothing is clamped.
+        domain: What a valid input is: samples outside are quarantined, and defences stay inside; None: unknown.
+        seed: Of what the model draws in a step (dropout), with the step's number: a learner that goes on from a
+            snapshot draws what it would have drawn. torch's own generators are left alone.
+
+    Raises:
+        ConfigError: No parameter of the model is trainable, or the optimiser has none of those that are.
+        DataError: The trusted set is no batch, or holds NaN or infinity.
     """
 
     def __init__(
@@ -77,7 +98,13 @@ class DefendedStep:
         history: History | None = None,
         training: Iterable[AnyBatch] | None = None,
         domain: Domain | None = None,
+        seed: int = 0,
     ) -> None:
+        _check_trainable(model, optimiser)
+        if trusted is not None:
+            check_batch(trusted, where="trusted samples")
+            if not bool(trusted.finite().all()):
+                raise DataError("trusted samples hold NaN or infinity; give clean ones.")
         self.model = model
         self.optimiser = optimiser
         self.criterion = criterion
@@ -86,10 +113,15 @@ class DefendedStep:
         self.history = history
         self.training = training
         self.domain = domain
+        self.seed = seed
         self.step = 0
         self.memory: Memory = {}
         self._rollback = Rollback()
         self._notes: Memory = {}
+        self._classes: float = _last_outputs(model)
+        """Class numbers below this are taken to have an output of the model's; infinite if targets are none."""
+        self._taken = ""
+        """The kind of inputs that the model last took."""
 
     @property
     def device(self) -> torch.device:
@@ -117,81 +149,121 @@ class DefendedStep:
     @contextmanager
     def taking(self) -> Iterator[None]:
         """A step begins: remember where it starts, let the defence take notes; undo everything if the block raises."""
-        if self.history is not None:
-            self.history.record(self.step, self.model)
-        self._rollback.save(self.model, self.optimiser)
-        self._notes, step = copied(self.memory, self._notes), self.step
-        try:
-            self.defence.begin(self.view())
-            yield
-        except BaseException:
-            self._rollback.restore()
-            self.step = step
-            self.memory.clear()
-            self.memory.update(copied(self._notes, {}))
-            if self.optimiser is not None:
-                self.optimiser.zero_grad(set_to_none=True)
-            raise
+        with (
+            nullcontext() if self.history is None else self.history.recording(self.step, self.model),
+            seeded_default(derived_seed("step", self.seed, self.step), self.device),
+        ):
+            self._rollback.save(self.model, self.optimiser)
+            self._notes, step = copied(self.memory, self._notes), self.step
+            try:
+                self.defence.begin(self.view())
+                yield
+            except BaseException:
+                self._rollback.restore()
+                self.step = step
+                self.memory.clear()
+                self.memory.update(copied(self._notes, {}))
+                if self.optimiser is not None:
+                    self.optimiser.zero_grad(set_to_none=True)
+                raise
 
     def screen(self, batch: AnyBatch) -> Received:
-        """Quarantine what is not finite, and let the defence screen the rest.
+        """Quarantine the samples that nobody should see, and let the defence screen the rest.
 
         Args:
             batch: The samples as received.
 
         Raises:
-            DataError: It is no batch.
+            DataError: It is no batch, or the model cannot take inputs of this kind.
         """
         check_batch(batch, where="batch that was received")
-        finite = batch.finite()
-        quarantined = batch.size - int(finite.sum())
+        good = self._good(batch)
+        quarantined = batch.size - int(good.sum())
         if quarantined:
-            batch = batch.take(finite)
-        flagged = ~finite if quarantined else None
+            batch = batch.take(good)
+        flagged = ~good if quarantined else None
         if batch.size == 0:
             return Received(batch, None, flagged, quarantined)
         batch = batch.to(self.device)
-        screened: Screened = checked(self.defence, batch, self.defence.screen(batch, self.view()))
+        try:
+            with self._explained(batch):
+                screened: Screened = checked(self.defence, batch, self.defence.screen(batch, self.view()))
+        except ValueError as error:
+            if TOO_FEW not in str(error):
+                raise
+            return Received(batch.take(slice(0)), None, flagged, quarantined, too_few(batch))
         if screened.flagged is not None:
-            flagged = ~finite
-            flagged[finite] = screened.flagged.cpu()
+            flagged = ~good
+            flagged[good] = screened.flagged.cpu()
         return Received(screened.batch, screened.weights, flagged, quarantined)
+
+    def _good(self, batch: AnyBatch) -> Tensor:
+        """(n,) bool, on the CPU: samples that are finite, inside the domain, and of a class that the model knows."""
+        good = batch.finite()
+        if self.domain is not None and isinstance(batch.x, Tensor):
+            good &= self.domain.inside(batch.x).cpu()
+        y = batch.y
+        if y.dtype != torch.int64 or y.ndim > 2 or not bool(good.any()):
+            return good
+        if bool(unknown_labels(self._classes, y).any()):  # or the model answers more than its last layer says
+            one = batch.take(good.nonzero()[:1, 0]).to(self.device)
+            with torch.no_grad(), self._explained(one):
+                logits = self.white_box.logits(one.x)
+            self._classes = logits.shape[-1] if names_classes(logits, one.y) else math.inf
+            good &= ~unknown_labels(self._classes, y).cpu()
+        return good
+
+    @contextmanager
+    def _explained(self, batch: AnyBatch) -> Iterator[None]:
+        """Say that the model cannot take the batch, where an error comes of that and not of the defence."""
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or TOO_FEW in str(error) or _kind(batch) == self._taken:
+                raise
+            try:
+                with torch.no_grad():
+                    self.white_box.logits(batch.x)
+            except UserError:
+                raise
+            except Exception as own:  # whatever the model stumbles over
+                reason = str(own).partition("\n")[0]
+                raise DataError(
+                    f"{type(self.model).__name__} cannot take inputs of {_kind(batch)}: {reason}; give batches of the "
+                    "shape and type that it was built for."
+                ) from error
+            raise
 
     def backward(self, received: Received, mode: BatchNormMode) -> Tensor:
         """Differentiate the defence's loss into the parameters' `.grad`; the loss, detached.
 
         Args:
             received: From `screen`, with samples in it.
-            mode: BatchNorm: `train` uses and records the batch's statistics; `eval` leaves them alone.
+            mode: BatchNorm: `train` uses and records the batch's statistics; `eval` leaves them alone. What is frozen
+                (in eval mode by itself) stays so.
 
         Raises:
-            DataError: Targets do not fit the model or the criterion.
-            ConfigError: The criterion gives no scalar.
+            DataError: Targets do not fit the model or the criterion, or the model cannot take the inputs.
+            ConfigError: The criterion gives no scalar, or one that no trainable parameter has a part in.
         """
         for p in self.model.parameters():
             p.grad = None
         criterion = self._checked_criterion if received.weights is None else self._weighted(received.weights)
-        with in_mode(self.model, mode):
+        with in_mode(self.model, mode), self._explained(received.batch):
             loss = self.defence.loss(self.model, received.batch, criterion, self.view())
+            if not loss.requires_grad:
+                raise ConfigError(
+                    "no trainable parameter has a part in the loss, so there is nothing to learn; let some parameters "
+                    "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
+                )
             torch.autograd.backward(loss)
+        self._taken = _kind(received.batch)
         return loss.detach()
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
-        check_labels(logits, y, where="the batch")
-        try:
-            loss = self.criterion(logits, y)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"the criterion cannot compare outputs {logits.dtype} {tuple(logits.shape)} with targets {y.dtype} "
-                f"{tuple(y.shape)}: {error}; give targets, or a model, of the shape that the criterion takes."
-            ) from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ConfigError(
-                f"the criterion gives {shape}, and a loss is one number: give one that averages over samples "
-                '(reduction="mean").'
-            )
-        return loss.reshape(())
+        if names_classes(logits, y):
+            self._classes = logits.shape[-1]
+        return loss_of(self.criterion, logits, y, where="the batch")
 
     def _weighted(self, weights: Tensor) -> Criterion:
         """The mean over samples of their losses times their weights, from a criterion that gives means."""
@@ -212,7 +284,7 @@ class DefendedStep:
         return criterion
 
     def bound(self, loss: Tensor | None = None) -> tuple[float, float]:
-        """Let the defence bound the gradient in `.grad`.
+        """Let the defence bound the gradient in `.grad`; one that is not finite is left to `advance`, which refuses it.
 
         Args:
             loss: The mean loss behind it, if it is known.
@@ -223,6 +295,8 @@ class DefendedStep:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         updates = Updates.of(gradients, loss=loss)
         length = float(torch.linalg.vector_norm(updates.rows))
+        if not math.isfinite(length) and not bool(updates.rows.isfinite().all()):
+            return length, length
         bounded = self.bound_updates(updates)
         if bounded is updates:
             return length, length
@@ -242,22 +316,56 @@ class DefendedStep:
         for name, g in update.named().items():
             parameters[name].grad = g.clone()
 
-    def advance(self) -> tuple[Verdict, float]:
-        """Step the optimiser and do what the defence says: its verdict, and how far (l2) the parameters moved."""
+    def advance(self, length: float = math.nan) -> tuple[Verdict, float]:
+        """Step the optimiser and do what the defence says: its verdict, and how far (l2) the parameters moved.
+
+        A gradient, parameters or statistics that are not finite are refused before the defence is asked.
+
+        Args:
+            length: Of the gradient, in l2, if it is known.
+        """
+        fault = "" if math.isfinite(length) else self._unfit_gradient()
+        if fault:
+            return self.refuse(fault), 0.0
         if self.optimiser is not None:
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
+        moved = self._moved()
+        spoiled = self._rollback.spoiled_buffer() if math.isfinite(moved) else self._rollback.spoiled()
+        if spoiled:
+            return self.refuse(f"the step would make '{spoiled}' not finite"), 0.0
         self.step += 1
         verdict = self.defence.admit(self._rollback.weights, self.view())
         if not verdict.admit:
-            self._rollback.restore()
             self.step -= 1
-        else:
-            if verdict.parameters is not None:
-                self.put_parameters(verdict.parameters)
-            self.defence.committed(self.view())
+            return self.refuse(verdict.reason), self._moved()
+        if verdict.parameters is not None:
+            self.put_parameters(verdict.parameters)
+            moved = self._moved()
+        self.defence.committed(self.view())
+        return verdict, moved
+
+    def refuse(self, reason: str) -> Verdict:
+        """Take the step back, inside `taking`: model and optimiser are as they were before it.
+
+        Args:
+            reason: Why, for the trace.
+        """
+        self._rollback.restore()
+        if self.optimiser is not None:
+            self.optimiser.zero_grad(set_to_none=True)
+        return Verdict(admit=False, reason=reason)
+
+    def _unfit_gradient(self) -> str:
+        """Why no optimiser should see the gradient; empty if one may."""
+        for name, p in self.model.named_parameters():
+            if p.grad is not None and not bool(p.grad.isfinite().all()):
+                return f"the gradient of '{name}' is not finite"
+        return ""
+
+    def _moved(self) -> float:
         lengths = [torch.linalg.vector_norm(d) for d in self._rollback.moved()]
-        return verdict, float(torch.linalg.vector_norm(torch.stack(lengths)))
+        return float(torch.linalg.vector_norm(torch.stack(lengths)))
 
     def put_parameters(self, parameters: Any) -> None:  # noqa: ANN401  (a mapping of tensors)
         """Take the parameters from elsewhere, by name.
@@ -266,8 +374,7 @@ class DefendedStep:
             CheckpointError: Names or shapes are not those of this model; nothing has changed then.
         """
         current = dict(self.model.named_parameters())
-        require_fit(current, parameters, "parameters")
-        write(current, parameters)
+        write(current, fitted(current, parameters, "parameters"))
 
     def put_buffers(self, buffers: Any) -> None:  # noqa: ANN401  (a mapping of tensors)
         """Take the buffers (BatchNorm statistics and the like) from elsewhere, by name.
@@ -276,5 +383,47 @@ class DefendedStep:
             CheckpointError: Names or shapes are not those of this model; nothing has changed then.
         """
         current = dict(self.model.named_buffers())
-        require_fit(current, buffers, "buffers")
-        write(current, buffers)
+        write(current, fitted(current, buffers, "buffers"))
+
+
+def _last_outputs(model: nn.Module) -> int:
+    """How many numbers the last layer of a model gives, as far as one can see it; 0 if not."""
+    return next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
+
+
+def _kind(batch: AnyBatch) -> str:
+    """What a batch's inputs are, whatever the number of samples."""
+    kinds = [
+        f"{str(t.dtype).removeprefix('torch.')} ({', '.join(map(str, ('n', *t.shape[1:])))})"
+        for t in tensors_of(batch.x)
+    ]
+    if isinstance(batch.x, Tensor):
+        return kinds[0]
+    names = [f"{name!r}: " for name in batch.x] if isinstance(batch.x, Mapping) else [""] * len(kinds)
+    listed = ", ".join(f"{name}{kind}" for name, kind in zip(names, kinds, strict=True))
+    return f"{{{listed}}}" if isinstance(batch.x, Mapping) else f"[{listed}]"
+
+
+def too_few(batch: AnyBatch) -> str:
+    """Why BatchNorm cannot train on a batch, for a verdict."""
+    return f"{batch.size} samples are too few for BatchNorm to train on: a channel has a single value, and no variance"
+
+
+def _check_trainable(model: nn.Module, optimiser: Optimizer | None) -> None:
+    """Refuse a model that cannot learn."""
+    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__} has layers whose shape is not known yet; call it once on a batch, and then make "
+            "its optimiser."
+        )
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trainable:
+        raise ConfigError(
+            f"no parameter of {type(model).__name__} is trainable, so there is nothing to learn or to defend; let some "
+            "require gradients (`requires_grad_()`)."
+        )
+    if optimiser is not None and not trainable & {id(p) for g in optimiser.param_groups for p in g["params"]}:
+        raise ConfigError(
+            f"the optimiser has none of the trainable parameters of {type(model).__name__}, which would never learn; "
+            "make it from this model's own (a copy, or a move that made new ones, has others)."
+        )

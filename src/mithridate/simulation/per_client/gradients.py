@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Criterion, frozen_statistics
+from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics
 from mithridate.simulation.per_client.layers import obstacle, record, trained_parameters, write_rows
 
 Way = Literal["auto", "layered", "mapped"]
@@ -77,7 +77,7 @@ def _places(module: nn.Module, rows: Tensor) -> dict[str, Tensor]:
 
 def _mapped(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor, mode: BatchNormMode, rows: Tensor) -> None:
     def loss(parameters: dict[str, Tensor], pixels: Tensor, labels: Tensor) -> Tensor:
-        return criterion(functional_call(module, parameters, (pixels,)), labels)
+        return criterion(answer(module, pixels, parameters), labels)
 
     with frozen_statistics(module, mode):
         try:

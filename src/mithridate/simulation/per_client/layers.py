@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.func import functional_call
 from torch.nn.grad import conv2d_weight
 
-from mithridate.core.model import BatchNormMode, Criterion, frozen_statistics
+from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics
 
 FEW_CHANNELS = 8
 """A CPU's convolutions take channels eight at a time; with fewer, computing weight gradients is slow."""
@@ -97,7 +96,7 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
         pixels = x.flatten(0, 1).detach().requires_grad_()
         buffers = dict(module.named_buffers())
         parameters = {name: p.detach() for name, p in module.named_parameters()}
-        logits = functional_call(module, {**parameters, **buffers}, (pixels,))
+        logits = answer(module, pixels, {**parameters, **buffers})
         if odd or layers.keys() != edges.keys():
             missing = sorted(layers.keys() - edges.keys())
             return f"the layer {(odd or missing)[0]} is not used just once, on one tensor that the loss depends on"

@@ -1,0 +1,426 @@
+"""What comes in at the learner's door: single bad samples are kept out and counted, what fits nothing is told."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from mithridate.attacks.pgd import PGD
+from mithridate.attacks.vanilla import Vanilla
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.defence import Defence, Screened
+from mithridate.core.domain import PIXELS, Domain
+from mithridate.core.errors import ConfigError, DataError, UserError
+from mithridate.core.updates import Updates
+from mithridate.core.view import Need, View
+from mithridate.defences.at import AT
+from mithridate.defences.bound_update import BoundUpdate
+from mithridate.defences.chain import chain
+from mithridate.defences.clip import Clip
+from mithridate.defences.ema import Ema
+from mithridate.defences.gate import Gate
+from mithridate.defences.skip import Skip
+from mithridate.training.history import History
+from mithridate.training.learner import Learner
+
+CLASSES, WIDTH = 3, 5
+
+
+def batch_of(seed: int = 0, n: int = 8) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    return Batch(torch.rand(n, WIDTH, generator=rng), torch.randint(CLASSES, (n,), generator=rng))
+
+
+def model_of(outputs: int = CLASSES) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(WIDTH, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, outputs))
+
+
+def learner_of(defence: Defence | None = None, *, model: nn.Module | None = None, **options: Any) -> Learner:
+    model = model or model_of()
+    optimiser = SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    return Learner(model, optimiser, defence=defence, trusted=batch_of(50, n=30), **options)
+
+
+def state(learner: Learner) -> dict[str, Tensor]:
+    snapshot = learner.snapshot()
+    momenta = {
+        f"{i}.{k}": t for i, s in snapshot.optimiser["state"].items() for k, t in s.items() if isinstance(t, Tensor)
+    }
+    return {**snapshot.parameters, **snapshot.buffers, **momenta, "step": torch.tensor(snapshot.step)}
+
+
+def differing(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    return sorted(a.keys() ^ b.keys()) + [k for k in a.keys() & b.keys() if not torch.equal(a[k], b[k])]
+
+
+DEFENCES: dict[str, Callable[[], Defence]] = {
+    "none": Defence,
+    "clip": lambda: Clip(clip_norm=1.0),
+    "clip by clamping": lambda: Clip(clip_norm=1.0, norm="linf", how="project"),
+    "bound_update": lambda: BoundUpdate(clip_norm=0.1),
+    "gate": Gate,
+    "skip": lambda: Skip(warmup=3),
+    "ema": Ema,
+    "at": lambda: AT(steps=1),
+    "chain": lambda: chain(Clip(clip_norm=1.0), Gate(), Ema()),
+}
+
+
+# Single bad samples.
+
+
+def spoiled(kind: str) -> Batch:
+    batch = batch_of(3)
+    if kind in ("nan", "inf"):
+        batch.x[2, 1] = float(kind)
+    elif kind == "outside":
+        batch.x[2, 1] = 1.5
+    else:
+        batch.y[2] = {"label too high": CLASSES, "negative label": -1, "absurd label": 2**62}[kind]
+    return batch
+
+
+BAD = ["nan", "inf", "outside", "label too high", "negative label", "absurd label"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first batch", "later batch"])
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("name", DEFENCES)
+def test_one_bad_sample_is_quarantined_and_counted(name: str, kind: str, first: bool) -> None:
+    learner, twin = (learner_of(DEFENCES[name](), domain=PIXELS) for _ in range(2))
+    if not first:
+        learner.update(batch_of(1))
+        twin.update(batch_of(1))
+    others = torch.arange(8) != 2
+    done, expected = learner.update(spoiled(kind)), twin.update(batch_of(3).take(others))
+    assert (done.quarantined, done.learned) == (1, 7)
+    assert done.flagged is not None
+    assert bool(done.flagged[2])
+    assert done.batch_loss == expected.batch_loss
+    assert done.verdict[:2] == expected.verdict[:2]
+    assert differing(state(learner), state(twin)) == []
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_batch_of_nothing_else_teaches_nothing(kind: str) -> None:
+    learner = learner_of(domain=PIXELS)
+    bad = spoiled(kind).take(torch.tensor([2, 2, 2]))
+    for _ in range(2):
+        before = state(learner)
+        done = learner.update(bad)
+        assert (done.quarantined, done.learned, done.verdict.admit) == (3, 0, False)
+        assert "quarantined" in done.verdict.reason
+        assert differing(state(learner), before) == []
+        learner.update(batch_of(1))
+
+
+def test_labels_left_out_of_the_loss_and_targets_that_are_no_classes_are_none_of_it() -> None:
+    ignored = batch_of(3)
+    ignored.y[2] = -100
+    assert learner_of().update(ignored).quarantined == 0
+    numbers = learner_of(model=model_of(1), criterion=lambda z, y: F.mse_loss(z.squeeze(1), y.float() / 10))
+    assert numbers.update(Batch(batch_of().x, torch.arange(8) * 7)).quarantined == 0
+
+
+def test_labels_of_positions_are_looked_at_too() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(1, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.linear(x.unsqueeze(-1))
+            return out
+
+    learner = learner_of(model=Positions(), criterion=lambda z, y: F.cross_entropy(z.transpose(1, 2), y))
+    learner.trusted = None
+    y = torch.zeros(8, WIDTH, dtype=torch.int64)
+    y[4, 3] = CLASSES
+    assert learner.update(Batch(batch_of().x, y)).quarantined == 1
+
+
+def test_a_model_that_says_more_or_less_than_its_last_layer_is_asked() -> None:
+    class Head(nn.Module):
+        """Two linear layers, of which the first one answers."""
+
+        def __init__(self, outputs: int) -> None:
+            super().__init__()
+            self.answers, self.unused = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, outputs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.answers(x)
+            return out
+
+    batch = batch_of(3)
+    batch.y[:] = torch.arange(8) % CLASSES
+    batch.y[2] = CLASSES
+    assert learner_of(model=Head(2)).update(batch).quarantined == 1
+    more = learner_of(model=Head(9))
+    more.update(batch_of(1))
+    assert more.update(batch).quarantined == 1
+
+
+def test_token_numbers_have_a_domain_too() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(4 * WIDTH, CLASSES))
+    learner = Learner(model, SGD(model.parameters(), lr=0.1), domain=Domain(0, 9))
+    x = torch.randint(10, (8, WIDTH), generator=torch.Generator().manual_seed(0))
+    x[1, 1], x[5, 0] = 10, -1
+    done = learner.update(Batch(x, batch_of().y))
+    assert (done.quarantined, done.learned) == (2, 6)
+
+
+def test_bounds_of_another_shape_than_a_sample_are_told() -> None:
+    learner = learner_of(domain=Domain(torch.zeros(WIDTH + 1), torch.ones(WIDTH + 1)))
+    with pytest.raises(DataError, match=r"shape \(5,\), and the domain's bounds \(6,\)"):
+        learner.update(batch_of())
+
+
+# What BatchNorm cannot train on.
+
+
+class DroppingAllButOne(Defence):
+    def screen(self, batch: AnyBatch, view: View) -> Screened:
+        flagged = torch.arange(batch.size) > 0
+        return Screened(batch.take(~flagged), flagged)
+
+
+@pytest.mark.parametrize("why", ["received", "quarantine", "defence"])
+@pytest.mark.parametrize("name", ["none", "clip", "gate", "at", "chain"])
+def test_a_batch_that_batch_norm_cannot_train_on_is_a_verdict(name: str, why: str) -> None:
+    defence = DroppingAllButOne() if why == "defence" else DEFENCES[name]()
+    learner = learner_of(defence, domain=PIXELS)
+    batch = batch_of(3, n=1 if why == "received" else 8)
+    if why == "quarantine":
+        batch.x[1:] = math.nan
+    learner.update(batch_of(1)) if why != "defence" else None
+    before = state(learner)
+    done = learner.update(batch)
+    assert not done.verdict.admit
+    assert "too few for BatchNorm" in done.verdict.reason
+    assert differing(state(learner), before) == []
+    assert done.quarantined == (7 if why == "quarantine" else 0)
+    learner.defence = Defence()
+    assert learner.update(batch_of(4)).verdict.admit
+
+
+def test_a_single_sample_is_enough_where_statistics_are_frozen() -> None:
+    learner = learner_of()
+    learner.model.get_submodule("1").eval()
+    assert learner.update(batch_of(3, n=1)).verdict.admit
+    assert learner_of(update_mode="eval").update(batch_of(3, n=1)).verdict.admit
+
+
+# Gradients and steps that are not fit.
+
+
+class Wild(torch.autograd.Function):
+    """The identity, with a gradient of one's choice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: float) -> Tensor:
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0] * ctx.value, None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", DEFENCES)
+def test_a_gradient_that_is_not_finite_reaches_no_weight(name: str, value: float) -> None:
+    """The loss is finite, so that no look at it would find out."""
+    chosen = [1.0]
+    learner = learner_of(
+        DEFENCES[name](),
+        criterion=lambda z, y: F.cross_entropy(Wild.apply(z, chosen[0]), y),  # type: ignore[no-untyped-call]
+    )
+    learner.update(batch_of(1))
+    before, served = state(learner), learner.evaluate([batch_of(9)])
+    chosen[0] = value
+    done = learner.update(batch_of(2))
+    assert math.isfinite(done.batch_loss)
+    assert not done.verdict.admit
+    assert "is not finite" in done.verdict.reason
+    chosen[0] = 1.0
+    assert differing(state(learner), before) == []
+    assert learner.evaluate([batch_of(9)]) == served
+    assert learner.update(batch_of(2)).verdict.admit
+
+
+def test_a_bound_that_makes_nan_is_a_verdict() -> None:
+    class Breaking(Defence):
+        def bound(self, updates: Updates, view: View) -> Updates:
+            return updates.with_rows(updates.rows / 0.0 * 0.0)
+
+    learner = learner_of(Breaking())
+    before = state(learner)
+    assert "is not finite" in learner.update(batch_of()).verdict.reason
+    assert differing(state(learner), before) == []
+
+
+def test_a_step_that_overflows_is_a_verdict() -> None:
+    learner = learner_of(criterion=lambda z, y: 1e4 * F.cross_entropy(z, y))
+    for group in learner.optimiser.param_groups:
+        group["lr"] = 1e38
+    before = state(learner)
+    assert "would make '0.weight' not finite" in learner.update(batch_of()).verdict.reason
+    assert differing(state(learner), before) == []
+
+
+def test_statistics_that_overflow_are_a_verdict() -> None:
+    """The variance of huge inputs is infinite, and the loss and its gradient are finite all the same."""
+    learner = learner_of()
+    batch = batch_of()
+    before = state(learner)
+    done = learner.update(Batch(batch.x * 1e25, batch.y))
+    assert math.isfinite(done.gradient_norm)
+    assert "'1.running_var' not finite" in done.verdict.reason
+    assert differing(state(learner), before) == []
+
+
+def test_infinities_that_belong_to_a_model_are_no_fault() -> None:
+    class Masked(nn.Module):
+        mask: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, CLASSES + 1)
+            self.register_buffer("mask", torch.tensor([0.0] * CLASSES + [-math.inf]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.mask = self.mask.clone()
+            out: Tensor = self.linear(x) + self.mask
+            return out
+
+    learner = learner_of(model=Masked())
+    assert learner.update(batch_of()).verdict.admit
+
+
+# What fits nothing.
+
+
+class Answering(nn.Module):
+    def __init__(self, answer: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.answer = nn.Linear(WIDTH, CLASSES), answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.linear(x))
+
+
+def plain(**options: Any) -> Learner:
+    learner = learner_of(**options)
+    learner.trusted = None
+    return learner
+
+
+NUMBERS = Batch(batch_of().x, torch.linspace(0, 1, 8))
+
+CASES: dict[str, tuple[Callable[[], Learner], AnyBatch, str]] = {
+    "int32 labels": (plain, Batch(batch_of().x, batch_of().y.int()), r"targets torch\.int32"),
+    "labels as floats": (plain, Batch(batch_of().x, batch_of().y.float()), r"targets torch\.float32 \(8,\)"),
+    "yes or no": (plain, Batch(batch_of().x, batch_of().y > 0), r"targets torch\.bool"),
+    "a column of labels": (plain, Batch(batch_of().x, batch_of().y[:, None]), r"\(8, 1\)"),
+    "too wide": (plain, Batch(torch.rand(8, WIDTH + 1), batch_of().y), r"cannot take inputs of float32 \(n, 6\)"),
+    "doubles": (plain, Batch(batch_of().x.double(), batch_of().y), r"cannot take inputs of float64"),
+    "a mapping": (plain, Batch({"x": batch_of().x}, batch_of().y), r"cannot take inputs of \{'x': float32 \(n, 5\)\}"),
+    "classes": (lambda: plain(model=Answering(lambda z: z.argmax(1))), batch_of(), r"gives torch\.int64"),
+    "no tensor": (lambda: plain(model=Answering(lambda z: [z])), batch_of(), "gives a list"),
+    "one number": (lambda: plain(model=Answering(lambda z: z.mean())), batch_of(), r"of shape \(\)"),
+    "complex": (lambda: plain(model=Answering(lambda z: z + 0j)), batch_of(), r"gives torch\.complex64"),
+    "pairs of all": (lambda: plain(model=model_of(1), criterion=F.mse_loss), NUMBERS, r"\(8, 1\).*targets.*\(8,\)"),
+    "detached": (lambda: plain(model=Answering(torch.detach)), batch_of(), "no trainable parameter has a part"),
+    "a pair": (plain, (batch_of().x, batch_of().y), "is a tuple"),  # type: ignore[dict-item]
+    "nothing": (plain, batch_of().take(slice(0)), "at least one"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("later", [False, True], ids=["first batch", "later batch"])
+def test_what_fits_nothing_is_refused_in_a_sentence_and_the_history_is_as_before(case: str, later: bool) -> None:
+    make, batch, message = CASES[case]
+    learner = make()
+    learner.history = History(keep=2)
+    if later and make is plain:
+        learner.update(batch_of(1))
+        learner.update(batch_of(2))
+    before, past = state(learner), learner.history.tensors()
+    with pytest.raises(UserError, match=message) as caught:
+        learner.update(batch)
+    assert len(str(caught.value)) < 500
+    assert differing(state(learner), before) == []
+    assert differing(learner.history.tensors(), past) == []
+    if case not in {"detached", "nothing"}:
+        with pytest.raises(UserError, match=message):
+            learner.evaluate([batch])
+
+
+def test_an_error_of_the_models_own_on_inputs_that_it_took_before_stays_what_it_was() -> None:
+    learner = learner_of()
+    learner.update(batch_of())
+    learner.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.update(batch_of())
+
+
+def test_there_must_be_something_to_evaluate() -> None:
+    with pytest.raises(DataError, match="no sample to evaluate"):
+        learner_of().evaluate([])
+
+
+def test_labels_of_a_test_set_are_looked_at() -> None:
+    batch = batch_of()
+    batch.y[0] = CLASSES
+    with pytest.raises(DataError, match=r"batch to evaluate: labels span \[0, 3\]"):
+        learner_of().evaluate([batch])
+
+
+def test_there_must_be_something_to_train() -> None:
+    frozen = model_of().requires_grad_(requires_grad=False)
+    with pytest.raises(ConfigError, match="no parameter of Sequential is trainable"):
+        Learner(frozen, SGD(model_of().parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="no parameter of ReLU is trainable"):
+        Learner(nn.ReLU(), SGD(model_of().parameters(), lr=0.1))
+    with pytest.raises(ConfigError, match="the optimiser has none of the trainable parameters"):
+        Learner(model_of(), SGD(model_of().parameters(), lr=0.1))
+    lazy = nn.Sequential(nn.LazyLinear(CLASSES))
+    with pytest.raises(ConfigError, match="call it once on a batch"):
+        Learner(lazy, SGD(lazy.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("trusted", "message"),
+    [
+        (batch_of().take(slice(0)), "at least one"),
+        (Batch(batch_of().x * math.nan, batch_of().y), "NaN or infinity"),
+        ((batch_of().x, batch_of().y), "is a tuple"),
+    ],
+)
+def test_trusted_samples_are_looked_at_when_the_learner_is_made(trusted: Any, message: str) -> None:
+    model = model_of()
+    with pytest.raises(DataError, match=message):
+        Learner(model, SGD(model.parameters(), lr=0.1), trusted=trusted)
+
+
+@pytest.mark.parametrize("attack", [PGD(eps=0.1, steps=1), Vanilla(eps=0.1, steps=1)], ids=["pgd", "vanilla"])
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (torch.full((8,), CLASSES), r"labels span \[3, 3\], but the model has 3 outputs"),
+        (torch.zeros(8, dtype=torch.int32), r"targets torch\.int32"),
+        (torch.zeros(8), r"targets torch\.float32"),
+    ],
+    ids=["out of range", "int32", "floats"],
+)
+def test_attacks_tell_targets_that_fit_nothing(attack: Any, y: Tensor, message: str) -> None:
+    view = View(available={Need.MODEL: learner_of().white_box, Need.VALIDATION: batch_of(5), Need.TRIGGER: batch_of(6)})
+    with pytest.raises(DataError, match=message):
+        attack.poison(Batch(batch_of().x, y), view, rng=torch.Generator().manual_seed(0))
