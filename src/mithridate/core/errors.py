@@ -35,6 +35,23 @@ class ThreatModelError(UserError):
     """A component looked at something that it does not declare in its `needs`."""
 
 
+def shown(value: object, most: int = 100) -> str:
+    """A value from outside in a message: as it is written, on one line, cut if it is long.
+
+    Args:
+        value: Whatever a stranger wrote.
+        most: Characters that are shown of it.
+
+    >>> shown("epz"), shown([0] * 1000, 10)
+    ("'epz'", '[0, 0, 0, ...')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # a number too long to be written, nesting too deep, an object that cannot say what it is
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def nearest(name: str, known: "Iterable[str]") -> str:
     """The end of an error message: the closest known name, and all of them.
 

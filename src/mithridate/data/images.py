@@ -14,7 +14,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from mithridate.core.errors import ConfigError, DataError, nearest
+from mithridate.core.errors import ConfigError, DataError, nearest, shown
 from mithridate.core.files import CACHE, cache_directory, write_atomically
 from mithridate.data.catalogue import NamedSet, dataset_info
 from mithridate.data.decode import Frame, decode_images
@@ -171,7 +171,7 @@ def _decode(pieces: Iterable[Rows], info: NamedSet, split: str) -> tuple[NDArray
 def _label(label: object, info: NamedSet, where: str) -> int:
     if not isinstance(label, int) or not 0 <= label < len(info.classes):
         raise DataError(
-            f"{where} has the label {label!r} (column '{info.label_column}'); {info.name} has the class numbers 0 to "
-            f"{len(info.classes) - 1}."
+            f"{where} has the label {shown(label)} (column '{info.label_column}'); {info.name} has the class numbers 0 "
+            f"to {len(info.classes) - 1}."
         )
     return label
