@@ -19,7 +19,7 @@ from mithridate.bench.watcher import Watcher
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Calibration
 from mithridate.core.errors import DataError, StoreError
-from mithridate.core.files import cache_directory
+from mithridate.core.files import cache_directory, path_of
 from mithridate.core.registry import config_of
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -89,7 +89,7 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
             directory is made, wherever it can be found then.
     """
-    watcher, out = watcher or Watcher(), Path(out)
+    watcher, out = watcher or Watcher(), path_of(out)
     chosen = choose_device(device)
     stream = open_stream(recipe.data, data_root=data_root, cache=cache)
     recipe = replace(recipe, data=stream.settings)  # sizes as numbers of samples

@@ -29,7 +29,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from mithridate.core.errors import StoreError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import path_of, write_atomically
 from mithridate.simulation.trace import COLUMNS, TraceRow
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
@@ -137,7 +137,7 @@ def read_run(path: str | Path) -> Run:
     Raises:
         StoreError: A file is missing or unreadable.
     """
-    path = Path(path)
+    path = path_of(path)
     try:
         with (path / CONFIG).open("rb") as handle:
             config = tomllib.load(handle)
@@ -185,7 +185,7 @@ def read_runs(directories: str | Path | Sequence[str | Path]) -> list[Run]:
     """
     folders = [directories] if isinstance(directories, str | Path) else directories
     paths: list[Path] = []
-    for directory in map(Path, folders):
+    for directory in map(path_of, folders):
         if not directory.is_dir():
             raise StoreError(f"{directory} is not a directory; give the --out directory of a run.")
         paths += [directory] if finished(directory) else sorted(p.parent for p in directory.glob(f"*/{SUMMARY}"))

@@ -7,8 +7,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+LONGEST = 599
+"""Characters of a message at most."""
+
+
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
+    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2.
+
+    Args:
+        message: What happened, where, and what to do. The middle of one that is too long is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        too_long = len(message) > LONGEST
+        super().__init__(f"{message[: LONGEST - 205]} ... {message[-200:]}" if too_long else message)
 
 
 class ConfigError(UserError):

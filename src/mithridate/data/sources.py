@@ -72,11 +72,12 @@ def mirror_files(info: NamedSet, split: str, root: Path) -> list[Path]:
     if files := split_files(folders, split):
         return files
     others = [f"split = '{other}'" for other in info.splits if other != split and split_files(folders, other)]
-    parquet = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
+    parquet = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))[:4]
+    places = [str(folder.relative_to(root)) for folder in folders]
     alone = f" To cut every part from what is there, set {' or '.join(others)} in [data]." if others else ""
     raise DataError(
         f"{info.name}: no split '{split}' under the data root {root}. "
-        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
+        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(places)}; "
         f"there is {', '.join(parquet) or 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
         f"load it from the hub.{alone}"
     )
@@ -135,10 +136,14 @@ def _in_order(files: Sequence[Path], split: str) -> list[Path]:
         )
     wanted = range(one_based, max(known) + 1 if total is None else total + one_based)
     if missing := list(itertools.islice((number for number in wanted if number not in known), 3)):
-        some = re.compile(rf"(?<!\d)0*{numbers[0]}(?!\d)")
-        lacking = [some.sub(lambda was, n=number: f"{n:0{len(was[0])}}", names[0], count=1) for number in missing]
+        lacking = [_renumbered(names[0], numbers[0], number) for number in missing]
         raise DataError(f"{folder} is incomplete: {', '.join(lacking)} is missing; fetch it again.")
     return [path for _, path in sorted(zip(numbers, files, strict=True))]
+
+
+def _renumbered(name: str, was: int, number: int) -> str:
+    """The name of another shard."""
+    return re.sub(rf"(?<!\d)0*{was}(?!\d)", lambda digits: f"{number:0{len(digits[0])}}", name, count=1)
 
 
 def _numbers(names: Sequence[str]) -> tuple[list[int], int | None]:

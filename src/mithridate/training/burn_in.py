@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import SGD
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.files import AbsolutePath
+from mithridate.core.files import AbsolutePath, path_of
 from mithridate.core.past import Snapshot
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -185,7 +185,7 @@ def burn_in(
                 on_epoch(epoch, how.epochs)
         return BurnInResult(learner.snapshot(), "", seconds=time.perf_counter() - began)
     key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
-    folder = Path(cache) / "burn_in" / key
+    folder = path_of(cache) / "burn_in" / key
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         return _train_or_resume(learner, stream, how, seed, folder, on_epoch)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mithridate.core.errors import CheckpointError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import path_of, write_atomically
 from mithridate.core.past import Snapshot
 
 FORMAT = "mithridate-snapshot-1"
@@ -52,7 +52,9 @@ def save_snapshot(
     }
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     text = json.dumps(header)
-    write_atomically(Path(path), lambda part: safetensors.torch.save_file(ready, part, metadata={"mithridate": text}))
+    write_atomically(
+        path_of(path), lambda part: safetensors.torch.save_file(ready, part, metadata={"mithridate": text})
+    )
 
 
 def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
@@ -62,7 +64,7 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
         CheckpointError: Missing, truncated, or not one of our files.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with safe_open(path_of(path), framework="pt") as handle:
             header = json.loads((handle.metadata() or {})["mithridate"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
         if header["format"] != FORMAT:
@@ -101,7 +103,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: Missing, unreadable, unsafe, or its tensors do not fit the model.
     """
-    weights = {name.removeprefix("module."): t for name, t in _read_weights(Path(path)).items()}
+    weights = {name.removeprefix("module."): t for name, t in _read_weights(path_of(path)).items()}
     wanted = model.state_dict()
     if not any(name in wanted for name in weights):
         inside = {name: t for name, t in ((_after_dot(n), t) for n, t in weights.items()) if name in wanted}
