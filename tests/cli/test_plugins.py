@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from mithridate.bench.recipe import read_recipe
 from mithridate.bench.store import read_run, read_runs
 from mithridate.cli import app as cli
+from mithridate.cli import terminal
 from mithridate.core import registry
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import KINDS, config_of, entries
@@ -102,7 +103,7 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a test imports and registers is forgotten after it; terminals are wide."""
     monkeypatch.setattr(registry, "_entries", {kind: dict(entries(kind)) for kind in KINDS})
     monkeypatch.setenv("COLUMNS", "200")
-    for console in (cli.out, cli.err):  # they read COLUMNS once, when they are made
+    for console in (terminal.out, terminal.err):  # they read COLUMNS once, when they are made
         monkeypatch.setattr(console, "width", 200)
     monkeypatch.chdir(tmp_path)
     modules = set(sys.modules)

@@ -1,5 +1,6 @@
 """The command line: parse, build, call, print."""
 
+import errno
 import functools
 import os
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -57,6 +57,9 @@ P = ParamSpec("P")
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
+MOST_THREADS = 1024
+"""Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
+
 
 def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
     """A command for which a user's mistake is one message and exit code 2, and an interrupt says how to go on."""
@@ -67,6 +70,12 @@ def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
         except UserError as error:
             print_mistake(str(error))
+            raise typer.Exit(USER_MISTAKE) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has heard enough
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print_mistake(f"{where}{error.strerror or error}; give a path that this user may read and write.")
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             err.print(
@@ -102,7 +111,8 @@ class Shelf(StrEnum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")
+    int,
+    typer.Option(min=0, max=MOST_THREADS, help="CPU threads of torch; 0 takes every core that this process may use."),
 ]
 DataRootOption = Annotated[
     Path | None,
@@ -295,6 +305,7 @@ def main() -> None:
     """The entry point of the `mithridate` command."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["MPLBACKEND"] = "agg"  # figures are drawn without a screen, whatever the user's other ones need
     # The current directory, as with `python -m`, but last: it hides nothing that is installed.
     sys.path.append("")
     take_any_text()
@@ -322,30 +333,37 @@ def _run(
     torch.set_num_threads(threads or _cores())
     recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
-        out.print(f"[bold]{escape(recipe.title)}[/]")
+        out.print(recipe.title, style="bold", markup=False, highlight=False)
     with _Bars() as bars:
         grid = run_recipe(
             recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
         )
     if grid.skipped:
         out.print(
-            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again."
+            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them "
+            "again.",
+            markup=False,
+            soft_wrap=True,
         )
     _report(list(grid.directories), out_dir)
 
 
 def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.store import read_runs
-    from mithridate.report import build_report
+
+    try:
+        from mithridate.report import build_report
+    except ValueError as error:
+        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None
     from mithridate.report.findings import findings
     from mithridate.report.rows import rows
-    from mithridate.report.terminal import measures_table, summary_table
+    from mithridate.report.terminal import fitted, measures_table, summary_table
 
     paths = build_report(directories, out_dir)
     table = rows(read_runs(directories))
-    out.print(summary_table(table))
+    out.print(fitted(summary_table(table), out.width))
     if (measured := measures_table(table)) is not None:
-        out.print(measured)
+        out.print(fitted(measured, out.width))
     for finding in findings(table):
         out.print(finding.headline, markup=False, style="bold")
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
@@ -376,7 +394,7 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds {text}: give whole numbers with commas, such as 0,1,2.") from None
+        raise ConfigError(f"--seeds {text[:80]}: give whole numbers with commas, such as 0,1,2.") from None
 
 
 class _Bars(Watcher):

@@ -7,8 +7,8 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 _PLAIN = {"±": "+-", "—": "-", "…": "..."}
 """How characters that we print are written where the terminal cannot show them."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mithridate.bench.store import read_runs
-from mithridate.core.files import write_atomically
+from mithridate.core.files import path_of, write_atomically
 from mithridate.report.figures import figure_sections
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.measures import measure_records, measures
@@ -57,7 +57,7 @@ def build_report(directories: str | Path | Sequence[str | Path], out: str | Path
     Raises:
         StoreError: A directory does not exist, a run is unreadable, or there is none.
     """
-    out = Path(out)
+    out = path_of(out)
     cells = rows(read_runs(directories))
     measured, scored = measures(cells), run_score_records(cells)
     scores = averaged(scored)
