@@ -1,6 +1,7 @@
 """The command line: what a user types, what comes back, and which mistakes end with exit code 2 and nothing written."""
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,12 @@ from typer.testing import CliRunner
 
 from mithridate.bench.store import read_runs
 from mithridate.cli import app as cli
+from mithridate.core.descriptions import described_fields
+from mithridate.core.names import built_in
+from mithridate.core.plugins import offered
 from mithridate.core.registry import KINDS, Kind, entries
 from mithridate.data.catalogue import DATASETS
+from mithridate.data.settings import OWN
 from mithridate.simulation.online import run_online
 
 COMMANDS = ("demo", "run", "calibrate", "report", "list")
@@ -197,32 +202,64 @@ def test_calibrate_needs_a_dsc(invoke: Invoke, tmp_path: Path) -> None:
 SHELVES: dict[str, Kind] = {f"{kind}s": kind for kind in KINDS}
 
 
+def listed(page: Result, name: str) -> bool:
+    return f" {name} " in page.out
+
+
 @pytest.mark.parametrize("shelf", SHELVES)
-def test_a_list_names_every_component_its_fields_and_its_source(invoke: Invoke, shelf: str) -> None:
+def test_a_list_names_every_component_and_one_of_them_tells_all(invoke: Invoke, shelf: str) -> None:
     page = invoke("list", shelf, env={"COLUMNS": "80"})
     assert page.code == 0
-    for name, entry in entries(SHELVES[shelf]).items():
-        assert f"│ {name} " in page.out, f"{name} is missing or broken over two lines"
-        for key in entry.fields:
-            assert key in page.out
-        for preset in entry.presets:
-            assert preset in page.out
-        assert entry.source.split()[0] in page.out
+    known = entries(SHELVES[shelf])
+    assert built_in(SHELVES[shelf]) == {name: entry.summary for name, entry in known.items() if entry.built_in}
+    for name, entry in known.items():
+        assert listed(page, name)
+        assert entry.summary[:30] in page.out
+    name, entry = max(known.items(), key=lambda item: len(item[1].fields))
+    one = invoke("list", shelf, name, env={"COLUMNS": "80"})
+    assert one.code == 0
+    for text in (entry.summary, *entry.fields, *entry.presets, entry.source):
+        assert " ".join(text.split()) in one.out
+    for text in described_fields(entry.cls).values():
+        assert all(word in one.out for word in text.split())
 
 
-def test_data_sets_are_listed_with_their_settings(invoke: Invoke) -> None:
+def test_data_sets_are_listed_and_one_of_them_tells_all(invoke: Invoke) -> None:
     page = invoke("list", "datasets", env={"COLUMNS": "80"})
+    assert [name for name in (*DATASETS, *OWN) if not listed(page, name)] == []
     for name, info in DATASETS.items():
-        assert f"│ {name} " in page.out
-        assert info.hub_id in page.out
-    assert "batch_size = unset" in page.out
-    assert "settings of [data]" in page.out
+        one = invoke("list", "datasets", name, env={"COLUMNS": "80"})
+        assert info.hub_id in one.out
+        assert info.summary in one.out
+        assert "batch_size = unset" in one.out
+        assert "settings of [data]" in one.out
+    assert "x_train" in invoke("list", "datasets", "npz").out
 
 
-def test_without_a_kind_everything_is_listed(invoke: Invoke) -> None:
-    page = invoke("list")
-    names = [name for kind in SHELVES.values() for name in entries(kind)] + list(DATASETS)
-    assert [name for name in names if f"│ {name} " not in page.out] == []
+def test_a_name_that_is_not_there_is_answered_with_the_nearest(invoke: Invoke) -> None:
+    for shelf, name, message in (
+        ("attacks", "noize", "unknown attack 'noize': did you mean 'noise'"),
+        ("datasets", "cifar1O", "unknown data set 'cifar1O': did you mean 'cifar10'"),
+        ("models", "a:b", "the module a cannot be imported"),
+    ):
+        page = invoke("list", shelf, name)
+        assert page.code == 2
+        assert message in page.err
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_a_list_of_everything_is_a_line_each_and_needs_no_torch(columns: int) -> None:
+    code = "import sys; from mithridate.cli.app import app; sys.argv = ['mithridate', 'list']\n"
+    code += "try: app()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    env = {**os.environ, "COLUMNS": str(columns)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)  # noqa: S603  (a fixed command)
+    if not offered():  # what others registered is known only by running their code
+        assert done.stderr.strip() == "False"
+    lines = done.stdout.splitlines()
+    names = [name for kind in KINDS for name in built_in(kind)] + [*DATASETS, *OWN]
+    assert len(names) < len(lines) < len(names) + 20
+    assert max(map(len, lines)) <= columns
+    assert [name for name in names if not any(line.startswith(f"  {name} ") for line in lines)] == []
 
 
 # A run and its report.

@@ -65,9 +65,10 @@ class _Field(NamedTuple):
         return (self.table, self.key) == (other.table, other.key) and (len(labels) == 1 or "" in labels)
 
 
-def label_of(table: Mapping[str, Any]) -> str:
-    """What a component is called: its label, its name, or the class of `package.module:Class`."""
-    return str(table.get("label", str(table.get("name", "")).rpartition(":")[2]))
+def label_of(table: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever a recipe has there)
+    """What a component is called: its label, its name, or the class of `package.module:Class`; text if all is well."""
+    name = table.get("name", "")
+    return table.get("label", name.rpartition(":")[2] if isinstance(name, str) else name)
 
 
 def apply_change(tables: Table, change: str) -> None:
@@ -178,7 +179,7 @@ def _multiply(tables: Table, kind: str, fields: Mapping[_Field, Any]) -> None:
             changes = {field.key: copy.deepcopy(value) for field, (_, value) in zip(chosen, values, strict=True)}
             names = [name for name, _ in values if name]
             base = "" if "name" in changes and "label" not in table else label_of(table)
-            label = "+".join(filter(None, [base, *names]))
+            label = "+".join(filter(None, [base if isinstance(base, str) else "", *names]))
             made.append({**table, **changes, **({"label": label} if names else {})})
     tables[kind] = made
 
@@ -226,7 +227,7 @@ def _targets(tables: Table, field: _Field, *, where: str) -> list[Table]:
         return [tables.setdefault(table, {})]
     parts = _parts(tables, table)
     if label:
-        labels = {label_of(t): t for t in parts}
+        labels = {called: t for t in parts if isinstance(called := label_of(t), str)}
         if label not in labels:
             raise ConfigError(f"{where}: no {table} '{label}' in the recipe: {nearest(label, labels)}")
         return [labels[label]]
@@ -243,11 +244,13 @@ def _targets(tables: Table, field: _Field, *, where: str) -> list[Table]:
 def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of ARRAYS, checked by the caller)
     if kind == "surrogate":
         return set(registry.defaults(Surrogate))
-    return set(registry.entry(kind, str(table.get("name", ""))).fields)
+    name = table.get("name", "")
+    return set(registry.entry(kind, name).fields) if isinstance(name, str) else set()
 
 
 def _toml_value(text: str) -> Any:  # noqa: ANN401  (whatever TOML can hold)
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        values = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):  # no TOML, a number of too many digits, or nested too deep
         return text
+    return values["value"] if len(values) == 1 else text

@@ -28,7 +28,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Calibration
 from mithridate.core.environment import differing, environment
 from mithridate.core.errors import CheckpointError, DataError, StoreError
-from mithridate.core.files import cache_directory, locked, remove_parts
+from mithridate.core.files import cache_directory, locked, path_of, remove_parts
 from mithridate.core.registry import config_of
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
@@ -84,7 +84,7 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
             directory is made, wherever it can be found then.
     """
-    watcher, out = watcher or Watcher(), Path(out)
+    watcher, out = watcher or Watcher(), path_of(out)
     chosen, variants = choose_device(device), recipe.each()
     _check_place(out)
 

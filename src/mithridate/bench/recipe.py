@@ -1,5 +1,6 @@
 """Recipes: TOML tables -> settings objects -> the grid of runs (attack x defence x seed) that they ask for."""
 
+import math
 import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
-from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.errors import ConfigError, nearest, shown
+from mithridate.core.files import path_of
 from mithridate.core.model import BatchNormMode
 from mithridate.core.past import older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make
@@ -30,6 +32,11 @@ __all__ = ["TABLES", "Cell", "Labelled", "Recipe", "Surrogate", "Table", "apply_
 
 PATHS = (("data", "path"), ("burn_in", "checkpoint"))
 """Settings that are paths."""
+
+LARGEST = 2**22
+"""Bytes of a recipe at most."""
+
+LARGEST_FLOAT = 3.4028234e38
 
 _KEYS = ("title", "variant", "plugins")
 """What stands before the tables."""
@@ -212,22 +219,16 @@ def read_recipe(
     Raises:
         ConfigError: The file is missing, no TOML, or asks for what is not there.
     """
-    path = Path(path)
-    try:
-        with path.open("rb") as handle:
-            tables = tomllib.load(handle)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}; give the path of a .toml file.") from None
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable TOML: {error}.") from None
+    path = path_of(path)
+    tables = _read_toml(path)
     _check_tables(tables)
     for table, key in PATHS:
         value = tables.get(table, {}).get(key)
         if isinstance(value, str) and value:
-            tables[table][key] = str(path.parent / Path(value).expanduser())
+            tables[table][key] = str(path.parent / path_of(value))
     older = tables.get("burn_in", {}).get("older")
     for epoch, value in older.items() if isinstance(older, dict) else ():
-        older[epoch] = str(path.parent / Path(value).expanduser()) if isinstance(value, str) and value else value
+        older[epoch] = str(path.parent / path_of(value)) if isinstance(value, str) and value else value
     tables["plugins"] = [
         *(registry.load_plugin(plugin, folder=path.parent) for plugin in tables.get("plugins", [])),
         *(registry.load_plugin(plugin) for plugin in plugins),
@@ -237,6 +238,25 @@ def read_recipe(
     if seeds is not None:
         tables.setdefault("federated" if "federated" in tables else "run", {})["seeds"] = list(seeds)
     return make_recipe(tables)
+
+
+def _read_toml(path: Path) -> Table:
+    """The tables of a file, whatever an editor put before them."""
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(LARGEST + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}; give the path of a .toml file.") from None
+    except OSError as error:
+        raise ConfigError(f"{path} is not readable ({error.strerror}); give the path of a .toml file.") from None
+    if len(content) > LARGEST:
+        raise ConfigError(f"{path} is larger than {LARGEST:,} bytes, and no recipe; give the path of a .toml file.")
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except ValueError as error:  # no TOML, no UTF-8, or a number of too many digits
+        raise ConfigError(f"{path} is not readable TOML: {str(error)[:200]}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not readable TOML: it is nested too deep.") from None
 
 
 def make_recipe(tables: Mapping[str, Any]) -> Recipe:
@@ -318,9 +338,12 @@ def _rules(run: Table) -> dict[str, FederatedRun]:
     """
     common = {key: value for key, value in run.items() if key != "seeds"}
     rules: dict[str, FederatedRun] = {}
-    for table in run.pop("rule"):
+    tables = run.pop("rule")
+    if not tables:
+        raise ConfigError("[federated] rule = []: give a table, an array of tables, or leave it out.")
+    for table in tables:
         if not isinstance(table, Mapping):
-            raise ConfigError(f"[federated] rule must be a table or an array of tables, not {table!r}.")
+            raise ConfigError(f"[federated] rule must be a table or an array of tables, not {shown(table)}.")
         values = dict(table)
         label = _checked_label("rule", values.pop("label", values.get("name", "")), rules)
         rules[label] = make(FederatedRun, {**common, "rule": values}, where="[federated]")
@@ -329,36 +352,54 @@ def _rules(run: Table) -> dict[str, FederatedRun]:
 
 def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
     """A label that may stand in names of directories, and that no component in `taken` has."""
-    text = str(label)
-    if not _LABEL.fullmatch(text):
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ConfigError(
-            f"[{kind}] label {text!r}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit first."
+            f"[{kind}] label {shown(label)}: use 1 to 64 letters, digits, '.', '_', '+' or '-', a letter or digit "
+            "first."
         )
-    if text in taken:
-        raise ConfigError(f"two [[{kind}]] are called '{text}'; give each its own `label`.")
-    return text
+    if label in taken:
+        raise ConfigError(f"two [[{kind}]] are called '{label}'; give each its own `label`.")
+    return label
 
 
 def _check_tables(tables: Mapping[str, Any]) -> None:
     """Refuse unknown names, and values where tables belong."""
     for key, value in tables.items():
         if key == "plugins" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
-            raise ConfigError(f"plugins = {value!r}: give a list of modules or .py files, such as ['my_defences.py'].")
+            raise ConfigError(
+                f"plugins = {shown(value)}: give a list of modules or .py files, such as ['my_defences.py']."
+            )
+        if key in ("title", "variant") and not isinstance(value, str):
+            raise ConfigError(f"{key} = {shown(value)}: give a line of text.")
         if key not in (*TABLES, *_KEYS, "grid"):
             raise ConfigError(f"unknown table [{key}]: {nearest(key, (*TABLES, 'grid'))}")
         several = key in (*ARRAYS, "grid")
         if key not in _KEYS and not isinstance(value, dict | list if several else dict):
-            raise ConfigError(f"[{key}] must be a table, not {value!r}.")
+            raise ConfigError(f"[{key}] must be a table, not {shown(value)}.")
+        if key in ("attack", "defence") and value == []:
+            raise ConfigError(f"{key} = []: name one at least, or leave it out; `mithridate list {key}s` shows them.")
         for item in value if several and isinstance(value, list) else []:
             if not isinstance(item, dict):
-                raise ConfigError(f"[{key}] must be a table or an array of tables, not {item!r}.")
+                raise ConfigError(f"[{key}] must be a table or an array of tables, not {shown(item)}.")
+        _check_floats(value, where=f"[{key}]")
+
+
+def _check_floats(value: object, *, where: str) -> None:
+    """Refuse finite numbers that float32, in which models compute, cannot hold; infinity may mean something."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(item, float) and LARGEST_FLOAT < abs(item) < math.inf:
+            raise ConfigError(f"{where} {key} = {item}: larger than float32 can hold; give a smaller number.")
+        _check_floats(item, where=where)
 
 
 def _seeds(value: object, *, where: str) -> list[int]:
-    if not isinstance(value, list) or not value or not all(type(s) is int and s >= 0 for s in value):
-        raise ConfigError(f"{where} seeds = {value!r}: give a list of whole numbers >= 0, such as [0, 1, 2].")
+    if not isinstance(value, list) or not value or not all(type(s) is int and 0 <= s < 2**63 for s in value):
+        said = shown(value)
+        raise ConfigError(
+            f"{where} seeds = {said}: give a list of whole numbers from 0 to 2**63 - 1, such as [0, 1, 2]."
+        )
     if len(set(value)) != len(value):
-        raise ConfigError(f"{where} seeds = {value!r}: a seed twice is the same run twice; leave it out.")
+        raise ConfigError(f"{where} seeds = {shown(value)}: a seed twice is the same run twice; leave it out.")
     return list(value)
 
 

@@ -37,7 +37,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from mithridate.core.errors import StoreError
-from mithridate.core.files import remove_parts, write_atomically, writing
+from mithridate.core.files import path_of, remove_parts, write_atomically, writing
 from mithridate.simulation.trace import COLUMNS, TraceRow
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
@@ -211,7 +211,7 @@ def read_run(path: str | Path) -> Run:
     Raises:
         StoreError: A file is missing, is not as it was written, or is unreadable; the message names it.
     """
-    path = Path(path)
+    path = path_of(path)
     content = read_files(path)
     name = CONFIG
     try:

@@ -1,5 +1,6 @@
 """The command line: parse, build, call, print."""
 
+import errno
 import functools
 import os
 import sys
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from mithridate.bench.watcher import Watcher
+from mithridate.cli.terminal import err, out, print_mistake, take_any_text
 from mithridate.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-out = Console()
-err = Console(stderr=True)
 
 
 def _version(asked: bool) -> None:
@@ -59,6 +57,9 @@ P = ParamSpec("P")
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
+MOST_THREADS = 1024
+"""Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
+
 
 def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
     """A command for which a user's mistake is one message and exit code 2, and an interrupt says how to go on."""
@@ -68,7 +69,13 @@ def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except UserError as error:
-            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            print_mistake(str(error))
+            raise typer.Exit(USER_MISTAKE) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has heard enough
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            print_mistake(f"{where}{error.strerror or error}; give a path that this user may read and write.")
             raise typer.Exit(USER_MISTAKE) from None
         except KeyboardInterrupt:
             err.print(
@@ -104,7 +111,8 @@ class Shelf(StrEnum):
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
 ThreadsOption = Annotated[
-    int, typer.Option(min=0, help="CPU threads of torch; 0 takes every core that this process may use.")
+    int,
+    typer.Option(min=0, max=MOST_THREADS, help="CPU threads of torch; 0 takes every core that this process may use."),
 ]
 DataRootOption = Annotated[
     Path | None,
@@ -270,35 +278,29 @@ def report(
 @_reports_mistakes
 def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of that kind, to be shown with all its settings.")] = None,
     plugins: PluginsOption = None,
 ) -> None:
-    """Show the components by name: what each is, where it comes from, its settings and their defaults.
+    """Show the components by name, a line each; or one of them: what it is, its settings, defaults, presets and source.
 
     Those of installed packages and plug-ins are among them, each with its package or file.
     """
-    from mithridate.core.registry import KINDS, broken_packages, entries, load_plugin
+    from mithridate.cli.listing import list_component, list_dataset, list_names
+    from mithridate.core.kind import KINDS
+    from mithridate.core.plugins import offered
+    from mithridate.core.registry import broken_packages
 
-    for plugin in plugins or []:
-        load_plugin(plugin)
-    kinds = {f"{kind}s": kind for kind in KINDS}
-    for shelf in [what] if what else list(Shelf):
-        if shelf is Shelf.datasets:
-            _list_datasets()
-            continue
-        components = entries(kinds[shelf.value])
-        longest = max(len(key) for entry in components.values() for key in entry.fields)  # a key is never broken
-        table = Table(title=shelf.value, title_justify="left", show_lines=True)
-        for column in ("name", "what it is", "settings and defaults", "source"):
-            least = longest if column.startswith("settings") else None
-            table.add_column(column, overflow="fold", no_wrap=column == "name", min_width=least)
-        for name, entry in components.items():
-            fields = "\n".join(f"{key} = {_shown(value)}" for key, value in entry.fields.items())
-            presets = f"\n\npresets: {', '.join(entry.presets)}" if entry.presets else ""
-            origin = "" if entry.built_in else f"\n\nplug-in: {entry.origin or entry.cls.__module__}"
-            source = f"{entry.source}{origin}".strip()
-            table.add_row(name, escape(entry.summary), escape(fields) + presets, escape(source))
-        out.print(table)
-    if broken := broken_packages():
+    kinds = {Shelf(f"{kind}s"): kind for kind in KINDS}
+    more = bool(plugins or offered())
+    if name is None:
+        shelves = [what] if what else list(Shelf)
+        chosen = [kinds[shelf] for shelf in shelves if shelf in kinds]
+        list_names(chosen, datasets=Shelf.datasets in shelves, plugins=plugins or [], more=more)
+    elif what is Shelf.datasets:
+        list_dataset(name)
+    elif what is not None:
+        list_component(kinds[what], name, plugins=plugins or [])
+    if more and (broken := broken_packages()):
         raise ConfigError("\n".join(broken))
 
 
@@ -306,8 +308,10 @@ def main() -> None:
     """The entry point of the `mithridate` command."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["MPLBACKEND"] = "agg"  # figures are drawn without a screen, whatever the user's other ones need
     # The current directory, as with `python -m`, but last: it hides nothing that is installed.
     sys.path.append("")
+    take_any_text()
     app()
 
 
@@ -332,30 +336,37 @@ def _run(
     torch.set_num_threads(threads or _cores())
     recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
-        out.print(f"[bold]{escape(recipe.title)}[/]")
+        out.print(recipe.title, style="bold", markup=False, highlight=False)
     with _Bars() as bars:
         grid = run_recipe(
             recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
         )
     if grid.skipped:
         out.print(
-            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them again."
+            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them "
+            "again.",
+            markup=False,
+            soft_wrap=True,
         )
     _report(list(grid.directories), out_dir)
 
 
 def _report(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.store import read_runs, unfinished
-    from mithridate.report import build_report
+
+    try:
+        from mithridate.report import build_report
+    except ValueError as error:
+        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None
     from mithridate.report.findings import findings
     from mithridate.report.rows import rows
-    from mithridate.report.terminal import doubt_lines, measures_table, summary_table
+    from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
 
     paths = build_report(directories, out_dir)
     table = rows(read_runs(directories))
-    out.print(summary_table(table))
+    out.print(fitted(summary_table(table), out.width))
     if (measured := measures_table(table)) is not None:
-        out.print(measured)
+        out.print(fitted(measured, out.width))
     for finding in findings(table):
         out.print(finding.headline, markup=False, style="bold")
     for line in doubt_lines(table):
@@ -391,34 +402,7 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds {text}: give whole numbers with commas, such as 0,1,2.") from None
-
-
-def _shown(value: object) -> str:
-    from dataclasses import MISSING
-
-    return "required" if value is MISSING else "unset" if value is None else str(value)
-
-
-def _list_datasets() -> None:
-    from mithridate.core.registry import defaults
-    from mithridate.data.catalogue import DATASETS
-    from mithridate.data.settings import OWN, StreamSettings
-
-    table = Table(title="datasets", title_justify="left", show_lines=True)
-    for column in ("name", "what it is", "images", "hub id", "source"):
-        table.add_column(column, overflow="fold", no_wrap=column in {"name", "hub id"})
-    for info in DATASETS.values():
-        rows = ", ".join(f"{split} {count:,}" for split, count in info.splits.items())
-        shape = "x".join(map(str, info.shape))
-        table.add_row(
-            info.name, escape(info.summary), f"{shape}, {len(info.classes)} classes\n{rows}", info.hub_id, info.source
-        )
-    for name, summary in OWN.items():
-        table.add_row(name, escape(summary), "your own", "", "")
-    out.print(table)
-    fields = ", ".join(f"{key} = {_shown(value)}" for key, value in defaults(StreamSettings).items())
-    out.print(f"settings of \\[data] and defaults (unset sizes are chosen by data set): {escape(fields)}")
+        raise ConfigError(f"--seeds {text[:80]}: give whole numbers with commas, such as 0,1,2.") from None
 
 
 class _Bars(Watcher):

@@ -7,8 +7,20 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+LONGEST = 599
+"""Characters of a message at most."""
+
+
 class UserError(Exception):
-    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2."""
+    """A mistake that the user can mend; the command line prints it without a traceback and exits with 2.
+
+    Args:
+        message: What happened, where, and what to do. The middle of one that is too long is left out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        too_long = len(message) > LONGEST
+        super().__init__(f"{message[: LONGEST - 205]} ... {message[-200:]}" if too_long else message)
 
 
 class ConfigError(UserError):
@@ -41,6 +53,23 @@ class BusyError(UserError):
 
 class ThreatModelError(UserError):
     """A component looked at something that it does not declare in its `needs`."""
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value from outside in a message: as it is written, on one line, cut if it is long.
+
+    Args:
+        value: Whatever a stranger wrote.
+        most: Characters that are shown of it.
+
+    >>> shown("epz"), shown([0] * 1000, 10)
+    ("'epz'", '[0, 0, 0, ...')
+    """
+    try:
+        text = repr(value)
+    except Exception:  # a number too long to be written, nesting too deep, an object that cannot say what it is
+        return f"a {type(value).__name__}"
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def nearest(name: str, known: "Iterable[str]") -> str:

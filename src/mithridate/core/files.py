@@ -12,16 +12,39 @@ from filelock import FileLock, Timeout
 from pydantic import PlainValidator
 from safetensors import SafetensorError
 
-from mithridate.core.errors import BusyError, WriteError
+from mithridate.core.errors import BusyError, ConfigError, WriteError, shown
 
 CACHE = "MITHRIDATE_CACHE"
 """Environment variable: where decoded images and burn-ins go; without it, the user's cache directory."""
 
 
+def path_of(given: str | Path) -> Path:
+    """A path as a user gives it, in which `~` is the home directory, wherever it comes from.
+
+    Raises:
+        ConfigError: It cannot be a path, or begins with the home directory of nobody.
+    """
+    if "\0" in str(given):
+        raise ConfigError(f"{shown(str(given))} holds a NUL character and can be no path; take it out.")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{shown(str(given))}: {error}; write the path without ~.") from None
+
+
 def _absolute(value: object) -> str:
-    if not isinstance(value, str | Path) or not str(value):
+    if not isinstance(value, str | Path) or not str(value) or not _is_text(str(value)):
         raise ValueError("give the path of a file or folder")
-    return str(Path(value).expanduser().absolute())
+    return str(path_of(value).absolute())
+
+
+def _is_text(path: str) -> bool:
+    """Whether a recipe can hold it; a path of other bytes has no place in one."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 AbsolutePath = Annotated[str | Path, PlainValidator(_absolute)]
@@ -31,7 +54,7 @@ AbsolutePath = Annotated[str | Path, PlainValidator(_absolute)]
 def cache_directory(directory: str | Path | None = None) -> Path:
     """Where decoded images and burn-ins go: `directory`, else `MITHRIDATE_CACHE`, else the user's cache directory."""
     named = os.environ.get(CACHE)
-    return Path(directory or named or platformdirs.user_cache_dir("mithridate")).expanduser()
+    return path_of(directory or named or platformdirs.user_cache_dir("mithridate"))
 
 
 @contextmanager

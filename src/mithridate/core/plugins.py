@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mithridate.core.errors import ConfigError, UserError
+from mithridate.core.files import path_of
 
 GROUP = "mithridate.components"
 """The entry point group: each names a module that registers components when it is imported."""
@@ -28,7 +29,7 @@ def absolute(plugin: str, folder: Path) -> str:
         folder: Where a relative path begins.
     """
     is_path = plugin.endswith(".py") or Path(plugin).name != plugin
-    return str((folder / Path(plugin).expanduser()).resolve()) if is_path else plugin
+    return str((folder / path_of(plugin)).resolve()) if is_path else plugin
 
 
 def module_of(plugin: str) -> ModuleType:

@@ -15,7 +15,7 @@ from types import ModuleType, NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from mithridate.core import plugins
-from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.kind import KINDS, Kind, check_kind, component_in, place_of
 from mithridate.core.settings import UNSET, defaults, fields_of, make, settings
 
@@ -185,7 +185,10 @@ def build(kind: Kind, config: Mapping[str, Any], *, where: str = "") -> Any:  # 
     values = dict(config)
     if "name" not in values:
         raise ConfigError(f"{where} has no `name`: say which {kind}. {nearest('', entries(kind))}")
-    item = entry(kind, str(values.pop("name")))
+    name = values.pop("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} name = {shown(name)}: give one name, as text. {nearest('', entries(kind))}")
+    item = entry(kind, name)
     if not dataclasses.is_dataclass(item.cls):
         return importlib.import_module("mithridate.models.factory").ModelFactory.of(item.name, values, where=where)
     preset = str(values.pop("preset", UNSET))

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic.dataclasses import rebuild_dataclass
 from pydantic_core import ArgsKwargs, PydanticUndefined
 
-from mithridate.core.errors import ConfigError, nearest
+from mithridate.core.errors import ConfigError, nearest, shown
 
 T = TypeVar("T")
 
@@ -72,7 +72,8 @@ def _fill(
     fields = {f.name: f for f in dataclasses.fields(instance)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown key '{key}': {nearest(key, fields)}")
+            raise ConfigError(f"{where}: unknown key {shown(key)}: {nearest(key, fields)}")
+        _check_numbers(values[key], where=f"{where}: {key}")
     values = _spelled_out(type(instance), values, where=where)
     if initialised_by is None:
         initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
@@ -107,7 +108,7 @@ def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping
                 read[key] = _number(value)
             except (ValueError, ZeroDivisionError):
                 raise ConfigError(
-                    f"{where}: {key} = {value!r}: give a number, or a fraction of two such as '8/255'."
+                    f"{where}: {key} = {shown(value)}: give a number, or a fraction of two such as '8/255'."
                 ) from None
     return read
 
@@ -144,12 +145,21 @@ def _number(value: object) -> object:
     return ratio
 
 
+def _check_numbers(value: object, *, where: str) -> None:
+    """Refuse whole numbers that neither TOML nor arrays can hold; a float of that size is written with a point."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_numbers(item, where=where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where} = {shown(value, 40)}: too large for a whole number of 64 bits; give a smaller one.")
+
+
 def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)
     place = ".".join(str(part) for part in e["loc"])
     if e["type"] == "missing":
         return f"{place} has no default; give it a value"
     message = str(e["msg"]).removeprefix("Value error, ")
-    return f"{place} = {e['input']!r}: {message[0].lower()}{message[1:]}" if place else message
+    return f"{place} = {shown(e['input'])}: {message[0].lower()}{message[1:]}" if place else message
 
 
 def defaults(cls: type) -> dict[str, Any]:

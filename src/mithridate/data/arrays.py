@@ -2,7 +2,7 @@
 
 import math
 import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -91,9 +91,9 @@ def npz_samples(
 
     Raises:
         ConfigError: There is no such split.
-        DataError: It is no such file, or its arrays are not taken; see `array_samples`.
+        DataError: It is no such file, holds an array twice, or its arrays are not taken; see `array_samples`.
     """
-    arrays = _read_npz(path)
+    arrays, names = _read_npz(path)
     splits: dict[str, tuple[Any, Any]] = {}
     for key, ending in ((LONE, ""), ("train", "_train"), ("test", "_test")):
         mapping = {k.removeprefix(f"x{ending}."): a for k, a in arrays.items() if k.startswith(f"x{ending}.")}
@@ -102,28 +102,33 @@ def npz_samples(
             splits[key] = x, y
     if not splits or (LONE in splits and len(splits) > 1):
         raise DataError(
-            f"{path} holds the arrays {', '.join(arrays) or '(none)'}; it needs x and y, or x_train, y_train, x_test "
-            "and y_test, and not both."
+            f"{path} holds the arrays {', '.join(names)[:200] or '(none)'}; it needs x and y, or x_train, y_train, "
+            "x_test and y_test, and not both."
         )
     chosen = {key: splits[key] for key in wanted_splits(splits, split, where=path)}
     classes = [str(label) for label in arrays["classes"]] if "classes" in arrays else None
     return array_samples(chosen, name=name, classes=classes, domain=domain)
 
 
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+def _read_npz(path: Path) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    """The arrays that may be samples, and the names of all."""
     if not zipfile.is_zipfile(path):
         raise DataError(f"{path} is not there, or no .npz file; write one by `np.savez(path, x=x, y=y)`.")
     arrays: dict[str, NDArray[Any]] = {}
     try:
         with np.load(path, allow_pickle=False) as file:
-            for key in file.files:
-                arrays[key] = file[key]
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            names = list(file.files)
+            for key in names:
+                if key in ("y", "classes") or key.startswith(("x", "y_")):
+                    arrays[key] = file[key]
+    except Exception as error:  # a damaged or hostile archive breaks the reader in many ways
         raise DataError(
-            f"{path} cannot be read ({error}). Arrays of Python objects are not read, since unpickling them runs code: "
-            "store numbers, by `np.savez(path, x=x, y=y)`."
+            f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}). Arrays of Python objects are not "
+            "read, since unpickling them runs code: store numbers, by `np.savez(path, x=x, y=y)`."
         ) from error
-    return arrays
+    if twice := sorted(key for key, times in Counter(names).items() if times > 1):
+        raise DataError(f"{path} holds {', '.join(twice)[:80]} twice; write it again, with each array once.")
+    return arrays, names
 
 
 def _array(value: object, where: str) -> NDArray[Any]:

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mithridate.core.batch import Inputs
 from mithridate.core.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mithridate.core.batch import Inputs
 
 DIGIT_NAMES = tuple("0123456789")
 
@@ -69,7 +72,7 @@ class DatasetInfo:
     std: tuple[float, ...] = ()
     flip: bool = False
     crop_padding: int = 0
-    example: Inputs | None = field(default=None, compare=False, repr=False)
+    example: "Inputs | None" = field(default=None, compare=False, repr=False)
 
     @property
     def images(self) -> bool:

@@ -1,6 +1,7 @@
 """Encoded images as arrays of bytes. Files are not trusted: few formats, one size, and a limit on the pixels."""
 
 import io
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -67,25 +68,42 @@ def decode_images(
 
 def _decode(image: Path | bytes, where: str, wanted: Frame | None, whose: str) -> tuple[NDArray[np.uint8], Frame]:
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS) as opened:
+        with _opened(image) as opened:
             frame = Frame(opened.mode, opened.height, opened.width)
-            _check(frame, where, wanted, whose, pictures=getattr(opened, "n_frames", 1))
+            _check(frame, where, wanted, whose)
+            _check_alone(opened, where)
+            if opened.format != "PNG":
+                return np.asarray(opened), frame
+            opened.verify()  # the sums of a PNG, which decoding passes over; the file must be opened again
+        with _opened(image) as opened:
             return np.asarray(opened), frame
     except DataError:
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{where} has too many pixels, and {MAX_PIXELS:,} are the most; shrink it.") from error
     except Exception as error:  # Pillow's readers raise whatever a broken file makes them stumble over
         raise DataError(
-            f"{where} is not a readable image ({type(error).__name__}: {error}); fetch it again, or take it out. Read "
-            f"are {', '.join(FORMATS)}."
+            f"{where} is not a readable image ({type(error).__name__}: {str(error)[:200]}); fetch it again, or take it "
+            f"out. Read are {', '.join(FORMATS)}."
         ) from error
 
 
-def _check(frame: Frame, where: str, wanted: Frame | None, whose: str, *, pictures: int) -> None:
+def _opened(image: Path | bytes) -> Image.Image:
+    """The header is read, and nothing is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and comes next
+        return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+
+
+def _check_alone(image: Image.Image, where: str) -> None:
+    if (pictures := getattr(image, "n_frames", 1)) > 1:
+        raise DataError(f"{where} holds {pictures} pictures; give one a file.")
+
+
+def _check(frame: Frame, where: str, wanted: Frame | None, whose: str) -> None:
     if wanted is not None and frame != wanted:
         raise DataError(f"{where} is an image of {frame}; {whose} has {wanted}. All must be alike: convert it.")
     if frame.mode not in CHANNELS:
         raise DataError(f"{where} is an image of {frame}; convert it to grey (L) or colour (RGB), a byte a channel.")
-    if pictures > 1:
-        raise DataError(f"{where} holds {pictures} pictures; give one a file.")
     if frame.height * frame.width > MAX_PIXELS:
         raise DataError(f"{where} has {frame.height}x{frame.width} pixels, and {MAX_PIXELS:,} are the most; shrink it.")

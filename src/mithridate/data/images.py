@@ -14,8 +14,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from mithridate.core.errors import ConfigError, DataError, nearest
-from mithridate.core.files import CACHE, cache_directory, write_atomically
+from mithridate.core.errors import ConfigError, DataError, nearest, shown
+from mithridate.core.files import CACHE, cache_directory, path_of, write_atomically
 from mithridate.data.catalogue import NamedSet, dataset_info
 from mithridate.data.decode import Frame, decode_images
 from mithridate.data.sources import Rows, encoded, hub_rows, mirror_files, parquet_rows
@@ -78,7 +78,8 @@ def load_images(
         raise ConfigError(f"{name} has no split '{split}': {nearest(split, info.splits)}")
     if not info.hub_id:
         return _image_set(info, split, *_embedded_digits())
-    root = Path(data_root) if data_root else _folder_from(DATA_ROOT)
+    named = data_root or os.environ.get(DATA_ROOT)
+    root = path_of(named) if named else None
     files = mirror_files(info, split, root) if root is not None else []
     path = cache_directory(cache) / "images"
     path /= f"{name}-{split}-{_source_key(info, split, files)}.safetensors"
@@ -100,11 +101,6 @@ def load_images(
             "be written to and has room."
         ) from error
     return images
-
-
-def _folder_from(variable: str) -> Path | None:
-    value = os.environ.get(variable)
-    return Path(value).expanduser() if value else None
 
 
 def _embedded_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -171,7 +167,7 @@ def _decode(pieces: Iterable[Rows], info: NamedSet, split: str) -> tuple[NDArray
 def _label(label: object, info: NamedSet, where: str) -> int:
     if not isinstance(label, int) or not 0 <= label < len(info.classes):
         raise DataError(
-            f"{where} has the label {label!r} (column '{info.label_column}'); {info.name} has the class numbers 0 to "
-            f"{len(info.classes) - 1}."
+            f"{where} has the label {shown(label)} (column '{info.label_column}'); {info.name} has the class numbers 0 "
+            f"to {len(info.classes) - 1}."
         )
     return label

@@ -1,5 +1,6 @@
 """Where the encoded rows of an image set come from: a folder that mirrors hub repositories, or the hub itself."""
 
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mithridate.core.errors import DataError
@@ -72,49 +72,92 @@ def mirror_files(info: NamedSet, split: str, root: Path) -> list[Path]:
     if files := split_files(folders, split):
         return files
     others = [f"split = '{other}'" for other in info.splits if other != split and split_files(folders, other)]
-    parquet = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))
+    parquet = sorted(str(path.relative_to(root)) for path in repository.glob("**/*.parquet"))[:4]
+    places = [str(folder.relative_to(root)) for folder in folders]
     alone = f" To cut every part from what is there, set {' or '.join(others)} in [data]." if others else ""
     raise DataError(
         f"{info.name}: no split '{split}' under the data root {root}. "
-        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(str(folder) for folder in folders)}; "
+        f"Looked for {split}*.parquet and {split}/*.parquet in {', '.join(places)}; "
         f"there is {', '.join(parquet) or 'no Parquet file'}. Put the split there, or unset MITHRIDATE_DATA to "
         f"load it from the hub.{alone}"
     )
 
 
 def split_files(folders: Sequence[Path], split: str) -> list[Path]:
-    """The Parquet files of one split, in order, from the first folder that has some; empty if none has.
+    """The Parquet files of one split, in order, from the one place that has some; empty if none has.
+
+    Names that start with a dot are passed over.
 
     Args:
         folders: Where to look, for files that begin with the split's name or lie in a folder of that name.
         split: Which split.
 
     Raises:
-        DataError: Some shards are missing.
+        DataError: Some shards are missing, or the files are not those of one upload.
     """
     in_name = re.compile(rf"{re.escape(split)}([-_.].*)?\.parquet")
-    for folder in folders:
-        for paths in (
+    places = [
+        files
+        for folder in dict.fromkeys(folders)
+        for files in (
             [path for path in folder.glob("*.parquet") if in_name.fullmatch(path.name)],
-            list((folder / split).glob("*.parquet")),
-        ):
-            if paths:
-                files = sorted(paths)
-                _require_all_shards(files)
-                return files
-    return []
+            [path for path in (folder / split).glob("*.parquet") if not path.name.startswith(".")],
+        )
+        if files
+    ]
+    if len(places) > 1:
+        first, second = (places[n][0] for n in (0, 1))
+        raise DataError(
+            f"the split '{split}' lies in two places, {first} and {second}; which of them is meant is not clear: keep "
+            "one."
+        )
+    return _in_order(places[0], split) if places else []
 
 
-def _require_all_shards(files: list[Path]) -> None:
-    for path in files:
-        numbered = re.search(r"-(\d{5})-of-(\d{5})\.parquet$", path.name)
-        if numbered is None:
-            continue
-        start, total = path.name[: numbered.start()], numbered.group(2)
-        wanted = {f"{start}-{i:05}-of-{total}.parquet" for i in range(int(total))}
-        missing = sorted(wanted - {other.name for other in files})
-        if missing:
-            raise DataError(f"{path.parent} is incomplete: {', '.join(missing)} is missing; fetch it again.")
+_OF_TOTAL = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?\.parquet")
+"""As `datasets` names shards: `train-00000-of-00002.parquet`; in older uploads each has a hash behind."""
+
+
+def _in_order(files: Sequence[Path], split: str) -> list[Path]:
+    """The shards of one upload, each once and none missing.
+
+    Raises:
+        DataError: They are more, less, or of several uploads.
+    """
+    folder, names = files[0].parent, [path.name for path in files]
+    numbers, total = _numbers(names)
+    known = set(numbers)
+    one_based = int(0 not in known and (total is None or total in known))
+    if len(known) < len(names) or (total is not None and max(known) >= total + one_based):
+        raise DataError(
+            f"{folder} holds files of '{split}' that are not the shards of one upload "
+            f"({', '.join(sorted(names)[:4])}); rows would count twice, or be those of other data: keep the files of "
+            "one."
+        )
+    wanted = range(one_based, max(known) + 1 if total is None else total + one_based)
+    if missing := list(itertools.islice((number for number in wanted if number not in known), 3)):
+        lacking = [_renumbered(names[0], numbers[0], number) for number in missing]
+        raise DataError(f"{folder} is incomplete: {', '.join(lacking)} is missing; fetch it again.")
+    return [path for _, path in sorted(zip(numbers, files, strict=True))]
+
+
+def _renumbered(name: str, was: int, number: int) -> str:
+    """The name of another shard."""
+    return re.sub(rf"(?<!\d)0*{was}(?!\d)", lambda digits: f"{number:0{len(digits[0])}}", name, count=1)
+
+
+def _numbers(names: Sequence[str]) -> tuple[list[int], int | None]:
+    """The number of each shard, and how many there are if the names say so; no numbers if it is no single upload."""
+    shards = [_OF_TOTAL.fullmatch(name) for name in names]
+    if len({(m[1], m[3]) if m else None for m in shards}) == 1 and (first := shards[0]):
+        return [int(m[2]) for m in shards if m], int(first[3])
+    if len(names) == 1:  # a lone 0001.parquet is half of something
+        return [int(number[1]) if (number := re.fullmatch(r"(\d+)\.parquet", names[0])) else 0], None
+    pieces = [re.split(r"(\d+)", name) for name in names]  # as others do: 0000.parquet, part-00000-JOB.snappy.parquet
+    if len({len(split) for split in pieces}) > 1:
+        return [], None
+    differing = [at for at, column in enumerate(zip(*pieces, strict=True)) if len(set(column)) > 1]
+    return ([int(split[differing[0]]) for split in pieces] if len(differing) == 1 and differing[0] % 2 else []), None
 
 
 def parquet_rows(files: Sequence[Path], columns: tuple[str, str], *, whose: str) -> Iterator[Rows]:
@@ -130,13 +173,15 @@ def parquet_rows(files: Sequence[Path], columns: tuple[str, str], *, whose: str)
     """
     for path in files:
         try:
-            with pq.ParquetFile(path) as file:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
                 _require_columns(columns, file.schema_arrow.names, str(path), whose)
                 first = 0
                 for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(columns)):
                     yield Rows(str(path), first, *(batch.column(column).to_pylist() for column in columns))
                     first += len(batch)
-        except (OSError, pa.ArrowException) as error:
+        except DataError:
+            raise
+        except Exception as error:  # a damaged file, or text in it that is none, breaks the reader in many ways
             raise DataError(f"{path} is not a readable Parquet file ({error}); fetch it again.") from error
 
 
@@ -174,17 +219,25 @@ def dataset_rows(dataset: Any, columns: tuple[str, str], *, place: str) -> Itera
         dataset: One split.
         columns: The columns of images and labels.
         place: Where it is from, for messages.
+
+    Raises:
+        DataError: Its files are damaged.
     """
     first = 0
-    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-        yield Rows(place, first, *(table.column(column).to_pylist() for column in columns))
-        first += len(table)
+    try:
+        for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            yield Rows(place, first, *(table.column(column).to_pylist() for column in columns))
+            first += len(table)
+    except Exception as error:  # as with a file of Parquet
+        raise DataError(f"{place}: row {first} or one after it is not readable ({error}); fetch it again.") from error
 
 
 def _require_columns(columns: Sequence[str], known: Sequence[str], place: str, whose: str) -> None:
     for column in columns:
         if column not in known:
-            raise DataError(f"{place} has no column '{column}', but {', '.join(known)}; is this {whose}?")
+            raise DataError(f"{place} has no column '{column}', but {', '.join(known)[:300]}; is this {whose}?")
+        if list(known).count(column) > 1:
+            raise DataError(f"{place} has {list(known).count(column)} columns called '{column}'; keep one of them.")
 
 
 @contextmanager

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.errors import ConfigError, DataError, shown
 from mithridate.data.samples import LONE, Row, Samples, image_samples, wanted_splits
 from mithridate.data.sources import Rows, dataset_rows, encoded, parquet_rows, quiet_hub, split_files
 
@@ -77,22 +76,32 @@ def parquet_samples(path: Path, split: str | None, columns: Columns | None, *, n
     """
     import datasets
 
+    if split is not None and (not split or Path(split).name != split):
+        raise ConfigError(f"split = {shown(split)}: give what the names of the files begin with, such as 'train'.")
     named = dict.fromkeys(["train", "test", *([split] if split else [])])
     by_split = {key: split_files([path, path / "data"], key) for key in named}
     files = {LONE: [path]} if path.is_file() else {key: shards for key, shards in by_split.items() if shards}
     if not files:
-        others = sorted(str(file.relative_to(path)) for file in path.glob("**/*.parquet"))
+        others = sorted(str(file.relative_to(path)) for file in path.glob("**/*.parquet"))[:5]
         raise DataError(
             f"{path} holds no train*.parquet and no test*.parquet, in itself or in data/; there is "
             f"{', '.join(others) or 'no Parquet file'}. Set [data] path to their folder, or split to what their names "
             "begin with."
         )
 
-    def table(shards: list[Path]) -> Table:
+    def features_of(shard: Path) -> Mapping[str, Any]:
         try:
-            features = datasets.Features.from_arrow_schema(pq.read_schema(shards[0]))
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{shards[0]} is not a readable Parquet file ({error}); fetch it again.") from error
+            return dict(datasets.Features.from_arrow_schema(pq.read_schema(shard)))
+        except Exception as error:  # a damaged file, and notes in it that are not what they should be
+            raise DataError(f"{shard} is not a readable Parquet file ({error}); fetch it again.") from error
+
+    def table(shards: list[Path]) -> Table:
+        features = features_of(shards[0])
+        for shard in shards[1:]:
+            if features_of(shard) != features:
+                raise DataError(
+                    f"{shard} has other columns, types or classes than {shards[0]}; keep the shards of one upload."
+                )
         return Table(features, lambda chosen: parquet_rows(shards, chosen, whose=name))
 
     return _samples({key: table(shards) for key, shards in files.items()}, split, columns, path, name)
@@ -102,16 +111,24 @@ def _samples(tables: Mapping[str, Table], split: str | None, columns: Columns | 
     chosen = wanted_splits(tables, split, where=path)
     features = tables[chosen[0]].features
     image, label = columns or (_only(features, _is_image, "image", path), _only(features, _is_label, "label", path))
-    for column in (image, label):
-        if column not in features:
-            raise ConfigError(f"{path} has no column '{column}'; there is {_listing(features)}.")
-    classes = getattr(features[label], "names", None)
+    for key in chosen:
+        for column in (image, label):
+            if column not in tables[key].features:
+                there = _listing(tables[key].features)
+                raise ConfigError(f"{path} ({key}) has no column '{column}'; there is {there}.")
+    classes, *others = (getattr(tables[key].features[label], "names", None) for key in chosen)
+    if any(names != classes for names in others):
+        raise DataError(
+            f"{path}: the classes of '{label}' in {' and '.join(chosen)} have other names or another order, so that "
+            "one number would stand for two classes; number them alike."
+        )
 
     def rows(key: str) -> Iterator[Row]:
         for piece in tables[key].rows((image, label)):
             for where, content, number in piece.each(name):
                 if type(number) is not int:
-                    raise DataError(f"{where} has the label {number!r} in '{label}'; class numbers are whole numbers.")
+                    said = shown(number)
+                    raise DataError(f"{where} has the label {said} in '{label}'; class numbers are whole numbers.")
                 yield where, encoded(content, where), number
 
     return image_samples(name, {key: rows(key) for key in chosen}, classes)
@@ -145,4 +162,4 @@ def _is_label(column: str, feature: object) -> bool:
 
 
 def _listing(features: Mapping[str, Any]) -> str:
-    return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())
+    return ", ".join(f"{column} ({type(feature).__name__})" for column, feature in features.items())[:300]

@@ -7,6 +7,7 @@ from mithridate.core.errors import UserError
 from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
 from mithridate.guard.hostile_clients import Accomplice as Accomplice
 from mithridate.guard.hostile_clients import HostileClients as HostileClients
+from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
 from mithridate.guard.limits import ReplyLimits as ReplyLimits
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ _NEEDS_FLOWER = {"GuardedStrategy": "flower", "attack_mod": "flower_attack"}
 
 
 def __dir__() -> list[str]:
-    return ["Accomplice", "GarbageClients", "HostileClients", "ReplyLimits", *_NEEDS_FLOWER]
+    return ["Accomplice", "GarbageClients", "HostileClients", "RECOMMENDED", "ReplyLimits", *_NEEDS_FLOWER]
 
 
 if not TYPE_CHECKING:  # with it, a type checker would take any name for a public one

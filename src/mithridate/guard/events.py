@@ -5,20 +5,35 @@ import logging
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from mithridate.core.errors import ConfigError
+
 log = logging.getLogger("flwr.mithridate")
 """A child of Flower's own logger, so that what was refused stands beside what Flower reports."""
 
 KINDS = ("vetoed", "skipped", "refused", "missing", "bounded", "capped")
 """What a guard does, the gravest first."""
+
+
+KEPT_EVENTS = 10_000
+"""Events in memory; the tallies count the older ones, too."""
+
+KEPT_TALLIES = 10_000
+"""Pairs of client and reason that are counted apart."""
+
+KEPT_ROUNDS = 1_000
+"""Rounds that a tally names."""
+
+LARGEST_FILE = 2**26
+"""Bytes of a report; with the one before it, a federation takes up twice as many at most."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ class Tally:
         event: As in `Event`.
         phase: `train` or `evaluate`.
         times: How often; more than rounds if a client was refused several times in one.
-        rounds: When, in order.
+        rounds: When, in order; the last thousand if there were more.
         reason: Why; where the reasons differ in their figures alone, that of the first time.
     """
 
@@ -67,24 +82,51 @@ class Tally:
     reason: str
 
 
+@dataclass
+class _Count:
+    """How often there was an event like the first one, and in which rounds, the last ones if they are many."""
+
+    first: Event
+    times: int = 0
+    rounds: deque[int] = field(default_factory=lambda: deque(maxlen=KEPT_ROUNDS))
+
+
 class Journal:
-    """Keeps the events.
+    """Keeps the events, as many as there is room for: a federation may run for years.
 
     Args:
-        path: A JSON-lines file that gains one line an event; None keeps them in memory alone.
+        path: A JSON-lines file that gains one line an event; None keeps them in memory alone. Once it is as large as
+            `LARGEST_FILE` it becomes PATH.1, in place of an older one, and a new file begins.
         opening: What the first line says.
+        warning: What the first line and the table say besides.
+
+    Raises:
+        ConfigError: The file cannot be written. Later on that is said once, and the federation goes on.
     """
 
-    def __init__(self, path: Path | None, opening: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, opening: Mapping[str, Any], warning: str = "") -> None:
         self.path = path
-        self.events: list[Event] = []
+        self.warning = warning
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self.closed = 0
+        self._tallies: dict[tuple[int, int, str, str], _Count] = {}
+        self._times = Counter[str]()
+        self._failed = False
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"event": "opened", **opening})
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._append({"event": "opened", **opening, **({"warning": warning} if warning else {})})
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} cannot be written ({error.strerror}); choose another report_path."
+                ) from error
 
     def note(self, event: Event) -> None:
         """Take in one more."""
         self.events.append(event)
+        self.closed += event.event == "closed" and event.phase == "train"
+        if event.event in KINDS:
+            self._count(event)
         if event.event in {"refused", "vetoed", "skipped"}:
             who = "the round" if event.node is None else f"node {event.node}"
             log.warning("guard: %s %s: %s", event.event, who, event.reason)
@@ -92,14 +134,16 @@ class Journal:
 
     def tallies(self) -> list[Tally]:
         """What was done so far: to whom, in which rounds and why; the gravest first."""
-        alike: dict[tuple[Any, ...], list[Event]] = {}
-        for event in self.events:
-            if event.event in KINDS:
-                kind = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", event.reason)
-                alike.setdefault((KINDS.index(event.event), event.node or 0, event.phase, kind), []).append(event)
         return [
-            Tally(e[0].node, e[0].event, e[0].phase, len(e), tuple(dict.fromkeys(x.round for x in e)), e[0].reason)
-            for _, e in sorted(alike.items(), key=lambda item: item[0][:2])
+            Tally(
+                count.first.node,
+                count.first.event,
+                count.first.phase,
+                count.times,
+                tuple(count.rounds),
+                count.first.reason,
+            )
+            for _, count in sorted(self._tallies.items(), key=lambda item: item[0][:2])
         ]
 
     def table(self, most: int) -> Table:
@@ -108,14 +152,12 @@ class Journal:
         Args:
             most: How many rows it has at most; what is left out is counted under it.
         """
-        closed = sum(event.event == "closed" and event.phase == "train" for event in self.events)
-        times = Counter(event.event for event in self.events)
-        counts = ", ".join(f"{times[kind]} {kind}" for kind in KINDS if times[kind])
+        counts = ", ".join(f"{self._times[kind]} {kind}" for kind in KINDS if self._times[kind])
         tallies = self.tallies()
         rest = len(tallies) - most
         table = Table(
-            title=f"The guard in {closed} rounds: {counts or 'nothing to object to'}",
-            caption=f"and {rest} more rows" if rest > 0 else None,
+            title=f"The guard in {self.closed} rounds: {counts or 'nothing to object to'}",
+            caption="; ".join(filter(None, [f"and {rest} more rows" if rest > 0 else "", self.warning])) or None,
             min_width=60,
         )
         for column in ("node", "what", "times", "rounds", "why"):
@@ -127,13 +169,38 @@ class Journal:
             table.add_row(*(Text(cell) for cell in row))  # as text: a client's words are no markup
         return table
 
+    def _count(self, event: Event) -> None:
+        self._times[event.event] += 1
+        kind = re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", event.reason)
+        key = (KINDS.index(event.event), event.node or 0, event.phase, kind)
+        if key not in self._tallies and len(self._tallies) >= KEPT_TALLIES:  # clients write most of the reasons
+            key, event = (
+                (key[0], 0, event.phase, ""),
+                replace(event, node=None, reason="clients or reasons beyond count"),
+            )
+        count = self._tallies.setdefault(key, _Count(event))
+        count.times += 1
+        if not count.rounds or count.rounds[-1] != event.round:
+            count.rounds.append(event.round)
+
     def _write(self, entry: Mapping[str, Any]) -> None:
+        try:
+            self._append(entry)
+        except OSError as error:
+            if not self._failed:
+                log.warning("guard: %s cannot be written (%s); the federation goes on.", self.path, error.strerror)
+            self._failed = True
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
         """Append one line in one write, so that a killed server leaves whole lines."""
         if self.path is None:
             return
+        line = (json.dumps(_for_json(entry)) + "\n").encode()
+        if self.path.exists() and self.path.stat().st_size + len(line) > LARGEST_FILE:
+            self.path.replace(self.path.with_name(f"{self.path.name}.1"))
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(handle, (json.dumps(_for_json(entry)) + "\n").encode())
+            os.write(handle, line)
         finally:
             os.close(handle)
 

@@ -22,6 +22,15 @@ def weighted_by(inner: Strategy) -> str:
     return weighted_by(wrapped) if isinstance(wrapped, Strategy) else "num-examples"
 
 
+def loss_of(inner: Strategy) -> str | None:
+    """The metric by which the inner strategy, or the one that it wraps in turn, weights besides; None if by none."""
+    own = getattr(inner, "train_loss_key", None)
+    if own is not None:
+        return str(own)
+    wrapped = getattr(inner, "strategy", None)
+    return loss_of(wrapped) if isinstance(wrapped, Strategy) else None
+
+
 def check_inner(inner: Strategy) -> None:
     """Refuse a strategy that a guard cannot stand before.
 

@@ -4,6 +4,7 @@ Needs the extra `flower` (flwr >= 1.41, < 2).
 """
 
 import copy
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from mithridate.guard.limits import State, count_fault
+from mithridate.guard.limits import State, count_fault, difference, loss_fault
 
 NPY_HEADER = 4096
 """Bytes that a serialised array may be longer than its numbers."""
@@ -23,11 +24,15 @@ LARGEST = 1e300
 """A metric beyond this would overflow in an average."""
 
 
+Sized = tuple[str, int | None]
+"""Name of a metric and the length of its list; None: it is a single number."""
+
+
 class RefusedError(Exception):
     """A reply is not passed on; the text says why."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Reply:
     """A reply whose records are in order, and what of it was replaced.
 
@@ -38,7 +43,8 @@ class Reply:
         arrays_key: Name of its record of arrays; empty where none are wanted.
         arrays: These arrays, opened.
         new_arrays: What replaces some of them.
-        new_count: What replaces the number; None: it stays.
+        new_metrics: What replaces some of the metrics.
+        shared: The metrics that are passed on, and then records have names of our own; None: all, as they came.
     """
 
     message: Message
@@ -47,7 +53,8 @@ class Reply:
     arrays_key: str = ""
     arrays: State = field(default_factory=dict)
     new_arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
-    new_count: float | None = None
+    new_metrics: dict[str, float] = field(default_factory=dict)
+    shared: Container[Sized] | None = None
 
     @property
     def node(self) -> int:
@@ -57,33 +64,52 @@ class Reply:
     @property
     def signature(self) -> tuple[object, ...]:
         """What Flower's strategies want to be the same in all replies: names of records, names and sizes of metrics."""
-        metrics = self.message.content.metric_records[self.metrics_key]
-        sizes = {(name, len(value) if isinstance(value, list) else None) for name, value in metrics.items()}
-        return self.arrays_key, self.metrics_key, frozenset(sizes)
+        return self.arrays_key, self.metrics_key, frozenset(self.sized)
 
-    def passed_on(self, weight_key: str) -> Message:
+    @property
+    def metrics(self) -> MetricRecord:
+        """The metrics as they came."""
+        return self.message.content.metric_records[self.metrics_key]
+
+    @property
+    def sized(self) -> list[Sized]:
+        """Names and sizes of the metrics."""
+        return [(name, len(value) if isinstance(value, list) else None) for name, value in self.metrics.items()]
+
+    def change(self, model: State, names: Iterable[str]) -> NDArray[np.float64]:
+        """How far the arrays of these names were moved away from the model's, as they are passed on."""
+        return difference({**self.arrays, **self.new_arrays}, model, names)
+
+    def passed_on(self) -> Message:
         """The very message that came, or a copy with other content."""
-        if not self.new_arrays and self.new_count is None:
+        if not self.new_arrays and not self.new_metrics and self.shared is None:
             return self.message
         content = RecordDict(dict(self.message.content))
         if self.new_arrays:
             arrays = {**self.new_arrays, **self.arrays, **self.new_arrays}
             content[self.arrays_key] = ArrayRecord({name: Array(np.asarray(a)) for name, a in arrays.items()})
-        if self.new_count is not None:
-            metrics = dict(self.message.content.metric_records[self.metrics_key])
-            content[self.metrics_key] = MetricRecord({**metrics, weight_key: self.new_count})
+        metrics = {**self.metrics, **self.new_metrics}
+        if self.shared is not None:
+            kept = sorted(name for name, size in self.sized if (name, size) in self.shared)
+            arrays_record = content.array_records.get(self.arrays_key)
+            content = RecordDict({"metrics": MetricRecord({name: metrics[name] for name in kept})})
+            if arrays_record is not None:
+                content["arrays"] = arrays_record
+        elif self.new_metrics:
+            content[self.metrics_key] = MetricRecord(metrics)
         other = copy.copy(self.message)
         other.content = content
         return other
 
 
-def opened(message: Message, weight_key: str, model: State | None) -> Reply:
+def opened(message: Message, weight_key: str, model: State | None, loss_key: str | None = None) -> Reply:
     """One reply, opened and looked at by itself.
 
     Args:
         message: As it came.
         weight_key: Name of the metric that holds the number of examples.
         model: The global arrays, whose names the reply's must have; None: no arrays are wanted.
+        loss_key: Name of the metric that holds the loss, where clients are weighted by it.
 
     Raises:
         RefusedError: It is an error or empty, its records are not one of each kind, a metric is no number that can be
@@ -103,7 +129,7 @@ def opened(message: Message, weight_key: str, model: State | None) -> Reply:
     if weight_key not in record:
         raise RefusedError(f"no metric '{weight_key}'")
     count = record[weight_key]
-    fault = count_fault(count) or _metric_fault(record)
+    fault = count_fault(count) or (loss_fault(record.get(loss_key)) if loss_key else "") or _metric_fault(record)
     if fault or isinstance(count, list):
         raise RefusedError(fault)
     if model is None:

@@ -24,6 +24,9 @@ State = Mapping[str, NDArray[Any]]
 COUNTER_LIMIT = 1e9
 """How far an integer array (BatchNorm's count of batches) may move in one round; it takes no part in lengths."""
 
+ABSURD = 1e9
+"""An l2 length beyond what any training round can do."""
+
 STATISTICS = ("*running_mean", "*running_var")
 """Patterns of what torch's BatchNorm keeps of the images that it saw."""
 
@@ -32,14 +35,17 @@ STATISTICS = ("*running_mean", "*running_var")
 class ReplyLimits:
     """What a client's reply must keep to before any defence looks at it. The default stops the malformed and absurd.
 
+    It bounds no update that a training round could make: without a defence, one hostile client decides what the model
+    becomes, and the guard says so when it is made. `RECOMMENDED` are limits that need no knowledge of the model.
+
     An update is what a client changed of the weights. Statistics that a model keeps of its inputs (BatchNorm's) are no
     part of it: they have another unit, may be far longer, and no gradient moves them, so that no defence bounds them.
     They have a bound of their own here. Everything else that a client reports is believed only where a limit holds it.
 
-    What breaks it: statistics without `statistics_clip_norm`, which one client may move as far as `max_update_norm`,
-    and which alone are enough to ruin a model; more hostile than honest clients, which decide what counts as an
-    ordinary number of examples; and a strategy that weights clients by other numbers of theirs, such as the losses of
-    QFedAvg.
+    What breaks it: statistics without `statistics_clip_norm` or `max_norm_ratio`, which one client may move as far as
+    `max_update_norm`, and which alone are enough to ruin a model; as many hostile as honest clients, which decide what
+    is ordinary in a round; and a strategy that weights clients by numbers of theirs that are neither examples nor the
+    loss that it names.
 
     Args:
         max_update_norm: A reply whose update is longer than this in l2, or whose statistics moved farther, is refused,
@@ -47,6 +53,12 @@ class ReplyLimits:
         max_examples: The largest number of examples that a client's report counts for, >= 1; unset: no fixed cap.
         max_examples_ratio: A reported number counts for at most so many times the median of the round, >= 1; `inf` is
             off. On by default: the number is the client's weight in the average, and nobody else can check it.
+        max_norm_ratio: An update counts for at most so many times the median l2 length of the round's updates, and the
+            change of the statistics for so many times the median of theirs, >= 1; a longer one is scaled down. `inf` is
+            off.
+        max_loss_ratio: Where the strategy weights clients by their losses (QFedAvg), a reported one counts for at most
+            so many times the median of the round, and at least for that part of it, >= 1; `inf` is off. One below 0 or
+            that is no number is refused in any case.
         statistics: Names of the arrays that are statistics; `*` and `?` stand for any text, as in names of files. Only
             for a server that has no module: one that has knows its buffers.
         statistics_clip_norm: Longest l2 change of the statistics, all together, in their own unit, > 0; a longer one is
@@ -56,11 +68,38 @@ class ReplyLimits:
         Engineering practice.
     """
 
-    max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 1e9
+    max_update_norm: Annotated[float, Field(gt=0, allow_inf_nan=True)] = ABSURD
     max_examples: Annotated[int, Field(ge=1)] | None = None
     max_examples_ratio: Annotated[float, Field(ge=1, allow_inf_nan=True)] = 10.0
+    max_norm_ratio: Annotated[float, Field(ge=1)] = math.inf
+    max_loss_ratio: Annotated[float, Field(ge=1, allow_inf_nan=True)] = 10.0
     statistics: tuple[str, ...] = STATISTICS
     statistics_clip_norm: Annotated[float, Field(gt=0)] = math.inf
+
+    @property
+    def bound_updates(self) -> bool:
+        """Whether an update of a length that training can have may be too long for them."""
+        return not math.isinf(self.max_norm_ratio) or self.max_update_norm < ABSURD
+
+    def longest(self, lengths: Sequence[float]) -> float:
+        """How long a change may be.
+
+        Args:
+            lengths: The l2 lengths of the round's changes, of all clients; at least one.
+        """
+        return math.inf if math.isinf(self.max_norm_ratio) else self.max_norm_ratio * median_low(lengths)
+
+    def bounded_losses(self, losses: Sequence[float]) -> list[float]:
+        """What each reported loss counts for; one that lies within the bounds is returned as it is.
+
+        Args:
+            losses: As reported by the clients of one round, each >= 0.
+        """
+        middle = median_low(losses) if losses else 0
+        if math.isinf(self.max_loss_ratio) or not middle:
+            return list(losses)
+        low, high = middle / self.max_loss_ratio, middle * self.max_loss_ratio
+        return [loss if low <= loss <= high else min(max(loss, low), high) for loss in losses]
 
     def capped(self, counts: Sequence[float]) -> list[float]:
         """What each reported number of examples counts for; one that no cap touches is returned as it is.
@@ -77,6 +116,11 @@ class ReplyLimits:
         # A number that a float cannot hold would stop any average, capped or not.
         cap = min(cap, 1e300)
         return [count if count <= cap else cap for count in counts]
+
+
+RECOMMENDED = ReplyLimits(max_norm_ratio=2.0, max_examples_ratio=3.0, max_loss_ratio=3.0)
+"""Limits that fit any model, since the round itself gives their unit: nobody's update, statistics, number of examples
+or loss counts for much more than what is ordinary among the clients."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +235,13 @@ def excess(change: NDArray[np.float64], limit: float, what: str) -> str:
     with np.errstate(over="ignore"):
         length = float(np.linalg.norm(change))
     return "" if math.isfinite(length) and length <= limit else f"{what} of l2 length {length:.4g}, limit {limit:g}"
+
+
+def loss_fault(loss: object) -> str:
+    """Why a self-reported loss is refused where it is a weight; empty if it may count, up to the bounds."""
+    if isinstance(loss, bool) or not isinstance(loss, int | float):
+        return f"loss is a {type(loss).__name__}, not a number"
+    return "" if 0 <= loss < math.inf else f"loss is {str(loss)[:20]}: it must be 0 or more"
 
 
 def count_fault(count: object) -> str:

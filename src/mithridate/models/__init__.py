@@ -33,10 +33,15 @@ def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *,
         seed: Decides the initial parameters; no global generator is touched.
 
     Raises:
-        ConfigError: The table is wrong, or the model does not fit the data set.
+        ConfigError: The table is wrong, the model does not fit the data set, or it needs more memory than there is.
     """
     chosen = cast("ModelSettings", build("model", config)) if isinstance(config, Mapping) else config
-    module = chosen.build(info, seed=seed)
+    try:
+        module = chosen.build(info, seed=seed)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise ConfigError(
+            f"{type(chosen).__name__} cannot be built for {info.name} ({error}); make it smaller."
+        ) from error
     check_model(module, info)
     return module
 

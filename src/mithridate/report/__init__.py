@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mithridate.bench.store import read_runs, unfinished
-from mithridate.core.files import locked, remove_parts, write_atomically
+from mithridate.core.files import locked, path_of, remove_parts, write_atomically
 from mithridate.report.figures import figure_sections
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.measures import measure_records, measures
@@ -61,7 +61,7 @@ def build_report(directories: str | Path | Sequence[str | Path], out: str | Path
         StoreError: A directory does not exist, a file of a run is damaged, or there is none.
         WriteError: The report cannot be written there.
     """
-    out = Path(out)
+    out = path_of(out)
     cells = rows(read_runs(directories))
     measured, scored = measures(cells), run_score_records(cells)
     scores = averaged(scored)

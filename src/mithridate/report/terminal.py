@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from rich.cells import cell_len
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +24,9 @@ LEFT_OUT = {"alarms", "seconds"}
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
 """What the other columns of the results are called here."""
+
+LEAST_NAME = 10
+"""Characters of a line that a name must have; a longer one is folded."""
 
 MEASURED = ("clean", "vs none", "fixed", "after", "vs none", "passed", "time")
 """What is said of each defence: three columns on a clean stream, three under the strongest attack, and time."""
@@ -93,6 +98,24 @@ def doubt_lines(rows: Sequence[Row]) -> list[str]:
         if doubt.severity is Severity.SERIOUS
     ]
     return [tally(answers), *serious]
+
+
+def fitted(table: Table, width: int) -> RenderableType:
+    """A table as it is, or its rows as text where a terminal has no room for its numbers: none of them is ever cut.
+
+    Args:
+        table: One of this module.
+        width: Characters in a line of the terminal.
+    """
+    cells = [[str(cell) for cell in (column.header, *column.cells)] for column in table.columns]
+    widest = [max(map(cell_len, column)) for column in cells]
+    needed = [w if column.no_wrap else min(w, LEAST_NAME) for w, column in zip(widest, table.columns, strict=True)]
+    if sum(needed) + 2 * (len(needed) - 1) <= width:
+        return table
+    rows = (zip(*(column[1:] for column in cells), strict=True)) if cells else ()
+    headings = [column[0] for column in cells]
+    lines = [", ".join(f"{head} {cell}" for head, cell in zip(headings, row, strict=True)) for row in rows]
+    return Text("\n".join([*lines, str(table.caption)]))
 
 
 def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class FederatedRun:
 
     What breaks a robust rule: more hostile clients than it is made for; attacks whose updates do not stand out in a
     round, such as the accumulative one, since a rule looks at one round at a time; and clients whose data really
-    differ, which look like outliers. Each rule names its source and its bounds: `mithridate list aggregators`.
+    differ, which look like outliers. Each rule names its source and its bounds: `mithridate list aggregators NAME`.
 
     Args:
         rounds: Rounds before the trigger round at most; the trigger round comes on top.

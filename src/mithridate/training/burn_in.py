@@ -17,7 +17,7 @@ from torch.optim import SGD
 
 from mithridate.core.environment import environment
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.files import AbsolutePath, locked, remove_parts
+from mithridate.core.files import AbsolutePath, locked, path_of, remove_parts
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -234,7 +234,7 @@ def burn_in(
         WriteError: The cache lacks something, and cannot be written to.
     """
     if how.checkpoint is not None:
-        load_weights(Path(how.checkpoint), model)
+        load_weights(how.checkpoint, model)
         return BurnInResult(Learner(model, _sgd(model, how)).snapshot(), key="", epochs=_older(model, how))
     seed = seed if how.seed is None else how.seed
     clip = None if how.clip_norm is None else Clip(clip_norm=how.clip_norm, norm=how.norm)
@@ -251,7 +251,7 @@ def burn_in(
         here = [environment(learner.device)]
         return BurnInResult(learner.snapshot(), "", seconds=seconds, curve=measured, environments=here)
     key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
-    folder = Path(cache) / "burn_in" / key
+    folder = path_of(cache) / "burn_in" / key
     cached = _Cached(folder)
     if (finished := _finished(learner, how, cached)) is not None:
         return finished  # without a lock, so that a cache that can only be read serves too
@@ -368,7 +368,7 @@ def _older(model: nn.Module, how: BurnIn) -> dict[int, Weights]:
     for epoch in how.older_epochs:
         path = how.older[str(epoch)]
         other = copy.deepcopy(model)
-        load_weights(Path(path), other)
+        load_weights(path, other)
         if all(torch.equal(now[name], t) for name, t in other.state_dict().items()):
             raise ConfigError(
                 f"[burn_in] older, epoch {epoch}: {path} holds the model of `checkpoint` itself, so whoever looks back "

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mithridate.core.errors import CheckpointError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import path_of, write_atomically
 from mithridate.core.past import Snapshot
 
 FORMAT = "mithridate-snapshot-2"
@@ -79,7 +79,7 @@ def save_snapshot(
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     text = json.dumps(header)
     metadata = {"mithridate": text, "sha256": _checksum(text, ready)}
-    write_atomically(Path(path), lambda part: safetensors.torch.save_file(ready, part, metadata=metadata))
+    write_atomically(path_of(path), lambda part: safetensors.torch.save_file(ready, part, metadata=metadata))
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -125,7 +125,7 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
         CheckpointError: Missing, damaged in any bit, or not one of our files.
     """
     try:
-        with safe_open(path, framework="pt") as handle:
+        with safe_open(path_of(path), framework="pt") as handle:
             metadata = handle.metadata() or {}
             header = json.loads(metadata["mithridate"])
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
@@ -176,7 +176,7 @@ def load_weights(path: str | Path, model: nn.Module) -> None:
         CheckpointError: Missing, unreadable, unsafe; its tensors do not fit the model, are of another kind of number,
             or hold NaN or infinity; or it holds several state dicts.
     """
-    read = _read_weights(Path(path))
+    read = _read_weights(path_of(path))
     wanted = model.state_dict()
     derived = {name for name, _ in model.named_buffers()} - wanted.keys()  # our snapshots hold them; no state dict does
     tied = _tied(model)

@@ -8,7 +8,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import path_of, write_atomically
 from mithridate.core.past import Epoch, Weights, older_epoch
 from mithridate.training.checkpoint import load_snapshot
 
@@ -40,8 +40,8 @@ class History:
         if every < 1 or keep < 0:
             raise ConfigError(f"a history needs every >= 1 and keep >= 0, not {every} and {keep}.")
         self.every, self.keep, self.length = every, keep, length
-        self.folder = Path(folder) if folder is not None else None
-        self.checkpoints = {k: Path(v) if isinstance(v, str) else v for k, v in (checkpoints or {}).items()}
+        self.folder = path_of(folder) if folder is not None else None
+        self.checkpoints = {k: path_of(v) if isinstance(v, str) else v for k, v in (checkpoints or {}).items()}
         self._states: dict[int, Weights | Path] = {}
 
     def empty(self) -> "History":

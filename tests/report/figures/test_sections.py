@@ -3,16 +3,19 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from cycler import cycler
 
 from mithridate.bench.store import Run
 from mithridate.report.figures import SCORES, figure_sections
 from mithridate.report.figures.convergence import convergence
 from mithridate.report.figures.discrepancy_by_interval import discrepancy_by_interval
-from mithridate.report.figures.drawing import Drawing
+from mithridate.report.figures.drawing import Drawing, _characters
+from mithridate.report.figures.poisoned_images import poisoned_images
 from mithridate.report.figures.score_distributions import distributions, score_distributions
 from mithridate.report.figures.secrecy import secrecy
 from mithridate.report.rows import Row, rows
@@ -53,6 +56,47 @@ def test_every_figure_of_scores_says_where_it_comes_from(scores: list[Drawing]) 
     assert "gda: AUROC 1.00." in drawings["Scores of clean and poisoned samples"].alt
     assert "Epoch 2: 1.00 nats, clean 11.00, poisoned 23.00." in drawings["Discrepancy and loss"].alt
     assert "burn-in epoch 6" in drawings["Discrepancy along the stream"].caption
+
+
+STRANGE: dict[Any, Any] = {
+    **{"font.size": 25, "font.family": "serif", "font.weight": "bold", "font.style": "italic", "lines.linewidth": 7},
+    **{"axes.facecolor": "black", "text.usetex": True, "axes.formatter.use_locale": True, "axes.unicode_minus": False},
+    **{
+        "savefig.bbox": "tight",
+        "savefig.dpi": 333,
+        "savefig.transparent": True,
+        "figure.dpi": 30,
+        "path.sketch": (5, 9, 2),
+    },
+    **{
+        "image.cmap": "jet",
+        "figure.autolayout": True,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "x",
+        "path.simplify": False,
+    },
+    **{
+        "lines.antialiased": False,
+        "text.hinting": "none",
+        "xtick.direction": "in",
+        "axes.xmargin": 0.4,
+        "timezone": "Asia/Tokyo",
+    },
+    **{"axes.prop_cycle": cycler(color=["r", "g"]), "savefig.format": "pdf", "mathtext.default": "bf"},
+}
+"""What a user's matplotlibrc may say."""
+
+
+def test_figures_are_the_same_whatever_the_settings_of_the_user(scored_rows: list[Row], make_row: MakeRow) -> None:
+    def drawings() -> list[Drawing | None]:
+        _characters.cache_clear()
+        images = poisoned_images([make_row(0.2, channels=1, dataset="mnist")])
+        return [score_distributions(scored_rows), discrepancy_by_interval(scored_rows), *images]
+
+    usual = drawings()
+    with mpl.rc_context():
+        mpl.rcParams.update(STRANGE)
+        assert drawings() == usual
 
 
 def test_the_same_runs_give_the_same_bytes_and_leave_no_trace(
