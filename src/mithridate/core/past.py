@@ -4,14 +4,23 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from pydantic import PlainValidator
 from torch import Tensor, nn
 
 from mithridate.core.batch import Inputs
 from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.core.model import answer, frozen_statistics
 
-Epoch = Annotated[int, Field(ge=0)] | Literal["half"]
+
+def _epoch(value: object) -> int | Literal["half"]:
+    if value == "half":
+        return "half"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("give a whole number >= 0, or half")
+    return value
+
+
+Epoch = Annotated[int | Literal["half"], PlainValidator(_epoch)]
 """A burn-in epoch whose model was kept: by its number, or the one at `half` of the burn-in, rounded down."""
 
 
