@@ -236,8 +236,8 @@ def _resumed(
     """Where a killed run stood, with the learner put there, and its environment; None if it must begin anew."""
     standing = place.standing()
     if standing is not Standing.UNFINISHED or not state.exists():
-        if standing is Standing.DAMAGED:
-            watcher.redone(place.cell, place.damage())
+        if standing is Standing.DAMAGED and (reason := place.damage()) is not None:
+            watcher.redone(place.cell, reason)
         return None
     try:
         progress, record = _load_progress(state, learner, journal)
