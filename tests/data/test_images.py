@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module.safetensors.numpy, "save_file", full)
+        patch.setattr("safetensors.numpy.save_file", full)
         with pytest.raises(DataError, match=r"cannot be kept in .*No space left on device.*set MITHRIDATE_CACHE"):
             load(mirror, tmp_path)
     assert not list(tmp_path.rglob("*.part"))

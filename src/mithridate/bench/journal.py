@@ -19,7 +19,7 @@ Mark = Mapping[str, Any]
 the model, knows what belongs to that state; a line that a killed process did not finish comes after it."""
 
 
-class Journal:
+class RunJournal:
     """Appends the rows of a trace, and the scores of their steps, as JSON lines; the first line says of which run.
 
     Args:
