@@ -18,10 +18,10 @@ import torch
 
 from mithridate.bench import store
 from mithridate.bench.engine import run_recipe
+from mithridate.bench.prepare import prepare
 from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe
 from mithridate.bench.store import Run, read_run
 from mithridate.bench.watcher import Watcher
-from mithridate.core import files
 from mithridate.core.errors import BusyError, StoreError, UserError, WriteError
 
 RECIPE = """
@@ -313,17 +313,15 @@ def test_settings_are_compared_again_once_the_place_is_locked(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, change: str, kept: bool
 ) -> None:
     """Another runner makes the same run, from its first to its last step, while this one prepares."""
-    from mithridate.bench import engine
-
-    prepare = engine.prepare
+    place = "mithridate.bench.engine.prepare"
 
     def slowly(cell: Cell, context: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "prepare", prepare)
+            patch.setattr(place, prepare)
             run_recipe(recipe_of(change), tmp_path, device="cpu", cache=cache)
         return prepare(cell, context)
 
-    monkeypatch.setattr(engine, "prepare", slowly)
+    monkeypatch.setattr(place, slowly)
     if kept:
         assert run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=True).skipped == 1
     else:
@@ -392,7 +390,7 @@ class Full:
                 self.one_more()
             return opened(path, mode, *args, **options)
 
-        patch.setattr(files.tempfile, "mkstemp", mkstemp)
+        patch.setattr(tempfile, "mkstemp", mkstemp)
         patch.setattr(Path, "replace", move)
         patch.setattr(Path, "open", append)
 

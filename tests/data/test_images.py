@@ -177,6 +177,25 @@ def test_a_cache_that_cannot_be_written_is_named(mirror: Path, tmp_path: Path) -
         load(mirror, tmp_path / "taken")
 
 
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(arrays: object, part: Path, metadata: object = None) -> None:
+        Path(part).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        with pytest.raises(DataError, match=r"cannot be kept in .*No space left on device.*set MITHRIDATE_CACHE"):
+            load(mirror, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+    load(mirror, tmp_path)
+    (cached(tmp_path).parent / f".{cached(tmp_path).name}.x.part").write_bytes(b"what a killed process left")
+    cached(tmp_path).unlink()
+    load(mirror, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="cifar10 has no split 'tran': did you mean 'train'"):
         load_images("cifar10", "tran")

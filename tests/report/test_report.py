@@ -1,7 +1,9 @@
 # ruff: noqa: RUF001  (cells are written with a multiplication sign)
 
 import csv
+import errno
 import re
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from mithridate.bench import store
 from mithridate.bench.store import Run, read_runs
-from mithridate.core.errors import StoreError
+from mithridate.core.errors import StoreError, WriteError
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.figures.accuracy_curves import accuracy_curves
 from mithridate.report.page import inline
@@ -319,3 +322,44 @@ def test_inlined_figures_share_no_ids(make_row: MakeRow) -> None:
     used = {part.partition('"')[0] for part in first.split('xlink:href="#')[1:]}
     assert used
     assert used <= ids[0]
+
+
+def test_a_report_on_a_disk_that_is_full_is_one_message_and_keeps_the_old_one(
+    demo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = build_report(demo_store, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(WriteError, match=r"summary\.csv cannot be written \(No space left on device\)"):
+            build_report(demo_store, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert old.html.is_file()
+
+
+def test_a_report_where_no_folder_can_be(demo_store: Path, tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine", encoding="utf-8")
+    with pytest.raises(WriteError, match="cannot be written"):
+        build_report(demo_store, tmp_path / "report")
+    assert (tmp_path / "report").read_text(encoding="utf-8") == "mine"
+
+
+def test_what_a_killed_report_left_is_removed(demo_store: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    for folder in (tmp_path, tmp_path / "figures"):
+        (folder / ".report.html.x.part").write_text("half", encoding="utf-8")
+    build_report(demo_store, tmp_path)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_runs_that_have_not_ended_are_named(demo_store: Path, tmp_path: Path) -> None:
+    shutil.copytree(demo_store, tmp_path / "store")
+    store.write_toml(tmp_path / "store" / "later__none__seed7" / store.CONFIG, {})
+    page = build_report(tmp_path / "store", tmp_path / "report").html.read_text(encoding="utf-8")
+    assert "have not ended: later__none__seed7." in page

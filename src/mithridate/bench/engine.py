@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from mithridate.bench import store
-from mithridate.bench.journal import Journal
+from mithridate.bench.journal import RunJournal
 from mithridate.bench.origin import Origin, inputs_key, samples_key, settings_key
 from mithridate.bench.place import Place, Standing
 from mithridate.bench.prepare import (
@@ -194,7 +194,7 @@ def _run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str
     here = environment(context.device, code=_foreign_code(cell))
     learner = burned_in_learner(cell, cell.defence.component, prepared.burned, context)
     calibrations = calibrated(learner, context.stream.batch_size)
-    journal, state = Journal(directory / store.JOURNAL), directory / store.STATE
+    journal, state = RunJournal(directory / store.JOURNAL), directory / store.STATE
     resumed = _resumed(place, learner, journal, state, here, context.watcher)
     if resumed is None:
         store.clear(directory)
@@ -252,13 +252,13 @@ def _with_burn_in(here: Mapping[str, Any], burned: BurnInResult) -> dict[str, An
 
 
 def _resumed(
-    place: Place, learner: Learner, journal: Journal, state: Path, here: Mapping[str, Any], watcher: Watcher
+    place: Place, learner: Learner, journal: RunJournal, state: Path, here: Mapping[str, Any], watcher: Watcher
 ) -> tuple[Progress, dict[str, Any]] | None:
     """Where a killed run stood, with the learner put there, and its environment; None if it must begin anew."""
     standing = place.standing()
     if standing is not Standing.UNFINISHED or not state.exists():
-        if standing is Standing.DAMAGED:
-            watcher.redone(place.cell, place.damage())
+        if standing is Standing.DAMAGED and (reason := place.damage()) is not None:
+            watcher.redone(place.cell, reason)
         return None
     try:
         progress, record = _load_progress(state, learner, journal)
@@ -338,7 +338,7 @@ def _save_progress(path: Path, learner: Learner, progress: Progress, note: Mappi
     save_snapshot(path, learner.snapshot(), extra=extra, note={**note, "on_cpu": on_cpu})
 
 
-def _load_progress(path: Path, learner: Learner, journal: Journal) -> tuple[Progress, dict[str, Any]]:
+def _load_progress(path: Path, learner: Learner, journal: RunJournal) -> tuple[Progress, dict[str, Any]]:
     """What `_save_progress` kept, the learner put there, and the environment of then.
 
     Raises:

@@ -19,7 +19,7 @@ Mark = Mapping[str, Any]
 the model, knows what belongs to that state; a line that a killed process did not finish comes after it."""
 
 
-class Journal:
+class RunJournal:
     """Appends the rows of a trace, and the scores of their steps, as JSON lines; the first line says of which run.
 
     Args:
@@ -107,10 +107,10 @@ def _entries(progress: Progress, first: int) -> Iterator[dict[str, Any]]:
         yield {"row": row, "scores": scores.get(row["step"], {}), "changed": changed.get(row["step"], {})}
 
 
-def _newest(by_key: Mapping[str, torch.Tensor], first: int) -> dict[int, dict[str, list[float]]]:
+def _newest(by_key: dict[str, torch.Tensor], first: int) -> dict[int, dict[str, list[float]]]:
     """The entries of steps from `first` on, step by step, looked for from the end, where they are."""
     found: dict[int, dict[str, list[float]]] = {}
-    for key in reversed(by_key):  # type: ignore[call-overload]  # a dict, whose order is that of the steps
+    for key in reversed(by_key):  # the newest steps come last
         step = int(key.partition("/")[0])
         if step < first:
             break

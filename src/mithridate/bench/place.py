@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mithridate.bench import store
-from mithridate.bench.journal import Journal
+from mithridate.bench.journal import RunJournal
 from mithridate.bench.origin import NOT_COMPARED, Origin, settings_key
 from mithridate.bench.recipe import Cell
 from mithridate.core.errors import StoreError
@@ -73,7 +73,7 @@ class Place:
     def _compare(self) -> None:
         """Refuse a run of other settings or samples; a file that cannot be read says nothing either way."""
         config = self._config()
-        journal = Journal(self.directory / store.JOURNAL)
+        journal = RunJournal(self.directory / store.JOURNAL)
         written = [origin for origin in (self._of_summary(), journal.origin()) if origin is not None]
         settings = {origin.settings for origin in written} | ({settings_key(config)} if config else set())
         if settings and self.origin.settings not in settings:

@@ -47,10 +47,15 @@ def environment(device: torch.device, *, code: Iterable[str] = ()) -> dict[str, 
             "mkldnn": torch.backends.mkldnn.enabled,
             "deterministic": torch.are_deterministic_algorithms_enabled(),
         },
-        **({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if on_gpu else {}),
+        **(_cuda() if on_gpu else {}),
         "packages": {point.dist.name: point.dist.version for point in offered() if point.dist},
         "code": {name: _digest(name) for name in sorted(set(code))},
     }
+
+
+def _cuda() -> dict[str, Any]:
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]  # torch gives it no type
+    return {"cuda": torch.version.cuda, "cudnn": cudnn, "cudnn_tf32": torch.backends.cudnn.allow_tf32}
 
 
 def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, str]:

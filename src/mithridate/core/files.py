@@ -101,9 +101,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                 part.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of files in a folder; only its holder by `locked` may do that."""
-    for part in folder.glob(".*.part"):
+def remove_parts(folder: Path, *, of: str = "*") -> None:
+    """Remove what killed processes left of files in a folder; only who holds the lock on them may do that.
+
+    Args:
+        folder: Where `write_atomically` wrote.
+        of: Name of the file; by default all.
+    """
+    for part in folder.glob(f".{of}.*.part"):
         with suppress(OSError):
             part.unlink(missing_ok=True)
 

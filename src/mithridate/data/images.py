@@ -14,8 +14,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from mithridate.core.errors import ConfigError, DataError, nearest, shown
-from mithridate.core.files import CACHE, cache_directory, path_of, write_atomically
+from mithridate.core.errors import ConfigError, DataError, WriteError, nearest, shown
+from mithridate.core.files import CACHE, cache_directory, path_of, remove_parts, write_atomically
 from mithridate.data.catalogue import NamedSet, dataset_info
 from mithridate.data.decode import Frame, decode_images
 from mithridate.data.sources import Rows, encoded, hub_rows, mirror_files, parquet_rows
@@ -89,13 +89,14 @@ def load_images(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_suffix(".lock")):
+            remove_parts(path.parent, of=path.name)
             images = _read_cached(path, info, split)
             if images is None:
                 columns = (info.image_column, info.label_column)
                 rows = parquet_rows(files, columns, whose=name) if root is not None else hub_rows(info, split)
                 images = _image_set(info, split, *_decode(rows, info, split))
                 _write_cached(path, images)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, WriteError) as error:
         raise DataError(
             f"{name}: the decoded images cannot be kept in {path.parent} ({error}); set {CACHE} to a folder that can "
             "be written to and has room."

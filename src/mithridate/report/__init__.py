@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mithridate.bench.store import read_runs, unfinished
 from mithridate.core.files import locked, path_of, remove_parts, write_atomically
-from mithridate.report.figures import figure_sections
+from mithridate.report.figures import FigureSection, figure_sections
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.measures import measure_records, measures
 from mithridate.report.page import page
@@ -17,7 +17,7 @@ from mithridate.report.tables.clipping import clipping_table
 from mithridate.report.tables.defences import defence_tables
 from mithridate.report.tables.detectors import detector_tables
 from mithridate.report.tables.results import to_markdown
-from mithridate.report.tables.section import markdown
+from mithridate.report.tables.section import TableSection, markdown
 
 __all__ = ["ReportPaths", "build_report"]
 
@@ -69,7 +69,7 @@ def build_report(directories: str | Path | Sequence[str | Path], out: str | Path
     sections = figure_sections(cells)
     score_files = {"scores.csv": to_csv(scores), "scores_runs.csv": to_csv(scored)} if scored else {}
     score_files |= {"scores.md": markdown(of_detectors)} if of_detectors else {}
-    parts = [clipping_table(cells), *of_defences, *of_detectors, *sections]
+    parts: list[TableSection | FigureSection] = [clipping_table(cells), *of_defences, *of_detectors, *sections]
     whole_page = page(cells, parts, [path.name for path in unfinished(directories)])
     with locked(out / LOCK):  # what lies half-written there is then of a report that was killed
         for folder in (out, out / "figures"):
