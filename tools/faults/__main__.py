@@ -66,9 +66,14 @@ def _run(kind: str, options: argparse.Namespace) -> int:
     cells = "".join(f"{counts[name]:>11}" for name in OUTCOMES)
     print(f"{kind:<9}{counts.total():>7}{cells}{time.monotonic() - began:>9.0f}", flush=True)
     for number, result in sorted(bad):
-        print(f"  {result.outcome}: {result.what}: {result.said}")
+        print(f"  {result.outcome}: {_short(result.what)}: {_short(result.said)}")
         print(f"    python -m tools.faults {kind} --seed {options.seed} --only {number}", flush=True)
     return int(bool(bad))
+
+
+def _short(text: str, most: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most // 2]} ... {line[-most // 2 :]}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 from tools.faults.case import Fault, Result, exception_of
 
-MEMORY = 12 << 30
+MEMORY = 6 << 30
 """Bytes of address space of a child: what asks for more fails by itself, and not the machine."""
 
 
