@@ -55,9 +55,7 @@ def _run(kind: str, options: argparse.Namespace) -> int:
         fault: Fault = module.make(options.seed, shared)
         fault.prepare()
         numbers = range(options.count or fault.full) if options.only is None else [options.only]
-        for number, result in results(
-            fault, numbers, cases, jobs=options.jobs, chunk=CHUNKS[kind], limit=SECONDS
-        ):
+        for number, result in results(fault, numbers, cases, jobs=options.jobs, chunk=CHUNKS[kind], limit=SECONDS):
             counts[result.outcome] += result.size
             if result.outcome in BAD:
                 bad.append((number, result))

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from mithridate.core.batch import AnyBatch, Batch, each_tensor, tensors_of
 from mithridate.core.errors import UserError
 from mithridate.core.registry import build, entries
 from mithridate.testing.checks.worlds import World, image_world, other_worlds, tabular_world
 from mithridate.training.learner import Learner
-from torch import Tensor
-
 from tools.faults.case import LONGEST, Result, drawn, exception_of
 
 WORLDS: Sequence[tuple[str, Callable[[], World]]] = (
@@ -48,12 +48,13 @@ class Batches:
 
     def prepare(self) -> None:
         """List every defence in its settings."""
-        parts = {name: {"name": name, **cast("Any", e.cls).active} for name, e in entries("defence").items() if name != "chain"}
-        for name, entry in entries("defence").items():
-            cls = cast("Any", entry.cls)
-            choices = [{}, cls.active, cls.active, cls.neutral, *({"preset": p} for p in entry.presets)]
+        known = {name: cast("Any", entry.cls) for name, entry in entries("defence").items()}
+        for name, cls in known.items():
+            choices = [{}, cls.active, cls.active, cls.neutral]
+            choices += [{"preset": preset} for preset in entries("defence")[name].presets]
             self.tables += [{"name": name, **choice} for choice in choices]
-        self.tables += [{"name": "chain", "parts": [parts["clip"], part]} for part in parts.values()]
+        parts = [{"name": name, **cls.active} for name, cls in known.items() if name != "chain"]
+        self.tables += [{"name": "chain", "parts": [{"name": "clip", "clip_norm": 0.1}, part]} for part in parts]
 
     def case(self, number: int, folder: Path) -> Result:
         """Hand batches to a learner, and look at it after each."""
@@ -80,28 +81,28 @@ class Batches:
 
 def _handed(learner: Learner, batch: Any) -> Result:  # noqa: ANN401  (what is handed in may be anything)
     """Let a learner learn from a batch, and compare what it and its caller have with what they had."""
-    before, given = _state(learner), _bits(batch)
-    drawn_before = torch.get_rng_state()
+    before, given, drawn_before = _state(learner), _bits(batch), torch.get_rng_state()
     try:
-        update = learner.update(batch)
+        result = Result("same", "", learner.update(batch).verdict.reason)
     except UserError as error:
-        changed = [key for key, value in _state(learner).items() if not _same(value, before.get(key))]
-        if changed or before.keys() != _state(learner).keys():
-            return Result("silent", "", f"refused, and yet {', '.join(changed[:3]) or 'its notes'} changed")
-        if not 0 < len(str(error)) < LONGEST:
-            return Result("exception", "", f"a message of {len(str(error))} characters: {str(error)[:200]}")
         result = Result("refused", "", str(error))
+        if not 0 < len(str(error)) < LONGEST:
+            result = Result("exception", "", f"a message of {len(str(error))} characters: {str(error)[:200]}")
     except Exception as error:  # that is what is looked for
         return Result("exception", "", exception_of(error))
-    else:
-        result = Result("same", "", update.verdict.reason)
-    if bad := [name for name, t in _weights(learner).items() if not bool(torch.isfinite(t).all())]:
-        return Result("silent", "", f"the model is not finite: {', '.join(bad[:3])}")
-    if _bits(batch) != given:
-        return Result("silent", "", "the caller's tensors changed")
-    if not torch.equal(drawn_before, torch.get_rng_state()):
-        return Result("silent", "", "drew from the global generator")
-    return result
+    after = _state(learner)
+    changed = [key for key in before.keys() | after.keys() if not _same(before.get(key), after.get(key))]
+    bad = [name for name, t in _weights(learner).items() if not bool(torch.isfinite(t).all())]
+    fault = ""
+    if result.outcome != "same" and changed:
+        fault = f"refused, and yet changed: {', '.join(sorted(changed)[:3])}"
+    elif bad:
+        fault = f"the model is not finite: {', '.join(bad[:3])}"
+    elif _bits(batch) != given:
+        fault = "the caller's tensors changed"
+    elif not torch.equal(drawn_before, torch.get_rng_state()):
+        fault = "it drew from the global generator"
+    return Result("silent", "", fault) if fault else result
 
 
 def _weights(learner: Learner) -> dict[str, Tensor]:
@@ -136,9 +137,9 @@ def _bits(batch: Any) -> list[bytes]:  # noqa: ANN401  (what is handed in may be
     if not isinstance(batch, Batch):
         return []
     inputs = tensors_of(batch.x) if isinstance(batch.x, Tensor | Mapping | list) else []
-    tensors = [t for t in [*inputs, batch.y] if isinstance(t, Tensor) and t.layout is torch.strided]
-    tensors = [t.detach() for t in tensors if t.device.type == "cpu"]
-    return [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.ndim else repr(t).encode() for t in tensors]
+    tensors = [t.detach() for t in [*inputs, batch.y] if isinstance(t, Tensor)]
+    real = [t.contiguous() for t in tensors if t.layout is torch.strided and t.device.type == "cpu"]
+    return [t.view(-1).view(torch.uint8).numpy().tobytes() if t.ndim else repr(t).encode() for t in real]
 
 
 def spoilt(batch: AnyBatch, rng: Random) -> tuple[Any, str]:

@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, NamedTuple
@@ -12,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from mithridate.bench.watcher import Watcher
 from sklearn.datasets import load_digits
 
+from mithridate.bench.watcher import Watcher
 from tools.faults import runs
 from tools.faults.case import Result, drawn, exception_of
 from tools.faults.processes import forked, import_what
@@ -26,9 +27,7 @@ DAMAGES = ("truncate", "flip", "zero", "delete", "swap")
 Stage = Literal["finished", "unfinished", "fresh"]
 STAGES: tuple[Stage, ...] = ("finished", "unfinished", "fresh")
 
-IMAGES = (
-    runs.DETECTORS.partition("[[detector]]")[0].replace('"digits"', '"mnist"') + "[run]\nsteps = 2\nlr = 0.05\n"
-)
+IMAGES = runs.DETECTORS.partition("[[detector]]")[0].replace('"digits"', '"mnist"') + "[run]\nsteps = 2\nlr = 0.05\n"
 RECIPES = {**runs.RECIPES, "images": IMAGES}
 SEEDS = {"online": (0,), "federated": (0,), "detectors": (0, 1), "images": (0,)}
 
@@ -60,13 +59,13 @@ class Files:
     right: dict[str, Any] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """Make finished and unfinished runs of every recipe, beside them such of other settings, and list their files."""
+        """Make finished and unfinished runs of every recipe, and such of other settings, and list their files."""
         self._write_mirror()
         for recipe in RECIPES:
-            import_what(lambda r=recipe: self._carried_out(r, self.shared / "imports", resume=False), limit=LIMIT)
+            import_what(partial(self._carried_out, recipe, self.shared / "imports", resume=False), limit=LIMIT)
             for stage in STAGES:
                 for other in (False, True):
-                    told, died = forked(lambda a=(recipe, stage, other): self._furnish(*a), limit=LIMIT)
+                    told, died = forked(partial(self._furnish, recipe, stage, other), limit=LIMIT)
                     if died not in ("", "SIGKILL"):
                         raise RuntimeError(f"{recipe}, {stage}: {died}")
                     if stage == "finished" and not other:
@@ -89,7 +88,9 @@ class Files:
         if died or "exception" in told:
             return Result("exception", what, died or told["exception"])
         if "refused" in told:
-            named = Path(place.file).name in told["refused"] or (damage == "swap" and done.split()[-1] in told["refused"])
+            named = Path(place.file).name in told["refused"] or (
+                damage == "swap" and done.split()[-1] in told["refused"]
+            )
             return Result("refused" if named else "exception", what, ("" if named else "not named: ") + told["refused"])
         return self._judged(place, what, told)
 
@@ -256,7 +257,7 @@ def _deleted(path: Path, rng: Random, _: tuple[Path, Path]) -> str:
 
 def _swapped(path: Path, rng: Random, folders: tuple[Path, Path]) -> str:
     """Exchanged with a file of the same kind, of another run, seed, epoch or recipe; with another content."""
-    here, other = folders
+    here = folders[0]
     content = path.read_bytes()
     area = path.relative_to(here).parts[0]
     files = [p for f in folders for p in sorted((f / area).rglob("*")) if p.is_file() and p != path]

@@ -10,15 +10,17 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import BytesIO
 from itertools import count
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     Bulyan,
     FedAdagrad,
@@ -34,13 +36,13 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 from flwr.supercore.task_identity import TaskIdentity
+from torch import nn
+
 from mithridate.core.batch import Batch
 from mithridate.core.errors import UserError
 from mithridate.core.registry import build
 from mithridate.core.seeding import seeded_default
 from mithridate.guard.flower import GuardedStrategy
-from torch import nn
-
 from tools.faults.case import Result, drawn, exception_of
 
 STRATEGIES: Mapping[str, Callable[[], Strategy]] = {
@@ -107,7 +109,7 @@ class Flower:
                 report_path=folder / "guard.jsonl",
             )
             result = guarded.start(
-                grid=_Grid(hostile),
+                grid=cast("Grid", _Grid(hostile)),
                 initial_arrays=ArrayRecord({k: Array(v) for k, v in start.items()}),
                 num_rounds=ROUNDS,
             )
@@ -158,7 +160,9 @@ class _Grid:
         for message in sorted(messages, key=lambda m: m.metadata.dst_node_id):
             message.metadata.__dict__["_message_id"] = str(next(self.numbers))
             node = message.metadata.dst_node_id - 100
-            replies += self.hostile.replies(message) if node in self.hostile.nodes else [_reply(message, *_honest(message))]
+            replies += (
+                self.hostile.replies(message) if node in self.hostile.nodes else [_reply(message, *_honest(message))]
+            )
         return replies
 
 
@@ -227,6 +231,10 @@ def _each(change: Callable[[np.ndarray[Any, Any]], Any]) -> Callable[[Arrays, Ra
     return spoil
 
 
+def _as(dtype: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(dtype)
+
+
 def _filled(value: float, *, first: bool = False) -> Callable[[Arrays, Random], None]:
     def change(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         array = array.copy()
@@ -270,10 +278,13 @@ def _exchanged(arrays: Arrays, _: Random) -> None:
 
 
 ARRAYS: dict[str, Callable[[Arrays, Random], None]] = {
-    **{f"filled with {v:g}": _filled(v) for v in (math.nan, math.inf, -math.inf, 0, -1, 1e8, 1e20, 1e38, 3e38, -3e38, 1e-40)},
+    **{
+        f"filled with {v:g}": _filled(v)
+        for v in (math.nan, math.inf, -math.inf, 0, -1, 1e8, 1e20, 1e38, 3e38, -3e38, 1e-40)
+    },
     **{f"{v:g} once": _filled(v, first=True) for v in (math.nan, math.inf, 1e8, 3e38)},
     **{
-        f"as {t}": _each(lambda a, t=t: a.astype(t))
+        f"as {t}": _each(partial(_as, t))
         for t in ("float16", "float64", "int32", "complex64", "bool", ">f4", "U8", "longdouble")
     },
     "another shape": _each(lambda a: a.T[None]),
@@ -299,7 +310,22 @@ def _metric(key: str, value: Any) -> Callable[[Metrics, Random], None]:  # noqa:
     return lambda metrics, _: metrics.update({key: value})
 
 
-NUMBERS: tuple[Any, ...] = (0, -5, 1, 0.0, -0.0, -5.0, 1e-320, 1e305, math.nan, math.inf, -math.inf, 10**18, 2**63 - 1, -(2**63))
+NUMBERS: tuple[Any, ...] = (
+    0,
+    -5,
+    1,
+    0.0,
+    -0.0,
+    -5.0,
+    1e-320,
+    1e305,
+    math.nan,
+    math.inf,
+    -math.inf,
+    10**18,
+    2**63 - 1,
+    -(2**63),
+)
 
 METRICS: dict[str, Callable[[Metrics, Random], None]] = {
     **{f"{v!r} examples": _metric("num-examples", v) for v in NUMBERS},

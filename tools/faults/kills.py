@@ -6,12 +6,12 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from mithridate.report import build_report
-
 from tools.faults import runs
 from tools.faults.case import Result, drawn, exception_of
 from tools.faults.operations import kill_at, watch
@@ -72,12 +72,14 @@ class Kills:
         for scene in SCENES:
             folder = self.shared / _name(scene)
             self._furnish(scene, folder)
-            import_what(lambda f=folder, s=scene: _carried_out(s, f / "imports", resume=False), limit=LIMIT)
-            shutil.rmtree(folder / "imports")
-            told, died = forked(lambda f=folder, s=scene: _recorded(s, f), limit=LIMIT)
+            if not scene.warm or scene.report:
+                import_what(partial(_carried_out, scene, folder / "imports", resume=False), limit=LIMIT)
+                shutil.rmtree(folder / "imports")
+            told, died = forked(partial(_recorded, scene, folder), limit=LIMIT)
             if died:
                 raise RuntimeError(f"an undisturbed run of {scene} died: {died}")
-            self.undisturbed[scene] = Undisturbed(*told, _files(folder))
+            operations, seconds, contents = told
+            self.undisturbed[scene] = Undisturbed(operations, seconds, contents, _files(folder))
         self.places = [(scene, i) for scene, run in self.undisturbed.items() for i in range(len(run.operations))]
         drawn("kill places", self.seed, 0).shuffle(self.places)
         self.full = max(self.full, len(self.places) * RANDOM_SHARE // (RANDOM_SHARE - 1) + RANDOM_SHARE)
@@ -106,7 +108,9 @@ class Kills:
         """A folder to run in, with a burn-in where the scene has one."""
         (folder / "cache").mkdir(parents=True)
         if scene.warm:
-            shutil.copytree(self.shared / _name(Scene(scene.recipe, warm=False)) / "cache", folder / "cache", dirs_exist_ok=True)
+            shutil.copytree(
+                self.shared / _name(Scene(scene.recipe, warm=False)) / "cache", folder / "cache", dirs_exist_ok=True
+            )
 
     def _killed_at(self, scene: Scene, folder: Path, operation: int, *, resume: bool) -> str:
         def work() -> None:

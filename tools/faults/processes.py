@@ -74,7 +74,9 @@ def import_what(work: Callable[[], Any], *, limit: float) -> None:
 
 def _child(writing: int, reading: int, work: Callable[[Callable[[Any], None]], None]) -> int:
     """Fork; the child works, sends JSON lines and leaves without cleaning up what is its parent's."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which have nothing to do yet
+        pid = os.fork()
     if pid:
         return pid
     code = 1

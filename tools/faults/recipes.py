@@ -1,4 +1,4 @@
-"""Recipes and `--set`s that are changed at random: refused in words, or taken; some of those that are taken run, tiny."""
+"""Recipes and `--set`s that are changed at random: refused in words, or taken; some that are taken run, tiny."""
 
 import copy
 import dataclasses
@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import tomli_w
 import typer.testing
+
 from mithridate.bench import engine
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import TABLES, Recipe, make_recipe, read_recipe
@@ -27,7 +28,6 @@ from mithridate.data.shards import Shards
 from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.online import OnlineRun
 from mithridate.training.burn_in import BurnIn
-
 from tools.faults import runs
 from tools.faults.case import LONGEST, Result, drawn, exception_of
 
@@ -45,7 +45,20 @@ NUMBERS: tuple[Any, ...] = (
 )
 TEXTS = (
     *("", " ", "none", "x", "nan", "inf", "1", "true", "eps", "digits", "auto", "name", "a" * 2000, "\u0000", "\ufeff"),
-    *("名前", "naïve", "\u202eabc", "🧪", "[bold]x[/]", "[/]", "..", "../../etc/passwd", "~", "/dev/null", "con", "a b"),
+    *(
+        "名前",
+        "naïve",
+        "\u202eabc",
+        "🧪",
+        "[bold]x[/]",
+        "[/]",
+        "..",
+        "../../etc/passwd",
+        "~",
+        "/dev/null",
+        "con",
+        "a b",
+    ),
     *("json:loads", "json:nothing", "no.such.module:X", ":", "a:", ":b", "a.b.c:d.e", "{x}", "%s", "\\", '"', "'''"),
     *("8/255", "1/0", "-1/3", "1e400", "0x10", "1_000", "x" * 65, "A", "seed0", "__", "a__b", "linf", "train", "eval"),
 )
@@ -153,7 +166,7 @@ class Recipes:
         if rng.random() < 0.3:
             arguments += ["--threads", rng.choice(["0", "1", "-1", "99999999999", "x", "1.5"])]
         before = engine.run_recipe
-        engine.run_recipe = _dry  # what the command calls
+        engine.run_recipe = cast("Any", _dry)  # what the command calls
         try:
             ended = typer.testing.CliRunner().invoke(app, arguments)
         except _Stop:
@@ -187,7 +200,7 @@ class Recipes:
         seeds = rng.choice([None] * 60 + [[0], [], [-1], [1, 1], [2**70]])
         return Written(data, changes, seeds, "; ".join(how) or "as it is")
 
-    def _changed(self, tables: dict[str, Any], rng: Random) -> str:
+    def _changed(self, tables: dict[str, Any], rng: Random) -> str:  # noqa: PLR0911  (one a way)
         """Change one place, and say what."""
         path, node = rng.choice(list(_nodes(tables)))
         keys: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
@@ -407,7 +420,15 @@ def _value(data: bytes, rng: Random) -> tuple[bytes, str]:
         return data, "as it is"
     place = rng.choice(places) + 1
     value = rng.choice(
-        [b"9" * 5000, b"[" * 300 + b"]" * 300, b"[" * 5000, b"{a=" * 200 + b"1" + b"}" * 200, b"1e999", b"'''", b"0x" + b"f" * 5000]
+        [
+            b"9" * 5000,
+            b"[" * 300 + b"]" * 300,
+            b"[" * 5000,
+            b"{a=" * 200 + b"1" + b"}" * 200,
+            b"1e999",
+            b"'''",
+            b"0x" + b"f" * 5000,
+        ]
     )
     end = data.find(b"\n", place)
     return data[:place] + b" " + value + data[end:], f"a value {value[:8]!r}... of {len(value)} bytes"

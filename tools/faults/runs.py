@@ -12,8 +12,8 @@ from mithridate.bench.recipe import make_recipe
 from mithridate.bench.store import Run, read_runs
 from mithridate.bench.watcher import Watcher
 from mithridate.core.errors import UserError
-from mithridate.report.rows import rows
 from mithridate.report.records import run_records, summary_records
+from mithridate.report.rows import rows
 
 TIMES = frozenset({"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"})
 """What two runs of the same bits do not share."""
@@ -137,7 +137,9 @@ def start(
     tables = tomllib.loads(recipe)
     tables["federated" if "federated" in tables else "run"]["seeds"] = list(seeds)
     try:
-        grid = run_recipe(make_recipe(tables), out, device="cpu", resume=resume, cache=cache, watcher=watcher, data_root=data_root)
+        grid = run_recipe(
+            make_recipe(tables), out, device="cpu", resume=resume, cache=cache, watcher=watcher, data_root=data_root
+        )
     except UserError as error:
         return {"refused": str(error)}
     return {"ran": grid.ran, "skipped": grid.skipped}
@@ -173,7 +175,10 @@ def _digest(run: Run, without: frozenset[str]) -> str:
             left(run.summary),
             [left(row) for row in run.trace],
             {} if without else run.environment,
-            {name: [str(a.dtype), a.shape, hashlib.sha256(repr(a.tolist()).encode()).hexdigest()] for name, a in arrays.items()},
+            {
+                name: [str(a.dtype), a.shape, hashlib.sha256(repr(a.tolist()).encode()).hexdigest()]
+                for name, a in arrays.items()
+            },
         ]
     )
 
