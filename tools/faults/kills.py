@@ -17,8 +17,8 @@ from tools.faults.case import Result, drawn, exception_of
 from tools.faults.operations import kill_at, watch
 from tools.faults.processes import forked, import_what
 
-LIMIT = 60
-"""Seconds of one run."""
+LIMIT = 200
+"""Seconds of one run, on a busy machine, too."""
 
 RANDOM_SHARE = 3
 """Of so many cases, one is killed at a random moment."""
