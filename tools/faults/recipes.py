@@ -370,14 +370,21 @@ def _not_itself(recipe: Recipe) -> str:
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     """So many seconds of the processor, which does not count how busy the machine is."""
+    rung = False
 
     def ring(*_: object) -> None:
+        nonlocal rung
+        rung = True
         raise _TimeUp
 
     before = signal.signal(signal.SIGPROF, ring)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
+    except Exception as error:
+        if rung:  # what native code makes of it
+            raise _TimeUp from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
