@@ -33,10 +33,17 @@ def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *,
         seed: Decides the initial parameters; no global generator is touched.
 
     Raises:
-        ConfigError: The table is wrong, or the model does not fit the data set.
+        ConfigError: The table is wrong, the model is larger than memory or numbers are, or does not fit the data set.
     """
     chosen = cast("ModelSettings", build("model", config)) if isinstance(config, Mapping) else config
-    module = chosen.build(info, seed=seed)
+    try:
+        module = chosen.build(info, seed=seed)
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # torch's words for too much
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise ConfigError(
+            f"[model] {type(chosen).__name__} cannot be made with these settings ({reason}); is one of its sizes too "
+            "large?"
+        ) from error
     check_model(module, info)
     return module
 
