@@ -9,7 +9,7 @@ from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
-from tools.faults.case import BAD, OUTCOMES, Fault, Outcome, Result
+from tools.faults.case import BAD, OUTCOMES, Fault, Outcome, Result, UnpreparedError
 
 KINDS = ("kills", "files", "recipes", "batches", "flower")
 CHUNKS = {"kills": 8, "files": 16, "recipes": 200, "batches": 100, "flower": 20}
@@ -53,7 +53,11 @@ def _run(kind: str, options: argparse.Namespace) -> int:
         shared.mkdir()
         cases.mkdir()
         fault: Fault = module.make(options.seed, shared)
-        fault.prepare()
+        try:
+            fault.prepare()
+        except UnpreparedError as error:
+            print(f"{kind:<9} cannot be prepared: {error}", file=sys.stderr)
+            return 1
         numbers = range(options.count or fault.full) if options.only is None else [options.only]
         for number, result in results(fault, numbers, cases, jobs=options.jobs, chunk=CHUNKS[kind], limit=SECONDS):
             counts[result.outcome] += result.size

@@ -30,6 +30,10 @@ class Result(NamedTuple):
     size: int = 1
 
 
+class UnpreparedError(Exception):
+    """What all cases of a kind start from cannot be made: with nothing done to it, the library fails."""
+
+
 class Fault(Protocol):
     """A kind of fault. What all cases share is made once, in its folder; a case depends on its number and the seed."""
 
@@ -37,7 +41,11 @@ class Fault(Protocol):
     """Cases of a full run."""
 
     def prepare(self) -> None:
-        """Make what all cases share; called once, before the first case."""
+        """Make what all cases share; called once, before the first case.
+
+        Raises:
+            UnpreparedError: It cannot be made.
+        """
 
     def case(self, number: int, folder: Path) -> Result:
         """Make one fault and look at what comes of it.

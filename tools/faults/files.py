@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits
 
 from mithridate.bench.watcher import Watcher
 from tools.faults import runs
-from tools.faults.case import Result, drawn, exception_of
+from tools.faults.case import Result, UnpreparedError, drawn
 from tools.faults.processes import forked, import_what
 
 LIMIT = 200
@@ -62,15 +62,14 @@ class Files:
         """Make finished and unfinished runs of every recipe, and such of other settings, and list their files."""
         self._write_mirror()
         for recipe in RECIPES:
-            import_what(partial(self._carried_out, recipe, self.shared / "imports", resume=False), limit=LIMIT)
-            for stage in STAGES:
-                for other in (False, True):
-                    told, died = forked(partial(self._furnish, recipe, stage, other), limit=LIMIT)
-                    if died not in ("", "SIGKILL"):
-                        raise RuntimeError(f"{recipe}, {stage}: {died}")
-                    if stage == "finished" and not other:
-                        self.right[recipe] = told
-        shutil.rmtree(self.shared / "imports")
+            self.right[recipe] = import_what(partial(self._furnish, recipe, "finished"), limit=LIMIT)
+            import_what(partial(self._furnish, recipe, "finished", other=True), limit=LIMIT)
+            for other in (False, True):
+                _, died = forked(partial(self._furnish, recipe, "unfinished", other=other), limit=LIMIT)
+                if died != "SIGKILL":
+                    raise UnpreparedError(f"{recipe}: a run that should have been killed was not: {died}")
+                cache = self._folder(recipe, "finished", other=other) / "cache"
+                shutil.copytree(cache, self._folder(recipe, "fresh", other=other) / "cache")
         self.places = [(place, damage) for place in self._all_places() for damage in DAMAGES]
         drawn("file places", self.seed, 0).shuffle(self.places)
         self.full = max(self.full, len(self.places))
@@ -83,10 +82,12 @@ class Files:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         done = DAMAGE[damage](folder / place.file, rng, (folder, self._folder(place.recipe, place.stage, other=True)))
         what = f"{place.recipe}, {place.stage}: {place.file}: {done}; {place.action}"
-        work = self._reported if place.action == "report" else self._gone_on
-        told, died = forked(lambda: work(place, folder), limit=LIMIT)
-        if died or "exception" in told:
-            return Result("exception", what, died or told["exception"])
+        report = place.action == "report"
+        told, died = forked(
+            lambda: runs.contents(folder / "runs") if report else self._gone_on(place, folder), limit=LIMIT
+        )
+        if died:
+            return Result("exception", what, died)
         if "refused" in told:
             named = Path(place.file).name in told["refused"] or (
                 damage == "swap" and done.split()[-1] in told["refused"]
@@ -131,18 +132,14 @@ class Files:
             data_root=self.shared / "mirror",
         )
 
-    def _furnish(self, recipe: str, stage: Stage, other: bool) -> dict[str, Any] | None:
-        """Make what a stage starts from; one that is unfinished is killed in its last run."""
+    def _furnish(self, recipe: str, stage: Stage, *, other: bool = False) -> dict[str, Any]:
+        """Make runs, and say what they hold; those that shall be unfinished are killed in the last one."""
         folder = self._folder(recipe, stage, other=other)
-        told = self._carried_out(
-            recipe, folder, resume=False, other=other, watcher=_Killer() if stage == "unfinished" else None
-        )
+        watcher = _Killer() if stage == "unfinished" else None
+        told = self._carried_out(recipe, folder, resume=False, other=other, watcher=watcher)
         if "refused" in told:
-            raise RuntimeError(told["refused"])
-        held = runs.contents(folder / "runs")
-        if stage == "fresh":
-            shutil.rmtree(folder / "runs")
-        return held
+            raise UnpreparedError(told["refused"])
+        return runs.contents(folder / "runs")
 
     def _all_places(self) -> Sequence[Place]:
         places: list[Place] = []
@@ -159,18 +156,9 @@ class Files:
                         places.append(Place(recipe, stage, file, "report"))
         return places
 
-    def _reported(self, place: Place, folder: Path) -> dict[str, Any]:
-        try:
-            return runs.contents(folder / "runs")
-        except Exception as error:  # whatever a damaged file leads to
-            return {"exception": exception_of(error)}
-
     def _gone_on(self, place: Place, folder: Path) -> dict[str, Any]:
-        try:
-            told = self._carried_out(place.recipe, folder, resume=place.stage != "fresh")
-        except Exception as error:  # whatever a damaged file leads to
-            return {"exception": exception_of(error)}
-        return told if "refused" in told else {**self._reported(place, folder), **told}
+        told = self._carried_out(place.recipe, folder, resume=place.stage != "fresh")
+        return told if "refused" in told else {**runs.contents(folder / "runs"), **told}
 
     def _write_mirror(self) -> None:
         """A mirror of a hub's image set with few images: 28x28, the digits in a frame."""
@@ -202,9 +190,7 @@ def _whole(folder: Path) -> dict[str, str]:
     """Digests of the finished runs in a folder, read in a child: this process must have computed nothing."""
     if not any((folder / "runs").glob("*/summary.json")):
         return {}
-    told, died = forked(lambda: runs.contents(folder / "runs"), limit=LIMIT)
-    if died:
-        raise RuntimeError(f"{folder}: {died}")
+    told = import_what(lambda: runs.contents(folder / "runs"), limit=LIMIT)
     whole: dict[str, str] = told["whole"]
     return whole
 

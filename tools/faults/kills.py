@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mithridate.report import build_report
 from tools.faults import runs
-from tools.faults.case import Result, drawn, exception_of
+from tools.faults.case import Result, UnpreparedError, drawn
 from tools.faults.operations import kill_at, watch
 from tools.faults.processes import forked, import_what
 
@@ -77,7 +77,7 @@ class Kills:
                 shutil.rmtree(folder / "imports")
             told, died = forked(partial(_recorded, scene, folder), limit=LIMIT)
             if died:
-                raise RuntimeError(f"an undisturbed run of {scene} died: {died}")
+                raise UnpreparedError(f"an undisturbed run of {_name(scene)}: {died}")
             operations, seconds, contents = told
             self.undisturbed[scene] = Undisturbed(operations, seconds, contents, _files(folder))
         self.places = [(scene, i) for scene, run in self.undisturbed.items() for i in range(len(run.operations))]
@@ -143,9 +143,9 @@ class Kills:
 
     def _fault_meanwhile(self, scene: Scene, folder: Path) -> str:
         """What a report on the killed run says that is not so."""
-        told, died = forked(lambda: _read(folder), limit=LIMIT)
-        if died or "exception" in (told or {}):
-            return f"reading the killed run: {died or told['exception']}"
+        told, died = forked(lambda: runs.contents(folder / "runs"), limit=LIMIT)
+        if died:
+            return f"a report on the killed run: {died}"
         right = self.undisturbed[scene].contents["timeless"]
         wrong = [run for run, digest in told.get("timeless", {}).items() if right.get(run) != digest]
         return f"a report on the killed run would show other rows of {', '.join(wrong)}" if wrong else ""
@@ -154,8 +154,6 @@ class Kills:
         right = self.undisturbed[scene]
         if died:
             return Result("exception", what, f"resuming: {died}")
-        if "exception" in told:
-            return Result("exception", what, told["exception"])
         if "refused" in told:
             return Result("exception", what, f"a dead end: {told['refused']}")
         for key in ("timeless", "reported"):
@@ -183,18 +181,8 @@ def _carried_out(scene: Scene, folder: Path, *, resume: bool) -> dict[str, Any]:
 
 
 def _finished(scene: Scene, folder: Path) -> dict[str, Any]:
-    try:
-        told = _carried_out(scene, folder, resume=True)
-    except Exception as error:  # whatever a killed run leads to
-        return {"exception": exception_of(error)}
-    return told if "refused" in told else _read(folder)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        return runs.contents(folder / "runs")
-    except Exception as error:  # whatever a killed run leads to
-        return {"exception": exception_of(error)}
+    told = _carried_out(scene, folder, resume=True)
+    return told if "refused" in told else runs.contents(folder / "runs")
 
 
 def _recorded(scene: Scene, folder: Path) -> tuple[list[str], float, dict[str, Any]]:
@@ -204,7 +192,7 @@ def _recorded(scene: Scene, folder: Path) -> tuple[list[str], float, dict[str, A
     told = _carried_out(scene, folder, resume=False)
     seconds = time.monotonic() - began
     if "refused" in told:
-        raise RuntimeError(told["refused"])
+        raise UnpreparedError(told["refused"])
     return operations[:], seconds, runs.contents(folder / "runs")
 
 

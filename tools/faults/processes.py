@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.faults.case import Fault, Result, exception_of
+from tools.faults.case import Fault, Result, UnpreparedError, exception_of
 
 MEMORY = 6 << 30
 """Bytes of address space of a child: what asks for more fails by itself, and not the machine."""
 
 
 def forked(work: Callable[[], Any], *, limit: float, on_start: Callable[[int], None] | None = None) -> tuple[Any, str]:
-    """Call a function in a child: what it returned (a JSON value), or None and how the child died.
+    """Call a function in a child: what it returned (a JSON value), or None and what it raised or how the child died.
 
     Args:
         work: What to do.
@@ -35,7 +35,15 @@ def forked(work: Callable[[], Any], *, limit: float, on_start: Callable[[int], N
         on_start: Called with the child's process id.
     """
     reading, writing = os.pipe()
-    pid = _child(writing, reading, lambda send: send(work()))
+
+    def told(send: Callable[[Any], None]) -> None:
+        try:
+            answer = work(), ""
+        except Exception as error:  # whatever the library raises: that is what is looked for
+            answer = None, exception_of(error)
+        send(answer)
+
+    pid = _child(writing, reading, told)
     os.close(writing)
     if on_start:
         on_start(pid)
@@ -48,28 +56,34 @@ def forked(work: Callable[[], Any], *, limit: float, on_start: Callable[[int], N
         return None, f"it hung for {limit:g} s"
     if os.WIFSIGNALED(status):
         return None, signal.Signals(os.WTERMSIG(status)).name
-    return (json.loads(text), "") if text else (None, f"exit code {os.waitstatus_to_exitcode(status)}")
+    answer: tuple[Any, str] = (
+        tuple(json.loads(text)) if text else (None, f"exit code {os.waitstatus_to_exitcode(status)}")
+    )
+    return answer
 
 
-def import_what(work: Callable[[], Any], *, limit: float) -> None:
+def import_what(work: Callable[[], Any], *, limit: float) -> Any:  # noqa: ANN401  (any JSON value)
     """Import in this process what a child needs for some work, so that later children find it there.
 
     Args:
-        work: Done once, in a child.
+        work: Done once, in a child, with nothing done to it.
         limit: Seconds, after which the child is killed.
+
+    Returns:
+        What the work returned.
+
+    Raises:
+        UnpreparedError: It raised something, died or hung.
     """
-
-    def names() -> list[str]:
-        work()
-        return list(sys.modules)
-
-    needed, died = forked(names, limit=limit)
+    told, died = forked(lambda: (work(), list(sys.modules)), limit=limit)
     if died:
-        raise RuntimeError(f"a process with nothing done to it died: {died}")
+        raise UnpreparedError(died)
+    answer, needed = told
     for name in needed:
         if name not in sys.modules:
             with suppress(Exception):  # some modules are made at run time, and cannot be imported by name
                 importlib.import_module(name)
+    return answer
 
 
 def _child(writing: int, reading: int, work: Callable[[Callable[[Any], None]], None]) -> int:
