@@ -45,6 +45,18 @@ def test_every_kind_of_model_is_tested_here() -> None:
     assert {config["name"] for config in CONFIGS} == set(entries("model"))
 
 
+@pytest.mark.parametrize("width", [2**62, 2**63 - 1, 2**63, 10**400], ids=["2^62", "2^63-1", "2^63", "10^400"])
+def test_a_model_that_is_larger_than_numbers_is_refused_in_a_sentence(width: int) -> None:
+    with pytest.raises(ConfigError, match="cannot be made with these settings") as refusal:
+        build_model({"name": "small_cnn", "width": width}, DATASETS["digits"], seed=0)
+    assert len(str(refusal.value)) < 600
+
+
+def test_more_groups_than_can_be_counted_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="set groups to 4"):
+        build_model({"name": "small_cnn", "width": 4, "norm": "group", "groups": 10**18}, DATASETS["digits"], seed=0)
+
+
 @each_model
 @pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "cifar100"])
 def test_logits_and_features_for_every_size_of_image(config: dict[str, Any], name: str) -> None:

@@ -38,9 +38,11 @@ def build_model(config: Mapping[str, Any] | ModelSettings, info: DatasetInfo, *,
     chosen = cast("ModelSettings", build("model", config)) if isinstance(config, Mapping) else config
     try:
         module = chosen.build(info, seed=seed)
-    except (RuntimeError, MemoryError, OverflowError) as error:
+    except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # torch's words for too much
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
         raise ConfigError(
-            f"{type(chosen).__name__} cannot be built for {info.name} ({error}); make it smaller."
+            f"[model] {type(chosen).__name__} cannot be made with these settings ({reason}); is one of its sizes too "
+            "large?"
         ) from error
     check_model(module, info)
     return module

@@ -35,7 +35,7 @@ def check_groups(norm: NormLayer, width: int, groups: int, *, where: str) -> Non
         ConfigError: The number of groups does not divide the width.
     """
     if norm == "group" and width % groups:
-        fitting = max(g for g in range(1, groups + 1) if width % g == 0)
+        fitting = next(g for g in range(min(groups, width), 0, -1) if width % g == 0)
         raise ConfigError(
             f"{where}: groups = {groups} does not divide width = {width}, so GroupNorm cannot group the channels; "
             f"set groups to {fitting}, or width to a multiple of {groups}."

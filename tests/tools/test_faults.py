@@ -1,0 +1,157 @@
+"""The fault harness: a few faults of each kind end well, and what does not end well is told."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OUTCOMES = ("refused", "redone", "same", "silent", "exception")
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the harness forks and kills processes")
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The harness in a process of its own, which it forks.
+
+    Args:
+        arguments: Of the command.
+        before: Python to run first: a fault of the library's own.
+    """
+    code = f"{before}\nimport sys\nfrom tools.faults.__main__ import main\nsys.exit(main())"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(  # noqa: S603  (our own command)
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def counts(output: str, kind: str) -> dict[str, int]:
+    """The row of a kind in the table."""
+    (row,) = [line.split() for line in output.splitlines() if line.startswith(kind)]
+    return dict(zip(("cases", *OUTCOMES), map(int, row[1:7]), strict=True))
+
+
+def skip_without_flower(kind: str) -> None:
+    if kind == "flower" and importlib.util.find_spec("flwr") is None:
+        pytest.skip("the extra 'flower' is not installed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "count"), [("kills", 12), ("files", 40), ("recipes", 150), ("batches", 150), ("flower", 22)]
+)
+def test_a_few_of_each_kind_end_well(kind: str, count: int) -> None:
+    skip_without_flower(kind)
+    ended = run(kind, "--count", str(count), "--seed", "7")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    row = counts(ended.stdout, kind)
+    assert row["cases"] >= count
+    assert row["silent"] == row["exception"] == 0
+    assert row["refused"] + row["redone"] > 0  # the faults were felt
+
+
+FEW = {"kills": 12, "files": 4, "recipes": 20, "batches": 4, "flower": 6}
+
+PLANTED = {
+    "kills": (
+        "from mithridate.training.learner import Learner; restore = Learner.restore\n"
+        "Learner.restore = lambda self, snapshot: None if 0 < snapshot.step < 3 else restore(self, snapshot)"
+    ),
+    "files": (
+        "import mithridate.bench.store as s, dataclasses, random; read = s.read_run\n"
+        "s.read_run = lambda path: dataclasses.replace(read(path), environment={'torch': random.random()})"
+    ),
+    "recipes": "import mithridate.bench.recipe as r; r.apply_change = lambda *_: {}['no such key']",
+    "batches": (
+        "from mithridate.training.learner import Learner; import torch; update = Learner.update\n"
+        "def broken(self, batch):\n"
+        "    next(self.model.parameters()).data.view(-1)[0] = torch.nan\n"
+        "    return update(self, batch)\n"
+        "Learner.update = broken"
+    ),
+    "flower": (
+        "from mithridate.guard.flower import GuardedStrategy as G\n"
+        "G.aggregate_train = lambda self, n, replies: self.inner.aggregate_train(n, list(replies))"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_fault_of_the_library_is_told(kind: str) -> None:
+    skip_without_flower(kind)
+    ended = run(kind, "--count", str(FEW[kind]), "--seed", "7", before=PLANTED[kind])
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    row = counts(ended.stdout, kind)
+    assert row["silent"] + row["exception"] > 0
+
+
+@pytest.mark.slow
+def test_a_case_that_ended_badly_can_be_seen_again() -> None:
+    ended = run("batches", "--count", "4", "--seed", "7", before=PLANTED["batches"])
+    first = next(line for line in ended.stdout.splitlines() if "--only" in line)
+    assert first.split()[:6] == ["python", "-m", "tools.faults", "batches", "--seed", "7"]
+    alone = run(*first.split()[3:], before=PLANTED["batches"])
+    assert alone.returncode == 1, alone.stdout + alone.stderr
+
+
+@dataclass
+class Staged:
+    """Cases that end in every way that a process can end."""
+
+    full: int = 5
+
+    def prepare(self) -> None:
+        pass
+
+    def case(self, number: int, folder: Path) -> "object":
+        from tools.faults.case import Result
+
+        match number:
+            case 0:
+                return Result("same", "all is well")
+            case 1:
+                raise KeyError("lost")
+            case 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case 3:
+                time.sleep(60)
+        return Result("refused", "in words", size=3)
+
+
+def test_whatever_a_case_does_the_others_go_on(tmp_path: Path) -> None:
+    """Dying, hanging and raising are told of the case that did it, and of no other."""
+    pytest.importorskip("tools.faults.processes")
+    from tools.faults.processes import results
+
+    ended = dict(results(Staged(), range(5), tmp_path, jobs=2, chunk=5, limit=1.0))  # type: ignore[arg-type]  # a stage
+    assert {number: result.outcome for number, result in ended.items()} == {
+        0: "same",
+        1: "exception",
+        2: "exception",
+        3: "exception",
+        4: "refused",
+    }
+    assert "KeyError" in ended[1].said
+    assert "died" in ended[2].said
+    assert "hung" in ended[3].said
+    assert ended[4].size == 3
+    assert not list(tmp_path.glob("case-0*"))
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    ended = run("kils", "--count", "1")
+    assert ended.returncode == 2
+    assert "no kind kils" in ended.stderr
