@@ -57,8 +57,9 @@ class NeedsTwoReadings(LossAmplification):
 
 class CannotTakeNaN(LossAmplification):
     def alarm(self, readings: Sequence[Reading]) -> str | None:
-        round(readings[-1].accuracy)
-        round(readings[len(readings) // 2].loss)
+        for number in (readings[-1].accuracy, readings[len(readings) // 2].loss):
+            if number is not None:
+                round(number)
         return super().alarm(readings)
 
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mithridate.bench.store import Run
@@ -39,3 +40,10 @@ def test_a_sound_experiment_raises_no_doubt(make_row: MakeRow) -> None:
         make_row(0.2, 0.22, 0.19),
     ]
     assert [answer.title for answer in examine(sound) if answer.doubts] == []
+
+
+def test_the_page_of_doubts_has_every_rule_with_what_raises_it() -> None:
+    page = Path(__file__).parents[3].joinpath("docs", "doubts.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")][1:]
+    told = {title: raised.lower() for title, _, raised in rows}
+    assert told == {answer.title: answer.meaning.removeprefix("Looks for ").lower() for answer in examine([])}
