@@ -74,7 +74,8 @@ def test_table_1_of_zhu_et_al_has_its_data_sets_defences_and_thresholds() -> Non
         assert variant.run.steps + 1 == 100  # batches of the clean oracle
 
 
-@pytest.mark.parametrize("name", ["cifar10", "svhn", pytest.param("cifar100", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar10", "svhn", "cifar100"])
 def test_table_1_of_zhu_et_al_runs_on_each_data_set_at_a_size_for_a_test(
     name: str, tmp_path: Path, data_root: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_table_1_of_zhu_et_al_runs_on_each_data_set_at_a_size_for_a_test(
     assert {run.summary["status"] for run in runs} <= {"finished", "diverged"}
 
 
+@pytest.mark.slow
 def test_table_1_of_pang_et_al_runs_at_a_size_for_a_test(tmp_path: Path, data_root: Path) -> None:
     budgets = [f'grid.attack.{label}.eps=["16/255"]' for label in ("noise", "poisoned", "poisoned+accu+opt+momentum")]
     others = [f"grid.attack.poisoned+accu{trick}.eps=[0.1]" for trick in ("", "+sval", "+momentum", "+opt")]

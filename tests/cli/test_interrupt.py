@@ -97,6 +97,7 @@ def test_an_error_that_foreign_code_makes_of_an_interrupt_is_no_traceback(tmp_pa
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_a_batch_is_crafted_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(RECIPE, encoding="utf-8")
     arguments = "['mithridate', 'run', 'r.toml', '--out', 'runs', '--cache', 'cache', '--device', 'cpu']"

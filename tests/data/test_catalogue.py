@@ -31,6 +31,7 @@ def test_a_slip_of_the_pen_is_answered_with_the_nearest_name() -> None:
         dataset_info("cifar1O")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "split"), [("digits", "all"), ("mnist", "train"), ("cifar10", "train")])
 def test_mean_and_std_are_those_of_the_data(name: str, split: str, request: pytest.FixtureRequest) -> None:
     root: Path | None = None if name == "digits" else request.getfixturevalue("data_root")

@@ -351,6 +351,7 @@ def attacked(digits: tuple[Stream, Learner], run: FederatedRun, **fields: Any) -
     return outcome, start, cosines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trigger", ["clean", "reversed"])
 def test_a_trigger_of_one_length_does_more_after_the_phase(digits: Digits, trigger: str) -> None:
     """Over five burn-ins, against the same trigger after an honest phase."""

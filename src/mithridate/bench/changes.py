@@ -39,6 +39,29 @@ LONGEST_VALUE = 24
 """Letters of a value in a label; longer ones are numbered."""
 
 
+DEEPEST = 32
+"""Tables and lists within each other, at most."""
+
+
+def check_depth(value: object, *, where: str) -> None:
+    """Refuse what is nested deeper than any setting: what comes after goes through it by calling itself.
+
+    Args:
+        value: Of TOML.
+        where: Named in the message.
+
+    Raises:
+        ConfigError: It is.
+    """
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        parts = [part for part in level if isinstance(part, dict | list)]
+        if not parts:
+            return
+        level = [item for part in parts for item in (part.values() if isinstance(part, dict) else part)]
+    raise ConfigError(f"{where} is nested too deep: tables and lists may stand {DEEPEST} within each other.")
+
+
 class _Field(NamedTuple):
     """A setting: of every component of the table that has it, or of the one that is called so."""
 
@@ -87,6 +110,7 @@ def apply_change(tables: Table, change: str) -> None:
     """
     path, equals, text = change.partition("=")
     path, value, where = path.strip(), _toml_value(text.strip()), f"--set {change}"
+    check_depth(value, where=where)
     if equals and value == UNSET and path in (*TABLES, "grid"):
         tables.pop(path, None)
         return

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, expanded, label_of
+from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, check_depth, expanded, label_of
 from mithridate.bench.store import run_id
 from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
@@ -364,6 +364,7 @@ def _checked_label(kind: str, label: object, taken: Collection[str]) -> str:
 
 def _check_tables(tables: Mapping[str, Any]) -> None:
     """Refuse unknown names, and values where tables belong."""
+    check_depth(tables, where="the recipe")
     for key, value in tables.items():
         if key == "plugins" and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ConfigError(

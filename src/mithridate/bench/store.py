@@ -348,7 +348,7 @@ def unfinished(directories: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _folders(directories: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(d) for d in ([directories] if isinstance(directories, str | Path) else directories)]
+    return [path_of(d) for d in ([directories] if isinstance(directories, str | Path) else directories)]
 
 
 def read_runs(directories: str | Path | Sequence[str | Path]) -> list[Run]:

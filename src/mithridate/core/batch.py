@@ -37,8 +37,12 @@ class Batch(NamedTuple, Generic[X_co]):
         return len(self.y)
 
     def to(self, device: torch.device | str) -> "Batch[X_co]":
-        """The same batch on another device."""
-        return Batch(each_tensor(self.x, lambda t: t.to(device)), self.y.to(device))
+        """The same batch on another device; tensors of inference mode are copied, since autograd takes none of them."""
+
+        def moved(t: Tensor) -> Tensor:
+            return t.to(device).clone() if t.is_inference() else t.to(device)
+
+        return Batch(each_tensor(self.x, moved), moved(self.y))
 
     def take(self, which: Tensor | slice) -> "Batch[X_co]":
         """Some of the samples, by position, slice or (n,) bool."""
@@ -94,7 +98,8 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
         where: Named in the message.
 
     Raises:
-        DataError: No tensors, a tensor without rows, or lengths that differ.
+        DataError: No tensors, a tensor without rows, one that is sparse or complex or has no data, or lengths that
+            differ.
     """
     if not isinstance(batch, Batch):
         raise DataError(f"{where} is a {type(batch).__name__}; give a Batch(inputs, targets).")
@@ -107,6 +112,11 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
     for name, t in {**named, "targets": y}.items():
         if not isinstance(t, Tensor) or t.ndim == 0:
             raise DataError(f"{where}: '{name}' is {_kind(t)}; it must be a tensor with one row a sample.")
+        if t.layout is not torch.strided or t.is_meta or t.is_complex():
+            raise DataError(
+                f"{where}: '{name}' is {t.dtype}, {t.layout}, on {t.device}; give dense tensors of real numbers, on a "
+                "device that holds them."
+            )
     lengths = {str(name): len(t) for name, t in named.items()}
     if not lengths or len(y) == 0 or set(lengths.values()) != {len(y)}:
         counts = ", ".join(f"{length} in '{name}'" for name, length in lengths.items()) or "no inputs"

@@ -69,12 +69,14 @@ def check_classes(batch: AnyBatch, *, who: str) -> None:
         who: The component, for the message.
 
     Raises:
-        ConfigError: They are not one int64 a sample.
+        ConfigError: They are not one int64 >= 0 a sample.
     """
     y = batch.y
-    if y.ndim == 1 and y.dtype == torch.int64:
+    ignored = int((y < 0).sum()) if y.ndim == 1 and y.dtype == torch.int64 else None
+    if ignored == 0:
         return
+    what = f"{y.dtype} of shape {tuple(y.shape)}" if ignored is None else f"below 0 (none) in {ignored} samples"
     raise ConfigError(
         f"{who} compares targets with the class that the model says, and needs class numbers (int64, one a sample); "
-        f"these targets are {y.dtype} of shape {tuple(y.shape)}. Take a component that looks at losses or updates only."
+        f"these targets are {what}. Take a component that looks at losses or updates only."
     )

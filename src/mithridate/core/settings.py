@@ -105,7 +105,7 @@ def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping
             read[key] = None
         elif float in leaves and str not in leaves:
             try:
-                read[key] = _number(value)
+                read[key] = [_number(item) for item in value] if isinstance(value, list | tuple) else _number(value)
             except (ValueError, ZeroDivisionError):
                 raise ConfigError(
                     f"{where}: {key} = {shown(value)}: give a number, or a fraction of two such as '8/255'."
@@ -123,19 +123,13 @@ def _leaves(hint: Any) -> Iterator[Any]:  # noqa: ANN401  (types have no common 
         yield from _leaves(part)
 
 
-def _texts(value: object) -> Iterator[str]:
-    """The texts in a value, also those in lists."""
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+def _texts(value: object) -> list[str]:
+    """The text that a value is, or the texts in a list."""
+    return [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, str)]
 
 
 def _number(value: object) -> object:
-    """A fraction that is given as text as a float, also in lists; anything else as it is."""
-    if isinstance(value, list | tuple):
-        return [_number(item) for item in value]
+    """A fraction that is given as text as a float; anything else as it is."""
     if not isinstance(value, str) or "/" not in value:
         return value
     above, _, below = value.partition("/")

@@ -120,8 +120,6 @@ class DefendedStep:
         self._notes: Memory = {}
         self._classes: float = _last_outputs(model)
         """Class numbers below this are taken to have an output of the model's; infinite if targets are none."""
-        self._taken = ""
-        """The kind of inputs that the model last took."""
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +172,8 @@ class DefendedStep:
             batch: The samples as received.
 
         Raises:
-            DataError: It is no batch, or the model cannot take inputs of this kind.
+            DataError: It is no batch, or model or criterion cannot take inputs or targets of this kind.
+        ConfigError: The defence cannot.
         """
         check_batch(batch, where="batch that was received")
         good = self._good(batch)
@@ -187,6 +186,7 @@ class DefendedStep:
         batch = batch.to(self.device)
         try:
             with self._explained(batch):
+                self.defence.check_inputs(batch)
                 screened: Screened = checked(self.defence, batch, self.defence.screen(batch, self.view()))
         except ValueError as error:
             if TOO_FEW not in str(error):
@@ -215,15 +215,15 @@ class DefendedStep:
 
     @contextmanager
     def _explained(self, batch: AnyBatch) -> Iterator[None]:
-        """Say that the model cannot take the batch, where an error comes of that and not of the defence."""
+        """Say that model or criterion cannot take the batch, where an error comes of that and not of the defence."""
         try:
             yield
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or TOO_FEW in str(error) or _kind(batch) == self._taken:
+            if isinstance(error, torch.OutOfMemoryError) or TOO_FEW in str(error):
                 raise
             try:
                 with torch.no_grad():
-                    self.white_box.logits(batch.x)
+                    logits = self.white_box.logits(batch.x)
             except UserError:
                 raise
             except Exception as own:  # whatever the model stumbles over
@@ -232,6 +232,8 @@ class DefendedStep:
                     f"{type(self.model).__name__} cannot take inputs of {_kind(batch)}: {reason}; give batches of the "
                     "shape and type that it was built for."
                 ) from error
+            with torch.no_grad():
+                loss_of(self.criterion, logits, batch.y, where="the batch")
             raise
 
     def backward(self, received: Received, mode: BatchNormMode) -> Tensor:
@@ -257,7 +259,6 @@ class DefendedStep:
                     "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
                 )
             torch.autograd.backward(loss)
-        self._taken = _kind(received.batch)
         return loss.detach()
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
