@@ -58,6 +58,9 @@ BAD_STRUCTURE: dict[str, tuple[Any, str]] = {
     ),
     "a list in a mapping": (Batch({"ids": [1, 2]}, torch.zeros(2)), "'ids' is a list; it must be a tensor"),
     "a number in a sequence": (Batch([torch.tensor(1.0)], torch.zeros(1)), "'0' is a single number"),
+    "sparse": (Batch(torch.eye(3).to_sparse(), torch.zeros(3)), "'inputs' is of layout torch.sparse_coo"),
+    "complex": (Batch(torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3)), "'inputs' is complex"),
+    "without values": (Batch(torch.zeros(3, 2), torch.zeros(3, device="meta")), "'targets' is on the device 'meta'"),
     "text": (Batch("abc", torch.zeros(3)), "inputs are a str; give a tensor"),
     "nothing": (Batch(None, torch.zeros(3)), "inputs are a NoneType"),
     "targets that are no tensor": (Batch(torch.zeros(2, 2), [0, 1]), "'targets' is a list"),  # type: ignore[arg-type]  # on purpose: what is refused

@@ -99,6 +99,16 @@ def test_mart_is_its_formula(boost: float, lam: float) -> None:
     same_loss_and_gradients(model, defence.loss(model, batch, F.cross_entropy, view), wanted)
 
 
+def test_mart_leaves_out_the_labels_that_the_criterion_ignores() -> None:
+    """The terms of the others are what they are, and are averaged over them alone."""
+    defence, view, batch = Mart(steps=0, adv_steps=0), seen(tiny()), tiny_batch()
+    ignored = Batch(batch.x, batch.y.clone())
+    ignored.y[5:] = -100
+    few = batch.take(slice(0, 5))
+    losses = [defence.loss(view.model.module, b, F.cross_entropy, view) for b in (ignored, few)]
+    torch.testing.assert_close(*losses)
+
+
 @pytest.mark.parametrize("clean_weight", [0.0, 1 / 3, 0.9])
 def test_mma_is_its_formula(clean_weight: float) -> None:
     model, batch = tiny(), tiny_batch(12)

@@ -23,6 +23,7 @@ from mithridate.defences.bound_update import BoundUpdate
 from mithridate.defences.chain import chain
 from mithridate.defences.clip import Clip
 from mithridate.defences.ema import Ema
+from mithridate.defences.fat import Fat
 from mithridate.defences.gate import Gate
 from mithridate.defences.skip import Skip
 from mithridate.training.history import History
@@ -424,3 +425,56 @@ def test_attacks_tell_targets_that_fit_nothing(attack: Any, y: Tensor, message: 
     view = View(available={Need.MODEL: learner_of().white_box, Need.VALIDATION: batch_of(5), Need.TRIGGER: batch_of(6)})
     with pytest.raises(DataError, match=message):
         attack.poison(Batch(batch_of().x, y), view, rng=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("defence", "batch", "message"),
+    [
+        (AT, Batch(torch.ones(8, WIDTH, dtype=torch.int64), batch_of().y), "needs one tensor of floats"),
+        (lambda: chain(Clip(), AT()), Batch([batch_of().x], batch_of().y), "needs one tensor of floats"),
+        (Fat, Batch(batch_of().x, batch_of().y.int()), "needs class numbers"),
+    ],
+    ids=["whole numbers", "a sequence", "targets of another type"],
+)
+def test_a_defence_is_asked_of_every_batch_whether_it_can_work_on_it(
+    defence: Callable[[], Defence], batch: AnyBatch, message: str
+) -> None:
+    learner = learner_of(defence())
+    learner.update(batch_of())
+    before = state(learner)
+    with pytest.raises(ConfigError, match=message):
+        learner.update(batch)
+    assert differing(state(learner), before) == []
+
+
+@pytest.mark.parametrize("defence", [Defence, AT, Gate], ids=["none", "at", "gate"])
+def test_batches_that_were_made_in_inference_mode_are_learned_from(defence: Callable[[], Defence]) -> None:
+    plain, other = learner_of(defence()), learner_of(defence())
+    with torch.inference_mode():
+        batch = batch_of(1)
+    plain.update(batch_of(1))
+    other.update(batch)
+    assert differing(state(plain), state(other)) == []
+
+
+class Tokens(nn.Module):
+    """The mean embedding of token numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = nn.Embedding(10, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.last(self.embedding(x).mean(1))
+        return logits
+
+
+@pytest.mark.parametrize("number", [-1, 10])
+def test_token_numbers_that_the_model_has_not_are_told_later_too(number: int) -> None:
+    learner = learner_of(model=Tokens())
+    batch = Batch(torch.arange(40).reshape(8, 5) % 10, batch_of().y)
+    learner.update(batch)
+    before = state(learner)
+    with pytest.raises(DataError, match="Tokens cannot take inputs of int64"):
+        learner.update(Batch(torch.full_like(batch.x, number), batch.y))
+    assert differing(state(learner), before) == []

@@ -98,7 +98,7 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
         where: Named in the message.
 
     Raises:
-        DataError: No tensors, a tensor without rows, one that is sparse or complex or has no data, or lengths that
+        DataError: No tensors, a tensor without rows, one that is sparse, complex or without values, or lengths that
             differ.
     """
     if not isinstance(batch, Batch):
@@ -113,10 +113,8 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
         if not isinstance(t, Tensor) or t.ndim == 0:
             raise DataError(f"{where}: '{name}' is {_kind(t)}; it must be a tensor with one row a sample.")
         if t.layout is not torch.strided or t.is_meta or t.is_complex():
-            raise DataError(
-                f"{where}: '{name}' is {t.dtype}, {t.layout}, on {t.device}; give dense tensors of real numbers, on a "
-                "device that holds them."
-            )
+            what = "complex" if t.is_complex() else "on the device 'meta'" if t.is_meta else f"of layout {t.layout}"
+            raise DataError(f"{where}: '{name}' is {what}; give a dense tensor of real numbers, with its values.")
     lengths = {str(name): len(t) for name, t in named.items()}
     if not lengths or len(y) == 0 or set(lengths.values()) != {len(y)}:
         counts = ", ".join(f"{length} in '{name}'" for name, length in lengths.items()) or "no inputs"

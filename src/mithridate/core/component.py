@@ -31,7 +31,7 @@ class Component:
         return frozenset({None}) if Need.HISTORY in self.needs and self.lookback == 0 else frozenset()
 
     def check_inputs(self, batch: AnyBatch) -> None:
-        """Refuse inputs of a kind that it cannot work on; asked before a run.
+        """Refuse inputs of a kind that it cannot work on; asked before a run, and of a defence at every batch.
 
         Args:
             batch: One batch as the stream will yield it.
@@ -69,14 +69,12 @@ def check_classes(batch: AnyBatch, *, who: str) -> None:
         who: The component, for the message.
 
     Raises:
-        ConfigError: They are not one int64 >= 0 a sample.
+        ConfigError: They are not one int64 a sample.
     """
     y = batch.y
-    ignored = int((y < 0).sum()) if y.ndim == 1 and y.dtype == torch.int64 else None
-    if ignored == 0:
+    if y.ndim == 1 and y.dtype == torch.int64:
         return
-    what = f"{y.dtype} of shape {tuple(y.shape)}" if ignored is None else f"below 0 (none) in {ignored} samples"
     raise ConfigError(
         f"{who} compares targets with the class that the model says, and needs class numbers (int64, one a sample); "
-        f"these targets are {what}. Take a component that looks at losses or updates only."
+        f"these targets are {y.dtype} of shape {tuple(y.shape)}. Take a component that looks at losses or updates only."
     )

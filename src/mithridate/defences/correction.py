@@ -10,6 +10,7 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import check_classes, check_moves
 from mithridate.core.defence import Defence, Screened
+from mithridate.core.model import loss_of
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
 from mithridate.core.view import Need, View
@@ -92,11 +93,12 @@ class Correcting(Defence, ABC):
         if self.correction_loss == "cw":
             return margin(logits, y)
         if received is None:
-            return view.model.criterion(logits, y)
+            return loss_of(view.model.criterion, logits, y, where=f"batch given to {view.owner}")
         away = divergence(received, logits, "kl").mean()
         if self.correction_loss == "kl":
             return away
-        return view.model.criterion(logits, y) + away / logits.shape[1]
+        loss = loss_of(view.model.criterion, logits, y, where=f"batch given to {view.owner}")
+        return loss + away / logits.shape[1]
 
     def correction_gradient(self, batch: Batch, received: Tensor | None, view: View) -> Tensor:
         """Gradient in the inputs of what a correction descends, in eval mode; arguments as in `descended`."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion, answer
+from mithridate.core.model import IGNORED, Criterion, answer
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
@@ -69,6 +69,9 @@ class Mart(AdversariallyLearned):
         clean = answer(model, batch.x) if self.lam > 0 and self.searches else None
         logits = answer(model, worst)
         loss = criterion(logits, y)
+        known = y != IGNORED
+        if not bool(known.all()):  # the criterion leaves them out, and so do the other terms
+            logits, y, clean = logits[known], y[known], None if clean is None else clean[known]
         if self.boost > 0:
             loss = loss + self.boost * rivalry(logits, y).mean()
         if clean is not None:

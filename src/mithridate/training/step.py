@@ -120,6 +120,8 @@ class DefendedStep:
         self._notes: Memory = {}
         self._classes: float = _last_outputs(model)
         """Class numbers below this are taken to have an output of the model's; infinite if targets are none."""
+        self._taken: tuple[str, ...] = ()
+        """The kinds of inputs and targets that were last learned from."""
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +174,8 @@ class DefendedStep:
             batch: The samples as received.
 
         Raises:
+            ConfigError: The defence cannot work on inputs or targets of this kind.
             DataError: It is no batch, or model or criterion cannot take inputs or targets of this kind.
-        ConfigError: The defence cannot.
         """
         check_batch(batch, where="batch that was received")
         good = self._good(batch)
@@ -184,9 +186,9 @@ class DefendedStep:
         if batch.size == 0:
             return Received(batch, None, flagged, quarantined)
         batch = batch.to(self.device)
+        self.defence.check_inputs(batch)
         try:
             with self._explained(batch):
-                self.defence.check_inputs(batch)
                 screened: Screened = checked(self.defence, batch, self.defence.screen(batch, self.view()))
         except ValueError as error:
             if TOO_FEW not in str(error):
@@ -220,6 +222,9 @@ class DefendedStep:
             yield
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or TOO_FEW in str(error):
+                raise
+            # Values may be at fault in a batch of a kind that it took before only where they are positions (of tokens).
+            if _kinds(batch) == self._taken and not isinstance(error, IndexError):
                 raise
             try:
                 with torch.no_grad():
@@ -259,6 +264,7 @@ class DefendedStep:
                     "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
                 )
             torch.autograd.backward(loss)
+        self._taken = _kinds(received.batch)
         return loss.detach()
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -390,6 +396,11 @@ class DefendedStep:
 def _last_outputs(model: nn.Module) -> int:
     """How many numbers the last layer of a model gives, as far as one can see it; 0 if not."""
     return next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
+
+
+def _kinds(batch: AnyBatch) -> tuple[str, ...]:
+    """What a batch's inputs and targets are, whatever the number of samples."""
+    return _kind(batch), str(batch.y.dtype), *map(str, batch.y.shape[1:])
 
 
 def _kind(batch: AnyBatch) -> str:
