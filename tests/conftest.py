@@ -14,16 +14,21 @@ settings.load_profile("seeded")
 
 @pytest.fixture(scope="session", autouse=True)
 def _sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Decoded images go to a folder that the run's workers share; torch has as many threads as the environment says.
-
-    One by default: small models gain nothing from two, and `make test` keeps every core busy as it is.
-    """
+    """Decoded images go to a folder that the run's workers share."""
     base = tmp_path_factory.getbasetemp()
     run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MITHRIDATE_CACHE", str(run / "shared-cache"))
-        torch.set_num_threads(int(os.environ.get("MITHRIDATE_TEST_THREADS", "1")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    """Torch has as many threads as the environment says, whatever a command has set in the test before.
+
+    One by default: small models gain nothing from two, and `make test` keeps every core busy as it is.
+    """
+    torch.set_num_threads(int(os.environ.get("MITHRIDATE_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

@@ -101,3 +101,10 @@ def test_none_leaves_what_a_function_of_models_would_have_without_it() -> None:
     assert made == build("model", table)
     assert "device" not in made.recipe_table()
     assert build("model", {**table, "in_features": "none"}).settings["in_features"] == "none"  # it has no None to leave
+
+
+@pytest.mark.parametrize(("name", "key"), [("pgd", "eps"), ("pgd", "steps")])
+def test_a_switch_is_no_number(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} = true: that is no switch"):
+        build("attack", {"name": name, key: True})
+    assert build("attack", {"name": "accumulative", "resample_validation": True}).resample_validation

@@ -106,3 +106,23 @@ def test_columns_of_numbers_stay_numbers(make_run: Make) -> None:
     assert head.split(" | ")[:3] == ["| attack", "defence", "attack.eps"]
     assert align.split(" | ")[2:4] == ["---", "---:"]
     assert len(lines) == 2
+
+
+def test_runs_from_other_start_models_are_shown_apart_wherever_the_file_lies(make_run: Make) -> None:
+    def run(seed: int, path: str, inputs: str) -> Run:
+        made = with_setting(make_run(seed=seed), "burn_in", "checkpoint", path)
+        return replace(made, summary={**made.summary, "inputs_key": inputs})
+
+    assert len(rows([run(0, "/a/model.pt", "11aa"), run(1, "/b/model.pt", "11aa")])) == 1
+    assert len(rows([run(0, "/a/model.pt", "11aa"), run(1, "/a/model.pt", "22bb")])) == 2
+
+
+def test_runs_of_other_plug_in_code_are_shown_apart(make_run: Make) -> None:
+    def run(seed: int, digest: str) -> Run:
+        made = make_run(seed=seed)
+        return replace(made, environment={**made.environment, "code": {"/somewhere/plug.py": digest}})
+
+    assert len(rows([run(0, "11aa"), run(1, "11aa")])) == 1
+    apart = rows([run(0, "11aa"), run(1, "22bb")])
+    assert len(apart) == 2
+    assert "code.plug.py 11aa" in apart[0].dataset

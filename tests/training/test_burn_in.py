@@ -459,6 +459,8 @@ def test_checkpoints_belong_to_a_training_and_older_files_to_a_finished_model() 
     )  # none is kept: who looks back is refused
     with pytest.raises(ConfigError, match="no `checkpoint`"):
         BurnIn(older={"20": "model.pt"})
+    with pytest.raises(ConfigError, match=r"older \[20\]: not before the end of 20 epochs"):
+        BurnIn(epochs=20, checkpoint="model.pt", older={"10": "a.pt", "20": "b.pt"})
 
 
 def test_the_last_epoch_is_no_older_model() -> None:

@@ -1,6 +1,7 @@
 """What comes in at the learner's door: single bad samples are kept out and counted, what fits nothing is told."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -478,3 +479,77 @@ def test_token_numbers_that_the_model_has_not_are_told_later_too(number: int) ->
     with pytest.raises(DataError, match="Tokens cannot take inputs of int64"):
         learner.update(Batch(torch.full_like(batch.x, number), batch.y))
     assert differing(state(learner), before) == []
+
+
+# What is no learner at all, and batches with nothing to learn from.
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("model", "m", "model is 'm'; give a torch.nn.Module"),
+        ("optimiser", "sgd", "optimiser is 'sgd'; give a torch optimiser"),
+        ("criterion", "ce", "criterion is 'ce'; give a function"),
+        ("defence", "clip", "defence is 'clip'; give a defence"),
+        ("defence", Clip, "defence is the class Clip; give a defence"),
+    ],
+)
+def test_what_is_no_model_optimiser_criterion_or_defence_is_told_at_once(what: str, value: Any, message: str) -> None:
+    model = nn.Linear(WIDTH, CLASSES)
+    parts: dict[str, Any] = {"model": model, "optimiser": SGD(model.parameters(), lr=0.1), what: value}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Learner(parts.pop("model"), parts.pop("optimiser"), **parts)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.SparseAdam])
+def test_an_optimiser_that_cannot_take_the_step_is_told_at_once(kind: Any) -> None:
+    model = nn.Linear(WIDTH, CLASSES)
+    with pytest.raises(ConfigError, match=f"{kind.__name__} needs sparse gradients or a closure"):
+        Learner(model, kind(model.parameters()))
+
+
+def test_a_batch_without_a_target_that_counts_is_a_verdict() -> None:
+    learner = learner_of()
+    before = learner.snapshot()
+    done = learner.update(Batch(batch_of().x, torch.full_like(batch_of().y, -100)))
+    assert not done.verdict.admit
+    assert "nothing to learn from" in done.verdict.reason
+    assert all(torch.equal(p, before.parameters[name]) for name, p in learner.model.named_parameters())
+
+
+def test_loss_and_accuracy_count_targets_however_batches_are_cut() -> None:
+    learner, batch = learner_of(), batch_of(8)
+    y = torch.where(torch.arange(8) > 3, -100, batch.y)
+    whole = learner.evaluate([Batch(batch.x[:4], y[:4])])
+    cut = [Batch(batch.x[:3], y[:3]), Batch(batch.x[3:6], y[3:6]), Batch(batch.x[6:], y[6:])]
+    assert learner.evaluate(cut).loss == pytest.approx(whole.loss, rel=1e-5)
+    assert learner.evaluate(cut).accuracy == whole.accuracy
+
+
+def test_the_head_of_a_model_need_not_be_its_last_layer() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.aside = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, 50)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)  # type: ignore[no-any-return]
+
+    batch = batch_of(8)
+    y = torch.where(torch.arange(8) == 2, CLASSES + 2, batch.y)
+    assert learner_of(model=Two()).update(Batch(batch.x, y)).quarantined == 1
+
+
+class WritingInPlace(Defence):
+    def bound(self, updates: Updates, view: View) -> Updates:
+        updates.rows.mul_(-1)
+        return updates
+
+
+def test_a_bound_that_writes_to_the_rows_in_place_counts() -> None:
+    plain, turned = learner_of(), learner_of(defence=WritingInPlace())
+    start = plain.snapshot().parameters
+    for learner in (plain, turned):
+        learner.update(batch_of())
+    for (name, a), b in zip(plain.model.named_parameters(), turned.model.parameters(), strict=True):
+        assert torch.allclose(a - start[name], start[name] - b, atol=1e-6)

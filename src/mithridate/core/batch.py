@@ -108,7 +108,10 @@ def check_batch(batch: AnyBatch, *, where: str = "batch") -> None:
         raise DataError(
             f"{where}: inputs are a {type(x).__name__}; give a tensor, or a mapping or sequence of tensors."
         )
-    named = {"inputs": x} if isinstance(x, Tensor) else dict(x) if isinstance(x, Mapping) else dict(enumerate(x))
+    if isinstance(x, Tensor):
+        named: dict[Any, Any] = {"inputs": x}
+    else:
+        named = dict(x) if isinstance(x, Mapping) else {f"inputs[{i}]": t for i, t in enumerate(x)}
     for name, t in {**named, "targets": y}.items():
         if not isinstance(t, Tensor) or t.ndim == 0:
             raise DataError(f"{where}: '{name}' is {_kind(t)}; it must be a tensor with one row a sample.")

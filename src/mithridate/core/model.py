@@ -125,7 +125,8 @@ def _compared(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) ->
             raise
         raise DataError(
             f"{where}: the criterion cannot compare outputs {logits.dtype} {tuple(logits.shape)} with targets "
-            f"{y.dtype} {tuple(y.shape)}: {error}; give targets, or a model, of the shape that the criterion takes."
+            f"{y.dtype} {tuple(y.shape)}: {error}; give targets, or a model, of the shape and type that the criterion "
+            "takes (class numbers are int64: `y.long()`)."
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

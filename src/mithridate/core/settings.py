@@ -69,12 +69,14 @@ def _fill(
     initialised_by: type | None = None,
 ) -> None:
     """Initialise a dataclass from values, by the class whose ``__init__`` was called."""
-    fields = {f.name: f for f in dataclasses.fields(instance)}
+    cls, fields = type(instance), {f.name: f for f in dataclasses.fields(instance)}
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {shown(key)}: {nearest(key, fields)}")
         _check_numbers(values[key], where=f"{where}: {key}")
-    values = _spelled_out(type(instance), values, where=where)
+        if isinstance(values[key], bool) and not {bool, Any, object} & set(_leaves(get_type_hints(cls)[key])):
+            raise ConfigError(f"{where}: {key} = {str(values[key]).lower()}: that is no switch; give a number or text.")
+    values = _spelled_out(cls, values, where=where)
     if initialised_by is None:
         initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
     validator = vars(initialised_by).get("__pydantic_validator__")

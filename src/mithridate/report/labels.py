@@ -8,6 +8,7 @@ compared.
 import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from mithridate.bench.store import Run
 from mithridate.report.settings import config_table, settings
@@ -95,11 +96,16 @@ def _label(run: Run, key: str, kind: str) -> str:
 
 
 def _compared(run: Run) -> dict[str, str]:
-    """The settings that runs must share to be pooled; samples count by what they are, not by where they lie."""
+    """What runs must share to be pooled: settings, samples and start models by what they are, and code of plug-ins."""
     found = {key: value for key, value in settings(run).items() if key != "plugins"}
     if samples := run.summary.get("samples_key"):
         found.pop("data.path", None)
         found["data.samples"] = one_line(samples)
+    if (inputs := run.summary.get("inputs_key")) and found.pop("burn_in.checkpoint", UNSET) != UNSET:
+        found = {key: value for key, value in found.items() if not key.startswith("burn_in.older")}
+        found["burn_in.files"] = one_line(inputs)
+    for name, digest in (run.environment.get("code") or {}).items():
+        found[f"code.{PurePath(name).name}"] = one_line(digest)
     return found
 
 

@@ -102,6 +102,11 @@ class BurnIn:
                 "[burn_in] older names earlier states of a finished model, and there is no `checkpoint`; name it, or "
                 "keep epochs of the training with `checkpoints`."
             )
+        if newer := [int(epoch) for epoch in self.older if int(epoch) >= self.epochs]:
+            raise ConfigError(
+                f"[burn_in] older {newer}: not before the end of {self.epochs} epochs; say in `epochs` how long the "
+                "model of `checkpoint` was trained."
+            )
         late = [epoch for epoch in self.checkpoints if epoch > self.epochs]
         if late:
             raise ConfigError(f"[burn_in] checkpoints {late} come after the last of {self.epochs} epochs; lower them.")

@@ -15,7 +15,16 @@ from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, DataError
-from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics, loss_of, right_answers
+from mithridate.core.model import (
+    IGNORED,
+    BatchNormMode,
+    Criterion,
+    answer,
+    frozen_statistics,
+    loss_of,
+    names_classes,
+    right_answers,
+)
 from mithridate.core.past import Snapshot, Weights, uncompiled
 from mithridate.core.updates import Updates
 from mithridate.training.history import History
@@ -192,13 +201,15 @@ class Learner(DefendedStep):
                 x, y = on_device = batch.to(self.device)
                 with self._explained(on_device):
                     logits = answer(self.model, x) if served is None else served.logits(self.model, x)
-                loss += float(loss_of(self.criterion, logits, y, where="batch to evaluate")) * len(y)
+                counted = int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)
+                mean = loss_of(self.criterion, logits, y, where="batch to evaluate")
+                loss += float(mean) * counted if counted else 0.0  # of nothing the mean is NaN
                 right = right_answers(logits, y)
                 if right is not None:
                     hits, targets = hits + int(right.sum()), targets + right.numel()
-                count += len(y)
+                count += counted
         if count == 0:
-            raise DataError("there is no sample to evaluate the model on; give at least one batch.")
+            raise DataError("there is no sample to evaluate the model on; give at least one whose target counts.")
         return Score(hits / targets if targets else torch.nan, loss / count)
 
     def snapshot(self) -> Snapshot:

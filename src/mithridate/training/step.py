@@ -1,7 +1,8 @@
 """One defended step: what every driver (learner, federated server, a loop of the user's own) goes through."""
 
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from mithridate.core.defence import Defence, Screened, Verdict, checked
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError, UserError
 from mithridate.core.model import (
+    IGNORED,
     BatchNormMode,
     Criterion,
     WhiteBox,
@@ -83,7 +85,8 @@ class DefendedStep:
             snapshot draws what it would have drawn. torch's own generators are left alone.
 
     Raises:
-        ConfigError: No parameter of the model is trainable, or the optimiser has none of those that are.
+        ConfigError: Something is not what its name says, no parameter of the model is trainable, or the optimiser has
+            none of those that are, or cannot step on one dense gradient.
         DataError: The trusted set is no batch, or holds NaN or infinity.
     """
 
@@ -100,6 +103,7 @@ class DefendedStep:
         domain: Domain | None = None,
         seed: int = 0,
     ) -> None:
+        _check_kinds(model, optimiser, criterion, defence)
         _check_trainable(model, optimiser)
         if trusted is not None:
             check_batch(trusted, where="trusted samples")
@@ -118,8 +122,9 @@ class DefendedStep:
         self.memory: Memory = {}
         self._rollback = Rollback()
         self._notes: Memory = {}
-        self._classes: float = _last_outputs(model)
-        """Class numbers below this are taken to have an output of the model's; infinite if targets are none."""
+        self._classes: float = 0
+        """Class numbers below this have an output of the model's, as far as it has answered; infinite if targets are
+        none."""
         self._taken: tuple[str, ...] = ()
         """The kinds of inputs and targets that were last learned from."""
 
@@ -186,6 +191,9 @@ class DefendedStep:
         if batch.size == 0:
             return Received(batch, None, flagged, quarantined)
         batch = batch.to(self.device)
+        if batch.y.dtype == torch.int64 and bool((batch.y == IGNORED).all()):
+            fault = f"every target is {IGNORED}, which no loss counts: there is nothing to learn from"
+            return Received(batch.take(slice(0)), None, flagged, quarantined, fault)
         self.defence.check_inputs(batch)
         try:
             with self._explained(batch):
@@ -207,7 +215,7 @@ class DefendedStep:
         y = batch.y
         if y.dtype != torch.int64 or y.ndim > 2 or not bool(good.any()):
             return good
-        if bool(unknown_labels(self._classes, y).any()):  # or the model answers more than its last layer says
+        if bool(unknown_labels(self._classes, y).any()):  # or it has not answered yet
             one = batch.take(good.nonzero()[:1, 0]).to(self.device)
             with torch.no_grad(), self._explained(one):
                 logits = self.white_box.logits(one.x)
@@ -301,11 +309,11 @@ class DefendedStep:
         """
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         updates = Updates.of(gradients, loss=loss)
-        length = float(torch.linalg.vector_norm(updates.rows))
+        length, version = float(torch.linalg.vector_norm(updates.rows)), updates.rows._version
         if not math.isfinite(length) and not bool(updates.rows.isfinite().all()):
             return length, length
         bounded = self.bound_updates(updates)
-        if bounded is updates:
+        if bounded is updates and updates.rows._version == version:  # nor was it written to in place
             return length, length
         for name, g in bounded.named().items():
             gradients[name].copy_(g)
@@ -393,11 +401,6 @@ class DefendedStep:
         write(current, fitted(current, buffers, "buffers"))
 
 
-def _last_outputs(model: nn.Module) -> int:
-    """How many numbers the last layer of a model gives, as far as one can see it; 0 if not."""
-    return next((m.out_features for m in reversed(list(model.modules())) if isinstance(m, nn.Linear)), 0)
-
-
 def _kinds(batch: AnyBatch) -> tuple[str, ...]:
     """What a batch's inputs and targets are, whatever the number of samples."""
     return _kind(batch), str(batch.y.dtype), *map(str, batch.y.shape[1:])
@@ -419,6 +422,26 @@ def _kind(batch: AnyBatch) -> str:
 def too_few(batch: AnyBatch) -> str:
     """Why BatchNorm cannot train on a batch, for a verdict."""
     return f"{batch.size} samples are too few for BatchNorm to train on: a channel has a single value, and no variance"
+
+
+def _check_kinds(model: object, optimiser: object, criterion: object, defence: object) -> None:
+    """Refuse what is no model, optimiser, criterion or defence."""
+    for what, value, kind, example in (
+        ("model", model, nn.Module, "a torch.nn.Module"),
+        ("optimiser", optimiser, Optimizer | None, "a torch optimiser, such as SGD(model.parameters(), lr=0.1)"),
+        ("criterion", criterion, Callable, "a function of logits and targets, such as F.cross_entropy"),
+        ("defence", defence, Defence | None, "a defence, such as mi.defences.Clip()"),
+    ):
+        if isinstance(value, kind):
+            continue
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:80]
+        raise ConfigError(f"{what} is {got}; give {example}.")
+    closure = optimiser and inspect.signature(type(optimiser).step).parameters.get("closure")
+    if isinstance(optimiser, torch.optim.SparseAdam) or (closure and closure.default is inspect.Parameter.empty):
+        raise ConfigError(
+            f"{type(optimiser).__name__} needs sparse gradients or a closure, and a step has one dense gradient; take "
+            "another optimiser, such as SGD or Adam."
+        )
 
 
 def _check_trainable(model: nn.Module, optimiser: Optimizer | None) -> None:
