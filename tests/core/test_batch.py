@@ -54,10 +54,10 @@ BAD_STRUCTURE: dict[str, tuple[Any, str]] = {
     ),
     "a sequence whose tensors differ": (
         Batch([torch.zeros(4), torch.zeros(5)], torch.zeros(4)),
-        "4 in 'inputs\[0\]', 5 in 'inputs\[1\]' and 4 targets",
+        r"4 in 'inputs\[0\]', 5 in 'inputs\[1\]' and 4 targets",
     ),
     "a list in a mapping": (Batch({"ids": [1, 2]}, torch.zeros(2)), "'ids' is a list; it must be a tensor"),
-    "a number in a sequence": (Batch([torch.tensor(1.0)], torch.zeros(1)), "'inputs\[0\]' is a single number"),
+    "a number in a sequence": (Batch([torch.tensor(1.0)], torch.zeros(1)), r"'inputs\[0\]' is a single number"),
     "sparse": (Batch(torch.eye(3).to_sparse(), torch.zeros(3)), "'inputs' is of layout torch.sparse_coo"),
     "complex": (Batch(torch.zeros(3, 2, dtype=torch.complex64), torch.zeros(3)), "'inputs' is complex"),
     "without values": (Batch(torch.zeros(3, 2), torch.zeros(3, device="meta")), "'targets' is on the device 'meta'"),

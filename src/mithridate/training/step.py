@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -426,17 +426,19 @@ def too_few(batch: AnyBatch) -> str:
 
 def _check_kinds(model: object, optimiser: object, criterion: object, defence: object) -> None:
     """Refuse what is no model, optimiser, criterion or defence."""
-    for what, value, kind, example in (
-        ("model", model, nn.Module, "a torch.nn.Module"),
-        ("optimiser", optimiser, Optimizer | None, "a torch optimiser, such as SGD(model.parameters(), lr=0.1)"),
-        ("criterion", criterion, Callable, "a function of logits and targets, such as F.cross_entropy"),
-        ("defence", defence, Defence | None, "a defence, such as mi.defences.Clip()"),
+    for what, value, right, example in (
+        ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
+        ("optimiser", optimiser, isinstance(optimiser, Optimizer | None), "a torch optimiser, such as torch.optim.SGD"),
+        ("criterion", criterion, callable(criterion), "a function of logits and targets, such as F.cross_entropy"),
+        ("defence", defence, isinstance(defence, Defence | None), "a defence, such as mi.defences.Clip()"),
     ):
-        if isinstance(value, kind):
+        if right:
             continue
         got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:80]
         raise ConfigError(f"{what} is {got}; give {example}.")
-    closure = optimiser and inspect.signature(type(optimiser).step).parameters.get("closure")
+    if not isinstance(optimiser, Optimizer):
+        return
+    closure = inspect.signature(type(optimiser).step).parameters.get("closure")
     if isinstance(optimiser, torch.optim.SparseAdam) or (closure and closure.default is inspect.Parameter.empty):
         raise ConfigError(
             f"{type(optimiser).__name__} needs sparse gradients or a closure, and a step has one dense gradient; take "
