@@ -74,8 +74,6 @@ def _fill(
         if key not in fields:
             raise ConfigError(f"{where}: unknown key {shown(key)}: {nearest(key, fields)}")
         _check_numbers(values[key], where=f"{where}: {key}")
-        if isinstance(values[key], bool) and not {bool, Any, object} & set(_leaves(get_type_hints(cls)[key])):
-            raise ConfigError(f"{where}: {key} = {str(values[key]).lower()}: that is no switch; give a number or text.")
     values = _spelled_out(cls, values, where=where)
     if initialised_by is None:
         initialised_by = next(cls for cls in type(instance).__mro__ if "__init__" in vars(cls))
@@ -83,6 +81,9 @@ def _fill(
     try:
         if validator is not None:
             validator.validate_python(ArgsKwargs((), dict(values)), self_instance=instance)
+            for key, value in values.items():  # pydantic makes 1 of true
+                if isinstance(value, bool) and type(getattr(instance, key, value)) in {int, float}:
+                    raise ConfigError(f"{where}: {key} = {str(value).lower()}: that is no switch; give a number.")
             return
         for key, field in fields.items():
             if key not in values and field.init and _default(field) is dataclasses.MISSING:

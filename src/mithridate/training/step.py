@@ -122,9 +122,9 @@ class DefendedStep:
         self.memory: Memory = {}
         self._rollback = Rollback()
         self._notes: Memory = {}
-        self._classes: float = 0
-        """Class numbers below this have an output of the model's, as far as it has answered; infinite if targets are
-        none."""
+        self._classes: float = min((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
+        """Class numbers below this have an output of the model's, whichever linear layer is its head; known exactly
+        once it has answered, and infinite if targets are no class numbers."""
         self._taken: tuple[str, ...] = ()
         """The kinds of inputs and targets that were last learned from."""
 
@@ -215,7 +215,7 @@ class DefendedStep:
         y = batch.y
         if y.dtype != torch.int64 or y.ndim > 2 or not bool(good.any()):
             return good
-        if bool(unknown_labels(self._classes, y).any()):  # or it has not answered yet
+        if bool(unknown_labels(self._classes, y).any()):  # or it has not answered yet: see what it says
             one = batch.take(good.nonzero()[:1, 0]).to(self.device)
             with torch.no_grad(), self._explained(one):
                 logits = self.white_box.logits(one.x)
