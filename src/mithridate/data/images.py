@@ -132,7 +132,7 @@ def _source_key(info: NamedSet, split: str, files: Iterable[Path]) -> str:
 def _write_cached(path: Path, images: ImageSet) -> None:
     arrays: dict[str, NDArray[Any]] = {"x": images.x, "y": images.y}
     notes = {"name": images.name, "split": images.split, "fingerprint": images.fingerprint}
-    write_atomically(path, lambda part: safetensors.numpy.save_file(arrays, part, metadata=notes))
+    write_atomically(path, lambda part: part.write_bytes(safetensors.numpy.save(arrays, metadata=notes)))
 
 
 def _read_cached(path: Path, info: NamedSet, split: str) -> ImageSet | None:

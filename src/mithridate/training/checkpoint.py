@@ -79,7 +79,8 @@ def save_snapshot(
     ready = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     text = json.dumps(header)
     metadata = {"mithridate": text, "sha256": _checksum(text, ready)}
-    write_atomically(path_of(path), lambda part: safetensors.torch.save_file(ready, part, metadata=metadata))
+    # `save_file` would write beside the part, to a file of another name, which a killed process leaves behind.
+    write_atomically(path_of(path), lambda part: part.write_bytes(safetensors.torch.save(ready, metadata=metadata)))
 
 
 def _checksum(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -134,7 +134,7 @@ class History:
         if self._states.get(step) == path:  # what is there stays until it is known that this update is made
             path = path.with_stem(f"{path.stem}-again")
         tensors = {name: t.cpu().contiguous() for name, t in _named(weights).items()}
-        write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part))
+        write_atomically(path, lambda part: part.write_bytes(safetensors.torch.save(tensors)))
         return path
 
     def _load(self, state: Weights | Path, label: str) -> Weights:
