@@ -45,6 +45,7 @@ from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
+from mithridate.core.seeding import seeded_default
 from mithridate.core.tolerance import Quality, quality
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
@@ -956,3 +957,40 @@ def test_a_second_start_begins_anew(make_grid: MakeGrid) -> None:
     assert guarded._step.step == 3
     for name, array in arrays_of(first).items():
         np.testing.assert_array_equal(arrays_of(second)[name], array)
+
+
+class Ordered(FedMedian):
+    """A strategy that goes by position, as several do; it notes in which order arrays come."""
+
+    seen: list[list[str]]
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+        replies = list(replies)
+        self.seen = [list(m.content.array_records["arrays"]) for m in replies]
+        return super().aggregate_train(server_round, replies)
+
+
+@pytest.mark.parametrize("reordered", [False, True], ids=["in order", "another order"])
+def test_a_reply_that_was_changed_keeps_the_order_of_the_model(make_grid: MakeGrid, reordered: bool) -> None:
+    """Statistics stand between the layers of a model, and its parameters by themselves in what a defence bounds."""
+    with seeded_default(0):
+        module = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    first = {name: t.numpy().copy() for name, t in module.state_dict().items()}
+
+    def moved(message: Message, context: Any) -> Message:
+        far = 100.0 if context.node_config["partition-id"] == 0 else 0.01
+        arrays = {k: a + far if a.dtype.kind == "f" else a for k, a in first.items()}
+        if reordered and context.node_config["partition-id"] == 0:
+            arrays = dict(reversed(arrays.items()))
+        record = ArrayRecord({k: Array(np.asarray(a)) for k, a in arrays.items()})
+        content = RecordDict({"arrays": record, "metrics": MetricRecord({"num-examples": 50})})
+        return Message(content, reply_to=message)
+
+    inner = Ordered(fraction_evaluate=0.0)
+    guarded = GuardedStrategy(inner, Clip(clip_norm=1.0), module=module)
+    initial_arrays = ArrayRecord({k: Array(a) for k, a in first.items()})
+    result = guarded.start(grid=make_grid(moved, 3), initial_arrays=initial_arrays, num_rounds=1)
+    assert {e.node for e in guarded.events if e.event == "bounded"} == {100}
+    assert inner.seen == [list(first)] * 3
+    for name, array in arrays_of(result).items():
+        np.testing.assert_allclose(array, first[name] + (0.01 if first[name].dtype.kind == "f" else 0), rtol=1e-5)

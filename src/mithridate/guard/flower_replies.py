@@ -41,7 +41,7 @@ class Reply:
         metrics_key: Name of its record of metrics.
         count: The number of examples that it reports.
         arrays_key: Name of its record of arrays; empty where none are wanted.
-        arrays: These arrays, opened.
+        arrays: These arrays, opened; in the model's order where they have its names.
         new_arrays: What replaces some of them.
         new_metrics: What replaces some of the metrics.
         shared: The metrics that are passed on, and then records have names of our own; None: all, as they came.
@@ -86,7 +86,7 @@ class Reply:
             return self.message
         content = RecordDict(dict(self.message.content))
         if self.new_arrays:
-            arrays = {**self.new_arrays, **self.arrays, **self.new_arrays}
+            arrays = {**self.arrays, **self.new_arrays}  # in the order of the model, by which several strategies go
             content[self.arrays_key] = ArrayRecord({name: Array(np.asarray(a)) for name, a in arrays.items()})
         metrics = {**self.metrics, **self.new_metrics}
         if self.shared is not None:
@@ -139,7 +139,8 @@ def opened(message: Message, weight_key: str, model: State | None, loss_key: str
     reply = Reply(message, metrics_key, count, arrays_key, received)
     if received.keys() == model.keys() and list(received) != list(model):
         # Several strategies go by position: another order would mix arrays up.
-        reply.new_arrays = {name: received[name] for name in model}
+        reply.arrays = {name: received[name] for name in model}
+        reply.new_arrays = dict(reply.arrays)
     return reply
 
 
