@@ -81,6 +81,13 @@ def test_floor_above_start(make_row: MakeRow, table: dict[str, Any]) -> None:
     assert rules.floor_above_start([make_row(0.2)]) == []
 
 
+def test_few_test_samples(make_row: MakeRow) -> None:
+    few, enough = (make_row(0.2, config={"data": {"name": "digits", "test": n}}) for n in (40, 100))
+    (doubt,) = rules.few_test_samples([few])
+    assert "40 samples: each is 2.5 points" in doubt.text
+    assert rules.few_test_samples([enough, make_row(0.2)]) == []
+
+
 def test_left_its_ball(make_row: MakeRow) -> None:
     kept, drifted = (make_row(0.2, eps=0.4, config={"attack": {"name": "accumulative", "eps": e}}) for e in (0.4, 0.2))
     assert rules.left_its_ball([kept, make_row(0.0, attack="clean")]) == []

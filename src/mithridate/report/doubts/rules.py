@@ -14,7 +14,7 @@ from mithridate.bench.store import Run
 from mithridate.report.comparisons import BUDGET_KEYS, FEDERATED_BUDGET_KEYS, budget, noise_bar, noise_of, undefended
 from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.rows import Row, seed, seeds, step_noun, updates
-from mithridate.report.settings import flattened, shared, varying
+from mithridate.report.settings import config_table, flattened, shared, varying
 from mithridate.report.statistic import Statistic, spread
 from mithridate.report.wording import counted, listed, noun_of, number, one_line, points
 
@@ -189,6 +189,15 @@ def few_seeds(rows: Sequence[Row]) -> Iterator[Doubt]:
         where = ALL_CELLS if len(few) == len(rows) > 1 else ", ".join(few)
         text = f"{counted(n, 'seed')} ({which}); at least {MIN_SEEDS} are needed to see a spread."
         yield Doubt(Severity.SERIOUS if n == 1 else Severity.CAUTION, where, text)
+
+
+@_rule("Few test samples")
+def few_test_samples(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for test parts so small that a single sample is more than one point of accuracy."""
+    sizes = {number(config_table(run, "data").get("test")) for row in rows for run in row.runs} - {None}
+    for size in sorted(size for size in sizes if size is not None and 0 < size * NEGLIGIBLE < 1):
+        text = f"accuracy is measured on {counted(int(size), 'sample')}: each is {points(1 / size)} points."
+        yield Doubt(Severity.CAUTION, ALL_CELLS, text)
 
 
 @_rule("Includes zero")
