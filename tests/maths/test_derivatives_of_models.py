@@ -208,6 +208,31 @@ def test_where_there_is_no_way_the_layer_is_named() -> None:
             derivative(f, box.parameters, x, y, v)
 
 
+def traced(model: nn.Module) -> Any:
+    return torch.jit.trace(model, torch.zeros(2, WIDTH))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("wrap", "kind"),
+    [
+        (traced, "traced or scripted"),
+        (torch.jit.script, "traced or scripted"),
+        (nn.DataParallel, "wrapped in DataParallel"),
+    ],
+    ids=["traced", "scripted", "DataParallel"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_whose_parameters_cannot_be_replaced_is_told_in_a_sentence(wrap: Any, kind: str, inside: bool) -> None:
+    model = wrap(nn.Sequential(nn.Linear(WIDTH, CLASSES)))
+    box = WhiteBox(nn.Sequential(nn.Identity(), model) if inside else model, F.cross_entropy)
+    x, y = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)), torch.arange(4) % CLASSES
+    v = {name: torch.ones_like(p) for name, p in box.parameters.items()}
+    what = "the layer 1" if inside else "the model"
+    with pytest.raises(ConfigError, match=f"{what}, a .* is {kind}"), box.objective() as f:
+        calculus.mixed_partial(f, box.parameters, x, y, v)
+
+
 def test_a_loss_that_is_wrong_in_itself_says_so() -> None:
     box = WhiteBox(nn.Linear(WIDTH, CLASSES), F.cross_entropy)
     v = {name: torch.ones_like(p) for name, p in box.parameters.items()}

@@ -69,12 +69,14 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
 
 def _apart(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state with copies of all buffers that a forward pass may write to."""
-    if isinstance(module, torch.jit.ScriptModule | nn.DataParallel):
-        kind = "traced or scripted" if isinstance(module, torch.jit.ScriptModule) else "wrapped in DataParallel"
-        raise ConfigError(
-            f"the model, a {type(module).__name__}, is {kind}, so that it cannot be computed with other parameters "
-            "than its own; give the module that is inside, as it was before."
-        )
+    for name, m in module.named_modules():
+        if isinstance(m, torch.jit.ScriptModule | nn.DataParallel):
+            kind = "traced or scripted" if isinstance(m, torch.jit.ScriptModule) else "wrapped in DataParallel"
+            what = f"the layer {name}" if name else "the model"
+            raise ConfigError(
+                f"{what}, a {type(m).__name__}, is {kind}, so that it cannot be computed with other parameters than "
+                "its own; give the module that is inside, as it was before."
+            )
     written = {name: state.get(name, b).detach().clone() for name, b in _other_buffers(module).items()}
     return {**state, **written}
 
