@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mithridate.bench.recipe import read_recipe
-from mithridate.bench.store import read_run, read_runs
+from mithridate.bench.store import read_run, read_runs, run_id
 from mithridate.cli import app as cli
 from mithridate.cli import terminal
 from mithridate.core import registry
@@ -208,12 +208,13 @@ def test_a_plugin_and_a_place_are_found_in_the_current_directory_and_recorded(tm
     done = command(*call, "--set", "defence.Scale.factor=0.125", folder=work)
     assert (done.returncode, done.stderr) == (0, "")
     configs = {run.path.name: run.config for run in read_runs([tmp_path / "out"])}
-    assert set(configs) == {"noise__halve__seed0", "noise__Scale__seed0"}
+    scaled = run_id("noise", "Scale", 0)  # a capital: where a file system knows none, "scale" has the same name
+    assert set(configs) == {"noise__halve__seed0", scaled}
     for config in configs.values():
         assert config["plugins"] == [str(work / "parts.py")]
         assert config["model"] == {"name": "parts:Linear"}
         assert config["monitor"] == {"name": "parts:Silent", "label": "Silent"}
-    assert configs["noise__Scale__seed0"]["defence"] == {"name": "parts:Scale", "label": "Scale", "factor": 0.125}
+    assert configs[scaled]["defence"] == {"name": "parts:Scale", "label": "Scale", "factor": 0.125}
     assert configs["noise__halve__seed0"]["defence"] == {"name": "halve", "factor": 0.5}
 
     for name, config in configs.items():  # from another folder: the plug-in is named by its path

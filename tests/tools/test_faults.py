@@ -62,7 +62,7 @@ def test_a_few_of_each_kind_end_well(kind: str, count: int) -> None:
     assert row["refused"] + row["redone"] > 0  # the faults were felt
 
 
-FEW = {"kills": 12, "files": 4, "recipes": 20, "batches": 4, "flower": 6}
+FEW = {"kills": 12, "files": 8, "recipes": 20, "batches": 4, "flower": 6}
 
 PLANTED = {
     "kills": (
