@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 
 pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 
@@ -39,6 +40,7 @@ def federation(make_grid: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, t
 
     def run(**changed: Any) -> tuple[list[float], list[dict[str, Any]]]:
         config = {**CONFIG, "output": str(tmp_path), **{k.replace("_", "-"): v for k, v in changed.items()}}
+        torch.set_num_threads(1)  # as the clients set it, which here are in the server's process
         grid = make_grid(client.app, config["clients"], config)
         server.app(grid, Context(1, 0, {}, RecordDict(), config))
         return read(tmp_path)
