@@ -92,7 +92,7 @@ def _verify(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
         raise ValueError("its checksum differs from what was written")
 
 
-def _plain(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401  (an optimiser keeps anything)
+def _plain(value: object, at: str, tensors: dict[str, Tensor]) -> object:
     """What JSON can hold of a value of an optimiser's; its tensors go to `tensors`, and are named in their places."""
     if isinstance(value, Tensor):
         tensors[f"within.{at}"] = value

@@ -71,7 +71,7 @@ class History:
             return
         before = dict(self._states)
         weights = Weights.of(model, f"before update {step}").copied()
-        self._states[step] = new = weights if self.folder is None else self._write(step, weights)
+        self._states[step] = new = self._kept(step, weights)
         gone = [before[step]] if step in before else []
         gone += [self._states.pop(old) for old in sorted(self._states)[: -self.keep]]
         try:
@@ -126,10 +126,12 @@ class History:
             by_step.setdefault(int(step), {})[name] = tensor
         for when, named in sorted(by_step.items()):
             weights = _weights(named, f"before update {when}")
-            self._states[when] = weights if self.folder is None else self._write(when, weights)
+            self._states[when] = self._kept(when, weights)
 
-    def _write(self, step: int, weights: Weights) -> Path:
-        assert self.folder is not None  # noqa: S101  (callers checked)
+    def _kept(self, step: int, weights: Weights) -> Weights | Path:
+        """The weights, or the file that they are in where states go to a folder."""
+        if self.folder is None:
+            return weights
         path = self.folder / f"update-{step:08d}.safetensors"
         if self._states.get(step) == path:  # what is there stays until it is known that this update is made
             path = path.with_stem(f"{path.stem}-again")

@@ -382,7 +382,7 @@ class DefendedStep:
         lengths = [torch.linalg.vector_norm(d) for d in self._rollback.moved()]
         return float(torch.linalg.vector_norm(torch.stack(lengths)))
 
-    def put_parameters(self, parameters: Any) -> None:  # noqa: ANN401  (a mapping of tensors)
+    def put_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Take the parameters from elsewhere, by name.
 
         Raises:
@@ -391,7 +391,7 @@ class DefendedStep:
         current = dict(self.model.named_parameters())
         write(current, fitted(current, parameters, "parameters"))
 
-    def put_buffers(self, buffers: Any) -> None:  # noqa: ANN401  (a mapping of tensors)
+    def put_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Take the buffers (BatchNorm statistics and the like) from elsewhere, by name.
 
         Raises:
