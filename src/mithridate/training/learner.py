@@ -27,9 +27,10 @@ from mithridate.core.model import (
 )
 from mithridate.core.past import Snapshot, Weights, uncompiled
 from mithridate.core.updates import Updates
+from mithridate.training.door import TOO_FEW, too_few
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_weights
-from mithridate.training.step import TOO_FEW, DefendedStep, too_few
+from mithridate.training.step import DefendedStep
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """One defended step: what every driver (learner, federated server, a loop of the user's own) goes through."""
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mithridate.core.batch import AnyBatch, check_batch, tensors_of
+from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Screened, Verdict, checked
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError, UserError
@@ -27,11 +26,9 @@ from mithridate.core.model import (
 from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
+from mithridate.training.door import TOO_FEW, check_parts, check_trainable, kind, kinds, too_few
 from mithridate.training.history import History
 from mithridate.training.rollback import Rollback, copied, fitted, write
-
-TOO_FEW = "more than 1 value per channel"
-"""What torch says where BatchNorm is to train on a single value a channel, which has no variance."""
 
 
 class Received(NamedTuple):
@@ -103,8 +100,8 @@ class DefendedStep:
         domain: Domain | None = None,
         seed: int = 0,
     ) -> None:
-        _check_kinds(model, optimiser, criterion, defence)
-        _check_trainable(model, optimiser)
+        check_parts(model, optimiser, criterion, defence)
+        check_trainable(model, optimiser)
         if trusted is not None:
             check_batch(trusted, where="trusted samples")
             if not bool(trusted.finite().all()):
@@ -232,7 +229,7 @@ class DefendedStep:
             if isinstance(error, torch.OutOfMemoryError) or TOO_FEW in str(error):
                 raise
             # Values may be at fault in a batch of a kind that it took before only where they are positions (of tokens).
-            if _kinds(batch) == self._taken and not isinstance(error, IndexError):
+            if kinds(batch) == self._taken and not isinstance(error, IndexError):
                 raise
             try:
                 with torch.no_grad():
@@ -242,7 +239,7 @@ class DefendedStep:
             except Exception as own:  # whatever the model stumbles over
                 reason = str(own).partition("\n")[0]
                 raise DataError(
-                    f"{type(self.model).__name__} cannot take inputs of {_kind(batch)}: {reason}; give batches of the "
+                    f"{type(self.model).__name__} cannot take inputs of {kind(batch)}: {reason}; give batches of the "
                     "shape and type that it was built for."
                 ) from error
             with torch.no_grad():
@@ -272,7 +269,7 @@ class DefendedStep:
                     "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
                 )
             torch.autograd.backward(loss)
-        self._taken = _kinds(received.batch)
+        self._taken = kinds(received.batch)
         return loss.detach()
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -399,68 +396,3 @@ class DefendedStep:
         """
         current = dict(self.model.named_buffers())
         write(current, fitted(current, buffers, "buffers"))
-
-
-def _kinds(batch: AnyBatch) -> tuple[str, ...]:
-    """What a batch's inputs and targets are, whatever the number of samples."""
-    return _kind(batch), str(batch.y.dtype), *map(str, batch.y.shape[1:])
-
-
-def _kind(batch: AnyBatch) -> str:
-    """What a batch's inputs are, whatever the number of samples."""
-    kinds = [
-        f"{str(t.dtype).removeprefix('torch.')} ({', '.join(map(str, ('n', *t.shape[1:])))})"
-        for t in tensors_of(batch.x)
-    ]
-    if isinstance(batch.x, Tensor):
-        return kinds[0]
-    names = [f"{name!r}: " for name in batch.x] if isinstance(batch.x, Mapping) else [""] * len(kinds)
-    listed = ", ".join(f"{name}{kind}" for name, kind in zip(names, kinds, strict=True))
-    return f"{{{listed}}}" if isinstance(batch.x, Mapping) else f"[{listed}]"
-
-
-def too_few(batch: AnyBatch) -> str:
-    """Why BatchNorm cannot train on a batch, for a verdict."""
-    return f"{batch.size} samples are too few for BatchNorm to train on: a channel has a single value, and no variance"
-
-
-def _check_kinds(model: object, optimiser: object, criterion: object, defence: object) -> None:
-    """Refuse what is no model, optimiser, criterion or defence."""
-    for what, value, right, example in (
-        ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
-        ("optimiser", optimiser, isinstance(optimiser, Optimizer | None), "a torch optimiser, such as torch.optim.SGD"),
-        ("criterion", criterion, callable(criterion), "a function of logits and targets, such as F.cross_entropy"),
-        ("defence", defence, isinstance(defence, Defence | None), "a defence, such as mi.defences.Clip()"),
-    ):
-        if right:
-            continue
-        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:80]
-        raise ConfigError(f"{what} is {got}; give {example}.")
-    if not isinstance(optimiser, Optimizer):
-        return
-    closure = inspect.signature(type(optimiser).step).parameters.get("closure")
-    if isinstance(optimiser, torch.optim.SparseAdam) or (closure and closure.default is inspect.Parameter.empty):
-        raise ConfigError(
-            f"{type(optimiser).__name__} needs sparse gradients or a closure, and a step has one dense gradient; take "
-            "another optimiser, such as SGD or Adam."
-        )
-
-
-def _check_trainable(model: nn.Module, optimiser: Optimizer | None) -> None:
-    """Refuse a model that cannot learn."""
-    if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
-        raise ConfigError(
-            f"{type(model).__name__} has layers whose shape is not known yet; call it once on a batch, and then make "
-            "its optimiser."
-        )
-    trainable = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trainable:
-        raise ConfigError(
-            f"no parameter of {type(model).__name__} is trainable, so there is nothing to learn or to defend; let some "
-            "require gradients (`requires_grad_()`)."
-        )
-    if optimiser is not None and not trainable & {id(p) for g in optimiser.param_groups for p in g["params"]}:
-        raise ConfigError(
-            f"the optimiser has none of the trainable parameters of {type(model).__name__}, which would never learn; "
-            "make it from this model's own (a copy, or a move that made new ones, has others)."
-        )
