@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from operator import sub
 
 from mithridate.report.comparisons import budget, noise_bar, noise_of, undefended
-from mithridate.report.doubts.rules import QUIET_POINTS
+from mithridate.report.doubts.phase import QUIET_POINTS
 from mithridate.report.rows import Row, groups, seed, seeds, step_noun
 from mithridate.report.settings import flattened, shared
 from mithridate.report.statistic import Statistic, spread

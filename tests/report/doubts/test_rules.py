@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report.doubts import rules
+from mithridate.report.doubts.clean_stream import costs_on_clean, false_alarms, false_vetoes
 from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
+from mithridate.report.doubts.environment import made_in_two_places, versions_mixed
+from mithridate.report.doubts.learning import buffers_explain, diverged, quarantined, starts_differ
+from mithridate.report.doubts.noise import includes_zero, no_better_than_noise, no_noise_baseline
+from mithridate.report.doubts.phase import alarms_before_trigger, early_loss, floor_above_start, halted, no_phase
+from mithridate.report.doubts.power import budgets_differ, left_its_ball, power_over_optimiser
+from mithridate.report.doubts.seeds import duplicate_seeds, few_seeds, few_test_samples, settings_apart
+from mithridate.report.doubts.threshold import calibration_missed, chooses_nothing
 from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]
@@ -22,23 +29,23 @@ def cells(found: Sequence[Doubt]) -> list[str]:
 
 
 def test_few_seeds(make_row: MakeRow) -> None:
-    assert rules.few_seeds([make_row(0.2, 0.2, 0.2)]) == []
-    (two,) = rules.few_seeds([make_row(0.2, 0.2)])
+    assert few_seeds([make_row(0.2, 0.2, 0.2)]) == []
+    (two,) = few_seeds([make_row(0.2, 0.2)])
     assert two.severity is Severity.CAUTION
     assert "2 seeds (0, 1)" in two.text
-    (one,) = rules.few_seeds([make_row(0.2)])
+    (one,) = few_seeds([make_row(0.2)])
     assert (one.severity, one.cell) == (Severity.SERIOUS, "accumulative × none")
 
 
 def test_few_seeds_says_it_once_for_all_cells(make_row: MakeRow) -> None:
     pair = [make_row(0.2), make_row(0.1, attack="noise")]
-    assert cells(rules.few_seeds(pair)) == [ALL_CELLS]
-    assert cells(rules.few_seeds([*pair, make_row(0, 0, 0, attack="clean")])) == ["accumulative × none, noise × none"]
+    assert cells(few_seeds(pair)) == [ALL_CELLS]
+    assert cells(few_seeds([*pair, make_row(0, 0, 0, attack="clean")])) == ["accumulative × none, noise × none"]
 
 
 def test_duplicate_seeds(make_run: Make) -> None:
-    assert rules.duplicate_seeds(rows([make_run(seed=seed) for seed in (0, 1, 2)])) == []
-    (doubt,) = rules.duplicate_seeds(rows([make_run(seed=seed) for seed in (0, 1, 1)]))
+    assert duplicate_seeds(rows([make_run(seed=seed) for seed in (0, 1, 2)])) == []
+    (doubt,) = duplicate_seeds(rows([make_run(seed=seed) for seed in (0, 1, 1)]))
     assert "3 runs, but seed 1" in doubt.text
 
 
@@ -54,108 +61,108 @@ def test_duplicate_seeds(make_run: Make) -> None:
 )
 def test_early_loss(make_row: MakeRow, before: float, drop: float, expected: Severity | None) -> None:
     row = make_row(drop, drop, accuracies=(0.98, before))
-    assert [doubt.severity for doubt in rules.early_loss([row])] == ([] if expected is None else [expected])
+    assert [doubt.severity for doubt in early_loss([row])] == ([] if expected is None else [expected])
 
 
 def test_no_phase(make_row: MakeRow, federated: Make) -> None:
     empty = {"accuracies": (0.98,), "summary": {"phase_asked": True, "steps": 0}}
-    (doubt,) = rules.no_phase([make_row(0.2, 0.2, **empty)])
+    (doubt,) = no_phase([make_row(0.2, 0.2, **empty)])
     assert doubt.severity is Severity.SERIOUS
     assert doubt.text.startswith("phase of 0 batches in 2 of 2 runs (seeds 0, 1)")
-    assert rules.no_phase([make_row(0.2, summary={"phase_asked": True})]) == []
-    assert rules.no_phase([make_row(0.2, attack="vanilla", accuracies=(0.98,), summary={"phase_asked": False})]) == []
-    assert rules.no_phase([make_row(0.2, attack="noise", **empty)]) == []
+    assert no_phase([make_row(0.2, summary={"phase_asked": True})]) == []
+    assert no_phase([make_row(0.2, attack="vanilla", accuracies=(0.98,), summary={"phase_asked": False})]) == []
+    assert no_phase([make_row(0.2, attack="noise", **empty)]) == []
     run = federated()
     run = replace(run, summary={**run.summary, "phase_asked": True, "steps": 0})
-    (doubt,) = rules.no_phase(rows([run]))
+    (doubt,) = no_phase(rows([run]))
     assert doubt.text.startswith("phase of 0 rounds")
 
 
 @pytest.mark.parametrize("table", [{"accuracy_floor": 0.99}, {"inner": {"accuracy_floor": 0.99}}], ids=str)
 def test_floor_above_start(make_row: MakeRow, table: dict[str, Any]) -> None:
     attack = {"name": "accumulative", "eps": 0.2}
-    (doubt,) = rules.floor_above_start([make_row(0.2, config={"attack": {**attack, **table}})])
+    (doubt,) = floor_above_start([make_row(0.2, config={"attack": {**attack, **table}})])
     assert doubt.severity is Severity.SERIOUS
     assert "ends below 99.0 %, and the model starts at 98.0 %" in doubt.text
-    assert rules.floor_above_start([make_row(0.2, config={"attack": {**attack, "accuracy_floor": 0.98}})]) == []
-    assert rules.floor_above_start([make_row(0.2)]) == []
+    assert floor_above_start([make_row(0.2, config={"attack": {**attack, "accuracy_floor": 0.98}})]) == []
+    assert floor_above_start([make_row(0.2)]) == []
 
 
 def test_few_test_samples(make_row: MakeRow) -> None:
     few, enough = (make_row(0.2, config={"data": {"name": "digits", "test": n}}) for n in (40, 100))
-    (doubt,) = rules.few_test_samples([few])
+    (doubt,) = few_test_samples([few])
     assert "40 samples: each is 2.5 points" in doubt.text
-    assert rules.few_test_samples([enough, make_row(0.2)]) == []
+    assert few_test_samples([enough, make_row(0.2)]) == []
 
 
 def test_left_its_ball(make_row: MakeRow) -> None:
     kept, drifted = (make_row(0.2, eps=0.4, config={"attack": {"name": "accumulative", "eps": e}}) for e in (0.4, 0.2))
-    assert rules.left_its_ball([kept, make_row(0.0, attack="clean")]) == []
-    (doubt,) = rules.left_its_ball([drifted])
+    assert left_its_ball([kept, make_row(0.0, attack="clean")]) == []
+    (doubt,) = left_its_ball([drifted])
     assert "moved by 0.4, and eps is 0.2" in doubt.text
 
 
 @pytest.mark.parametrize("control", ["clean", "noise"])
 def test_controls_may_lose_early(make_row: MakeRow, control: str) -> None:
-    assert rules.early_loss([make_row(0.0, attack=control, accuracies=(0.98, 0.8))]) == []
+    assert early_loss([make_row(0.0, attack=control, accuracies=(0.98, 0.8))]) == []
 
 
 def test_alarms_before_trigger(make_row: MakeRow) -> None:
-    (doubt,) = rules.alarms_before_trigger([make_row(0.2, 0.2, alarms=ALARMED)])
+    (doubt,) = alarms_before_trigger([make_row(0.2, 0.2, alarms=ALARMED)])
     assert "2 of 2 runs (seeds 0, 1)" in doubt.text
-    assert rules.alarms_before_trigger([make_row(0.2, alarms={4: "in the trigger step"})]) == []
-    assert rules.alarms_before_trigger([make_row(0.0, attack="clean", alarms=ALARMED)]) == []
+    assert alarms_before_trigger([make_row(0.2, alarms={4: "in the trigger step"})]) == []
+    assert alarms_before_trigger([make_row(0.0, attack="clean", alarms=ALARMED)]) == []
 
 
 def test_false_alarms(make_row: MakeRow) -> None:
-    assert len(rules.false_alarms([make_row(0.0, attack="clean", alarms=ALARMED)])) == 1
-    assert rules.false_alarms([make_row(0.0, attack="clean"), make_row(0.2, alarms=ALARMED)]) == []
+    assert len(false_alarms([make_row(0.0, attack="clean", alarms=ALARMED)])) == 1
+    assert false_alarms([make_row(0.0, attack="clean"), make_row(0.2, alarms=ALARMED)]) == []
 
 
 def test_no_better_than_noise(make_row: MakeRow) -> None:
     noise = make_row(0.04, 0.06, attack="noise")
     strong, weak = make_row(0.2, 0.2), make_row(0.06, 0.06, label="weak")
-    assert cells(rules.no_better_than_noise([noise, strong, weak])) == ["weak × none"]
-    assert rules.no_better_than_noise([make_row(0.04, 0.06, attack="noise", defence="clip"), weak]) == []
-    assert cells(rules.no_better_than_noise([make_row(0.06, attack="noise"), weak])) == ["weak × none"]
+    assert cells(no_better_than_noise([noise, strong, weak])) == ["weak × none"]
+    assert no_better_than_noise([make_row(0.04, 0.06, attack="noise", defence="clip"), weak]) == []
+    assert cells(no_better_than_noise([make_row(0.06, attack="noise"), weak])) == ["weak × none"]
 
 
 def test_no_noise_baseline(make_row: MakeRow) -> None:
     plain, clipped = make_row(0.2), make_row(0.2, defence="clip")
     noise = make_row(0.01, attack="noise")
-    (doubt,) = rules.no_noise_baseline([plain, clipped, noise])
+    (doubt,) = no_noise_baseline([plain, clipped, noise])
     assert doubt.cell == "defence clip"
     assert "no noise baseline" in doubt.text
-    assert rules.no_noise_baseline([plain, noise]) == []
-    assert cells(rules.no_noise_baseline([plain, clipped])) == ["defences none and clip"]
-    assert rules.no_noise_baseline([make_row(0.0, attack="clean")]) == []
+    assert no_noise_baseline([plain, noise]) == []
+    assert cells(no_noise_baseline([plain, clipped])) == ["defences none and clip"]
+    assert no_noise_baseline([make_row(0.0, attack="clean")]) == []
 
 
 def test_a_defence_that_leaves_no_effect_is_no_doubt(make_row: MakeRow) -> None:
     noise, bare = make_row(0.05, 0.06, attack="noise"), make_row(0.3, 0.31, attack="weak")
     held = make_row(0.0, 0.01, attack="weak", defence="gate")
     silent = make_row(0.04, 0.05, attack="noise", defence="gate")
-    assert rules.no_better_than_noise([noise, bare, held, silent]) == []
-    assert cells(rules.no_better_than_noise([held, silent])) == ["weak × gate"]
-    assert rules.includes_zero([bare, held]) == []
+    assert no_better_than_noise([noise, bare, held, silent]) == []
+    assert cells(no_better_than_noise([held, silent])) == ["weak × gate"]
+    assert includes_zero([bare, held]) == []
 
 
 def test_includes_zero(make_row: MakeRow) -> None:
-    assert len(rules.includes_zero([make_row(0.3, -0.1, 0.0)])) == 1
-    assert rules.includes_zero([make_row(0.3, 0.25, 0.28)]) == []
-    assert rules.includes_zero([make_row(0.0)]) == []
-    assert rules.includes_zero([make_row(0.1, -0.1, attack="noise")]) == []
+    assert len(includes_zero([make_row(0.3, -0.1, 0.0)])) == 1
+    assert includes_zero([make_row(0.3, 0.25, 0.28)]) == []
+    assert includes_zero([make_row(0.0)]) == []
+    assert includes_zero([make_row(0.1, -0.1, attack="noise")]) == []
 
 
 @pytest.mark.parametrize(("after_buffers", "fires"), [(0.95, False), (0.87, False), (0.86, True), (0.5, True)])
 def test_buffers_explain(make_row: MakeRow, after_buffers: float, fires: bool) -> None:
-    found = rules.buffers_explain([make_row(0.2, 0.2, 0.2, after_buffers=after_buffers)])
+    found = buffers_explain([make_row(0.2, 0.2, 0.2, after_buffers=after_buffers)])
     assert bool(found) is fires
 
 
 def test_buffers_explain_needs_a_drop_and_a_measurement(make_row: MakeRow) -> None:
-    assert rules.buffers_explain([make_row(0.005, after_buffers=0.95)]) == []
-    assert rules.buffers_explain([make_row(0.2, summary={"accuracy_after_buffers": None})]) == []
+    assert buffers_explain([make_row(0.005, after_buffers=0.95)]) == []
+    assert buffers_explain([make_row(0.2, summary={"accuracy_after_buffers": None})]) == []
 
 
 def flagging(make_row: MakeRow, clean: float | None, poisoned: float | None, **how: Any) -> list[Row]:
@@ -193,16 +200,16 @@ def flagging(make_row: MakeRow, clean: float | None, poisoned: float | None, **h
 def test_chooses_nothing(
     make_row: MakeRow, clean: float | None, poisoned: float | None, expected: tuple[Severity, str, str] | None
 ) -> None:
-    found = rules.chooses_nothing(flagging(make_row, clean, poisoned))
+    found = chooses_nothing(flagging(make_row, clean, poisoned))
     assert [(doubt.severity, doubt.cell) for doubt in found] == ([] if expected is None else [expected[:2]])
     assert expected is None or expected[2] in found[0].text
 
 
 def test_choosing_is_judged_defence_by_defence(make_row: MakeRow) -> None:
     both = [*flagging(make_row, 1.0, 1.0, defence="at"), *flagging(make_row, 0.03, 0.9)]
-    assert cells(rules.chooses_nothing(both)) == ["clean × at"]
+    assert cells(chooses_nothing(both)) == ["clean × at"]
     noise = make_row(0.0, attack="noise", defence="dsc", summary={"flagged_poisoned": 0.0})
-    assert rules.chooses_nothing([*flagging(make_row, 0.03, 0.9), noise]) == []
+    assert chooses_nothing([*flagging(make_row, 0.03, 0.9), noise]) == []
 
 
 @pytest.mark.parametrize(
@@ -211,102 +218,102 @@ def test_choosing_is_judged_defence_by_defence(make_row: MakeRow) -> None:
 def test_calibration_missed(make_row: MakeRow, share: float, fires: bool) -> None:
     calibration = {"mu": 0.3, "tau": 0.0, "rate": 0.05, "interval": [0.04, 0.07], "samples": 200}
     how: dict[str, Any] = {"attack": "clean", "summary": {"flagged_clean": share, "calibrations": [calibration]}}
-    found = rules.calibration_missed([make_row(0.0, 0.0, defence="dsc", **how)])
+    found = calibration_missed([make_row(0.0, 0.0, defence="dsc", **how)])
     assert bool(found) is fires
     if fires:
         assert f"corrects {100 * share:.1f} % (calibrated to 4.0 to 7.0 %) and" in found[0].text
         assert "2 of 2 runs (seeds 0, 1)" in found[0].text
-    assert rules.calibration_missed([make_row(0.0, defence="chain", **how)]) == []
+    assert calibration_missed([make_row(0.0, defence="chain", **how)]) == []
 
 
 @pytest.mark.parametrize("calibrations", [None, [], [1], [{"interval": None}], [{"interval": ["a", 1]}], [{}, {}]])
 def test_a_calibration_that_cannot_be_read_is_not_judged(make_row: MakeRow, calibrations: object) -> None:
     summary = {"flagged_clean": 0.9, "calibrations": calibrations}
-    assert rules.calibration_missed([make_row(0.0, attack="clean", defence="dsc", summary=summary)]) == []
+    assert calibration_missed([make_row(0.0, attack="clean", defence="dsc", summary=summary)]) == []
 
 
 def test_false_vetoes(make_run: Make, make_row: MakeRow) -> None:
     runs = [make_run(attack="clean", defence="gate", seed=s, summary={"rolled_back": 2 * s}) for s in (0, 1, 2)]
-    (doubt,) = rules.false_vetoes(rows(runs))
+    (doubt,) = false_vetoes(rows(runs))
     assert "6 of 12 steps of a clean stream were refused, in 2 of 3 runs (seeds 1, 2)." in doubt.text
-    assert rules.false_vetoes(rows(runs[:1])) == []
-    assert rules.false_vetoes([make_row(0.1, defence="gate", summary={"rolled_back": 3})]) == []
+    assert false_vetoes(rows(runs[:1])) == []
+    assert false_vetoes([make_row(0.1, defence="gate", summary={"rolled_back": 3})]) == []
 
 
 @pytest.mark.parametrize(("cost", "fires"), [(-0.05, False), (0.0, False), (0.009, False), (0.012, True)])
 def test_costs_on_clean(make_row: MakeRow, cost: float, fires: bool) -> None:
     none = make_row(0.0, 0.01, 0.02, attack="clean")
     defended = make_row(cost, 0.01 + cost, 0.02 + cost, attack="clean", defence="at")
-    found = rules.costs_on_clean([none, defended])
+    found = costs_on_clean([none, defended])
     assert bool(found) is fires
     assert not fires or found[0].text.startswith("costs 1.2 ± 0.0 points (n = 3)")
-    assert rules.costs_on_clean([defended]) == []
-    assert rules.costs_on_clean([make_row(0.0), make_row(0.3, defence="at")]) == []
+    assert costs_on_clean([defended]) == []
+    assert costs_on_clean([make_row(0.0), make_row(0.3, defence="at")]) == []
 
 
 def test_quarantined(make_run: Make) -> None:
     runs = [make_run(seed=s, summary={"quarantined": 5 * s}) for s in (0, 1, 2)]
-    (doubt,) = rules.quarantined(rows(runs))
+    (doubt,) = quarantined(rows(runs))
     assert (doubt.severity, doubt.text) == (
         Severity.NOTE,
         "15 samples with NaN or infinite pixels kept from the model in 2 of 3 runs (seeds 1, 2).",
     )
-    assert rules.quarantined(rows(runs[:1])) == []
+    assert quarantined(rows(runs[:1])) == []
 
 
 def test_diverged(make_run: Make) -> None:
     runs = [make_run(seed=0), make_run(seed=1, status="diverged")]
-    (doubt,) = rules.diverged(rows(runs))
+    (doubt,) = diverged(rows(runs))
     assert "1 of 2 runs (seed 1)" in doubt.text
-    assert rules.diverged(rows(runs[:1])) == []
+    assert diverged(rows(runs[:1])) == []
 
 
 def test_halted(make_run: Make) -> None:
     runs = [make_run(seed=0), make_run(seed=1, status="halted", after=None)]
-    (doubt,) = rules.halted(rows(runs))
+    (doubt,) = halted(rows(runs))
     assert "that of the other 1" in doubt.text
-    (all_halted,) = rules.halted(rows(runs[1:]))
+    (all_halted,) = halted(rows(runs[1:]))
     assert "unknown" in all_halted.text
-    assert rules.halted(rows(runs[:1])) == []
+    assert halted(rows(runs[:1])) == []
 
 
 def test_starts_differ(make_row: MakeRow) -> None:
     low = make_row(0.1, label="low", accuracies=(0.96, 0.95))
     near = make_row(0.1, label="near", accuracies=(0.985, 0.97))
     reference = make_row(0.2)
-    assert rules.starts_differ([reference, near]) == []
-    (doubt,) = rules.starts_differ([reference, low])
+    assert starts_differ([reference, near]) == []
+    (doubt,) = starts_differ([reference, low])
     assert "96.0 % (low × none) to 98.0 %" in doubt.text
 
 
 def test_budgets_differ(make_row: MakeRow) -> None:
     small, large = make_row(0.1), make_row(0.2, label="large", eps=0.3)
-    assert len(rules.budgets_differ([small, large])) == 1
-    assert rules.budgets_differ([small, make_row(0.2, attack="vanilla"), make_row(0, attack="clean", eps=0.9)]) == []
+    assert len(budgets_differ([small, large])) == 1
+    assert budgets_differ([small, make_row(0.2, attack="vanilla"), make_row(0, attack="clean", eps=0.9)]) == []
 
 
 def test_power_over_optimiser(make_row: MakeRow) -> None:
     config = {"attack": {"name": "accumulative", "eps": 0.2, "weight_momentum": 1.1}}
-    (doubt,) = rules.power_over_optimiser([make_row(0.1, config=config)])
+    (doubt,) = power_over_optimiser([make_row(0.1, config=config)])
     assert "1.1" in doubt.text
-    assert rules.power_over_optimiser([make_row(0.1)]) == []
+    assert power_over_optimiser([make_row(0.1)]) == []
 
 
 def test_settings_apart(make_run: Make) -> None:
-    (doubt,) = rules.settings_apart(rows([make_run(eps=0.1), make_run(eps=0.2)]))
+    (doubt,) = settings_apart(rows([make_run(eps=0.1), make_run(eps=0.2)]))
     assert (doubt.severity, "attack.eps (0.1 | 0.2)" in doubt.text) == (Severity.NOTE, True)
-    assert rules.settings_apart(rows([make_run(seed=0), make_run(seed=1)])) == []
+    assert settings_apart(rows([make_run(seed=0), make_run(seed=1)])) == []
 
 
 def test_made_in_two_places(make_run: Make) -> None:
     here = {"threads": 1, "cpu_capability": "AVX2"}
     elsewhere = make_run(seed=1, environment={**here, "burn_in": {"threads": "1, 2"}})
     resumed = make_run(seed=2, environment={**here, "resumed": [{"after_step": 3, "cpu_capability": "AVX512, AVX2"}]})
-    first, second = rules.made_in_two_places(rows([make_run(environment=here), elsewhere, resumed]))
+    first, second = made_in_two_places(rows([make_run(environment=here), elsewhere, resumed]))
     assert "1 of 3 runs (seed 1) started from a burn-in of another environment (threads: 1, 2)" in first.text
     assert "1 of 3 runs (seed 2) went on with a part of another environment (cpu_capability: AVX512" in second.text
-    assert rules.made_in_two_places(rows([make_run(environment=here)])) == []
-    assert rules.versions_mixed(rows([make_run(environment=here), elsewhere, resumed])) == []
+    assert made_in_two_places(rows([make_run(environment=here)])) == []
+    assert versions_mixed(rows([make_run(environment=here), elsewhere, resumed])) == []
 
 
 @pytest.mark.parametrize(
@@ -314,27 +321,22 @@ def test_made_in_two_places(make_run: Make) -> None:
 )
 def test_every_part_of_the_environment_counts(make_run: Make, key: str, value: object) -> None:
     here = {"threads": 1, "cpu_capability": "AVX2", "cpus": 4}
-    (doubt,) = rules.versions_mixed(
-        rows([make_run(environment=here), make_run(seed=1, environment={**here, key: value})])
-    )
+    (doubt,) = versions_mixed(rows([make_run(environment=here), make_run(seed=1, environment={**here, key: value})]))
     assert key in doubt.text
-    assert (
-        rules.versions_mixed(rows([make_run(environment=here), make_run(seed=1, environment={**here, "cpus": 8})]))
-        == []
-    )
+    assert versions_mixed(rows([make_run(environment=here), make_run(seed=1, environment={**here, "cpus": 8})])) == []
 
 
 @pytest.mark.parametrize("key", ["mithridate", "torch", "device"])
 def test_versions_mixed(make_run: Make, key: str) -> None:
     here = {"mithridate": "0.1.0", "torch": "2.12.0", "device": "cpu", "cpus": 2}
     runs = [make_run(seed=0, environment=here), make_run(seed=1, environment=here | {key: "other"})]
-    (doubt,) = rules.versions_mixed(rows(runs))
+    (doubt,) = versions_mixed(rows(runs))
     assert f"{key}: {here[key]} | other" in doubt.text
-    assert rules.versions_mixed(rows([runs[0], make_run(seed=1, environment=here | {"cpus": 8})])) == []
+    assert versions_mixed(rows([runs[0], make_run(seed=1, environment=here | {"cpus": 8})])) == []
 
 
 def test_refused_updates_are_not_called_samples(federated: Make) -> None:
     run = federated()
     run = replace(run, summary={**run.summary, "quarantined": 2})
-    (doubt,) = rules.quarantined(rows([run]))
+    (doubt,) = quarantined(rows([run]))
     assert doubt.text.startswith("2 updates of clients with NaN or infinite entries")

@@ -15,7 +15,7 @@ class Examined:
 
     Args:
         title: The rule in a few words.
-        meaning: What it looks for: its docstring's first line.
+        meaning: What the rule looks for.
         doubts: The gravest first; empty if there was nothing.
     """
 
@@ -36,13 +36,13 @@ def examine(rows: Sequence[Row]) -> list[Examined]:
     """
     compared = groups(rows)
     answers = []
-    for title, rule in RULES.items():
+    for rule in RULES:
         doubts = []
         for members in compared.values():
             where = f"{members[0].subject}: " if len(compared) > 1 else ""
             doubts += [replace(doubt, cell=where + doubt.cell) for doubt in rule(members)]
         doubts.sort(key=lambda doubt: doubt.severity.rank)
-        answers.append(Examined(title, (rule.__doc__ or "").partition("\n")[0], tuple(doubts)))
+        answers.append(Examined(rule.title, rule.meaning, tuple(doubts)))
     return sorted(answers, key=lambda a: a.doubts[0].severity.rank if a.doubts else len(Severity))
 
 

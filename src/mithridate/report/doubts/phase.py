@@ -1,0 +1,78 @@
+"""Doubts about the phase before the trigger: whether there was one, and whether it was quiet."""
+
+from collections.abc import Iterator, Sequence
+
+from mithridate.report.doubts.doubt import NEGLIGIBLE, Doubt, Severity
+from mithridate.report.doubts.rule import rule
+from mithridate.report.doubts.selection import claiming_rows, share_of_runs
+from mithridate.report.rows import Row, step_noun
+from mithridate.report.wording import counted, number, points
+
+QUIET_POINTS = 0.05
+"""A phase that loses more accuracy than this (a fraction) before the trigger is not quiet. The phases of Pang et al.,
+Table 1, cost 2 to 5 points."""
+
+
+@rule("Phase of 0 batches")
+def no_phase(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that have a phase before their trigger, and were given or took no step for it."""
+    for row in claiming_rows(rows):
+        empty = [run for run in row.runs if run.summary.get("phase_asked") and run.summary.get("steps") == 0]
+        if empty:
+            text = (
+                f"phase of {counted(0, step_noun([row]))} in {share_of_runs(empty, row)}, although the attack has one: "
+                "what is shown is its trigger alone."
+            )
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@rule("Floor above the start")
+def floor_above_start(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks whose accuracy floor lies above the start accuracy, so that their phase ends after one step."""
+    for row in claiming_rows(rows):
+        tables = (row.attack_settings, row.attack_settings.get("inner", {}))  # the latter is that of `gate_aware`
+        floor = next((f for table in tables if (f := number(table.get("accuracy_floor"))) is not None), None)
+        start = row.statistic("accuracy_start").mean
+        if floor is not None and start is not None and floor > start:
+            text = (
+                f"the phase ends below {points(floor)} %, and the model starts at {points(start)} %: it ends after one "
+                f"{step_noun([row])}, whatever that does; take max_drop, which counts from the start."
+            )
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@rule("Lost before the trigger")
+def early_loss(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for attacks that cost more than 5 points before the trigger, or at least as much as the trigger itself."""
+    for row in claiming_rows(rows):
+        before = row.difference("accuracy_start", "accuracy_before_trigger").mean
+        drop = row.statistic("drop").mean
+        if before is None or before < NEGLIGIBLE:
+            continue
+        lost = f"{points(before)} points were"
+        if drop is not None and before >= drop:
+            text = f"{lost} lost before the trigger and {points(drop)} in its step: not one {step_noun([row])}'s work."
+            yield Doubt(Severity.SERIOUS, row.cell, text)
+        elif before > QUIET_POINTS:
+            text = f"{lost} lost before the trigger; a phase is called quiet up to {points(QUIET_POINTS)}."
+            yield Doubt(Severity.CAUTION, row.cell, text)
+
+
+@rule("Halted before the trigger")
+def halted(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for runs that a monitor stopped before the trigger: they have no drop, and the others are a selection."""
+    for row in rows:
+        if runs := row.with_status("halted"):
+            n = row.statistic("drop").n
+            drop = f"that of the other {n}" if n else "unknown"
+            text = f"{share_of_runs(runs, row)} halted before the trigger; the drop is {drop}."
+            yield Doubt(Severity.CAUTION, row.cell, text)
+
+
+@rule("Not quiet")
+def alarms_before_trigger(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for monitors that raised an alarm before the trigger of an attack: the phase was not quiet."""
+    for row in rows:
+        if row.claims_drop and (early := row.alarmed_early()):
+            text = f"a monitor raised an alarm before the trigger in {share_of_runs(early, row)}."
+            yield Doubt(Severity.CAUTION, row.cell, text)
