@@ -4,66 +4,40 @@ Needs the extra `flower` (flwr >= 1.41, < 2). A round is one defended step (`tra
 to it and back. The attacker's side is `guard.flower_attack`.
 """
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import Strategy
-from numpy.typing import NDArray
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
-from mithridate.core.batch import AnyBatch, check_batch
+from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import path_of
 from mithridate.core.model import Criterion
-from mithridate.core.past import Weights
 from mithridate.core.registry import fields_of
-from mithridate.core.tolerance import quality
-from mithridate.core.updates import Updates
-from mithridate.core.view import Need
 from mithridate.defences.none import Standard
-from mithridate.guard.events import KINDS, Event, Journal, Tally, log
+from mithridate.guard.events import Event, Journal, Tally, log
+from mithridate.guard.flower_bounds import bound_updates, cap_examples, cap_losses
 from mithridate.guard.flower_inner import check_inner, loss_of, put_back, remembered, weighted_by
-from mithridate.guard.flower_replies import RefusedError, Reply, opened
-from mithridate.guard.limits import Layout, ReplyLimits, State, difference, excess, is_statistic, moved
-from mithridate.training.history import History
+from mithridate.guard.flower_model import array_like, check_needs, first_step, opened_arrays, put, take
+from mithridate.guard.flower_replies import Reply, opened
+from mithridate.guard.flower_screening import fit_replies, within_limits
+from mithridate.guard.limits import Layout, ReplyLimits, State
+from mithridate.guard.phase import Phase
 from mithridate.training.step import DefendedStep
-
-AT_ONCE = 8
-"""Clients' rows that the defence is shown at a time: a copy of every update at once could be too much to hold."""
-
 
 UNLIMITED = (
     "there is no defence, and no limit on updates: one hostile client decides what the model becomes. Give "
     "`limits=mithridate.guard.RECOMMENDED`, or a defence such as Clip(clip_norm=...)."
 )
-
-
-class FlowerRounds(NamedTuple):
-    """What a Flower server says of its rounds to defences: every client's whole update is bounded, then averaged."""
-
-    bound: Literal["after", "before"] = "before"
-    distances: Literal["all", "without_norm"] = "all"
-
-
-class BareWeights(nn.Module):
-    """Weights of a model whose architecture the server does not know; they answer nothing."""
-
-    def __init__(self, state: State) -> None:
-        super().__init__()
-        tensors = {name: torch.from_numpy(np.array(a, dtype=np.float64)) for name, a in state.items()}
-        # `register_parameter` takes no dots, which the names of arrays have.
-        self._parameters.update({name: nn.Parameter(t) for name, t in tensors.items()})
 
 
 class GuardedStrategy(Strategy):
@@ -136,7 +110,7 @@ class GuardedStrategy(Strategy):
         self.weight_key = weight_key or weighted_by(inner)
         self.loss_key = loss_key or loss_of(inner)
         check_inner(inner)
-        _check_needs(self.defence, module, trusted)
+        check_needs(self.defence, module, trusted)
         warning = "" if defence is not None or self.limits.bound_updates else UNLIMITED
         if warning:
             log.warning("guard: %s", warning)
@@ -144,9 +118,8 @@ class GuardedStrategy(Strategy):
         self._step: DefendedStep | None = None
         self._layout = Layout({}, ())
         self._state: State = {}
-        self._round, self._phase = 0, "train"
-        self._asked: dict[str, set[int]] = {}
-        self._seen = Counter[str]()
+        self._round = 0
+        self._asked: dict[str, set[int]] = {"train": set(), "evaluate": set()}
 
     @property
     def events(self) -> list[Event]:
@@ -184,7 +157,7 @@ class GuardedStrategy(Strategy):
         if served is None:
             return arrays
         tensors = {**served.parameters, **served.buffers}
-        return ArrayRecord({name: _like(tensors[name], a) if name in tensors else a for name, a in arrays.items()})
+        return ArrayRecord({name: array_like(tensors[name], a) if name in tensors else a for name, a in arrays.items()})
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -194,9 +167,17 @@ class GuardedStrategy(Strategy):
         Raises:
             ConfigError: (in the first round) arrays, limits, module and trusted samples do not fit each other.
         """
-        self._state = _numpy(arrays)
+        self._state = opened_arrays(arrays)
         if self._step is None or server_round <= self._round or self._state.keys() != self._layout.born.keys():
-            self._step = self._first_step()
+            self._layout = Layout.of(self._state, self.limits, self.module)
+            self._step = first_step(
+                self._state,
+                self._layout,
+                defence=self.defence,
+                module=self.module,
+                criterion=self.criterion,
+                trusted=self.trusted,
+            )
         self._round = server_round
         messages = list(self.inner.configure_train(server_round, arrays, config, grid))
         self._asked["train"] = {message.metadata.dst_node_id for message in messages}
@@ -215,13 +196,21 @@ class GuardedStrategy(Strategy):
                 "GuardedStrategy: aggregate_train was called before configure_train, so there is no model to compare "
                 "updates with; let `start` call them in turn."
             )
-        self._round, self._phase, self._seen = server_round, "train", Counter()
-        fit = self._fit_replies(replies)
-        arrays, metrics, measures = self._learned(self._step, fit) if fit else (None, None, {})
-        if arrays is None and self._asked.get("train") and not self._seen["vetoed"]:
+        phase = Phase(self._journal, server_round, "train")
+        opening = partial(
+            within_limits,
+            weight_key=self.weight_key,
+            loss_key=self.loss_key,
+            layout=self._layout,
+            model=self._state,
+            limits=self.limits,
+        )
+        fit = fit_replies(replies, self._asked["train"], phase, opening)
+        arrays, metrics, measures = self._learned(self._step, fit, phase) if fit else (None, None, {})
+        if arrays is None and self._asked["train"] and not phase.counts["vetoed"]:
             made = f"{type(self.inner).__name__} made no aggregate of {len(fit)} replies" if fit else "no reply was fit"
-            self._note("skipped", reason=f"{made}; the old model stays")
-        return arrays, self._closed(len(fit), metrics, measures)
+            phase.note("skipped", reason=f"{made}; the old model stays")
+        return arrays, _with_counts(metrics, phase.close(len(fit), measures))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -233,15 +222,14 @@ class GuardedStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """What the inner strategy makes of the replies that are fit. They are the clients' own claims, and stay so."""
-        self._round, self._phase, self._seen = server_round, "evaluate", Counter()
-        fit = self._fit_replies(replies)
-        self._cap(fit)
-        if not fit and not self._asked.get("evaluate"):
+        phase = Phase(self._journal, server_round, "evaluate")
+        opening = partial(opened, weight_key=self.weight_key, model=None)
+        fit = fit_replies(replies, self._asked["evaluate"], phase, opening)
+        cap_examples(fit, self.weight_key, self.limits, phase)
+        if not fit and not self._asked["evaluate"]:
             return self.inner.aggregate_evaluate(server_round, [])
-        metrics = None
-        if fit:
-            metrics = self.inner.aggregate_evaluate(server_round, [r.passed_on() for r in fit])
-        return self._closed(len(fit), metrics, {})
+        metrics = self.inner.aggregate_evaluate(server_round, [r.passed_on() for r in fit]) if fit else None
+        return _with_counts(metrics, phase.close(len(fit), {}))
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -250,253 +238,36 @@ class GuardedStrategy(Strategy):
             "limits": fields_of(self.limits),
         }
 
-    def _first_step(self) -> DefendedStep:
-        """A federation begins: where it starts is the checkpoint that defences may look back at."""
-        self._layout = Layout.of(self._state, self.limits, self.module)
-        module = self.module or BareWeights({name: self._state[name] for name in self._layout.trained})
-        history = None
-        if Need.HISTORY in self.defence.needs:
-            history = History(keep=self.defence.lookback + 1 if self.defence.lookback else 0)
-        device = next(module.parameters()).device
-        step = DefendedStep(
-            module,
-            None,
-            criterion=self.criterion,
-            defence=self.defence,
-            trusted=None if self.trusted is None else self.trusted.to(device),
-            history=history,
-        )
-        _put(step, self._state)
-        if step.trusted is not None:
-            self._check_trusted(step, module)
-        if history is not None:
-            history.checkpoints[0] = Weights.of(module, "start of the federation").copied()
-        return step
-
-    def _check_trusted(self, step: DefendedStep, module: nn.Module) -> None:
-        """Refuse a module that cannot judge the federation's model on the trusted samples."""
-        own = [name for name, _ in module.named_buffers() if is_statistic(name) and name not in self._state]
-        if own:
-            raise ConfigError(
-                f"GuardedStrategy: the module's '{own[0]}' is not among the model's arrays, so that trusted samples "
-                "would be judged by statistics that no round fills; let clients exchange it, or leave `trusted` out."
-            )
-        try:
-            quality(step.white_box, cast("AnyBatch", step.trusted))
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(
-                f"GuardedStrategy: the module cannot be judged on the trusted samples ({error}); give samples and "
-                "labels as the federation's model takes them."
-            ) from error
-
-    def _fit_replies(self, replies: Iterable[Message]) -> list[Reply]:
-        """The replies that can be aggregated, together too; the others are noted."""
-        asked = self._asked.get(self._phase, set())
-        heard: set[int] = set()
-        fit: list[Reply] = []
-        for message in replies:
-            node = message.metadata.src_node_id
-            reason = "" if node in asked else "it was not asked in this round"
-            if node in heard:
-                reason = "a second reply in this round"
-            if not reason:
-                heard.add(node)
-                try:
-                    fit.append(self._checked(message))
-                except RefusedError as refusal:
-                    reason = str(refusal)
-            if reason:
-                self._note("refused", node, reason)
-        for node in sorted(asked - heard):
-            self._note("missing", node, "no reply")
-        return self._alike(fit)
-
-    def _alike(self, fit: list[Reply]) -> list[Reply]:
-        """The replies that can be averaged with each other; more than half decide what is usual, or nobody does."""
-        most = len(fit) / 2
-        usual = {signature for signature, times in Counter(r.signature for r in fit).items() if times > most}
-        alike = [reply for reply in fit if reply.signature in usual]
-        if not usual:
-            shared = {metric for metric, times in Counter(m for r in fit for m in r.sized).items() if times > most}
-            alike = [reply for reply in fit if shared <= set(reply.sized)]
-            for reply in alike:
-                reply.shared = shared
-        for reply in fit:
-            if reply not in alike:
-                reason = "its records or metrics are named or sized unlike those of most clients"
-                self._note("refused", reply.node, reason)
-        return alike
-
-    def _checked(self, message: Message) -> Reply:
-        """One reply, if it keeps to the limits."""
-        if self._phase != "train":
-            return opened(message, self.weight_key, None)
-        reply = opened(message, self.weight_key, self._state, self.loss_key)
-        fault = self._layout.fault(reply.arrays, self._state)
-        for names, what in ((self._layout.trained, "update"), (self._layout.statistics, "statistics")):
-            fault = fault or excess(difference(reply.arrays, self._state, names), self.limits.max_update_norm, what)
-        if fault:
-            raise RefusedError(fault)
-        return reply
-
     def _learned(
-        self, step: DefendedStep, fit: list[Reply]
+        self, step: DefendedStep, fit: list[Reply], phase: Phase
     ) -> tuple[ArrayRecord | None, MetricRecord | None, dict[str, float]]:
         """A defended step on replies: the new global arrays, if the step stays."""
         before = remembered(self.inner)
         arrays, metrics = None, None
         reason = ""
         measures: dict[str, float] = {}
-        _put(step, self._state)
+        put(step, self._state)
         with step.taking():
-            self._bound(step, fit)
-            self._cap(fit)
+            bound_updates(step, fit, layout=self._layout, model=self._state, limits=self.limits, phase=phase)
+            cap_examples(fit, self.weight_key, self.limits, phase)
+            if self.loss_key is not None:
+                cap_losses(fit, self.loss_key, self.limits, phase)
             try:
-                arrays, metrics = self.inner.aggregate_train(self._round, [r.passed_on() for r in fit])
+                arrays, metrics = self.inner.aggregate_train(phase.server_round, [r.passed_on() for r in fit])
             except (AggregationError, InconsistentMessageReplies) as error:
-                if not self._seen["refused"] + self._seen["missing"]:
+                if not phase.counts["refused"] + phase.counts["missing"]:
                     raise  # every client was heard: the fault is not with what the guard left over
                 reason = f"{type(self.inner).__name__} could not aggregate what was left: {error}"
             if arrays is not None:
-                reason, measures = self._taken(step, arrays)
+                reason, measures = take(step, arrays, phase)
         if reason:
-            self._note("vetoed", reason=reason, measures=measures)
+            phase.note("vetoed", reason=reason, measures=measures)
             put_back(self.inner, before)
             arrays = None
         return arrays, metrics, measures
 
-    def _bound(self, step: DefendedStep, fit: list[Reply]) -> None:
-        """Let the defence bound the clients' updates, and the limits what no defence is shown."""
-        for names, what, clip_norm in (
-            (self._layout.trained, "update", math.inf),
-            (self._layout.statistics, "statistics", self.limits.statistics_clip_norm),
-        ):
-            self._shorten(fit, names, what, clip_norm)
-        trained, shapes = self._layout.trained, {n: torch.Size(self._state[n].shape) for n in self._layout.trained}
-        dtype = next(step.model.parameters()).dtype
-        for some in (fit[start : start + AT_ONCE] for start in range(0, len(fit), AT_ONCE)):
-            rows = np.stack([-reply.change(self._state, trained) for reply in some])
-            updates = Updates(torch.from_numpy(rows).to(step.device, dtype), shapes)
-            bounded = step.bound_updates(updates)
-            if bounded is updates:
-                continue
-            lengths = torch.stack([updates.lengths(), bounded.lengths()], 1).tolist()
-            for i, (reply, (was, now)) in enumerate(zip(some, lengths, strict=True)):
-                if not torch.equal(bounded.rows[i], updates.rows[i]):
-                    row = bounded.rows[i].detach().cpu().double().numpy()
-                    reply.new_arrays |= moved(self._state, -row, reply.arrays, trained)
-                    self._note("bounded", reply.node, f"update of l2 length {was:.4g}, bounded to {now:.4g}")
-        for reply in fit:
-            self._hold_frozen(reply)
 
-    def _shorten(self, fit: list[Reply], names: tuple[str, ...], what: str, clip_norm: float) -> None:
-        """Scale down the changes of these arrays that are longer than the limits allow."""
-        if math.isinf(clip_norm) and math.isinf(self.limits.max_norm_ratio):
-            return
-        lengths = [float(np.linalg.norm(reply.change(self._state, names))) for reply in fit]
-        bound = min(clip_norm, self.limits.longest(lengths))
-        for reply, length in zip(fit, lengths, strict=True):
-            if length > bound:
-                change = reply.change(self._state, names) * (bound / length)
-                reply.new_arrays |= moved(self._state, change, reply.arrays, names)
-                self._note("bounded", reply.node, f"{what} of l2 length {length:.4g}, bounded to {bound:.4g}")
-
-    def _hold_frozen(self, reply: Reply) -> None:
-        for name in self._layout.frozen:
-            received = reply.arrays[name]
-            sent = self._state[name].astype(received.dtype)
-            if not np.array_equal(received, sent):
-                reply.new_arrays[name] = sent
-                self._note("bounded", reply.node, f"it moved '{name}', which is frozen; put back")
-
-    def _cap(self, fit: list[Reply]) -> None:
-        """Let no client claim a weight that the caps do not allow."""
-        for reply, allowed in zip(fit, self.limits.capped([r.count for r in fit]), strict=True):
-            if allowed != reply.count:
-                reply.new_metrics[self.weight_key] = allowed
-                reason = f"claims {str(reply.count)[:20]} examples, counts for {allowed:g}"
-                self._note("capped", reply.node, reason)
-        if self._phase != "train" or self.loss_key is None:
-            return
-        losses = [float(cast("float", reply.metrics[self.loss_key])) for reply in fit]  # `opened` let no other pass
-        for reply, loss, allowed in zip(fit, losses, self.limits.bounded_losses(losses), strict=True):
-            if allowed != loss:
-                reply.new_metrics[self.loss_key] = allowed
-                self._note("capped", reply.node, f"claims a loss of {loss:.4g}, counts for {allowed:.4g}")
-
-    def _taken(self, step: DefendedStep, arrays: ArrayRecord) -> tuple[str, dict[str, float]]:
-        """Take the aggregate into the model, if the defence lets it stay: why it does not, and what was measured.
-
-        Args:
-            step: The one that is being taken.
-            arrays: The aggregate; a shortened step is written into it, so that an inner strategy that goes on from this
-                record (FedAvgM) goes on from what was kept.
-        """
-        state = _numpy(arrays)
-        for name, array in state.items():
-            if array.dtype.kind in "fc" and not np.isfinite(array).all():
-                return f"the aggregate's array '{name}' is not finite", {}
-        _put(step, state)
-        measures = {}
-        if step.trusted is not None:
-            loss, worst = quality(step.white_box, step.trusted)
-            measures = {"loss": loss, "worst-accuracy": worst}
-        verdict, _ = step.advance()
-        if not verdict.admit:
-            return verdict.reason or "the defence refused the step", measures
-        if verdict.parameters is not None:
-            for name in [name for name in arrays if name in verdict.parameters]:
-                arrays[name] = _like(verdict.parameters[name], arrays[name])
-            self._note("bounded", reason=verdict.reason or "the defence shortened the step of the aggregate")
-        return "", measures
-
-    def _closed(self, accepted: int, metrics: MetricRecord | None, measures: Mapping[str, float]) -> MetricRecord:
-        """Note the summary of a phase, and give the round's metrics the counts."""
-        counts = {"accepted": accepted, **{kind: self._seen[kind] for kind in KINDS}}
-        self._journal.note(Event(self._round, self._phase, "closed", counts=counts, measures=measures))
-        out: dict[str, Any] = {} if metrics is None else dict(metrics)
-        out |= {f"guard-{name}": number for name, number in {**counts, **measures}.items()}
-        return MetricRecord(out)
-
-    def _note(
-        self, event: str, node: int | None = None, reason: str = "", measures: Mapping[str, float] | None = None
-    ) -> None:
-        self._seen[event] += 1
-        self._journal.note(Event(self._round, self._phase, event, node, reason, measures=measures or {}))
-
-
-def _numpy(arrays: ArrayRecord) -> dict[str, NDArray[Any]]:
-    return {name: array.numpy() for name, array in arrays.items()}
-
-
-def _like(tensor: Tensor, array: Array) -> Array:
-    """A tensor as an array of the type that another has."""
-    return Array(tensor.detach().cpu().numpy().astype(array.dtype))
-
-
-def _put(step: DefendedStep, state: State) -> None:
-    """Fill the model with arrays; what these leave out stays as it is."""
-
-    def filled(now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: torch.from_numpy(np.array(state[n])).to(t) if n in state else t for n, t in now.items()}
-
-    step.put_parameters(filled(dict(step.model.named_parameters())))
-    step.put_buffers(filled(dict(step.model.named_buffers())))
-
-
-def _check_needs(defence: Defence, module: nn.Module | None, trusted: AnyBatch | None) -> None:
-    defence.check_federation(FlowerRounds(), 1)
-    given = {Need.MODEL: module, Need.HISTORY: module, Need.TRUSTED: trusted}
-    for need in sorted(defence.needs):
-        if given.get(need) is None:
-            raise ConfigError(
-                f"GuardedStrategy: {type(defence).__name__} needs the {need}; give `module`, one of the federation's "
-                "architecture, and `trusted`, samples that the server knows to be clean, or take a defence that looks "
-                "at updates alone (clip)."
-            )
-    if trusted is not None:
-        check_batch(trusted, where="trusted samples")
-        if module is None:
-            raise ConfigError(
-                "GuardedStrategy: `trusted` can only be looked at through a model; give `module`, too, or leave both."
-            )
+def _with_counts(metrics: MetricRecord | None, counts: dict[str, float]) -> MetricRecord:
+    """A round's metrics, and what the guard did in it."""
+    out: dict[str, Any] = {} if metrics is None else dict(metrics)
+    return MetricRecord(out | {f"guard-{name}": number for name, number in counts.items()})
