@@ -88,7 +88,7 @@ class _Field(NamedTuple):
         return (self.table, self.key) == (other.table, other.key) and (len(labels) == 1 or "" in labels)
 
 
-def label_of(table: Mapping[str, Any]) -> Any:  # noqa: ANN401  (whatever a recipe has there)
+def label_of(table: Mapping[str, Any]) -> object:
     """What a component is called: its label, its name, or the class of `package.module:Class`; text if all is well."""
     name = table.get("name", "")
     return table.get("label", name.rpartition(":")[2] if isinstance(name, str) else name)
@@ -272,7 +272,7 @@ def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of ARRAYS,
     return set(registry.entry(kind, name).fields) if isinstance(name, str) else set()
 
 
-def _toml_value(text: str) -> Any:  # noqa: ANN401  (whatever TOML can hold)
+def _toml_value(text: str) -> object:
     try:
         values = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # no TOML, a number of too many digits, or nested too deep

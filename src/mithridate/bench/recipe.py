@@ -187,7 +187,7 @@ class Recipe:
                     for attack in recipe.attacks:
                         yield from recipe._cells(attack, defence, seed)
 
-    def _cells(self, attack: Any, defence: Labelled[Defence], seed: int) -> Iterator[Cell]:  # noqa: ANN401  (of either kind)
+    def _cells(self, attack: Labelled[Any], defence: Labelled[Defence], seed: int) -> Iterator[Cell]:
         """The runs of a pair with a seed: under every rule, on every surrogate if the attack crafts on one."""
         needed = self.surrogates if Need.SURROGATE in attack.component.needs else {}
         rules: Mapping[str, OnlineRun | FederatedRun] = self.rules or {"": self.run}
@@ -318,7 +318,7 @@ def _variant(tables: Mapping[str, Any], label: str) -> Recipe:
     return recipe
 
 
-def _surrogates(tables: Any) -> dict[str, Surrogate]:  # noqa: ANN401  (a table or a list of them)
+def _surrogates(tables: Table | list[Table]) -> dict[str, Surrogate]:
     """The surrogates by label; the only one may have none."""
     surrogates: dict[str, Surrogate] = {}
     several = isinstance(tables, list) and len(tables) > 1
@@ -404,7 +404,7 @@ def _seeds(value: object, *, where: str) -> list[int]:
     return list(value)
 
 
-def _labelled(kind: Kind, tables: Any, kind_of: Kind | None = None) -> list[Labelled[Any]]:  # noqa: ANN401  (a table or a list of them)
+def _labelled(kind: Kind, tables: Table | list[Table], kind_of: Kind | None = None) -> list[Labelled[Any]]:
     """The components of a table, or of an array of them.
 
     Args:

@@ -1,7 +1,7 @@
 """What flows: a batch of samples with their targets."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 """What a model takes: a tensor, or a mapping (keyword arguments) or sequence (positional ones) of tensors; the first
 dimension of each counts the samples."""
 
+T = TypeVar("T")
 X_co = TypeVar("X_co", bound=Inputs, default=Tensor, covariant=True)
 
 
@@ -42,7 +43,7 @@ class Batch(NamedTuple, Generic[X_co]):
         def moved(t: Tensor) -> Tensor:
             return t.to(device).clone() if t.is_inference() else t.to(device)
 
-        return Batch(each_tensor(self.x, moved), moved(self.y))
+        return self.each(moved)
 
     def take(self, which: Tensor | slice) -> "Batch[X_co]":
         """Some of the samples, by position, slice or (n,) bool."""
@@ -50,11 +51,16 @@ class Batch(NamedTuple, Generic[X_co]):
         def chosen(t: Tensor) -> Tensor:
             return t[which.to(t.device) if isinstance(which, Tensor) else which]
 
-        return Batch(each_tensor(self.x, chosen), chosen(self.y))
+        return self.each(chosen)
 
     def clone(self) -> "Batch[X_co]":
         """A copy that shares no memory."""
-        return Batch(each_tensor(self.x, Tensor.clone), self.y.clone())
+        return self.each(Tensor.clone)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch[X_co]":
+        """The same batch with every tensor changed, inputs and targets."""
+        x: Inputs = self.x
+        return Batch(cast("X_co", each_tensor(x, change)), change(self.y))
 
     def split(self, size: int) -> "Iterator[Batch[X_co]]":
         """Pieces of `size` samples; the last may be smaller."""
@@ -81,8 +87,14 @@ def tensors_of(x: Inputs) -> list[Tensor]:
     return list(x.values() if isinstance(x, Mapping) else x)
 
 
-def each_tensor(x: Any, change: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401  (of the kind that was given)
-    """Inputs of the same kind, each tensor changed."""
+@overload
+def each_tensor(x: Tensor, change: Callable[[Tensor], T]) -> T: ...
+@overload
+def each_tensor(x: Mapping[str, Tensor], change: Callable[[Tensor], T]) -> dict[str, T]: ...
+@overload
+def each_tensor(x: Sequence[Tensor], change: Callable[[Tensor], T]) -> list[T]: ...
+def each_tensor(x: Inputs, change: Callable[[Tensor], T]) -> T | dict[str, T] | list[T]:
+    """What becomes of each tensor of inputs; several stay a mapping, or a list."""
     if isinstance(x, Tensor):
         return change(x)
     if isinstance(x, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -321,7 +322,7 @@ def _without_second_derivative(module: nn.Module, x: Tensor) -> str:
     return culprits[0] if culprits else f"the model, a {type(module).__name__},"
 
 
-_OWN_FLAGS: ContextVar[Mapping[nn.Module, bool]] = ContextVar("own train flags", default={})  # noqa: B039  (never written to)
+_OWN_FLAGS: ContextVar[Mapping[nn.Module, bool]] = ContextVar("own train flags", default=MappingProxyType({}))
 """What the train flags were before the outermost `in_mode`."""
 
 

@@ -57,7 +57,7 @@ class Entry:
 
     kind: Kind
     name: str
-    cls: type
+    cls: type[Any]
     presets: Mapping[str, Mapping[str, Any]]
     origin: str = ""
 
@@ -304,8 +304,8 @@ def _named_by_place(kind: Kind, path: str) -> Entry:
             "Python finds it."
         ) from error
     cls = component_in(module, name, kind)
-    if dataclasses.is_dataclass(cls):
-        _check_optional(cls, what)  # type: ignore[arg-type]  # a class, not an object
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls):
+        _check_optional(cls, what)
     registered = _registered(cls)
     return Entry(kind, path, cls, registered.presets if registered else {}, registered.origin if registered else "")
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_ar
 import pydantic
 from pydantic.dataclasses import dataclass as checked_dataclass
 from pydantic.dataclasses import rebuild_dataclass
-from pydantic_core import ArgsKwargs, PydanticUndefined
+from pydantic_core import ArgsKwargs, ErrorDetails, PydanticUndefined
 
 from mithridate.core.errors import ConfigError, nearest, shown
 
@@ -116,7 +116,7 @@ def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping
     return read
 
 
-def _leaves(hint: Any) -> Iterator[Any]:  # noqa: ANN401  (types have no common type)
+def _leaves(hint: object) -> Iterator[object]:
     """The types that a hint is put together from, and the choices of its literals."""
     parts = get_args(hint)
     if get_origin(hint) is Literal or not parts:
@@ -151,7 +151,7 @@ def _check_numbers(value: object, *, where: str) -> None:
         raise ConfigError(f"{where} = {shown(value, 40)}: too large for a whole number of 64 bits; give a smaller one.")
 
 
-def _problem(e: Any) -> str:  # noqa: ANN401  (pydantic's own error record)
+def _problem(e: ErrorDetails) -> str:
     place = ".".join(str(part) for part in e["loc"])
     if e["type"] == "missing":
         return f"{place} has no default; give it a value"
@@ -173,5 +173,6 @@ def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  (a field 
 
 def fields_of(settings_object: object) -> dict[str, Any]:
     """Field values of a settings object, without those that are None."""
-    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(settings_object)}  # type: ignore[arg-type]  # every settings class is a dataclass
+    cls: type = type(settings_object)
+    values = {f.name: getattr(settings_object, f.name) for f in dataclasses.fields(cls)}
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items() if v is not None}

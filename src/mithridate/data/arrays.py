@@ -15,7 +15,7 @@ from torch import Tensor
 from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import DataError
 from mithridate.data.catalogue import DatasetInfo
-from mithridate.data.part import Part, each_array
+from mithridate.data.part import Arrays, Part, each_array
 from mithridate.data.samples import LONE, Samples, class_names, wanted_splits
 
 Bounds = Domain | Literal["observed"] | tuple[float, float]
@@ -26,7 +26,7 @@ CHANNELS = (1, 3)
 
 
 def array_samples(
-    splits: Mapping[str, tuple[Any, Any]],
+    splits: Mapping[str, tuple[object, object]],
     *,
     name: str,
     classes: Sequence[str] | None = None,
@@ -174,7 +174,7 @@ def _targets(y: object, where: str) -> NDArray[Any]:
     return array.astype(np.int64)
 
 
-def _inputs(x: object, where: str, *, is_image: bool) -> Any:  # noqa: ANN401  (an array, or a mapping of them)
+def _inputs(x: object, where: str, *, is_image: bool) -> Arrays:
     if isinstance(x, Mapping):
         if not x:
             raise DataError(f"{where}: x is a mapping of nothing; give it arrays.")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from mithridate.core.batch import AnyBatch, Batch
+
+T = TypeVar("T")
+
+Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
+"""Inputs: an array, or a mapping of arrays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,10 @@ class Loader:
         return self.part.batches(self.batch_size, device=self.device)
 
 
-def each_array(x: Any, change: Callable[[NDArray[Any]], Any]) -> Any:  # noqa: ANN401  (of the kind that was given)
-    """Inputs of the same kind, each array changed."""
+@overload
+def each_array(x: NDArray[Any], change: Callable[[NDArray[Any]], T]) -> T: ...
+@overload
+def each_array(x: Mapping[str, NDArray[Any]], change: Callable[[NDArray[Any]], T]) -> dict[str, T]: ...
+def each_array(x: Arrays, change: Callable[[NDArray[Any]], T]) -> T | dict[str, T]:
+    """What becomes of each array of inputs; several stay a mapping."""
     return {key: change(array) for key, array in x.items()} if isinstance(x, Mapping) else change(x)

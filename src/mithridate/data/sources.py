@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
 from mithridate.core.errors import DataError
 from mithridate.data.catalogue import NamedSet
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROWS_AT_ONCE = 1_000
 
@@ -212,7 +215,7 @@ def hub_rows(info: NamedSet, split: str) -> Iterator[Rows]:
         yield from dataset_rows(rows.cast_column(columns[0], datasets.Image(decode=False)), columns, place=place)
 
 
-def dataset_rows(dataset: Any, columns: tuple[str, str], *, place: str) -> Iterator[Rows]:  # noqa: ANN401  (a datasets.Dataset, of no known type)
+def dataset_rows(dataset: "Dataset", columns: tuple[str, str], *, place: str) -> Iterator[Rows]:
     """The rows of a loaded Hugging Face data set, as they are stored.
 
     Args:

@@ -59,15 +59,15 @@ class Stream:
     @classmethod
     def from_arrays(
         cls,
-        x: Any,  # noqa: ANN401  (arrays and tensors, or mappings of them)
-        y: Any,  # noqa: ANN401  (arrays and tensors)
+        x: object,
+        y: object,
         *,
-        x_test: Any = None,  # noqa: ANN401  (as x)
-        y_test: Any = None,  # noqa: ANN401  (as y)
+        x_test: object = None,
+        y_test: object = None,
         classes: Sequence[str] | None = None,
         domain: Bounds | None = None,
         name: str = ARRAYS,
-        **settings: Any,  # noqa: ANN401  (fields of StreamSettings, which checks them)
+        **settings: object,
     ) -> "Stream":
         """A stream of arrays or tensors in memory; they are copied, and checked once.
 

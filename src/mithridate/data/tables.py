@@ -52,7 +52,7 @@ def saved_samples(path: Path, split: str | None, columns: Columns | None, *, nam
             'the folder that was given to it, or name = "parquet" for a folder of Parquet files.'
         ) from error
 
-    def table(one: Any, place: str) -> Table:  # noqa: ANN401  (a datasets.Dataset, of no known type)
+    def table(one: datasets.Dataset, place: str) -> Table:
         return Table(one.features, lambda chosen: dataset_rows(one, chosen, place=place))
 
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {LONE: loaded}

@@ -216,7 +216,7 @@ def _spans(rounds: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-def _for_json(value: Any) -> Any:  # noqa: ANN401  (JSON has no better type)
+def _for_json(value: object) -> object:
     """JSON knows no infinity and no NaN: they become text."""
     if isinstance(value, Mapping):
         return {key: _for_json(v) for key, v in value.items()}

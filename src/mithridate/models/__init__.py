@@ -66,7 +66,7 @@ def check_model(module: nn.Module, info: DatasetInfo) -> None:
         lambda t: t.to(like.device, like.dtype if t.is_floating_point() else t.dtype),
     )
     name, sample = type(module).__name__, "image" if info.images else "sample"
-    shapes = each_tensor(x, lambda t: tuple(t.shape))  # type: ignore[arg-type,return-value]  # shapes in place of tensors
+    shapes = each_tensor(x, lambda t: tuple(t.shape))
     with torch.no_grad(), frozen_statistics(module, "eval"):
         try:
             logits = answer(module, x)

@@ -3,7 +3,7 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -22,7 +22,7 @@ from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
 from mithridate.simulation.scoring import score_columns
-from mithridate.simulation.trace import NOTHING_SENT, Phase, Sent, TraceRow
+from mithridate.simulation.trace import NOTHING_SENT, Phase, Seconds, Sent, TraceRow
 from mithridate.training.burn_in import EVALUATION_BATCH
 from mithridate.training.learner import Learner
 
@@ -234,7 +234,7 @@ class Simulation(ABC):
         began = time.perf_counter()
         score = self.learner.evaluate(self.test)
         seconds = time.perf_counter() - began
-        self._note("start", NOTHING_SENT, score, craft_seconds=0.0, update_seconds=0.0, seconds=seconds)
+        self._note("start", NOTHING_SENT, score, {"craft_seconds": 0.0, "update_seconds": 0.0, "seconds": seconds})
 
     def step(self, phase: Phase) -> None:
         """One step: send, learn, and measure if it is its turn."""
@@ -252,17 +252,20 @@ class Simulation(ABC):
             phase,
             exchange.sent,
             score,
-            craft_seconds=exchange.craft_seconds + adapted - exchanged,
-            update_seconds=exchange.update_seconds,
-            seconds=time.perf_counter() - began,
+            {
+                "craft_seconds": exchange.craft_seconds + adapted - exchanged,
+                "update_seconds": exchange.update_seconds,
+                "seconds": time.perf_counter() - began,
+            },
         )
 
-    def _note(self, phase: Phase, sent: Sent, score: tuple[float | None, float | None], **seconds: float) -> None:
+    def _note(self, phase: Phase, sent: Sent, score: tuple[float | None, float | None], seconds: Seconds) -> None:
         """Write a row of the trace, monitors' alarms included."""
         rows = self.progress.rows
         accuracy, loss = score
-        row = {"step": len(rows), "phase": phase, "accuracy": accuracy, "loss": loss, **sent, "alarms": "", **seconds}
-        rows.append(row)  # type: ignore[arg-type]  # all columns are there: mypy does not add up dictionaries
+        rows.append(
+            {"step": len(rows), "phase": phase, "accuracy": accuracy, "loss": loss, **sent, "alarms": "", **seconds}
+        )
         if phase != "start":
             new = rows[len(self.readings) :]
             self.readings += [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in new]
@@ -371,7 +374,7 @@ class Simulation(ABC):
         return learner.evaluate(self.test, Weights(before.parameters, now.buffers)).accuracy
 
 
-def _mean(values: Any) -> float | None:  # noqa: ANN401  (numbers and None, of any number)
+def _mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None, unweighted: all batches of a stream are equally long."""
     numbers = [value for value in values if value is not None]
     return sum(numbers) / len(numbers) if numbers else None

@@ -22,7 +22,15 @@ class Sent(TypedDict):
     verdict: str
 
 
-class TraceRow(Sent):
+class Seconds(TypedDict):
+    """The columns of a row that say how long it took."""
+
+    craft_seconds: float
+    update_seconds: float
+    seconds: float
+
+
+class TraceRow(Sent, Seconds):
     """What is measured at one step, or round; None where it has no meaning.
 
     Args:
@@ -53,9 +61,6 @@ class TraceRow(Sent):
     accuracy: float | None
     loss: float | None
     alarms: str
-    craft_seconds: float
-    update_seconds: float
-    seconds: float
 
 
 COLUMNS = (
@@ -65,9 +70,7 @@ COLUMNS = (
     "loss",
     *Sent.__annotations__,
     "alarms",
-    "craft_seconds",
-    "update_seconds",
-    "seconds",
+    *Seconds.__annotations__,
 )
 """The columns of a row, in the order of the store."""
 

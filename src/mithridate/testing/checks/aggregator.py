@@ -14,7 +14,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import entries
 from mithridate.maths.rows import lengths
 from mithridate.testing.checks.evidence import Evidence
-from mithridate.testing.checks.subject import Check, entry_of, fields_in, named_choices, variants
+from mithridate.testing.checks.subject import Check, entry_of, fields_in, fresh, named_choices, variants
 from mithridate.testing.checks.witness import Witness, bits, through_file, unsaveable
 
 ROWS, WIDTH = 24, 7
@@ -113,11 +113,11 @@ def _run_and_resume(rule: Aggregator, evidence: Evidence) -> None:
     if any(bits(note) != bits(saved[key]) for key, note in context.memory.items()):
         evidence.add("notes", rule, "hands out its notes: what is done to its result is done to them")
         return
-    fresh = dataclasses.replace(rule)  # type: ignore[type-var]  # settings are dataclasses
-    if bits(fresh.aggregate(rows, again(before, weights=weights))) != first:
+    other = fresh(rule)
+    if bits(other.aggregate(rows, again(before, weights=weights))) != first:
         evidence.add("repeats", rule, "gives other bits the second time")
     second = rule.aggregate(later, again(after, memory=context.memory))
-    if bits(fresh.aggregate(later, again(after, memory=saved))) != bits(second):
+    if bits(other.aggregate(later, again(after, memory=saved))) != bits(second):
         evidence.add("resumes", rule, "goes on otherwise once its notes were saved")
 
 

@@ -76,7 +76,8 @@ def check_described(cls: type) -> None:
     """It has a first line, a source, and a word on every field: its own, or one of a class that it derives from."""
     entry = entry_of(cls)
     line = entry.summary
-    assert line.endswith((".", ":")) and " " in line, f"{cls.__name__} has no one-line description, but {line!r}"  # noqa: PT018
+    described = line.endswith((".", ":")) and " " in line
+    assert described, f"{cls.__name__} has no one-line description, but {line!r}"
     assert entry.source, f"{cls.__name__} names no source"
     missing = sorted(entry.fields.keys() - described_fields(cls).keys())
     assert not missing, f"{cls.__name__} does not describe {missing}"

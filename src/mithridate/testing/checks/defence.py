@@ -74,7 +74,7 @@ def _settings(cls: Any) -> list[Defence]:  # noqa: ANN401  (the class of a defen
     if "detector" in fields:
         tables += [{**cls.active, "detector": {"name": name}} for name in entries("detector")]
     if "parts" in fields:
-        parts = {name: {"name": name, **entry.cls.active} for name, entry in entries("defence").items()}  # type: ignore[attr-defined]  # Defences
+        parts = {name: {"name": name, **entry.cls.active} for name, entry in entries("defence").items()}
         del parts["chain"]
         tables += [{"parts": [parts["clip"], part]} for part in parts.values()]
         tables += [{"parts": [parts[name] for name in ("fat", "filter", "skip", "gate", "bound_update", "ema")]}]

@@ -1,13 +1,12 @@
 """What every monitor must pass."""
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 from mithridate.core.watch import Monitor, Reading
 from mithridate.testing.checks.evidence import Evidence
-from mithridate.testing.checks.subject import Check, entry_of, named_choices, variants
+from mithridate.testing.checks.subject import Check, entry_of, fresh, named_choices, variants
 from mithridate.testing.checks.witness import Witness
 
 START = Reading(0, 0.95, 0.2, None)
@@ -54,9 +53,9 @@ def _ask(monitor: Monitor, readings: Sequence[Reading], evidence: Evidence) -> s
 def _watch(monitor: Monitor, evidence: Evidence) -> None:
     """The same readings give the same answer, whatever else was read and whoever reads them."""
     orders = (QUIET, HARMED, NOTHING_LEARNED)
-    fresh: Monitor = dataclasses.replace(monitor)  # type: ignore[type-var]  # settings are dataclasses
+    other = fresh(monitor)
     first = [_ask(monitor, readings, evidence) for readings in orders]
-    second = [_ask(fresh, readings, evidence) for readings in reversed(orders)]
+    second = [_ask(other, readings, evidence) for readings in reversed(orders)]
     again = [_ask(monitor, readings, evidence) for readings in orders]
     if not first == again == second[::-1]:
         evidence.add("repeats", monitor, "says something else of the same readings")

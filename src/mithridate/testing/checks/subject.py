@@ -57,9 +57,11 @@ def made(cls: type, values: Mapping[str, Any]) -> Any:  # noqa: ANN401  (a compo
     return make(cls, values, where=entry_of(cls).name)
 
 
-def fresh(component: T) -> T:
-    """Another object with the same settings."""
-    return dataclasses.replace(component)  # type: ignore[type-var]  # settings are dataclasses
+def fresh(component: T, **changes: object) -> T:
+    """Another object with the same settings, but for the changes."""
+    settings: Any = component  # every component is a dataclass
+    other: T = dataclasses.replace(settings, **changes)
+    return other
 
 
 def fields_in(cls: type, wanted: Mapping[str, Any]) -> dict[str, Any]:

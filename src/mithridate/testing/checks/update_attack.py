@@ -1,6 +1,5 @@
 """What every attack on federated rounds must pass."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -186,7 +185,7 @@ def _try_float64(attack: UpdateAttack, evidence: Evidence) -> None:
 def _try_radius(attack: UpdateAttack, evidence: Evidence) -> None:
     """With a radius nothing longer is sent, in either norm."""
     norm: Norm = getattr(attack, "norm", "l2")
-    bounded = dataclasses.replace(attack, radius=RADIUS)  # type: ignore[type-var]  # settings are dataclasses
+    bounded = fresh(attack, radius=RADIUS)
     for number in (0, 2):
         free, short = (float(sample_norms(_Play(a, None).sends(number), norm).max()) for a in (attack, bounded))
         if free <= RADIUS:

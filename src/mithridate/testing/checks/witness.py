@@ -171,7 +171,7 @@ def state_outside_notes(component: object) -> Iterator[tuple[str, object]]:
 _NO_STATE = (ModuleType, property, classmethod, staticmethod)
 
 
-def _pickled(value: Any) -> object:  # noqa: ANN401  (whatever somebody keeps)
+def _pickled(value: object) -> object:
     try:
         return pickle.dumps(value)
     except Exception:  # not everything can be pickled; then who it is must do
