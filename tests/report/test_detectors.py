@@ -2,6 +2,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import pytest
+
 from mithridate.bench.store import Run
 from mithridate.report.detectors import detectors, looking_back, reference, representatives
 from mithridate.report.rows import rows
@@ -47,3 +49,14 @@ def test_a_given_checkpoint_has_no_epochs(make_run: Make, with_scores: WithScore
     run = with_scores(make_run(), {"d": {1: {"clean": [0.0]}}}, [{"name": "discrepancy", "label": "d", "epoch": 4}])
     run = replace(run, config={**run.config, "burn_in": {"epochs": 40, "checkpoint": "model.pt"}})
     assert [info.interval for info in detectors(rows([run]))] == [None]
+
+
+@pytest.mark.parametrize(("burn_in", "epoch"), [({"epochs": 40}, 20), ({}, None), ({"epochs": "many"}, None)])
+def test_half_of_a_burn_in_of_unknown_length_is_no_epoch(
+    make_run: Make, with_scores: WithScores, burn_in: dict[str, Any], epoch: int | None
+) -> None:
+    run = with_scores(
+        make_run(), {"d": {1: {"clean": [0.0]}}}, [{"name": "discrepancy", "label": "d", "epoch": "half"}]
+    )
+    run = replace(run, config={**run.config, "burn_in": burn_in})
+    assert [info.epoch for info in detectors(rows([run]))] == [epoch]

@@ -61,6 +61,13 @@ def test_a_shown_attack_is_preferred_to_a_larger_chance(make_row: MakeRow) -> No
     assert details[0] == "The attack is steady."
 
 
+def test_a_phase_of_unknown_cost_is_not_called_quiet(make_row: MakeRow) -> None:
+    assert "a quiet phase of" in headline([make_row(0.2, 0.2, accuracies=QUIET)])[0]
+    (sentence, _) = headline([make_row(0.2, 0.2, accuracies=QUIET, summary={"accuracy_start": None})])
+    assert "quiet" not in sentence
+    assert "that had a cost that was not measured" in sentence
+
+
 def test_unequal_budgets_are_not_the_same_kind(make_row: MakeRow) -> None:
     alone = make_row(0.01, 0.01, attack="vanilla", accuracies=(0.98,), eps=0.1)
     assert "; a batch alone (vanilla) cost 1.0 points" in headline([alone, make_row(0.2, 0.2)])[0]

@@ -144,6 +144,12 @@ def test_the_second_call_trains_nothing(stream: Stream, tmp_path: Path) -> None:
     assert differing(a.final, b.final) == []
 
 
+def test_a_cache_is_not_asked_without_what_the_model_was_built_from(stream: Stream, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`model_config` does not say it"):
+        burn_in(model_of(stream), stream, HOW, seed=0, cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_model_itself_ends_up_burned_in(stream: Stream, tmp_path: Path, unkilled: BurnInResult) -> None:
     for _ in range(2):  # trained, then fetched
         model = model_of(stream)

@@ -122,6 +122,7 @@ def _epoch(run: Run, table: Mapping[str, Any]) -> int | None:
     epoch = table.get("epoch")
     if epoch is None and table.get("name") == "discrepancy":
         epoch = min(burn_in.get("checkpoints", ()), default=None)
-    if epoch == "half":
-        epoch = burn_in.get("epochs", 0) // 2
+    epochs = burn_in.get("epochs")
+    if epoch == "half" and isinstance(epochs, int):
+        epoch = epochs // 2
     return epoch if isinstance(epoch, int) else None

@@ -14,7 +14,7 @@ def by_bound(rows: Sequence[Row]) -> list[Row]:
 
     def place(row: Row) -> tuple[int, int, float, str]:
         defence = row.defence_settings
-        bound, norm = number(defence.get("clip_norm")), str(defence.get("norm", NORMS[0]))
+        bound, norm = number(defence.get("clip_norm")), str(defence.get("norm"))
         if row.defence_name == "none":
             return 0, 0, 0.0, ""
         if row.defence_name == "clip" and bound is not None and norm in NORMS:

@@ -146,11 +146,12 @@ def _supported(row: Row, rows: Sequence[Row]) -> bool:
 
 def _phase(row: Row) -> str:
     length = counted(span(row.statistic("steps").values), step_noun([row]))
-    lost = row.difference("accuracy_start", "accuracy_before_trigger").mean or 0
+    lost = row.difference("accuracy_start", "accuracy_before_trigger").mean
     alarmed = row.alarmed_early()
-    if lost <= QUIET_POINTS and not alarmed:
+    if lost is not None and lost <= QUIET_POINTS and not alarmed:
         return f"after a quiet phase of {length}"
-    noted = [f"had already cost {points(lost)} points"] if lost > QUIET_POINTS else []
+    noted = ["had a cost that was not measured"] if lost is None else []
+    noted += [f"had already cost {points(lost)} points"] if lost is not None and lost > QUIET_POINTS else []
     noted += [f"raised alarms in {len(alarmed)} of {counted(len(row.runs), 'run')}"] if alarmed else []
     return f"after a phase of {length} that {listed(noted)}"
 

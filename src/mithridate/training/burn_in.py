@@ -183,6 +183,17 @@ def burn_in_key(
 
     The key leaves out settings that nothing uses, which epochs are kept and, where the rate does not depend on it, the
     number of epochs: burn-ins that differ in nothing else share their epochs.
+
+    Args:
+        stream: Gives the burn-in part.
+        fresh: The model before its first step.
+        model: What it was built from; plain values.
+        how: Settings of the training.
+        seed: What it draws from.
+        device: Where it is trained; the kind of device counts.
+
+    Returns:
+        16 hex digits.
     """
     shared = {"checkpoints", "checkpoint", "older", "seed"} | (set() if how.depends_on_length else {"epochs"})
     shared |= (set() if how.lower_after else {"lower_by"}) | (set() if how.clip_norm else {"norm"})  # nothing uses them
@@ -235,7 +246,8 @@ def burn_in(
 
     Raises:
         CheckpointError: `how.checkpoint` or one of `how.older` does not fit.
-        ConfigError: One of `how.older` is the model of `how.checkpoint` itself.
+        ConfigError: One of `how.older` is the model of `how.checkpoint` itself; or there is a cache and no
+            `model_config`.
         WriteError: The cache lacks something, and cannot be written to.
     """
     if how.checkpoint is not None:
@@ -255,7 +267,12 @@ def burn_in(
                 on_epoch(epoch, how.epochs)
         here = [environment(learner.device)]
         return BurnInResult(learner.snapshot(), "", seconds=seconds, curve=measured, environments=here)
-    key = burn_in_key(stream, model, model_config or {}, how, seed=seed, device=learner.device)
+    if model_config is None:
+        raise ConfigError(
+            "burn_in: a cache is asked by what the model was built from, and `model_config` does not say it; give the "
+            "model's settings, or no cache."
+        )
+    key = burn_in_key(stream, model, model_config, how, seed=seed, device=learner.device)
     folder = path_of(cache) / "burn_in" / key
     cached = _Cached(folder)
     if (finished := _finished(learner, how, cached)) is not None:

@@ -58,10 +58,10 @@ def _bound(row: Row) -> str:
     """What a column of the table is called: its bound, or the label of a defence that is no clipping."""
     if row.defence_name == "none":
         return "no clip"
-    bound = number(row.defence_settings.get("clip_norm"))
-    if row.defence_name != "clip" or bound is None:
+    bound, norm = number(row.defence_settings.get("clip_norm")), row.defence_settings.get("norm")
+    if row.defence_name != "clip" or bound is None or norm not in NORMS:
         return row.defence
-    return f"{row.defence_settings.get('norm', NORMS[0])} ≤ {bound:g}"
+    return f"{norm} ≤ {bound:g}"
 
 
 def _method(row: Row) -> str:
