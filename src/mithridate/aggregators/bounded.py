@@ -31,7 +31,11 @@ class Bounded(Aggregator, ABC):
         return allowed if self.hostile is None else min(self.hostile, allowed)
 
     def check(self, n: int) -> None:
-        """Refuse too few rows for the hostile ones to expect."""
+        """Refuse too few rows for the hostile ones to expect.
+
+        Raises:
+            ConfigError: There are fewer than the bound needs.
+        """
         super().check(n)
         f = self.hostile or 0
         fewest = self.times * f + self.besides

@@ -61,7 +61,11 @@ class Bucketing(Front):
         return self.built.most_hostile(self.buckets(n))
 
     def check(self, n: int) -> None:
-        """Refuse too few rows to fill the buckets that the inner rule needs."""
+        """Refuse too few rows to fill the buckets that the inner rule needs.
+
+        Raises:
+            ConfigError: The inner rule has too few.
+        """
         super().check(n)
         m = self.buckets(n)
         try:

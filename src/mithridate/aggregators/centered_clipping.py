@@ -70,7 +70,11 @@ class CenteredClipping(Aggregator):
         return start + self.iterations * self.clip_norm + honest.length
 
     def combine(self, rows: Tensor, context: Context) -> Tensor:
-        """The centre after its steps; it is noted for the next round."""
+        """The centre after its steps; it is noted for the next round.
+
+        Raises:
+            CheckpointError: The noted centre is of a model of another size.
+        """
         kept = context.memory.get(CENTRE)
         if kept is not None and kept.shape != rows.shape[1:]:
             raise CheckpointError(

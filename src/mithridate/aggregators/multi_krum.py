@@ -40,7 +40,11 @@ class MultiKrum(Bounded):
     keep: Annotated[int, Field(ge=1)] | None = None
 
     def check(self, n: int) -> None:
-        """Refuse too few rows for the hostile ones to expect, or for the ones to keep."""
+        """Refuse too few rows for the hostile ones to expect, or for the ones to keep.
+
+        Raises:
+            ConfigError: There are fewer than the bound needs, or than `keep` among those taken for honest.
+        """
         super().check(n)
         most = n - self.most_hostile(n)
         if self.keep is not None and self.keep > most:

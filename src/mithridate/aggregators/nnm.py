@@ -57,7 +57,11 @@ class NearestNeighbourMixing(Front):
         return allowed if self.hostile is None else min(self.hostile, allowed)
 
     def check(self, n: int) -> None:
-        """Refuse too few rows for the hostile ones to expect, here or in the inner rule."""
+        """Refuse too few rows for the hostile ones to expect, here or in the inner rule.
+
+        Raises:
+            ConfigError: There are fewer than either bound needs.
+        """
         super().check(n)
         self.built.check(n)
         f = self.hostile or 0

@@ -46,7 +46,19 @@ def choose_device(name: str) -> torch.device:
 def other_images(
     recipe: Recipe, stream: Stream, device: torch.device, data_root: str | Path | None, cache: str | Path | None
 ) -> list[Batch]:
-    """Batches of the other image set that detectors score, if the recipe names one."""
+    """Batches of the other image set that detectors score, if the recipe names one.
+
+    Args:
+        recipe: Names it, and says for how many steps.
+        stream: Whose shape and size of batches they get.
+        device: Where they go.
+        data_root: A local mirror of the hub's image sets.
+        cache: Directory for decoded images.
+
+    Raises:
+        ConfigError: The recipe names one and has no detector, or it is no other set of images with classes.
+        DataError: The set is not to be had, or has too few images.
+    """
     if recipe.ood is None:
         return []
     if not recipe.detectors:

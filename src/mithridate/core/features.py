@@ -21,6 +21,7 @@ def observe(module: nn.Module, batches: Iterable[AnyBatch]) -> Observed:
 
     Raises:
         ConfigError: The model has no linear layer, or the last one takes something else than one vector a sample.
+        DataError: There is no batch.
     """
     linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
     if not linear:

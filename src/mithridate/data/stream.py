@@ -149,7 +149,16 @@ class Stream:
         return batch
 
     def victim_batches(self, steps: int, *, seed: int, device: torch.device | str = "cpu") -> Iterator[AnyBatch]:
-        """The batches of the accumulative phase in order: `victim_batch` of 0 to steps - 1."""
+        """The batches of the accumulative phase in order: `victim_batch` of 0 to steps - 1.
+
+        Args:
+            steps: How many, >= 0.
+            seed: Draws the order of the stream, and the augmentation if `augment_stream`.
+            device: Where the batches go.
+
+        Raises:
+            DataError: The victim part is too short for them and the trigger batch.
+        """
         self.require(steps)
         return (self.victim_batch(step, seed, device) for step in range(steps))
 

@@ -49,7 +49,11 @@ class LID(Detector):
     stored: Annotated[int, Field(ge=3)] = 10_000
 
     def fit(self, clean: Observed, *, rng: Generator) -> Memory:
-        """The stored features."""
+        """The stored features.
+
+        Raises:
+            DataError: Too few clean samples are classified as labelled.
+        """
         right = right_features(clean, where="lid").features
         kept = torch.randperm(len(right), generator=rng)[: self.stored]
         count = self._count(len(kept))

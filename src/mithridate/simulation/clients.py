@@ -198,7 +198,15 @@ def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
 
 
 def check_model(model: torch.nn.Module, run: FederatedRun) -> None:
-    """Refuse a model whose clients would draw random numbers in train mode."""
+    """Refuse a model whose clients would draw random numbers in train mode.
+
+    Args:
+        model: What they train.
+        run: Says how BatchNorm is shared.
+
+    Raises:
+        ConfigError: It has dropout, and gradients are computed in train mode.
+    """
     dropout = (m for m in model.modules() if isinstance(m, torch.nn.modules.dropout._DropoutNd))
     if run.batch_norm == "averaged" and any(m.p > 0 for m in dropout):
         raise ConfigError(

@@ -58,12 +58,25 @@ class RunSettings(Protocol):
 
 
 def victim_optimiser(model: torch.nn.Module, run: RunSettings) -> SGD:
-    """The victim's optimiser in a run: a fresh SGD."""
+    """The victim's optimiser in a run: a fresh SGD.
+
+    Args:
+        model: Whose parameters it steps.
+        run: Gives lr, momentum and weight_decay.
+    """
     return SGD(model.parameters(), lr=run.lr, momentum=run.momentum, weight_decay=run.weight_decay)
 
 
 def adopt_momentum(optimiser: Optimizer, burned_in: Snapshot) -> None:
-    """Give a fresh optimiser the state that the burn-in ended with; its own settings stay."""
+    """Give a fresh optimiser the state that the burn-in ended with; its own settings stay.
+
+    Args:
+        optimiser: Changed in place; over the same parameters, in the same order.
+        burned_in: The end of the burn-in.
+
+    Raises:
+        ValueError: The burn-in's optimiser had other parameters.
+    """
     state = optimiser.state_dict()
     optimiser.load_state_dict({"state": burned_in.optimiser["state"], "param_groups": state["param_groups"]})
 

@@ -22,6 +22,9 @@ def rehearsal(learner: Learner, batches: Sequence[AnyBatch]) -> Rehearsal:
     Args:
         learner: After its burn-in, with a history that holds the old model; not changed.
         batches: Clean batches that the model has not learned from, in the order of a stream.
+
+    Returns:
+        A function as `core.defence.Rehearsal` says; it raises ConfigError if no batch could be scored.
     """
 
     def rehearse(score: Callable[[AnyBatch, View], Tensor | None]) -> tuple[Tensor, Tensor]:

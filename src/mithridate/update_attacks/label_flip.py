@@ -37,7 +37,11 @@ class LabelFlip(HostileShare):
     scale: Factor = 1.0
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        """Updates that the wrong labels give."""
+        """Updates that the wrong labels give.
+
+        Raises:
+            ConfigError: The shift leaves every label as it is.
+        """
         box = view.model
         with torch.no_grad():
             classes = box.logits(honest.x[0, :1]).shape[1]
