@@ -4,22 +4,21 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
+from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from mithridate.bench.watcher import Watcher
+from mithridate.cli.progress import Bars
+from mithridate.cli.results import report_on
 from mithridate.cli.terminal import err, out, print_mistake, take_any_text
 from mithridate.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from mithridate.bench.recipe import Cell
     from mithridate.core.defence import Calibration
     from mithridate.defences.threshold import Share
 
@@ -239,7 +238,7 @@ def calibrate(
     table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
     for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
         table.add_column(column, justify="right")
-    with _Bars() as bars:
+    with Bars() as bars:
         for checked in calibrate_recipe(
             wanted,
             defence=defence,
@@ -271,7 +270,7 @@ def report(
     ] = None,
 ) -> None:
     """Write tables, figures and one self-contained HTML page from finished runs."""
-    _report(directories, out_dir or directories[0])
+    report_on(directories, out_dir or directories[0])
 
 
 @app.command(name="list")
@@ -337,7 +336,7 @@ def _run(
     recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
         out.print(recipe.title, style="bold", markup=False, highlight=False)
-    with _Bars() as bars:
+    with Bars() as bars:
         grid = run_recipe(
             recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
         )
@@ -348,33 +347,7 @@ def _run(
             markup=False,
             soft_wrap=True,
         )
-    _report(list(grid.directories), out_dir)
-
-
-def _report(directories: Sequence[Path], out_dir: Path) -> None:
-    from mithridate.bench.store import read_runs, unfinished
-
-    try:
-        from mithridate.report import build_report
-    except ValueError as error:
-        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None
-    from mithridate.report.findings import findings
-    from mithridate.report.rows import rows
-    from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
-
-    paths = build_report(directories, out_dir)
-    table = rows(read_runs(directories))
-    out.print(fitted(summary_table(table), out.width))
-    if (measured := measures_table(table)) is not None:
-        out.print(fitted(measured, out.width))
-    for finding in findings(table):
-        out.print(finding.headline, markup=False, style="bold")
-    for line in doubt_lines(table):
-        out.print(line, markup=False, highlight=False)
-    if missing := unfinished(directories):
-        names = ", ".join(path.name for path in missing)
-        out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
-    out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
+    report_on(list(grid.directories), out_dir)
 
 
 def _share(share: "Calibration | Share") -> str:
@@ -403,67 +376,3 @@ def _seeds(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {text[:80]}: give whole numbers with commas, such as 0,1,2.") from None
-
-
-class _Bars(Watcher):
-    """Progress bars for a grid; a line for every finished run, which also serves where there is no terminal."""
-
-    def __init__(self) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=out,
-            transient=True,
-            disable=not sys.stdout.isatty(),
-        )
-        self.runs: TaskID | None = None
-        self.now: TaskID | None = None
-
-    def __enter__(self) -> "_Bars":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def cell(self, cell: "Cell", number: int, of: int) -> None:
-        """A new run begins."""
-        if self.runs is None:
-            self.runs = self.progress.add_task("runs", total=of, note="")
-        self.progress.update(self.runs, completed=number, note=cell.run_id)
-
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
-        """An epoch has ended."""
-        self._show(f"burn-in, seed {seed}", done, epochs, "epochs")
-
-    def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
-        """A step has ended."""
-        self._show("stream", done, steps, f"accuracy {accuracy:.1%}")
-
-    def finished(self, cell: "Cell", summary: Mapping[str, Any], *, skipped: bool) -> None:
-        """A run has ended."""
-        drop = summary["drop"]
-        fell = "halted before the trigger" if drop is None else f"trigger step {-100 * drop:+z.1f} points"
-        note = "  (kept)" if skipped else ""
-        noun = "batches" if cell.recipe.clients is None else "rounds"
-        self.progress.console.print(
-            f"{cell.run_id}: {summary['accuracy_start']:.1%} -> {summary['accuracy_before_trigger']:.1%} after "
-            f"{summary['steps']} {noun}, {fell}, {summary['seconds']:.1f} s{note}",
-            soft_wrap=True,
-            highlight=False,
-        )
-        if self.now is not None:
-            self.progress.remove_task(self.now)
-            self.now = None
-
-    def redone(self, cell: "Cell", reason: str) -> None:
-        """A damaged run is made anew."""
-        self.progress.console.print(f"{cell.run_id} is made anew: {reason}", soft_wrap=True, markup=False)
-
-    def _show(self, what: str, done: int, of: int, note: str) -> None:
-        if self.now is None:
-            self.now = self.progress.add_task(what, total=of, note=note)
-        self.progress.update(self.now, description=what, completed=done, total=of, note=note)

@@ -1,0 +1,42 @@
+"""What is shown once runs have ended: the report, in files and in the terminal."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mithridate.cli.terminal import out
+from mithridate.core.errors import ConfigError
+
+
+def report_on(directories: Sequence[Path], out_dir: Path) -> None:
+    """Write the report of finished runs, and print its tables, findings and gravest doubts.
+
+    Args:
+        directories: Run directories, or directories that hold them.
+        out_dir: Where the report goes.
+
+    Raises:
+        UserError: matplotlib cannot be loaded, a run is damaged or there is none, or the report cannot be written.
+    """
+    from mithridate.bench.store import read_runs, unfinished
+
+    try:
+        from mithridate.report import build_report
+    except ValueError as error:
+        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None
+    from mithridate.report.findings import findings
+    from mithridate.report.rows import rows
+    from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
+
+    paths = build_report(directories, out_dir)
+    table = rows(read_runs(directories))
+    out.print(fitted(summary_table(table), out.width))
+    if (measured := measures_table(table)) is not None:
+        out.print(fitted(measured, out.width))
+    for finding in findings(table):
+        out.print(finding.headline, markup=False, style="bold")
+    for line in doubt_lines(table):
+        out.print(line, markup=False, highlight=False)
+    if missing := unfinished(directories):
+        names = ", ".join(path.name for path in missing)
+        out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
+    out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
