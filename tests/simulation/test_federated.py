@@ -1073,14 +1073,17 @@ def test_settings_out_of_range_are_refused(values: dict[str, Any]) -> None:
 
 
 def test_a_client_of_one_sample_has_no_statistics_to_average(server: NewLearner, stream: Stream) -> None:
-    """Single pixels in the last maps: no variance. The small net has larger ones, and goes through."""
+    """Single pixels in the last maps: no variance, and a verdict. The small net has larger ones, and goes through."""
     run = FederatedRun(rounds=0, batch_norm="averaged", local_batch=1)
     federation = federate(stream, Shards(clients=10), seed=0)
     run_federated(server(run), federation, CleanUpdates(), run)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))
     learner = Learner(model, SGD(model.parameters(), lr=0.1))
-    with pytest.raises(DataError, match="1 samples a client"):
-        run_federated(learner, federation, CleanUpdates(), run)
+    before = copy.deepcopy(model.state_dict())
+    row = run_federated(learner, federation, CleanUpdates(), run).trace[-1]
+    assert (row["admitted"], row["update_norm"], row["batch_loss"]) == (False, 0.0, None)
+    assert "10 clients of 1 samples each are too few for BatchNorm" in row["verdict"]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 class Own(nn.Module):

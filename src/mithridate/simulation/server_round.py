@@ -86,12 +86,21 @@ class ServerRound:
         run: How the server learns.
         clients: Ids, in the order in which their rows will come.
         rule_notes: The robust rule's notes between rounds; written to.
+        left_out: Further clients of the round, whose batch the model cannot take: they count as refused.
         keep: Whether all rows stay in memory.
         attacked: Whether some of the clients are hostile.
     """
 
     def __init__(
-        self, learner: Learner, run: FederatedRun, clients: Tensor, rule_notes: Memory, *, keep: bool, attacked: bool
+        self,
+        learner: Learner,
+        run: FederatedRun,
+        clients: Tensor,
+        rule_notes: Memory,
+        *,
+        left_out: int,
+        keep: bool,
+        attacked: bool,
     ) -> None:
         self.learner, self.run, self.clients, self.rule_notes = learner, run, clients, rule_notes
         trained = {name: p for name, p in learner.model.named_parameters() if p.requires_grad}
@@ -106,7 +115,7 @@ class ServerRound:
         self.unbounded_total = torch.zeros_like(self.total) if attacked and run.bound == "before" else self.total
         self.rows = torch.empty(len(clients), self.width, dtype=first.dtype, device=first.device) if keep else None
         self.accepted = torch.zeros(0, dtype=torch.bool, device=first.device)
-        self.filled, self.refused, self.length = 0, 0, 0.0
+        self.filled, self.refused, self.length = 0, left_out, 0.0
         self.notes = SampleNotes(learner, run)
         # Whether lengths and sums will do, so that no row need be formed.
         self.summable = (

@@ -45,11 +45,12 @@ class TraceRow(Sent, Seconds):
         poison_linf: Largest change of an input value in the batch.
         poison_l2: Mean l2 length of the changed samples' perturbations.
         poisoned: Share of the batch's samples that were changed, or of a round's clients that are hostile.
-        quarantined: Samples with NaN or infinity, or updates that were not finite, kept from the model.
+        quarantined: Samples with NaN or infinity, or updates that were not finite and clients whose samples the model
+            cannot take, kept from the model.
         flagged_clean: Share of the unchanged samples that the defence corrected, dropped or gave less weight.
         flagged_poisoned: Share of the changed samples that the defence corrected, dropped or gave less weight.
-        admitted: False: the defence rolled the step back.
-        verdict: The defence's reason, empty if none.
+        admitted: False: the step was rolled back, or not made.
+        verdict: Why, and which clients a round left out; empty if there is nothing to say.
         alarms: Monitors' alarms joined by "; ", empty if none.
         craft_seconds: The attack's time.
         update_seconds: The learner's and the defence's time.

@@ -33,9 +33,13 @@ def kind(batch: AnyBatch) -> str:
     return f"{{{listed}}}" if isinstance(batch.x, Mapping) else f"[{listed}]"
 
 
-def too_few(batch: AnyBatch) -> str:
-    """Why BatchNorm cannot train on a batch, for a verdict."""
-    return f"{batch.size} samples are too few for BatchNorm to train on: a channel has a single value, and no variance"
+def too_few(what: str) -> str:
+    """Why BatchNorm cannot train on so few samples, for a verdict.
+
+    Args:
+        what: The samples, such as `1 samples`.
+    """
+    return f"{what} are too few for BatchNorm to train on: a channel has a single value, and no variance"
 
 
 def check_parts(model: object, optimiser: object, criterion: object, defence: object) -> None:

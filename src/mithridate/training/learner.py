@@ -151,7 +151,7 @@ class Learner(DefendedStep):
                 except ValueError as error:
                     if TOO_FEW not in str(error):
                         raise
-                    verdict = self.refuse(too_few(received.batch))
+                    verdict = self.refuse(too_few(f"{received.batch.size} samples"))
                 else:
                     lengths = self.bound(loss)
                     verdict, moved = self.advance(lengths[1])

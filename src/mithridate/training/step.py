@@ -180,7 +180,7 @@ class DefendedStep:
             DataError: It is no batch, or model or criterion cannot take inputs or targets of this kind.
         """
         check_batch(batch, where="batch that was received")
-        good = self._good(batch)
+        good = self.usable(batch)
         quarantined = batch.size - int(good.sum())
         if quarantined:
             batch = batch.take(good)
@@ -198,14 +198,21 @@ class DefendedStep:
         except ValueError as error:
             if TOO_FEW not in str(error):
                 raise
-            return Received(batch.take(slice(0)), None, flagged, quarantined, too_few(batch))
+            return Received(batch.take(slice(0)), None, flagged, quarantined, too_few(f"{batch.size} samples"))
         if screened.flagged is not None:
             flagged = ~good
             flagged[good] = screened.flagged.cpu()
         return Received(screened.batch, screened.weights, flagged, quarantined)
 
-    def _good(self, batch: AnyBatch) -> Tensor:
-        """(n,) bool, on the CPU: samples that are finite, inside the domain, and of a class that the model knows."""
+    def usable(self, batch: AnyBatch) -> Tensor:
+        """(n,) bool, on the CPU: samples that are finite, inside the domain, and of a class that the model knows.
+
+        Args:
+            batch: A batch (see `check_batch`).
+
+        Raises:
+            DataError: The model cannot take inputs of this kind.
+        """
         good = batch.finite()
         if self.domain is not None and isinstance(batch.x, Tensor):
             good &= self.domain.inside(batch.x).cpu()

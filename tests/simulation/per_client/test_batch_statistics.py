@@ -76,5 +76,5 @@ def test_a_single_value_has_no_variance() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
     with watched(model) as seen:
         model(torch.ones(1, 2))
-    with pytest.raises(DataError, match="single value a channel"):
+    with pytest.raises(DataError, match="more than 1 value per channel"):
         recorded(model, seen)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.core.errors import DataError
+from mithridate.training.door import TOO_FEW
 
 
 @dataclass
@@ -98,7 +99,7 @@ def recorded(model: nn.Module, by_layer: LayerMoments) -> dict[str, Tensor]:
     for name, moments in by_layer.items():
         if moments.count < 2:
             raise DataError(
-                f"BatchNorm ({name}) has a single value a channel to take its variance from; use more clients or "
+                f"BatchNorm ({name}) needs {TOO_FEW} to take its variance from; use more clients or "
                 'samples, or batch_norm = "frozen" in [federated].'
             )
         prefix = f"{name}." if name else ""
