@@ -248,6 +248,14 @@ def test_a_batch_is_what_a_model_may_see(digits: Stream) -> None:
     assert part.x[index].any()
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.uint16])
+def test_class_numbers_of_any_whole_type_stay_what_they_are(digits: Stream, dtype: type) -> None:
+    part = digits.victim
+    y = Part("bytes", part.x, part.y.astype(dtype)).all().y
+    assert y.dtype == torch.int64
+    assert y.tolist() == part.y.tolist()
+
+
 def test_batches_give_every_image_once(digits: Stream) -> None:
     part = digits.trusted
     plain = list(part.batches(40))

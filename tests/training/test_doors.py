@@ -131,6 +131,49 @@ def test_labels_left_out_of_the_loss_and_targets_that_are_no_classes_are_none_of
     assert numbers.update(Batch(batch_of().x, torch.arange(8) * 7)).quarantined == 0
 
 
+WHOLE = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+@pytest.mark.parametrize("name", DEFENCES)
+def test_class_numbers_of_any_whole_type_are_those_of_int64(name: str, dtype: torch.dtype) -> None:
+    learner, twin = (learner_of(DEFENCES[name](), domain=PIXELS) for _ in range(2))
+    for seed in (1, 2, 3):
+        batch = spoiled("label too high") if seed == 3 else batch_of(seed)
+        done, expected = learner.update(Batch(batch.x, batch.y.to(dtype))), twin.update(batch)
+        assert done.quarantined == expected.quarantined == (seed == 3)
+        assert done.batch_loss == expected.batch_loss
+    assert differing(state(learner), state(twin)) == []
+    test = batch_of(9, n=40)
+    score = learner.evaluate([Batch(test.x, test.y.to(dtype))])
+    assert score == twin.evaluate([test])
+    assert 0 <= score.accuracy <= 1
+
+
+@pytest.mark.parametrize("dtype", WHOLE, ids=str)
+def test_class_numbers_of_any_whole_type_are_trusted_and_attacked(dtype: torch.dtype) -> None:
+    trusted, batch = batch_of(50, n=30), batch_of(1)
+    model = model_of()
+    learner = Learner(model, SGD(model.parameters(), lr=0.1), trusted=Batch(trusted.x, trusted.y.to(dtype)))
+    assert learner.trusted is not None
+    assert learner.trusted.y.dtype == torch.int64
+    sent = [
+        PGD(eps=0.1, steps=1).poison(
+            Batch(batch.x, y),
+            View(available={Need.MODEL: learner.white_box}),
+            rng=torch.Generator().manual_seed(0),
+        )
+        for y in (batch.y, batch.y.to(dtype))
+    ]
+    assert torch.equal(sent[0].x, sent[1].x)
+    assert sent[1].y.dtype == dtype
+
+
+def test_targets_that_are_no_whole_numbers_stay_what_they_are() -> None:
+    for y in (torch.rand(4), torch.rand(4, 2).double(), torch.rand(4) > 0.5):
+        assert Batch(torch.rand(4, 2), y).with_class_numbers().y is y
+
+
 def test_labels_of_positions_are_looked_at_too() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -327,7 +370,6 @@ def plain(**options: Any) -> Learner:
 NUMBERS = Batch(batch_of().x, torch.linspace(0, 1, 8))
 
 CASES: dict[str, tuple[Callable[[], Learner], AnyBatch, str]] = {
-    "int32 labels": (plain, Batch(batch_of().x, batch_of().y.int()), r"targets torch\.int32"),
     "labels as floats": (plain, Batch(batch_of().x, batch_of().y.float()), r"targets torch\.float32 \(8,\)"),
     "yes or no": (plain, Batch(batch_of().x, batch_of().y > 0), r"targets torch\.bool"),
     "a column of labels": (plain, Batch(batch_of().x, batch_of().y[:, None]), r"\(8, 1\)"),
@@ -417,10 +459,10 @@ def test_trusted_samples_are_looked_at_when_the_learner_is_made(trusted: Any, me
     ("y", "message"),
     [
         (torch.full((8,), CLASSES), r"labels span \[3, 3\], but the model has 3 outputs"),
-        (torch.zeros(8, dtype=torch.int32), r"targets torch\.int32"),
+        (torch.full((8,), CLASSES, dtype=torch.uint8), r"labels span \[3, 3\], but the model has 3 outputs"),
         (torch.zeros(8), r"targets torch\.float32"),
     ],
-    ids=["out of range", "int32", "floats"],
+    ids=["out of range", "out of range, uint8", "floats"],
 )
 def test_attacks_tell_targets_that_fit_nothing(attack: Any, y: Tensor, message: str) -> None:
     view = View(available={Need.MODEL: learner_of().white_box, Need.VALIDATION: batch_of(5), Need.TRIGGER: batch_of(6)})
@@ -433,7 +475,7 @@ def test_attacks_tell_targets_that_fit_nothing(attack: Any, y: Tensor, message: 
     [
         (AT, Batch(torch.ones(8, WIDTH, dtype=torch.int64), batch_of().y), "needs one tensor of floats"),
         (lambda: chain(Clip(), AT()), Batch([batch_of().x], batch_of().y), "needs one tensor of floats"),
-        (Fat, Batch(batch_of().x, batch_of().y.int()), "needs class numbers"),
+        (Fat, Batch(batch_of().x, batch_of().y.float()), "needs class numbers"),
     ],
     ids=["whole numbers", "a sequence", "targets of another type"],
 )

@@ -350,13 +350,12 @@ def with_label(value: int) -> Batch:
     ("bad", "message"),
     [
         (Batch(batch_of().x, batch_of().y[:-1]), "12 in 'inputs' and 11 targets"),
-        (Batch(batch_of().x, batch_of().y.int()), r"targets torch\.int32 \(12,\)"),
         (Batch(batch_of().x, batch_of().y.float()), r"targets torch\.float32 \(12,\)"),
         (Batch(batch_of().x, batch_of().y[:, None]), r"targets torch\.int64 \(12, 1\)"),
         (Batch(batch_of().x[:, 0], batch_of().y), r"cannot take inputs of float32 \(n, 8, 8\)"),
         ((batch_of().x, batch_of().y), "is a tuple"),
     ],
-    ids=["lengths", "int32", "floats", "a column", "no channel", "a pair"],
+    ids=["lengths", "floats", "a column", "no channel", "a pair"],
 )
 def test_a_bad_batch_is_refused_and_changes_nothing(bad: Batch, message: str) -> None:
     learner = learner_of()

@@ -109,7 +109,8 @@ class Attack(Component, ABC):
         mask = self.positions(batch.size, view, rng).to(batch.x.device)
         if not bool(mask.any()):
             return batch
-        x = craft(batch.clone(), view, mask.clone(), rng).detach()  # on copies: it cannot change what is checked below
+        copy = batch.clone().with_class_numbers()  # it cannot change what is checked below
+        x = craft(copy, view, mask.clone(), rng).detach()
         if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
             raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)

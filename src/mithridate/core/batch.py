@@ -45,6 +45,12 @@ class Batch(NamedTuple, Generic[X_co]):
 
         return self.each(moved)
 
+    def with_class_numbers(self) -> "Batch[X_co]":
+        """The same batch, whose targets are int64 where they are whole numbers of any type, as losses take classes."""
+        kind = self.y.dtype
+        other = kind.is_floating_point or kind.is_complex or kind in {torch.bool, torch.int64}
+        return self if other else Batch(self.x, self.y.long())
+
     def take(self, which: Tensor | slice) -> "Batch[X_co]":
         """Some of the samples, by position, slice or (n,) bool."""
 

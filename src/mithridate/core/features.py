@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mithridate.core.batch import AnyBatch
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import answer, frozen_statistics
 from mithridate.core.watch import Observed
@@ -36,7 +36,7 @@ def observe(module: nn.Module, batches: Iterable[AnyBatch]) -> Observed:
         with frozen_statistics(module, "eval"):
             for x, y in batches:
                 logits.append(answer(module, x))
-                labels.append(y)
+                labels.append(Batch(x, y).with_class_numbers().y)
     finally:
         handle.remove()
     if not logits:

@@ -25,7 +25,7 @@ class Part:
         name: Which part.
         x: Inputs: an array, or a mapping of arrays. Bytes are pixels, and batches of them are float32 in [0, 1]; all
             other arrays keep their dtype in batches.
-        y: Targets.
+        y: Targets; whole numbers of any type are int64 in batches.
 
     Shape:
         x (n, channels, height, width), (n, ...), or a mapping of arrays of n rows each; y (n, ...).
@@ -67,8 +67,8 @@ class Part:
                 return torch.from_numpy(chosen.astype(np.float32) / np.float32(255))
             return torch.from_numpy(chosen.copy())
 
-        batch: AnyBatch = Batch(each_array(self.x, tensor), tensor(self.y))
-        return batch.to(device)
+        batch: AnyBatch = Batch(each_array(self.x, tensor), torch.from_numpy(self.y[index].copy()))
+        return batch.with_class_numbers().to(device)
 
     def all(self, device: torch.device | str = "cpu") -> AnyBatch:
         """Every sample, in the order of the part."""

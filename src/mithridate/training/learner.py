@@ -199,7 +199,7 @@ class Learner(DefendedStep):
         with frozen_statistics(self.model, "eval"):
             for batch in batches:
                 check_batch(batch, where="batch to evaluate")
-                x, y = on_device = batch.to(self.device)
+                x, y = on_device = batch.with_class_numbers().to(self.device)
                 with self._explained(on_device):
                     logits = answer(self.model, x) if served is None else served.logits(self.model, x)
                 counted = int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)

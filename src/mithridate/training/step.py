@@ -104,6 +104,7 @@ class DefendedStep:
         check_trainable(model, optimiser)
         if trusted is not None:
             check_batch(trusted, where="trusted samples")
+            trusted = trusted.with_class_numbers()
             if not bool(trusted.finite().all()):
                 raise DataError("trusted samples hold NaN or infinity; give clean ones.")
         self.model = model
@@ -173,13 +174,14 @@ class DefendedStep:
         """Quarantine the samples that nobody should see, and let the defence screen the rest.
 
         Args:
-            batch: The samples as received.
+            batch: The samples as received; targets that are whole numbers of any type become int64.
 
         Raises:
             ConfigError: The defence cannot work on inputs or targets of this kind.
             DataError: It is no batch, or model or criterion cannot take inputs or targets of this kind.
         """
         check_batch(batch, where="batch that was received")
+        batch = batch.with_class_numbers()
         good = self.usable(batch)
         quarantined = batch.size - int(good.sum())
         if quarantined:
