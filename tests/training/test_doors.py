@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -172,6 +173,44 @@ def test_class_numbers_of_any_whole_type_are_trusted_and_attacked(dtype: torch.d
 def test_targets_that_are_no_whole_numbers_stay_what_they_are() -> None:
     for y in (torch.rand(4), torch.rand(4, 2).double(), torch.rand(4) > 0.5):
         assert Batch(torch.rand(4, 2), y).with_class_numbers().y is y
+
+
+def soft(value: float | None = None, *, n: int = 8) -> Batch:
+    """Targets that are probabilities; a number in the third of them, if one is given."""
+    y = torch.rand(n, CLASSES, generator=torch.Generator().manual_seed(4)).softmax(1)
+    if value is not None:
+        y[2, 1] = value
+    return Batch(batch_of(3, n=n).x, y)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        F.cross_entropy,
+        nn.CrossEntropyLoss(),
+        partial(F.cross_entropy, label_smoothing=0.1),
+        F.binary_cross_entropy_with_logits,
+        nn.BCEWithLogitsLoss(),
+    ],
+    ids=["function", "module", "partial", "many labels", "many labels, module"],
+)
+@pytest.mark.parametrize("value", [-0.5, 1.5, -1e30, math.nan])
+def test_targets_that_are_no_probabilities_are_quarantined(criterion: Any, value: float) -> None:
+    learner, twin = (plain(criterion=criterion) for _ in range(2))
+    done, expected = learner.update(soft(value)), twin.update(soft().take(torch.arange(8) != 2))
+    assert (done.quarantined, done.learned) == (1, 7)
+    assert done.batch_loss == expected.batch_loss
+    assert differing(state(learner), state(twin)) == []
+    if not math.isnan(value):
+        with pytest.raises(DataError, match=r"1 of 8 targets hold numbers outside \[0, 1\]"):
+            learner.evaluate([soft(value)])
+
+
+def test_probabilities_and_numbers_to_regress_on_are_learned_from() -> None:
+    ends = soft()
+    ends.y[0], ends.y[1] = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])
+    assert plain().update(ends).quarantined == 0
+    assert plain(criterion=F.mse_loss).update(soft(-7.0)).quarantined == 0
 
 
 def test_labels_of_positions_are_looked_at_too() -> None:

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from mithridate.core.batch import Inputs, each_tensor
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.seeding import no_draws
+from mithridate.core.soft_targets import improbable
 from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, refuse_once_differentiable
 
 BatchNormMode = Literal["eval", "train"]
@@ -111,6 +112,7 @@ def loss_of(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) -> T
         ConfigError: The criterion gives no scalar.
     """
     check_labels(logits, y, where=where)
+    _check_probabilities(criterion, y, where=where)
     return _compared(criterion, logits, y, where=where)
 
 
@@ -192,6 +194,15 @@ def check_labels(logits: Tensor, y: Tensor, *, where: str) -> None:
         )
 
 
+def _check_probabilities(criterion: Criterion, y: Tensor, *, where: str) -> None:
+    bad = improbable(criterion, y)
+    if bad is not None and bool(bad.any()):
+        raise DataError(
+            f"{where}: {int(bad.sum())} of {len(y)} targets hold numbers outside [0, 1], and the criterion reads them "
+            "as probabilities; give such, or a criterion that takes any number (F.mse_loss)."
+        )
+
+
 def right_answers(logits: Tensor, y: Tensor) -> Tensor | None:
     """Which targets are hit; None where that has no meaning, as in regression.
 
@@ -261,6 +272,7 @@ class WhiteBox:
                 logits = answer(self.module, x, parameters)
             if not looked_at or looked_at[0] is not y:  # once: an ascent asks again and again
                 check_labels(logits, y, where="targets that a gradient was asked of")
+                _check_probabilities(self.criterion, y, where="targets that a gradient was asked of")
                 looked_at[:] = [y]
             inputs[:] = [x]
             return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")

@@ -45,8 +45,8 @@ class Update:
         learned: Samples (or clients) that the gradient was computed on.
         verdict: Whether the step was kept, and why not.
         seconds: Wall-clock time, the defence's included.
-        quarantined: Samples with NaN or infinity, outside the domain, or of a class that the model has not, which were
-            taken out before anything looked at them.
+        quarantined: Samples with NaN or infinity, outside the domain, of a class that the model has not, or with
+            targets that should be probabilities and are none, which were taken out before anything looked at them.
         flagged: (n,) bool over the batch as received, the samples that the defence corrected, dropped or gave less
             weight, quarantined ones included; None if the defence treats all samples alike.
     """
@@ -125,7 +125,8 @@ class Learner(DefendedStep):
     def update(self, batch: AnyBatch) -> Update:
         """Learn from one batch: a defended step.
 
-        Samples with NaN or infinity, outside the domain, or with a class number that the model has no output for never
+        Samples with NaN or infinity, outside the domain, with a class number that the model has no output for, or with
+        targets outside [0, 1] where the criterion (cross-entropy of torch) reads probabilities, never
         reach the defence or the model: they are taken out and counted. A gradient or step that is not finite is
         refused, whatever the defence, and so is a batch that BatchNorm cannot train on. If anything raises, the learner
         is as it was before the call.

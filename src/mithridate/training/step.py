@@ -24,6 +24,7 @@ from mithridate.core.model import (
     unknown_labels,
 )
 from mithridate.core.seeding import derived_seed, seeded_default
+from mithridate.core.soft_targets import improbable
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.training.door import TOO_FEW, check_parts, check_trainable, kind, kinds, too_few
@@ -39,8 +40,8 @@ class Received(NamedTuple):
         weights: What each sample counts in the loss, one a sample, >= 0; None: all count 1.
         flagged: (n,) bool over the batch as received: the samples that the defence corrected, dropped or gives less
             weight, quarantined ones included; None if all are treated alike.
-        quarantined: How many samples were shown to nobody: those with NaN or infinity, outside the domain, or with a
-            class number that the model has no output for.
+        quarantined: How many samples were shown to nobody: those with NaN or infinity, outside the domain, with a class
+            number that the model has no output for, or with targets that should be probabilities and are none.
         fault: Why the defence could not screen what was left; empty if it could.
     """
 
@@ -56,7 +57,10 @@ class Received(NamedTuple):
         if self.fault or self.batch.size:
             return self.fault
         if self.flagged is not None and self.quarantined == len(self.flagged):
-            return "every sample is quarantined: not finite, outside the domain, or of a class that the model has not"
+            return (
+                "every sample is quarantined: not finite, outside the domain, of a class that the model has not, or "
+                "with targets that are no probabilities"
+            )
         return "the defence left no sample of the batch"
 
 
@@ -209,6 +213,8 @@ class DefendedStep:
     def usable(self, batch: AnyBatch) -> Tensor:
         """(n,) bool, on the CPU: samples that are finite, inside the domain, and of a class that the model knows.
 
+        Targets that the criterion reads as probabilities must be such, in [0, 1].
+
         Args:
             batch: A batch (see `check_batch`).
 
@@ -219,6 +225,8 @@ class DefendedStep:
         if self.domain is not None and isinstance(batch.x, Tensor):
             good &= self.domain.inside(batch.x).cpu()
         y = batch.y
+        if (bad := improbable(self.criterion, y)) is not None:
+            good &= ~bad.cpu()
         if y.dtype != torch.int64 or y.ndim > 2 or not bool(good.any()):
             return good
         if bool(unknown_labels(self._classes, y).any()):  # or it has not answered yet: see what it says
