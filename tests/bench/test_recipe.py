@@ -357,3 +357,36 @@ def test_every_component_can_be_asked_for_by_name(kind: Kind) -> None:
         tables: dict[str, Any] = {"attack": {"name": "clean"}, kind: {"name": name}, "burn_in": {"checkpoints": [20]}}
         (cell,) = make_recipe(tables).cells()
         assert configs(recipe_of(tomli_w.dumps(cell.config()))) == [cell.config()]
+
+
+@pytest.mark.parametrize("table", ["burn_in", "run", "federated"])
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("momentum", 1, "less than 1"),
+        ("momentum", 1.5, "less than 1"),
+        ("momentum", -0.1, "greater than or equal to 0"),
+        ("lr", 1e6, "less than 1000000"),
+        ("lr", 3e30, "less than 1000000"),
+        ("lr", "inf", "valid number|finite"),
+        ("lr", 0, "greater than 0"),
+        ("lr", -0.1, "greater than 0"),
+    ],
+)
+def test_rates_that_no_sgd_should_be_given_are_refused(table: str, key: str, value: Any, bound: str) -> None:
+    attack = {"attack": {"name": "clean"}}
+    with pytest.raises(ConfigError, match=rf"\[{table}\]: {key} = .*: .*({bound})"):
+        make_recipe(
+            {**attack, "federated": {}, table: {key: value}}
+            if table == "federated"
+            else {**attack, table: {key: value}}
+        )
+    make_recipe({**attack, table: {"momentum": 0.999, "lr": 999_999}})
+
+
+def test_who_follows_the_victims_steps_has_its_ranges() -> None:
+    for table in ({"name": "gate_aware", "victim_momentum": 1.0}, {"name": "gate_aware", "victim_lr": 1e6}):
+        with pytest.raises(ConfigError, match="less than"):
+            make_recipe({"attack": table})
+    with pytest.raises(ConfigError, match=r"lr = .*less than"):
+        make_recipe({"attack": {"name": "clean"}, "defence": {"name": "dgc", "lr": 1e6}})

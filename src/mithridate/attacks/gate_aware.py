@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Generator, Tensor, nn
 from torch.optim import SGD
 
-from mithridate.attacks.budget import Budgeted, Factor, StepSize
+from mithridate.attacks.budget import Budgeted, Factor
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
@@ -18,6 +18,7 @@ from mithridate.core.model import BatchNormMode, WhiteBox, answer, in_mode
 from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import no_draws
+from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.core.tolerance import Tolerance, quality
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball
@@ -58,8 +59,8 @@ class GateAware(Tolerance, Budgeted):
         reference: Compared with what: the `previous` state, the `best` loss and worst-class accuracy so far, or the
             state at the `start`.
         halvings: Steps of the bisection, >= 0: the share is found to within 2^-halvings; 0: all or nothing.
-        victim_lr: Learning rate that the victim is believed to use, > 0.
-        victim_momentum: Its momentum factor, >= 0; a `weight_momentum` of the inner attack takes its place in the
+        victim_lr: Learning rate that the victim is believed to use, in (0, 1e6).
+        victim_momentum: Its momentum factor, in [0, 1); a `weight_momentum` of the inner attack takes its place in the
             phase.
         victim_weight_decay: Its L2 penalty, >= 0.
         update_mode: BatchNorm in its updates: `train` or `eval`.
@@ -81,8 +82,8 @@ class GateAware(Tolerance, Budgeted):
 
     inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
     halvings: Annotated[int, Field(ge=0)] = 4
-    victim_lr: StepSize = 0.1
-    victim_momentum: Factor = 0.9
+    victim_lr: LearningRate = 0.1
+    victim_momentum: Momentum = 0.9
     victim_weight_decay: Factor = 0.0
     update_mode: BatchNormMode = "train"
     shrink_trigger: bool = False

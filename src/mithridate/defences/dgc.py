@@ -13,6 +13,7 @@ from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
+from mithridate.core.sgd import LearningRate
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.divergence import divergence
@@ -45,7 +46,8 @@ class DGC(LookingBack, Defence):
         norm: In which norm: `l2` or `linf`.
         back: Updates to look back with `old = "back"`, k, >= 0; 0 is the model before the step, as what is compared is
             the model after a row's step.
-        lr: Length of the plain step, > 0; the server's learning rate (1 on Flower, whose clients send whole models).
+        lr: Length of the plain step, in (0, 1e6); the server's learning rate (1 on Flower, whose clients send whole
+            models).
         trusted_size: Use only the first so many trusted samples, >= 1; unset: all.
 
     Raises:
@@ -65,7 +67,7 @@ class DGC(LookingBack, Defence):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
     back: Annotated[int, Field(ge=0)] = 20
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    lr: LearningRate = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
 
     def bound(self, updates: Updates, view: View) -> Updates:

@@ -19,6 +19,7 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.model import Criterion, WhiteBox
 from mithridate.core.registry import build, settings
 from mithridate.core.seeding import generator
+from mithridate.core.sgd import LearningRate
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
@@ -120,7 +121,7 @@ class HostileClients(NamedClients):
             Its own share of hostile clients does not count here. On servers without momentum (FedAvg), give the
             accumulative attack a `momentum` of its own.
         clients: In a round, hostile ones included, >= 1.
-        lr: Step size beta of the federation that the attack's gradients are expressed in, > 0.
+        lr: Step size beta of the federation that the attack's gradients are expressed in, in (0, 1e6).
         trigger_round: Server round of the trigger, from 1, at the latest: an attack may end its phase before
             (`max_rounds`; `direct` has none). After its trigger a client is honest.
         seed: Of all that is drawn.
@@ -135,7 +136,7 @@ class HostileClients(NamedClients):
 
     attack: Annotated[InstanceOf[UpdateAttack], BeforeValidator(_built)]
     clients: Annotated[int, Field(ge=1)]
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    lr: LearningRate = 0.1
     trigger_round: Annotated[int, Field(ge=1)] = 20
     seed: int = 0
 

@@ -14,6 +14,7 @@ from mithridate.core.batch import Batch, each_tensor
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import build, config_of, settings
 from mithridate.core.seeding import derived_seed, generator
+from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
 from mithridate.simulation.run import OnAlarm
@@ -35,8 +36,8 @@ class FederatedRun:
         per_round: Clients sampled in a round, >= 1; unset: all of them.
         local_batch: Samples a client draws from its shard in a round, >= 1; unset: the whole shard, or as many as the
             smallest shard of the round holds.
-        lr: Learning rate of the server's SGD.
-        momentum: Momentum factor of the server's SGD.
+        lr: Learning rate of the server's SGD, in (0, 1e6).
+        momentum: Momentum factor of the server's SGD, in [0, 1).
         weight_decay: L2 penalty of the server's SGD.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
         rule: The server's robust rule, a table as in a recipe: `{name = "krum", hostile = 2}`; completed with the
@@ -63,8 +64,8 @@ class FederatedRun:
     rounds: Annotated[int, Field(ge=0)] = 20
     per_round: Annotated[int, Field(ge=1)] | None = None
     local_batch: Annotated[int, Field(ge=1)] | None = None
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0)] = 0.9
+    lr: LearningRate = 0.1
+    momentum: Momentum = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     restore_momentum: bool = False
     rule: dict[str, Any] | None = None

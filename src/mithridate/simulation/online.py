@@ -15,6 +15,7 @@ from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import settings
+from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.core.view import Need
 from mithridate.core.watch import Monitor
 from mithridate.data.stream import Stream
@@ -33,8 +34,8 @@ class OnlineRun:
 
     Args:
         steps: Batches of the accumulative phase at most; the trigger batch comes on top.
-        lr: Learning rate of the victim's SGD.
-        momentum: Momentum factor of the victim's SGD.
+        lr: Learning rate of the victim's SGD, in (0, 1e6).
+        momentum: Momentum factor of the victim's SGD, in [0, 1).
         weight_decay: L2 penalty of the victim's SGD.
         restore_momentum: Go on with the burn-in's momentum instead of a fresh optimiser.
         update_mode: BatchNorm in the victim's updates: `train` uses and records the batch's statistics, `eval` none.
@@ -53,8 +54,8 @@ class OnlineRun:
     """
 
     steps: Annotated[int, Field(ge=0)] = 20
-    lr: Annotated[float, Field(gt=0)] = 0.1
-    momentum: Annotated[float, Field(ge=0)] = 0.9
+    lr: LearningRate = 0.1
+    momentum: Momentum = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     restore_momentum: bool = False
     update_mode: BatchNormMode = "train"

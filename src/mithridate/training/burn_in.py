@@ -21,6 +21,7 @@ from mithridate.core.files import AbsolutePath, locked, path_of, remove_parts
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
+from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.data.stream import Stream
 from mithridate.defences.clip import Clip
 from mithridate.maths.norms import Norm
@@ -53,13 +54,13 @@ class BurnIn:
     Args:
         epochs: Passes over the burn-in part; 0 leaves the model as initialised.
         batch_size: Images a step.
-        lr: Learning rate of SGD at the first step, > 0.
+        lr: Learning rate of SGD at the first step, in (0, 1e6).
         schedule: How the learning rate falls, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a
             straight line, from `lr` to 0), `steps` (see `lower_after`), or `constant`.
         lower_after: For `steps`: epochs after which the learning rate is multiplied by `lower_by`, each >= 1; those
             after the last epoch lower nothing.
         lower_by: For `steps`: the factor, in (0, 1).
-        momentum: Momentum factor of SGD.
+        momentum: Momentum factor of SGD, in [0, 1).
         weight_decay: L2 penalty of SGD.
         clip_norm: Gradients longer than this are shortened to it, > 0, in the units of the gradient; unset: none is.
         norm: In which norm `clip_norm` measures the whole gradient: `l2` or `linf` (its largest entry).
@@ -82,11 +83,11 @@ class BurnIn:
 
     epochs: Annotated[int, Field(ge=0)] = 40
     batch_size: Annotated[int, Field(ge=1)] = 100
-    lr: Annotated[float, Field(gt=0)] = 0.1
+    lr: LearningRate = 0.1
     schedule: Schedule = "cosine"
     lower_after: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     lower_by: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    momentum: Annotated[float, Field(ge=0)] = 0.9
+    momentum: Momentum = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     norm: Norm = "l2"
