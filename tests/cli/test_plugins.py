@@ -1,9 +1,11 @@
 """Components from elsewhere on the command line: an installed package, `--plugin`, and `package.module:Class`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,10 @@ from mithridate.bench.recipe import read_recipe
 from mithridate.bench.store import read_run, read_runs, run_id
 from mithridate.cli import app as cli
 from mithridate.cli import terminal
+from mithridate.cli.blame import blamed
 from mithridate.core import registry
-from mithridate.core.errors import ConfigError
+from mithridate.core.defence import Defence
+from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import KINDS, config_of, entries
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
@@ -272,3 +276,113 @@ def test_a_broken_package_is_told_after_the_list_of_the_others(tmp_path: Path, m
     assert "accuracy_floor" in out
     assert err.startswith("error: The components of the installed package mithridate-weak-dp cannot be loaded (Module")
     assert err.endswith("pip uninstall mithridate-weak-dp).")
+
+
+BROKEN = """
+import mithridate as mi
+from torch import nn
+
+def helper(x):
+    return x / 0
+
+@mi.register("defence", "broken")
+@mi.settings
+class Broken(mi.Defence):
+    "Raises an error of its own."
+    where: str = ""
+
+    def begin(self, view):
+        if self.where == "begin" and view.step == 1:
+            helper(1)
+
+    def screen(self, batch, view):
+        if self.where == "screen":
+            raise RuntimeError("[bold]many[/]\\nlines, \\x1b[31m" + "and long ones " * 100)
+        return super().screen(batch, view)
+
+    def bound(self, updates, view):
+        if self.where == "file":
+            open("/nowhere/at/all")
+        return updates
+
+    def check_inputs(self, batch):
+        if self.where == "check":
+            raise KeyError("early")
+
+@mi.settings
+class Loud(mi.Monitor):
+    def alarm(self, readings):
+        assert len(readings) < 2, "no more than one"
+
+class Half(nn.Module):
+    def __init__(self, info):
+        super().__init__()
+        self.last = nn.Linear(64, len(info.classes))
+
+    def forward(self, x):
+        if self.training:
+            raise NotImplementedError("training")
+        return self.last(x.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message", "line"),
+    [
+        ('[defence]\nname = "broken"\nwhere = "begin"', "Broken.begin .* ZeroDivisionError: division by zero", "x / 0"),
+        ('[defence]\nname = "broken"\nwhere = "screen"', "Broken.screen .* RuntimeError: .*many", "raise RuntimeError"),
+        ('[defence]\nname = "broken"\nwhere = "file"', "Broken.bound .* FileNotFoundError: .*nowhere", "open("),
+        ('[defence]\nname = "broken"\nwhere = "check"', "Broken.check_inputs .* KeyError: 'early'", "raise KeyError"),
+        ('[monitor]\nname = "parts:Loud"', "Loud.alarm .* AssertionError: no more than one", "assert len"),
+        ('[model]\nname = "parts:Half"', "Half.forward .* NotImplementedError: training", "raise NotImplementedError"),
+    ],
+    ids=["a step", "words of any kind", "a file", "before the run", "a monitor", "a model"],
+)
+def test_an_error_of_a_components_own_is_a_sentence_and_its_traceback_is_kept(
+    recipe: str, message: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "parts.py").write_text(BROKEN, encoding="utf-8")
+    model = "" if "[model]" in recipe else '[model]\nname = "small_cnn"\nwidth = 4\n'
+    text = f'plugins = ["parts.py"]\n{SMALL}{model}[attack]\nname = "clean"\n{recipe}\n'
+    (tmp_path / "small.toml").write_text(text, encoding="utf-8")
+    code, _, err = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    assert code == 2
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+    assert len(err) < 620
+    found = re.fullmatch(rf"error: {message}.* Its traceback is in (\S+)\. Mend it, or leave it out\.", err)
+    assert found, err
+    kept = Path(found[1]).read_text(encoding="utf-8")
+    assert line in kept
+    assert "parts.py" in kept
+
+
+def test_an_error_that_is_nobody_elses_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.toml").write_text(f'{SMALL}[attack]\nname = "clean"\n', encoding="utf-8")
+    monkeypatch.setattr("mithridate.bench.engine.prepare", lambda *_: None)
+    monkeypatch.setattr("mithridate.bench.engine._run_cell", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    assert not list(tmp_path.rglob("traceback.txt"))
+
+
+def test_what_is_told_already_stays_what_it_is_and_names_the_traceback(tmp_path: Path) -> None:
+    class Mine(Defence):
+        def begin(self, view: object) -> None:
+            raise ValueError("why")
+
+    def told() -> None:
+        with blamed(), blamed(tmp_path):
+            try:
+                Mine().begin(None)
+            except ValueError as error:
+                raise DataError("a sentence.") from error
+
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"^a sentence\. Its traceback is in {tmp_path}/traceback\.txt\.$"):
+            told()
+    assert (tmp_path / "traceback.txt").read_text(encoding="utf-8").count("ValueError: why") == 2
+    with pytest.raises(ConfigError, match=r"^mine$"), blamed(tmp_path):
+        raise ConfigError("mine")

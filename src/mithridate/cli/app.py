@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 from rich.table import Table
 
+from mithridate.cli.blame import blamed
 from mithridate.cli.progress import Bars
 from mithridate.cli.results import report_on
 from mithridate.cli.terminal import err, out, print_mistake, take_any_text
@@ -61,12 +62,13 @@ MOST_THREADS = 1024
 
 
 def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
-    """A command for which a user's mistake is one message and exit code 2, and an interrupt says how to go on."""
+    """A command for which a mistake, of the user or a plug-in, is a message and 2; an interrupt says how to go on."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with blamed():
+                command(*args, **kwargs)
         except UserError as error:
             print_mistake(str(error))
             raise typer.Exit(USER_MISTAKE) from None
@@ -333,10 +335,11 @@ def _run(
     from mithridate.bench.recipe import read_recipe
 
     torch.set_num_threads(threads or _cores())
-    recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
+    with blamed(out_dir):
+        recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
         out.print(recipe.title, style="bold", markup=False, highlight=False)
-    with Bars() as bars:
+    with blamed(out_dir), Bars() as bars:
         grid = run_recipe(
             recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
         )

@@ -51,6 +51,10 @@ class BusyError(UserError):
     """Another process is writing in the same place."""
 
 
+class ComponentError(UserError):
+    """A component from elsewhere raised an error of its own."""
+
+
 class ThreatModelError(UserError):
     """A component looked at something that it does not declare in its `needs`."""
 
