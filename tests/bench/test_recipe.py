@@ -390,3 +390,47 @@ def test_who_follows_the_victims_steps_has_its_ranges() -> None:
             make_recipe({"attack": table})
     with pytest.raises(ConfigError, match=r"lr = .*less than"):
         make_recipe({"attack": {"name": "clean"}, "defence": {"name": "dgc", "lr": 1e6}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            'defence={name = "gate"}',
+            r"is a table.* Write --set defence\.name=\.\.\., .*--set defence=none\.$",
+        ),
+        ("defence={name=gate}", r"Write --set defence\.KEY=\.\.\., "),
+        ("defence=name=gate", r"Write --set defence\.KEY=\.\.\., "),
+        ("defence=gate", r"Write --set defence\.name=gate, "),
+        ("model=vgg11", r"Write --set model\.name=vgg11, "),
+        ("attack=pgd", r"Write --set attack\.noise\.name=pgd, "),
+        ("burn_in={epochs=3,lr=1}", r"Write --set burn_in\.epochs=\.\.\. --set burn_in\.lr=\.\.\., "),
+        ("run=3", r"Write --set run\.KEY=\.\.\., "),
+        (
+            "federated.rule={name=krum}",
+            r"""is no TOML; .* --set 'federated\.rule=\{ name = "krum" \}'\.$""",
+        ),
+        ("burn_in.checkpoints=[a]", r"""\[a\] is no TOML; .* --set 'burn_in\.checkpoints=\["a", "b"\]'\.$"""),
+        ("burn_in.checkpoints=none", r"checkpoints = 'none': it is a list; for none of them, write \[\]\.$"),
+        ("burn_in.checkpoints=None", r"checkpoints = 'None': it is a list; for none of them, write \[\]\.$"),
+        ("burn_in.checkpoints=1,2", r"checkpoints = '1,2': give a list in brackets, such as \[1, 2\]\.$"),
+        ("burn_in.older=none", r"older = 'none': it is a table; for none of them, write \{\}\.$"),
+        ("burn_in.older=3", r"older = 3: give a table, such as"),
+        ("burn_in.epochs=none", r"epochs = 'none': it cannot be unset; give it a value, or .* its default, 40\.$"),
+        ("burn_in.seed=null", r"seed = 'null': to unset it, write none\.$"),
+        ("grid.run.lr=none", r"lr = 'none': it cannot be unset"),
+    ],
+)
+def test_a_change_that_is_none_says_what_to_write(change: str, message: str) -> None:
+    tables: dict[str, Any] = {"attack": [{"name": "noise"}, {"name": "clean"}]}
+    with pytest.raises(ConfigError, match=message) as caught:  # noqa: PT012  (either may tell)
+        apply_change(tables, change)
+        make_recipe(tables)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("change", ["burn_in.checkpoints=[]", "burn_in.older={}", "burn_in.seed=none", "defence=none"])
+def test_what_such_a_message_says_can_be_written(change: str) -> None:
+    tables: dict[str, Any] = {"attack": {"name": "noise"}}
+    apply_change(tables, change)
+    make_recipe(tables)

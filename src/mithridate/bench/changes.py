@@ -109,11 +109,21 @@ def apply_change(tables: Table, change: str) -> None:
         ConfigError: No `=`, no such table, label or key; or the recipe's grid crosses the setting.
     """
     path, equals, text = change.partition("=")
-    path, value, where = path.strip(), _toml_value(text.strip()), f"--set {change}"
+    path, text, where = path.strip(), text.strip(), f"--set {change}"
+    value = _toml_value(text)
     check_depth(value, where=where)
     if equals and value == UNSET and path in (*TABLES, "grid"):
         tables.pop(path, None)
         return
+    if equals and path in TABLES:
+        how = _one_by_one(tables.get(path), path, value)
+        raise ConfigError(f"{where}: [{path}] is a table, and --set changes one setting of it. {how}")
+    if equals and text[:1] in ("{", "[") and value == text:
+        example = '{ name = "krum" }' if text[0] == "{" else '["a", "b"]'
+        raise ConfigError(
+            f"{where}: {text[:80]} is no TOML; text inside needs quotes, which the shell takes away unless all of it "
+            f"is quoted, as in --set '{path}={example}'."
+        )
     if equals and path.startswith("grid."):
         grid = tables.get("grid", {})
         if not isinstance(grid, dict):
@@ -132,6 +142,24 @@ def apply_change(tables: Table, change: str) -> None:
             )
     for target in _targets(tables, field, where=where):
         target[field.key] = value
+
+
+def _one_by_one(now: object, table: str, value: object) -> str:
+    """What to write in place of a whole table.
+
+    Args:
+        now: What the recipe has there: a table, several, or nothing.
+        table: What it is called.
+        value: What it was to become.
+    """
+    labels = [label_of(part) for part in now if isinstance(part, dict)] if isinstance(now, list) else []
+    start = f"{table}.{labels[0]}" if len(labels) > 1 else table
+    keys = list(map(str, value)) if isinstance(value, dict) and all(map(str.isidentifier, value)) else []
+    if not keys and isinstance(value, str) and value.isidentifier() and table in {*CROSSED, "model"} - {"surrogate"}:
+        example = f"{start}.name={value}"
+    else:
+        example = " --set ".join(f"{start}.{key}=..." for key in keys[:4] or ["KEY"])
+    return f"Write --set {example}, change the recipe's file, or take the table out by --set {table}={UNSET}."
 
 
 def expanded(tables: Table) -> Iterator[tuple[str, Table]]:

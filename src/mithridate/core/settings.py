@@ -19,6 +19,9 @@ T = TypeVar("T")
 UNSET = "none"
 """What a recipe and a `--set` write to unset a field that may be None, since TOML has no null."""
 
+_NOTHING = frozenset({UNSET, "null", "nil"})
+"""Text by which people mean nothing, in small letters."""
+
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
 def settings(cls: type[T]) -> type[T]:
@@ -98,7 +101,7 @@ def _fill(
 
 def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping[str, Any]:
     """The same values, with fractions given as text as floats, and `UNSET` as None."""
-    if not any("/" in text or text == UNSET for value in values.values() for text in _texts(value)):
+    if not any("/" in text or text.lower() in _NOTHING for value in values.values() for text in _texts(value)):
         return values
     hints = get_type_hints(cls)
     read = dict(values)
@@ -106,6 +109,8 @@ def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping
         leaves = set(_leaves(hints[key]))
         if value == UNSET and NoneType in leaves and UNSET not in leaves:
             read[key] = None
+        elif isinstance(value, str) and value.lower() in _NOTHING and (_holds(cls, key) or not leaves & {str, value}):
+            raise ConfigError(f"{where}: {key} = {value!r}: {_how_to_unset(cls, key, optional=NoneType in leaves)}.")
         elif float in leaves and str not in leaves:
             try:
                 read[key] = [_number(item) for item in value] if isinstance(value, list | tuple) else _number(value)
@@ -114,6 +119,25 @@ def _spelled_out(cls: type, values: Mapping[str, Any], *, where: str) -> Mapping
                     f"{where}: {key} = {shown(value)}: give a number, or a fraction of two such as '8/255'."
                 ) from None
     return read
+
+
+def _how_to_unset(cls: type, key: str, *, optional: bool) -> str:
+    """What to write in place of text that means nothing."""
+    if optional:
+        return f"to unset it, write {UNSET}"
+    if held := _holds(cls, key):
+        return held
+    default = defaults(cls)[key]
+    or_default = "" if default is dataclasses.MISSING else f", or leave it out for its default, {default}"
+    return f"it cannot be unset; give it a value{or_default}"
+
+
+def _holds(cls: type, key: str) -> str:
+    """What to write for an empty list or table; empty text if the field is none by default."""
+    default = defaults(cls)[key]
+    if isinstance(default, tuple | list):
+        return "it is a list; for none of them, write []"
+    return "it is a table; for none of them, write {}" if isinstance(default, Mapping) else ""
 
 
 def _leaves(hint: object) -> Iterator[object]:
@@ -151,11 +175,20 @@ def _check_numbers(value: object, *, where: str) -> None:
         raise ConfigError(f"{where} = {shown(value, 40)}: too large for a whole number of 64 bits; give a smaller one.")
 
 
+_OF_KIND = {
+    "tuple_type": "give a list in brackets, such as [1, 2]",
+    "list_type": "give a list in brackets, such as [1, 2]",
+    "dict_type": 'give a table, such as { key = "value" }',
+    "mapping_type": 'give a table, such as { key = "value" }',
+}
+"""What to write, in the words of a recipe, where pydantic has those of Python."""
+
+
 def _problem(e: ErrorDetails) -> str:
     place = ".".join(str(part) for part in e["loc"])
     if e["type"] == "missing":
         return f"{place} has no default; give it a value"
-    message = str(e["msg"]).removeprefix("Value error, ")
+    message = _OF_KIND.get(e["type"], str(e["msg"]).removeprefix("Value error, "))
     return f"{place} = {shown(e['input'])}: {message[0].lower()}{message[1:]}" if place else message
 
 
