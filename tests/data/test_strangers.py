@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 import mithridate as mi
 from mithridate.core.errors import DataError, UserError
 from mithridate.data import StreamSettings, open_stream
-from mithridate.data.decode import MAX_PIXELS
+from mithridate.data.decode import MAX_PIXELS, Frame, decode_images
 from mithridate.data.sources import split_files
 
 if TYPE_CHECKING:
@@ -312,3 +312,49 @@ def test_a_saved_set_with_a_file_cut_off_is_named(digits: "Digits", tmp_path: Pa
     os.truncate(arrow, arrow.stat().st_size // 2)
     with pytest.raises(DataError, match="saved"):
         open_stream(StreamSettings(name="saved", path=path))
+
+
+def turned(kind: str, orientation: int) -> bytes:
+    """An image of 8x12 pixels, a bright corner top left in what is stored, and how the camera was held."""
+    pixels = np.full((8, 12, 3), 20, np.uint8)
+    pixels[:4, :6] = 230
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    buffer = io.BytesIO()
+    how = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(pixels).save(buffer, kind, exif=exif, **how)
+    return buffer.getvalue()
+
+
+TURNS: dict[int, tuple[tuple[int, int], tuple[str, str]]] = {
+    1: ((8, 12), ("top", "left")),
+    2: ((8, 12), ("top", "right")),
+    3: ((8, 12), ("bottom", "right")),
+    4: ((8, 12), ("bottom", "left")),
+    5: ((12, 8), ("top", "left")),
+    6: ((12, 8), ("top", "right")),
+    7: ((12, 8), ("bottom", "right")),
+    8: ((12, 8), ("bottom", "left")),
+}
+"""By EXIF orientation: the size that is seen, and where the corner that is stored first is seen (EXIF 2.3, tag 274)."""
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_images_are_turned_as_their_exif_says(kind: str, orientation: int) -> None:
+    (height, width), (vertical, horizontal) = TURNS[orientation]
+    (pixels,) = decode_images([("it", turned(kind, orientation))], frame=Frame("RGB", height, width), whose="the set")
+    assert pixels.shape == (3, height, width)
+    corners = {
+        (v, h): float(pixels[:, y, x].mean())
+        for v, y in (("top", 1), ("bottom", height - 2))
+        for h, x in (("left", 1), ("right", width - 2))
+    }
+    assert max(corners, key=lambda c: corners[c]) == (vertical, horizontal)
+
+
+def test_the_size_that_must_be_alike_is_the_one_that_is_seen() -> None:
+    both = [("a", turned("JPEG", 1)), ("b", turned("JPEG", 3))]
+    assert decode_images(both).shape == (2, 3, 8, 12)
+    with pytest.raises(DataError, match="b is an image of mode RGB, 12x8 pixels; a has mode RGB, 8x12"):
+        decode_images([("a", turned("JPEG", 1)), ("b", turned("JPEG", 6))])

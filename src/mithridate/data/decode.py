@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mithridate.core.errors import DataError
 
@@ -27,8 +27,8 @@ class Frame(NamedTuple):
 
     Args:
         mode: `L` (grey) or `RGB`.
-        height: In pixels.
-        width: In pixels.
+        height: In pixels, as the image is to be seen.
+        width: In pixels, likewise.
     """
 
     mode: str
@@ -42,7 +42,7 @@ class Frame(NamedTuple):
 def decode_images(
     images: Iterable[tuple[str, Path | bytes]], *, frame: Frame | None = None, whose: str = ""
 ) -> NDArray[np.uint8]:
-    """Decode images that share one size and mode.
+    """Decode images that share one size and mode, each turned as its EXIF orientation says.
 
     Args:
         images: For each image what messages call it, and its file or content.
@@ -69,14 +69,15 @@ def decode_images(
 def _decode(image: Path | bytes, where: str, wanted: Frame | None, whose: str) -> tuple[NDArray[np.uint8], Frame]:
     try:
         with _opened(image) as opened:
-            frame = Frame(opened.mode, opened.height, opened.width)
-            _check(frame, where, wanted, whose)
+            stored = Frame(opened.mode, opened.height, opened.width)
+            lying = Frame(opened.mode, opened.width, opened.height)
+            _check(lying if wanted == lying else stored, where, wanted, whose)
             _check_alone(opened, where)
             if opened.format != "PNG":
-                return np.asarray(opened), frame
+                return _turned(opened, where, wanted, whose)
             opened.verify()  # the sums of a PNG, which decoding passes over; the file must be opened again
         with _opened(image) as opened:
-            return np.asarray(opened), frame
+            return _turned(opened, where, wanted, whose)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -93,6 +94,15 @@ def _opened(image: Path | bytes) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower, and comes next
         return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=FORMATS)
+
+
+def _turned(image: Image.Image, where: str, wanted: Frame | None, whose: str) -> tuple[NDArray[np.uint8], Frame]:
+    """The pixels as they are to be seen: cameras store what the sensor saw, and beside it how they were held."""
+    ImageOps.exif_transpose(image, in_place=True)
+    pixels = np.asarray(image)
+    frame = Frame(image.mode, *pixels.shape[:2])
+    _check(frame, where, wanted, whose)
+    return pixels, frame
 
 
 def _check_alone(image: Image.Image, where: str) -> None:

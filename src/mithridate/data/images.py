@@ -23,7 +23,7 @@ from mithridate.data.sources import Rows, encoded, hub_rows, mirror_files, parqu
 DATA_ROOT = "MITHRIDATE_DATA"
 """Environment variable: a folder that mirrors hub repositories; without it, data come from the hub."""
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when decoding changes, so that older cache files are not used."""
 
 
