@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import make_recipe
@@ -109,3 +110,24 @@ def test_the_gate_aware_attack_runs_from_a_recipe(tmp_path: Path, cache: Path) -
     assert made.config["attack"]["inner"]["steps"] == 2
     assert "eps" not in made.config["attack"]["inner"]
     assert made.summary["status"] == "finished"
+
+
+def test_a_surrogates_own_burn_in_of_another_environment_is_recorded(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = torch.backends.cpu.get_cpu_capability()
+    run(tmp_path / "filled", cache, BLIND, kind="trained", seed_offset=91)  # leaves the surrogate in the cache
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "OTHER")
+    whole = {name: run(tmp_path / name, cache, BLIND, **how) for name, how in SURROGATES.items()}
+    assert whole["own"].environment["surrogate"] == {"cpu_capability": f"OTHER, {here}"}
+    for name in ("own", "older"):
+        assert whole[name].environment["burn_in"] == {"cpu_capability": f"OTHER, {here}"}
+    assert "surrogate" not in whole["older"].environment  # the victim's burn-in, which is named already
+    assert "surrogate" not in whole["trained here"].environment
+
+
+SURROGATES: dict[str, dict[str, Any]] = {
+    "own": {"kind": "trained", "seed_offset": 91},
+    "older": {"kind": "checkpoint", "epoch": 2},
+    "trained here": {"kind": "trained", "seed_offset": 92},
+}

@@ -199,7 +199,7 @@ def _run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str
     if resumed is None:
         store.clear(directory)
         journal.begin(place.origin)
-        resumed = Progress(), _with_burn_in(here, prepared.burned)
+        resumed = Progress(), _with_burn_ins(here, prepared)
     progress, record = resumed
     remove_parts(directory)
     sums = {
@@ -243,12 +243,15 @@ def _modules(value: object) -> Iterator[str]:
             yield from _modules(item)
 
 
-def _with_burn_in(here: Mapping[str, Any], burned: BurnInResult) -> dict[str, Any]:
-    """The environment of a run, and what was another when its burn-in was trained."""
-    there: dict[str, str] = {}
-    for environment_then in burned.environments:
-        there |= {k: v for k, v in differing(here, environment_then).items() if not k.startswith("code.")}
-    return {**here, **({"burn_in": there} if there else {})}
+def _with_burn_ins(here: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
+    """The environment of a run, and what was another when its burn-in, or that of its surrogate, was trained."""
+    record = dict(here)
+    for key, burned in (("burn_in", prepared.burned), ("surrogate", prepared.surrogate_burned)):
+        there: dict[str, str] = {}
+        for environment_then in burned.environments if burned is not None else ():
+            there |= {k: v for k, v in differing(here, environment_then).items() if not k.startswith("code.")}
+        record |= {key: there} if there else {}
+    return record
 
 
 def _resumed(
@@ -265,7 +268,7 @@ def _resumed(
     except CheckpointError as error:
         watcher.redone(place.cell, str(error))
         return None
-    if changed := differing(here, {k: v for k, v in record.items() if k not in {"burn_in", "resumed"}}):
+    if changed := differing(here, {k: v for k, v in record.items() if k not in {"burn_in", "surrogate", "resumed"}}):
         entry = {"after_step": len(progress.rows) - 1, **changed}
         record["resumed"] = [*record.get("resumed", []), entry]
     return progress, record

@@ -103,11 +103,13 @@ class Prepared:
         burned: The victim's burn-in.
         surrogate: What an attacker without access to the victim's model crafts on; of one cell, see `with_surrogate`.
         scorers: Detectors, fitted to the model as the burn-in left it.
+        surrogate_burned: The surrogate's own burn-in; None if it had none.
     """
 
     burned: BurnInResult
     surrogate: WhiteBox | None
     scorers: Sequence[Scorer]
+    surrogate_burned: BurnInResult | None = None
 
 
 def prepare(cell: Cell, context: RunContext) -> Prepared:
@@ -146,22 +148,25 @@ def with_surrogate(prepared: Prepared, cell: Cell, context: RunContext) -> Prepa
         ConfigError: The burn-in keeps no checkpoint that the surrogate needs.
     """
     wanted = Need.SURROGATE in cell.attack.component.needs
-    return replace(prepared, surrogate=_surrogate(cell, prepared.burned, context)) if wanted else prepared
+    if not wanted:
+        return prepared
+    surrogate, burned = _surrogate(cell, prepared.burned, context)
+    return replace(prepared, surrogate=surrogate, surrogate_burned=burned)
 
 
-def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBox:
-    """An older state of the victim's model, or another model that is trained on the same images."""
+def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[WhiteBox, BurnInResult | None]:
+    """An older state of the victim's model, or another model that is trained on the same images, with its burn-in."""
     how, recipe = cell.recipe.surrogate, cell.recipe
     if how.kind == "checkpoint":
         history = History(checkpoints=burned.epochs, length=recipe.burn_in.epochs)
         old = history.checkpoint(how.epoch, who="[surrogate]")
         model = _model(cell, context)
         put_weights(model, old)
-        return WhiteBox(model, F.cross_entropy)
+        return WhiteBox(model, F.cross_entropy), None
     config = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
     seed = (cell.seed if recipe.burn_in.seed is None else recipe.burn_in.seed) + how.seed_offset
     model = build_model(config, context.stream.info, seed=seed).to(context.device)
-    burn_in(
+    own = burn_in(
         model,
         context.stream,
         replace(recipe.burn_in, seed=seed, checkpoints=(), checkpoint=None, older={}, evaluate_every=None),
@@ -170,7 +175,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> WhiteBo
         cache=context.cache,
         on_epoch=lambda done, epochs: context.watcher.burn_in(seed, done, epochs),
     )
-    return WhiteBox(model, F.cross_entropy)
+    return WhiteBox(model, F.cross_entropy), own
 
 
 def _model(cell: Cell, context: RunContext) -> nn.Module:

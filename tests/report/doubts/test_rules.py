@@ -309,6 +309,10 @@ def test_made_in_two_places(make_run: Make) -> None:
     here = {"threads": 1, "cpu_capability": "AVX2"}
     elsewhere = make_run(seed=1, environment={**here, "burn_in": {"threads": "1, 2"}})
     resumed = make_run(seed=2, environment={**here, "resumed": [{"after_step": 3, "cpu_capability": "AVX512, AVX2"}]})
+    blind = make_run(seed=3, environment={**here, "surrogate": {"torch": "2.13, 2.12"}})
+    (third,) = made_in_two_places(rows([make_run(environment=here), blind]))
+    assert "1 of 2 runs (seed 3) crafted on a surrogate of another environment (torch: 2.13, 2.12)" in third.text
+    assert versions_mixed(rows([make_run(environment=here), blind])) == []
     first, second = made_in_two_places(rows([make_run(environment=here), elsewhere, resumed]))
     assert "1 of 3 runs (seed 1) started from a burn-in of another environment (threads: 1, 2)" in first.text
     assert "1 of 3 runs (seed 2) went on with a part of another environment (cpu_capability: AVX512" in second.text

@@ -9,7 +9,7 @@ from mithridate.report.rows import Row
 from mithridate.report.settings import flattened, shared, varying
 from mithridate.report.wording import listed, one_line
 
-NOT_OF_THE_MACHINE = ("cpus", "burn_in", "resumed")
+NOT_OF_THE_MACHINE = ("cpus", "burn_in", "surrogate", "resumed")
 """The entries of `environment.json` that are no difference between machines: how many cores there are, and what was
 another within one run, of which there is a rule of its own."""
 
@@ -29,8 +29,12 @@ def versions_mixed(rows: Sequence[Row]) -> Iterator[Doubt]:
 
 @rule("Made in two places")
 def made_in_two_places(rows: Sequence[Row]) -> Iterator[Doubt]:
-    """Looks for runs whose burn-in or first part was made by other software, threads or hardware than the rest."""
-    for what, key in (("started from a burn-in", "burn_in"), ("went on with a part", "resumed")):
+    """Looks for runs whose burn-in, surrogate or first part was made by other software, threads or hardware."""
+    for what, key in (
+        ("started from a burn-in", "burn_in"),
+        ("crafted on a surrogate", "surrogate"),
+        ("went on with a part", "resumed"),
+    ):
         changed = {id(run): _changed_environment(run.environment.get(key)) for row in rows for run in row.runs}
         for row in rows:
             some = [run for run in row.runs if changed[id(run)]]
