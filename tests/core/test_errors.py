@@ -19,6 +19,7 @@ def test_every_error_is_a_users_error_with_a_docstring() -> None:
         "StoreError",
         "WriteError",
         "BusyError",
+        "ComponentError",
         "ThreatModelError",
     }
     for error in found.values():

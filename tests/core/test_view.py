@@ -31,7 +31,7 @@ def available() -> dict[Need, Any]:
 @pytest.mark.parametrize("need", list(Need))
 def test_a_view_shows_what_was_declared_and_nothing_else(need: Need, available: dict[Need, Any]) -> None:
     assert set(PROPERTIES) == set(Need)
-    view = View(available=available, granted=frozenset({need}), owner="the attack pgd")
+    view = View(step=1, available=available, granted=frozenset({need}), owner="the attack pgd")
     assert PROPERTIES[need](view) is available[need]
     for other in set(Need) - {need}:
         with pytest.raises(ThreatModelError, match=f"the attack pgd looked at the {other}.*`needs`"):

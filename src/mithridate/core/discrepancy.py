@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mithridate.core.batch import Inputs
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Epoch, Weights
+from mithridate.core.past import Epoch, Past, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.maths.divergence import Divergence, divergence
@@ -67,8 +67,11 @@ class LookingBack:
         """The model that is looked back at; None while the stream is too young.
 
         Raises:
-            ConfigError: The wanted checkpoint was not kept.
+            ConfigError: The wanted checkpoint was not kept, or is the current model.
         """
-        if self.old == "back":
-            return view.history.back(self.back)
-        return view.history.checkpoint(self.epoch, who=view.owner)
+        past = self.past(view)
+        return past.back(self.back) if self.old == "back" else past.checkpoint(self.epoch, who=view.owner)
+
+    def past(self, view: View) -> Past:
+        """Where old models are looked for; none of them is the current one."""
+        return view.history

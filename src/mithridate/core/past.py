@@ -107,6 +107,14 @@ class Weights:
         )
         return Weights(parameters, buffers, self.label)
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether these are, bit for bit, what a model has now."""
+        now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        state = named_like(now, {**self.parameters, **self.buffers})
+        if now.keys() != state.keys():
+            return False
+        return all(t.shape == now[n].shape and bool((t.to(now[n].device) == now[n]).all()) for n, t in state.items())
+
     def logits(self, module: nn.Module, x: Inputs) -> Tensor:
         """What the past model says of `x`, in eval mode, computed by a module of the same architecture.
 
@@ -122,6 +130,38 @@ class Weights:
             )
         with frozen_statistics(module, "eval"):
             return answer(module, x, state)
+
+
+@dataclass(frozen=True)
+class PastOf:
+    """The past of a model as it starts into the stream: what is called old must not be that model itself.
+
+    Args:
+        past: Where the old models are.
+        module: The model now.
+    """
+
+    past: Past
+    module: nn.Module
+
+    def back(self, k: int) -> Weights | None:
+        """The model as it was `k` updates ago; see `Past.back`."""
+        return self.past.back(k)
+
+    def checkpoint(self, epoch: Epoch | None = None, *, who: str = "a component") -> Weights:
+        """The model at the end of a burn-in epoch before the last; see `Past.checkpoint`.
+
+        Raises:
+            ConfigError: It was not kept, or it is the current model.
+        """
+        old = self.past.checkpoint(epoch, who=who)
+        if old.is_of(self.module):
+            raise ConfigError(
+                f"{who} looks back at {old.label or 'an old model'}, which holds the weights of the current model: it "
+                "would compare it with itself. Give the history `checkpoints` that are older, each a copy "
+                "(`Weights.of(model).copied()`) from before the model was trained on."
+            )
+        return old
 
 
 def uncompiled(name: str) -> str:

@@ -12,7 +12,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ThreatModelError
 from mithridate.core.model import WhiteBox
-from mithridate.core.past import Past
+from mithridate.core.past import Past, PastOf
 
 Memory = dict[str, Tensor]
 """A component's private notes between steps. The loop saves them, so a resumed run remembers."""
@@ -104,7 +104,15 @@ class View:
 
     @property
     def history(self) -> "Past":
-        """The model's own past (`Need.HISTORY`)."""
+        """The model's own past (`Need.HISTORY`); at the first step, an old model must not be the current one."""
+        past = self.history_and_now
+        box: WhiteBox | None = self.available.get(Need.MODEL)
+        # Later, looking would cost and find nothing: a model that has learned is no longer what it was.
+        return past if self.step or box is None else PastOf(past, box.module)
+
+    @property
+    def history_and_now(self) -> "Past":
+        """The same, unchecked: for those who compare the old model with one that has gone a step further."""
         past: Past = self._get(Need.HISTORY)
         return past
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mithridate.core.defence import Defence, Rounds
 from mithridate.core.discrepancy import LookingBack
 from mithridate.core.errors import ConfigError
-from mithridate.core.past import Weights
+from mithridate.core.past import Past, Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.sgd import LearningRate
 from mithridate.core.updates import Updates
@@ -69,6 +69,10 @@ class DGC(LookingBack, Defence):
     back: Annotated[int, Field(ge=0)] = 20
     lr: LearningRate = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
+
+    def past(self, view: View) -> Past:
+        """The old model may be the current one, such as the start of a federation: a row's step is compared with it."""
+        return view.history_and_now
 
     def bound(self, updates: Updates, view: View) -> Updates:
         """The rows, suspicious ones clipped or dropped."""

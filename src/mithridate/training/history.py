@@ -20,8 +20,8 @@ class History:
         every: Updates between two kept states, >= 1.
         keep: States kept at most, >= 0, the current one included; the oldest goes first. 0 keeps only the checkpoints.
         folder: Where states are kept instead of in memory; None keeps them in memory.
-        checkpoints: Burn-in models by epoch, older than the one that the stream starts with: weights, or snapshot files
-            (`BurnInResult.epochs`), read when asked for.
+        checkpoints: Burn-in models by epoch, older than the one that the stream starts with, which components refuse as
+            one: weights, or snapshot files (`BurnInResult.epochs`), read when asked for.
         length: Epochs of the burn-in, for those who look back at half of it.
 
     Raises:
