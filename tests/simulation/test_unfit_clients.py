@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_the_ones_that_a_model_does_not_take_are_found(bad: tuple[int, ...]) -> 
 
 
 @pytest.mark.parametrize("batch_norm", ["synchronised", "averaged"])
-def test_a_single_value_a_channel_is_a_verdict(stream: Stream, batch_norm: str) -> None:
+def test_a_single_value_a_channel_is_a_verdict(stream: Stream, batch_norm: Literal["synchronised", "averaged"]) -> None:
     run = dataclasses.replace(RUN, local_batch=1, per_round=1, batch_norm=batch_norm)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4))
     learner = Learner(model, victim_optimiser(model, run))
