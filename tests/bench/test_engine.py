@@ -446,7 +446,7 @@ def test_another_title_does_resume(grid: Path, cache: Path) -> None:
 
 
 def test_a_diverging_victim_is_recorded(tmp_path: Path, cache: Path) -> None:
-    recipe = recipe_of("run.lr=1e30", attacks="accu", defences="none")
+    recipe = recipe_of("run.weight_decay=1e30", attacks="accu", defences="none")
     run_recipe(recipe, tmp_path, device="cpu", cache=cache)
     (found,) = read_runs([tmp_path])
     assert found.summary["status"] == "diverged"
@@ -456,7 +456,7 @@ def test_a_diverging_victim_is_recorded(tmp_path: Path, cache: Path) -> None:
 
 
 def test_a_diverging_run_resumes(tmp_path: Path, cache: Path) -> None:
-    recipe = recipe_of("run.lr=1e30", attacks="noise", defences="none")
+    recipe = recipe_of("run.weight_decay=1e30", attacks="noise", defences="none")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=2))
     run_recipe(recipe, tmp_path, device="cpu", cache=cache, resume=True)

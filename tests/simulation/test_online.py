@@ -457,11 +457,13 @@ def test_a_stream_too_short_is_refused_before_anything_is_learned(stream: Stream
 @pytest.mark.parametrize("lr", [1e6, 1e30])
 @pytest.mark.parametrize("name", ["clean", "noise", "pgd", "mim", "vanilla", "accumulative"])
 def test_a_diverging_victim_is_an_outcome(stream: Stream, victim: NewLearner, name: str, lr: float) -> None:
-    run = OnlineRun(steps=2, lr=lr)
+    run = OnlineRun(steps=2)
     attack = build(
         "attack", {"name": name, **({"steps": 2} if name in {"pgd", "mim", "vanilla", "accumulative"} else {})}
     )
-    outcome = run_online(victim(run=run), stream, attack, run, monitors=[AccuracyFloor(floor=0.1)])
+    learner = victim(run=run)
+    learner.optimiser.param_groups[0]["lr"] = lr  # more than a run's settings take
+    outcome = run_online(learner, stream, attack, run, monitors=[AccuracyFloor(floor=0.1)])
     assert outcome.status == "diverged"
     assert not all(map(math.isfinite, column(outcome, "loss")[-2:]))
     assert outcome.drop is not None
