@@ -5,9 +5,8 @@ import itertools
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +14,8 @@ import torch
 
 from mithridate.bench.engine import deterministic, run_recipe
 from mithridate.bench.prepare import choose_device
-from mithridate.bench.recipe import Cell, Labelled, Recipe, apply_change, make_recipe
-from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
-from mithridate.bench.watcher import Watcher
+from mithridate.bench.recipe import Labelled
+from mithridate.bench.store import TRACE_SCHEMA, read_run, read_runs
 from mithridate.core import registry
 from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
@@ -32,26 +30,9 @@ from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import adopt_momentum, victim_optimiser
 from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
+from tests.recipes import Log, files, same_runs, timeless, timeless_rows, tiny_recipe
 
 RECIPE = """
-title = "tiny"
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-augment = false
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 2
-batch_size = 50
-lr = 0.05
-checkpoints = [1]
 [[attack]]
 name = "noise"
 eps = 0.1
@@ -73,29 +54,10 @@ clip_norm = 0.5
 [monitor]
 name = "accuracy_floor"
 max_drop = 0.01
-[run]
-steps = 3
-lr = 0.05
-images = 2
 """
-TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
 
 
-def recipe_of(*changes: str, attacks: str = "", defences: str = "") -> Recipe:
-    """The tiny recipe with changes, of some attacks and defences only (labels with commas; all if empty)."""
-    tables = tomllib.loads(RECIPE)
-    for kind, labels in (("attack", attacks), ("defence", defences)):
-        if labels:
-            tables[kind] = [t for t in tables[kind] if t.get("label", t["name"]) in labels.split(",")]
-    for change in changes:
-        apply_change(tables, change)
-    return make_recipe(tables)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Burn-ins are shared: they have tests of their own."""
-    return tmp_path_factory.mktemp("burn-ins")
+recipe_of = partial(tiny_recipe, RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -111,23 +73,6 @@ def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         "accu__clip__seed0",
     ]
     return out
-
-
-def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in TIMES}
-
-
-def equal_runs(a: Run, b: Run) -> bool:
-    rows = [timeless(r) for r in a.trace] == [timeless(r) for r in b.trace]
-    images = a.images.keys() == b.images.keys() and all((a.images[k] == b.images[k]).all() for k in a.images)
-    return rows and images and timeless(a.summary) == timeless(b.summary) and a.config == b.config
-
-
-def tree(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file with its time of change and content."""
-    return {
-        str(p.relative_to(root)): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(root.rglob("*")) if p.is_file()
-    }
 
 
 # What is on disk.
@@ -231,7 +176,7 @@ def test_a_cell_is_the_online_loop_after_the_burn_in(tmp_path: Path, cache: Path
     monitors = [m.component for m in recipe.monitors]
     with deterministic():
         outcome = run_online(learner, stream, attack, run, monitors=monitors, seed=0)
-    assert [timeless(row) for row in found.trace] == [timeless(row) for row in outcome.trace]
+    assert timeless_rows(found.trace) == timeless_rows(outcome.trace)
     expected = timeless(outcome.summary())
     assert {k: found.summary[k] for k in expected} == expected
 
@@ -248,30 +193,7 @@ def test_the_burn_ins_momentum_matters_if_it_is_asked_for(tmp_path: Path, cache:
 def test_the_same_recipe_gives_the_same_numbers_with_another_cache(tmp_path: Path, grid: Path) -> None:
     run_recipe(recipe_of(attacks="accu", defences="none"), tmp_path / "runs", device="cpu", cache=tmp_path / "cache")
     (again,) = read_runs([tmp_path / "runs"])
-    assert equal_runs(again, read_run(grid / "accu__none__seed0"))
-
-
-class Log(Watcher):
-    """Notes all calls; may pull the plug."""
-
-    def __init__(self, *, kill_at: int | None = None, kill_in_burn_in: int | None = None, kill_cell: str = "") -> None:
-        self.kill_at, self.kill_in_burn_in, self.kill_cell = kill_at, kill_in_burn_in, kill_cell
-        self.epochs: list[tuple[int, int]] = []
-        self.steps: list[tuple[str, int]] = []
-        self.ended: list[tuple[str, bool]] = []
-
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
-        self.epochs.append((seed, done))
-        if done == self.kill_in_burn_in:
-            raise KeyboardInterrupt
-
-    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
-        self.steps.append((cell.run_id, done))
-        if done == self.kill_at and cell.run_id.startswith(self.kill_cell):
-            raise KeyboardInterrupt
-
-    def finished(self, cell: Cell, summary: Mapping[str, Any], *, skipped: bool) -> None:
-        self.ended.append((cell.run_id, skipped))
+    assert same_runs(again, read_run(grid / "accu__none__seed0"))
 
 
 def test_a_burn_in_with_a_seed_of_its_own_is_trained_once_for_all_seeds(tmp_path: Path) -> None:
@@ -284,7 +206,7 @@ def test_a_burn_in_with_a_seed_of_its_own_is_trained_once_for_all_seeds(tmp_path
     assert len({run.summary["accuracy_start"] for run in runs}) == 1
     assert {run.summary["seed"] for run in runs} == {0, 1}
     first, second = (read_run(tmp_path / "runs" / f"noise__none__seed{s}") for s in (0, 1))
-    assert [timeless(r) for r in first.trace[1:]] != [timeless(r) for r in second.trace[1:]]
+    assert timeless_rows(first.trace[1:]) != timeless_rows(second.trace[1:])
 
 
 def test_such_a_burn_in_does_not_depend_on_which_seed_runs_first(tmp_path: Path) -> None:
@@ -308,21 +230,21 @@ def test_each_seed_has_its_own_burn_in_otherwise(tmp_path: Path, cache: Path) ->
 
 
 def test_an_existing_directory_is_in_the_way(tmp_path: Path, grid: Path, cache: Path) -> None:
-    before = tree(grid)
+    before = files(grid)
     with pytest.raises(StoreError, match=r"accu__clip__seed0 exists; go on with --resume"):
         run_recipe(recipe_of(attacks="accu", defences="clip"), grid, device="cpu", cache=cache)
     (tmp_path / "accu__clip__seed0").mkdir()  # the last cell's directory stops the first cell, too
     with pytest.raises(StoreError, match="exists"):
         run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache)
     assert [p.name for p in tmp_path.iterdir()] == ["accu__clip__seed0"]
-    assert tree(grid) == before
+    assert files(grid) == before
 
 
 def test_resuming_a_finished_grid_touches_nothing(grid: Path, cache: Path) -> None:
-    before = tree(grid)
+    before = files(grid)
     log = Log()
     found = run_recipe(recipe_of(), grid, device="cpu", resume=True, cache=cache, watcher=log)
-    assert tree(grid) == before
+    assert files(grid) == before
     assert (found.ran, found.skipped) == (0, 4)
     assert (log.epochs, log.steps) == ([], [])
     assert log.ended == [(cell.run_id, True) for cell in recipe_of().cells()]
@@ -335,7 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
 ) -> None:
     recipe = recipe_of(attacks=name, defences="clip")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=kill_at))
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at))
     (directory,) = tmp_path.iterdir()
     assert {p.name for p in directory.iterdir()} == {
         "config.toml",
@@ -346,10 +268,10 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     }
     log = Log()
     found = run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=log)
-    assert [done for _, done in log.steps] == list(range(kill_at + 1, 4))  # it went on, it did not begin again
+    assert log.steps == list(range(kill_at + 1, 4))  # it went on, it did not begin again
     assert (found.ran, found.skipped) == (1, 0)
     assert {p.name for p in directory.iterdir()} == {p.name for p in (grid / directory.name).iterdir()}
-    assert equal_runs(read_run(directory), read_run(grid / directory.name))
+    assert same_runs(read_run(directory), read_run(grid / directory.name))
 
 
 @settings
@@ -366,10 +288,10 @@ def test_a_resumed_defence_remembers(tmp_path: Path, cache: Path, monkeypatch: p
     recipe = dataclasses.replace(recipe_of(attacks="noise"), defences=[Labelled("counting", Counting())])
     run_recipe(recipe, tmp_path / "whole", device="cpu", cache=cache)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Log(kill_at=2))
+        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Log(2))
     run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, resume=True)
     (whole,), (killed,) = (read_runs([tmp_path / name]) for name in ("whole", "killed"))
-    assert equal_runs(whole, killed)
+    assert same_runs(whole, killed)
     shares = [row["bounded_norm"] / row["gradient_norm"] for row in whole.trace[1:]]
     assert shares == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], rel=1e-5)
 
@@ -378,44 +300,44 @@ def test_a_run_may_be_killed_at_every_step(tmp_path: Path, grid: Path, cache: Pa
     recipe = recipe_of(attacks="accu", defences="none")
     for step in (1, 2, 3):
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=Log(kill_at=step))
+            run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=Log(step))
     run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
-    assert equal_runs(read_run(tmp_path / "accu__none__seed0"), read_run(grid / "accu__none__seed0"))
+    assert same_runs(read_run(tmp_path / "accu__none__seed0"), read_run(grid / "accu__none__seed0"))
 
 
 def test_resume_points_may_be_rare(tmp_path: Path, grid: Path, cache: Path) -> None:
     recipe = recipe_of("run.save_every=2", attacks="accu", defences="none")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=3))
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(3))
     log = Log()
     run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=log)
-    assert [done for _, done in log.steps] == [3]
+    assert log.steps == [3]
     usual = read_run(grid / "accu__none__seed0")
-    assert [timeless(r) for r in read_run(tmp_path / "accu__none__seed0").trace] == [timeless(r) for r in usual.trace]
+    assert timeless_rows(read_run(tmp_path / "accu__none__seed0").trace) == timeless_rows(usual.trace)
 
 
 def test_a_grid_killed_in_its_second_cell_keeps_the_first(tmp_path: Path, grid: Path, cache: Path) -> None:
     recipe = recipe_of(defences="none")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=2, kill_cell="accu"))
-    before = tree(tmp_path / "noise__none__seed0")
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(2, cell="accu"))
+    before = files(tmp_path / "noise__none__seed0")
     found = run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache)
     assert (found.ran, found.skipped) == (1, 1)
-    assert tree(tmp_path / "noise__none__seed0") == before
+    assert files(tmp_path / "noise__none__seed0") == before
     for name in ("noise__none__seed0", "accu__none__seed0"):
-        assert equal_runs(read_run(tmp_path / name), read_run(grid / name))
+        assert same_runs(read_run(tmp_path / name), read_run(grid / name))
 
 
 def test_a_grid_killed_in_its_burn_in_goes_on_there(tmp_path: Path, grid: Path) -> None:
     recipe = recipe_of(attacks="noise", defences="none")
     runs, own = tmp_path / "runs", tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, runs, device="cpu", cache=own, watcher=Log(kill_in_burn_in=1))
+        run_recipe(recipe, runs, device="cpu", cache=own, watcher=Log(at_epoch=1))
     assert not runs.exists()
     log = Log()
     run_recipe(recipe, runs, device="cpu", resume=True, cache=own, watcher=log)
     assert log.epochs == [(0, 2)]
-    assert equal_runs(read_run(runs / "noise__none__seed0"), read_run(grid / "noise__none__seed0"))
+    assert same_runs(read_run(runs / "noise__none__seed0"), read_run(grid / "noise__none__seed0"))
 
 
 @pytest.mark.parametrize(
@@ -431,15 +353,15 @@ def test_a_grid_killed_in_its_burn_in_goes_on_there(tmp_path: Path, grid: Path) 
     ],
 )
 def test_other_settings_do_not_resume(grid: Path, cache: Path, changes: tuple[str, ...], named: str) -> None:
-    before = tree(grid)
+    before = files(grid)
     with pytest.raises(StoreError, match=rf"made with other settings \({named}\)"):
         run_recipe(recipe_of(*changes, attacks="accu", defences="clip"), grid, device="cpu", resume=True, cache=cache)
-    assert tree(grid) == before
+    assert files(grid) == before
 
 
 def test_another_title_does_resume(grid: Path, cache: Path) -> None:
-    tables = tomllib.loads(RECIPE) | {"title": "renamed"}
-    assert run_recipe(make_recipe(tables), grid, device="cpu", resume=True, cache=cache).skipped == 4
+    renamed = dataclasses.replace(recipe_of(), title="renamed")
+    assert run_recipe(renamed, grid, device="cpu", resume=True, cache=cache).skipped == 4
 
 
 # Outcomes that are no crash.
@@ -458,7 +380,7 @@ def test_a_diverging_victim_is_recorded(tmp_path: Path, cache: Path) -> None:
 def test_a_diverging_run_resumes(tmp_path: Path, cache: Path) -> None:
     recipe = recipe_of("run.weight_decay=1e30", attacks="noise", defences="none")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at=2))
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(2))
     run_recipe(recipe, tmp_path, device="cpu", cache=cache, resume=True)
     assert read_runs([tmp_path])[0].summary["status"] == "diverged"
 

@@ -1,20 +1,15 @@
 """Federated recipes: their tables, what is refused before anything is trained, and runs that are killed and go on."""
 
-import tomllib
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mithridate.bench.engine import deterministic, run_recipe
-from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe, read_recipe
-from mithridate.bench.store import TRACE_SCHEMA, Run, read_run, read_runs
-from mithridate.bench.watcher import Watcher
-from mithridate.cli import app as cli
+from mithridate.bench.recipe import Recipe, make_recipe, read_recipe
+from mithridate.bench.store import TRACE_SCHEMA, read_run, read_runs
 from mithridate.core.errors import ConfigError, DataError, UserError
 from mithridate.core.registry import fields_of
 from mithridate.data.shards import Shards
@@ -27,26 +22,10 @@ from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import AccumulativeUpdates
 from mithridate.update_attacks.sign_flip import SignFlip
+from tests.command import invoke
+from tests.recipes import Log, same_runs, timeless, timeless_rows, tiny_recipe, tiny_tables, tiny_text
 
 RECIPE = """
-title = "tiny"
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-augment = false
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 2
-batch_size = 50
-lr = 0.05
-checkpoints = [1]
 [[attack]]
 name = "sign_flip"
 poison_ratio = 0.2
@@ -79,36 +58,9 @@ lr = 0.05
 rule = {name = "centered_clipping", worker_momentum = 0.5}
 """
 RULE = {"name": "centered_clipping", "worker_momentum": 0.5}
-TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
 
-
-def tables_of(*changes: str, attack: str = "", defence: str = "") -> dict[str, Any]:
-    """The tiny recipe's tables with changes, of one attack and defence only where named by label."""
-    tables = tomllib.loads(RECIPE)
-    for kind, label in (("attack", attack), ("defence", defence)):
-        if label:
-            tables[kind] = [t for t in tables[kind] if t.get("label", t["name"]) == label]
-    for change in changes:
-        apply_change(tables, change)
-    return tables
-
-
-def recipe_of(*changes: str, attack: str = "", defence: str = "") -> Recipe:
-    return make_recipe(tables_of(*changes, attack=attack, defence=defence))
-
-
-def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in TIMES}
-
-
-def equal_runs(a: Run, b: Run) -> bool:
-    rows = [timeless(r) for r in a.trace] == [timeless(r) for r in b.trace]
-    return rows and timeless(a.summary) == timeless(b.summary) and a.config == b.config
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("burn-ins")
+tables_of = partial(tiny_tables, RECIPE)
+recipe_of = partial(tiny_recipe, RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +113,7 @@ def test_changes_from_the_command_line() -> None:
 
 def test_seeds_given_beside_the_recipe_replace_its_own(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE, encoding="utf-8")
+    path.write_text(tiny_text(RECIPE), encoding="utf-8")
     assert read_recipe(path, seeds=[5, 6]).seeds == [5, 6]
     assert read_recipe(path, changes=["federated.rounds=9"]).run.steps == 9
 
@@ -226,7 +178,7 @@ def test_a_runs_settings_are_a_recipe_of_that_run() -> None:
 
 
 def rules_of(*tables: str, defence: str = "") -> Recipe:
-    return recipe_of(f"federated.rule=[{', '.join(tables)}]", defence=defence)
+    return recipe_of(f"federated.rule=[{', '.join(tables)}]", defences=defence)
 
 
 def test_an_array_of_rules_is_a_grid_over_them() -> None:
@@ -261,36 +213,20 @@ def test_a_rule_beside_no_defence_and_no_rule_beside_a_defence_keep_their_names(
 
 
 def test_runs_of_a_grid_over_rules_are_runs_with_each_rule(tmp_path: Path, cache: Path, grid: Path) -> None:
-    tables = tables_of(attack="accu", defence="server")
+    tables = tables_of(attacks="accu", defences="server")
     tables["federated"]["rule"] = [{"name": "median"}, {**RULE, "label": "cc"}]
     recipe = make_recipe(tables)
     done = run_recipe(recipe, tmp_path, device="cpu", cache=cache)
     assert [path.name for path in done.directories] == ["accu__server+median__seed0", "accu__server+cc__seed0"]
     median, clipped = (read_run(path) for path in done.directories)
     alone = read_run(grid / "accu__server__seed0")
-    assert [timeless(row) for row in clipped.trace] == [timeless(row) for row in alone.trace]
-    assert [timeless(row) for row in median.trace[1:]] != [timeless(row) for row in alone.trace[1:]]
+    assert timeless_rows(clipped.trace) == timeless_rows(alone.trace)
+    assert timeless_rows(median.trace[1:]) != timeless_rows(alone.trace[1:])
     assert clipped.config["federated"]["rule"] == alone.config["federated"]["rule"]
     assert (median.summary["defence"], clipped.summary["defence"]) == ("server+median", "server+cc")
 
 
 # Refused before anything is trained or written.
-
-
-class Watching(Watcher):
-    """Notes whether anything was trained; may pull the plug."""
-
-    def __init__(self, kill_at: int | None = None) -> None:
-        self.kill_at, self.epochs = kill_at, 0
-        self.steps: list[int] = []
-
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
-        self.epochs += 1
-
-    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
-        self.steps.append(done)
-        if done == self.kill_at:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -323,38 +259,33 @@ class Watching(Watcher):
 def test_what_cannot_run_leaves_nothing(
     tmp_path: Path, changes: tuple[str, ...], defence: str, error: type[UserError], message: str
 ) -> None:
-    tables = tomllib.loads(RECIPE)
-    tables["defence"] = {"name": defence}
-    for change in changes:
-        apply_change(tables, change)
-    watcher = Watching()
+    tables = tables_of(*changes) | {"defence": {"name": defence}}
+    log = Log()
     with pytest.raises(error, match=message):
-        run_recipe(make_recipe(tables), tmp_path / "runs", device="cpu", cache=tmp_path / "cache", watcher=watcher)
-    assert watcher.epochs == 0
+        run_recipe(make_recipe(tables), tmp_path / "runs", device="cpu", cache=tmp_path / "cache", watcher=log)
+    assert log.epochs == []
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command_ends_with_code_two_and_names_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the test session has its own
+def test_the_command_ends_with_code_two_and_names_the_bound(tmp_path: Path) -> None:
     path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE.replace('"centered_clipping", worker_momentum = 0.5', '"krum", hostile = 2'), "utf-8")
-    arguments = ["run", str(path), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "runs")]
-    done = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200"})
-    assert done.exit_code == 2
-    assert "6 rows are too few for 2 hostile ones: it needs n >= 2f + 3 = 7" in " ".join(done.stderr.split())
+    path.write_text(tiny_text(RECIPE, 'federated.rule={name = "krum", hostile = 2}'), encoding="utf-8")
+    done = invoke("run", path, "--cache", tmp_path / "cache", "--out", tmp_path / "runs")
+    assert done.code == 2
+    assert "6 rows are too few for 2 hostile ones: it needs n >= 2f + 3 = 7" in done.err
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.toml"]
 
 
 def test_a_rule_that_needs_more_memory_than_allowed_is_refused(tmp_path: Path, cache: Path) -> None:
     with pytest.raises(ConfigError, match="looks at all updates of a round at once"):
-        run_recipe(recipe_of("federated.max_matrix=1e-9", defence="server"), tmp_path, device="cpu", cache=cache)
+        run_recipe(recipe_of("federated.max_matrix=1e-9", defences="server"), tmp_path, device="cpu", cache=cache)
 
 
 # What is on disk, and going on.
 
 
 def test_a_cell_is_the_federated_loop_after_the_burn_in(grid: Path) -> None:
-    recipe = recipe_of(attack="accu", defence="server")
+    recipe = recipe_of(attacks="accu", defences="server")
     (cell,) = recipe.cells()
     assert isinstance(recipe.run, FederatedRun)
     assert recipe.clients is not None
@@ -372,7 +303,7 @@ def test_a_cell_is_the_federated_loop_after_the_burn_in(grid: Path) -> None:
             monitors=[m.component for m in recipe.monitors],
         )
     found = read_run(grid / cell.run_id)
-    assert [timeless(row) for row in found.trace] == [timeless(row) for row in outcome.trace]
+    assert timeless_rows(found.trace) == timeless_rows(outcome.trace)
     expected = timeless(outcome.summary())
     assert {k: found.summary[k] for k in expected} == expected
 
@@ -403,27 +334,27 @@ def test_every_run_has_the_stores_files_and_columns(grid: Path) -> None:
 def test_a_killed_run_goes_on_to_the_same_numbers(
     tmp_path: Path, grid: Path, cache: Path, attack: str, kill_at: int
 ) -> None:
-    recipe = recipe_of(attack=attack, defence="server")
+    recipe = recipe_of(attacks=attack, defences="server")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Watching(kill_at))
+        run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at))
     (directory,) = tmp_path.iterdir()
     assert (directory / "state.safetensors").exists()
-    watcher = Watching()
-    run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=watcher)
-    assert watcher.steps == list(range(kill_at + 1, 4))
-    assert equal_runs(read_run(directory), read_run(grid / directory.name))
+    log = Log()
+    run_recipe(recipe, tmp_path, device="cpu", resume=True, cache=cache, watcher=log)
+    assert log.steps == list(range(kill_at + 1, 4))
+    assert same_runs(read_run(directory), read_run(grid / directory.name))
 
 
 def test_looking_back_in_rounds_survives_a_kill(tmp_path: Path, cache: Path) -> None:
-    tables = tables_of("federated.rounds=4", attack="sign_flip")
+    tables = tables_of("federated.rounds=4", attacks="sign_flip")
     tables["defence"] = {"name": "dgc", "old": "back", "back": 2, "threshold": 0.0, "clip_norm": 0.05, "lr": 0.05}
     recipe = make_recipe(tables)
     run_recipe(recipe, tmp_path / "whole", device="cpu", cache=cache)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Watching(3))
+        run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, watcher=Log(3))
     run_recipe(recipe, tmp_path / "killed", device="cpu", cache=cache, resume=True)
     (whole,), (killed,) = (read_runs([tmp_path / name]) for name in ("whole", "killed"))
-    assert equal_runs(whole, killed)
+    assert same_runs(whole, killed)
     norms = [row["bounded_norm"] for row in whole.trace[1:]]
     assert [norm <= 0.05 * (1 + 1e-5) for norm in norms] == [False, False, True, True, True]  # once there is a past
 
@@ -436,7 +367,7 @@ def test_other_settings_do_not_resume(grid: Path, cache: Path, changes: tuple[st
 
 def test_the_burn_ins_momentum_can_be_taken_over(tmp_path: Path, grid: Path, cache: Path) -> None:
     run_recipe(
-        recipe_of("federated.restore_momentum=true", attack="sign_flip", defence="none"),
+        recipe_of("federated.restore_momentum=true", attacks="sign_flip", defences="none"),
         tmp_path,
         device="cpu",
         cache=cache,
@@ -449,7 +380,7 @@ def test_the_burn_ins_momentum_can_be_taken_over(tmp_path: Path, grid: Path, cac
 
 
 def test_seeds_divide_and_draw_anew(tmp_path: Path, cache: Path) -> None:
-    recipe = recipe_of("burn_in.seed=5", "federated.seeds=[0, 1]", attack="sign_flip", defence="none")
+    recipe = recipe_of("burn_in.seed=5", "federated.seeds=[0, 1]", attacks="sign_flip", defences="none")
     run_recipe(recipe, tmp_path, device="cpu", cache=cache)
     first, second = read_runs([tmp_path])
     assert first.trace[0]["loss"] == second.trace[0]["loss"]  # one burn-in

@@ -7,8 +7,8 @@ import resource
 import shutil
 import tempfile
 import threading
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,75 +19,21 @@ import torch
 from mithridate.bench import store
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.prepare import prepare
-from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe
+from mithridate.bench.recipe import Cell, make_recipe
 from mithridate.bench.store import Run, read_run
-from mithridate.bench.watcher import Watcher
 from mithridate.core.errors import BusyError, StoreError, UserError, WriteError
+from tests.recipes import Log, same_runs, tiny_recipe, tiny_tables
 
-RECIPE = """
-title = "tiny"
-[data]
-name = "digits"
-burn_in = 120
-victim = 60
-validation = 10
-trusted = 10
-test = 60
-batch_size = 10
-augment = false
-[model]
-name = "small_cnn"
-width = 2
-[burn_in]
-epochs = 2
-batch_size = 40
-lr = 0.05
-checkpoints = [1]
-[attack]
-name = "noise"
-eps = 0.1
+DETECTORS = """
 [[detector]]
 name = "loss"
 [[detector]]
 name = "discrepancy"
-[run]
-steps = 4
-lr = 0.05
-images = 1
 """
-TIMES = {"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"}
 NAME = "noise__none__seed0"
 
-
-def recipe_of(*changes: str) -> Recipe:
-    tables = tomllib.loads(RECIPE)
-    for change in changes:
-        apply_change(tables, change)
-    return make_recipe(tables)
-
-
-class Log(Watcher):
-    """Notes what was done; may stop at a step."""
-
-    def __init__(self, stop_at: int | None = None, then: Callable[[], object] | None = None) -> None:
-        self.stop_at, self.then = stop_at, then
-        self.steps: list[int] = []
-        self.reasons: list[str] = []
-
-    def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
-        self.steps.append(done)
-        if done == self.stop_at:
-            if self.then is None:
-                raise KeyboardInterrupt
-            self.then()
-
-    def redone(self, cell: Cell, reason: str) -> None:
-        self.reasons.append(reason)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("burn-ins")
+tables_of = partial(tiny_tables, DETECTORS, "run.steps=4")
+recipe_of = partial(tiny_recipe, DETECTORS, "run.steps=4")
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +42,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Run:
     out = tmp_path_factory.mktemp("whole")
     run_recipe(recipe_of(), out, device="cpu", cache=cache)
     return read_run(out / NAME)
-
-
-def timeless(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k not in TIMES}
-
-
-def same(a: Run, b: Run) -> bool:
-    scores = a.scores.keys() == b.scores.keys() and all(np.array_equal(a.scores[k], b.scores[k]) for k in a.scores)
-    images = a.images.keys() == b.images.keys() and all(np.array_equal(a.images[k], b.images[k]) for k in a.images)
-    rows = [timeless(row) for row in a.trace] == [timeless(row) for row in b.trace]
-    return rows and scores and images and timeless(a.summary) == timeless(b.summary) and a.config == b.config
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +100,7 @@ def test_a_damaged_run_is_made_anew(tmp_path: Path, cache: Path, whole: Run, nam
     log = Log()
     run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=True, watcher=log)
     assert log.steps == [1, 2, 3, 4]
-    assert same(read_run(directory), whole)
+    assert same_runs(read_run(directory), whole)
     told = [] if (name, damage) == (store.SUMS, "missing") else [True]  # without it, the run had not finished
     assert [name in reason for reason in log.reasons] == told
 
@@ -188,7 +123,7 @@ def test_a_damaged_resume_point_is_no_dead_end(
     DAMAGES[damage](directory / name)
     log = Log()
     run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=True, watcher=log)
-    assert same(read_run(directory), whole)
+    assert same_runs(read_run(directory), whole)
     assert leftovers(directory) == set()
     if name in {store.STATE, store.JOURNAL}:
         assert log.steps == [1, 2, 3, 4]
@@ -206,7 +141,7 @@ def test_the_state_of_another_run_is_not_gone_on_with(
     log = Log()
     run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=True, watcher=log)
     assert log.steps == [1, 2, 3, 4]
-    assert same(read_run(directory), whole)
+    assert same_runs(read_run(directory), whole)
 
 
 def test_what_was_written_behind_the_last_resume_point_is_cut_off(
@@ -219,7 +154,7 @@ def test_what_was_written_behind_the_last_resume_point_is_cut_off(
     log = Log()
     run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=True, watcher=log)
     assert log.steps == [3, 4]
-    assert same(read_run(directory), whole)
+    assert same_runs(read_run(directory), whole)
     assert leftovers(directory) == set()
 
 
@@ -254,7 +189,7 @@ def write_samples(path: Path, seed: int) -> None:
 @pytest.mark.parametrize("step", [2, None], ids=["unfinished", "finished"])
 def test_samples_that_have_changed_since_are_noticed(tmp_path: Path, cache: Path, step: int | None) -> None:
     write_samples(tmp_path / "own.npz", 0)
-    tables = tomllib.loads(RECIPE)
+    tables = tables_of()
     tables["data"] |= {"name": "npz", "path": str(tmp_path / "own.npz")}
     recipe, out = make_recipe(tables), tmp_path / "runs"
     with contextlib.suppress(KeyboardInterrupt):
@@ -269,10 +204,11 @@ def test_samples_that_have_changed_since_are_noticed(tmp_path: Path, cache: Path
     assert len(run_recipe(recipe, out, device="cpu", cache=cache, resume=True).directories) == 1
 
 
-def test_a_checkpoint_that_has_changed_since_is_noticed(tmp_path: Path, cache: Path) -> None:
+def test_a_checkpoint_that_has_changed_since_is_noticed(tmp_path: Path, cache: Path, whole: Run) -> None:
     weights = tmp_path / "model.safetensors"
-    first, second = (next((cache / "burn_in").glob(f"*/epoch-000{n}.safetensors")) for n in (1, 2))
-    tables = tomllib.loads(RECIPE)
+    epochs = cache / "burn_in" / whole.summary["burn_in_key"]
+    first, second = (epochs / f"epoch-000{n}.safetensors" for n in (1, 2))
+    tables = tables_of()
     tables["burn_in"] = {"checkpoint": str(weights)}
     tables["detector"] = [{"name": "loss"}]
     weights.write_bytes(second.read_bytes())
@@ -302,10 +238,10 @@ def test_two_runners_in_one_place_do_not_mix(tmp_path: Path, cache: Path, whole:
         thread.start()
         thread.join()
 
-    run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, watcher=Log(2, meanwhile))
+    run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, watcher=Log(2, then=meanwhile))
     assert [type(error) for error in errors] == [StoreError, BusyError, StoreError, StoreError]
     assert "another process is at work" in str(errors[1])
-    assert same(read_run(tmp_path / NAME), whole)
+    assert same_runs(read_run(tmp_path / NAME), whole)
 
 
 @pytest.mark.parametrize(("change", "kept"), [("attack.eps=0.3", False), ("run.save_every=1", True)])
@@ -331,7 +267,7 @@ def test_settings_are_compared_again_once_the_place_is_locked(
 
 
 def test_labels_that_look_alike_do_not_share_a_directory(tmp_path: Path, cache: Path) -> None:
-    tables = tomllib.loads(RECIPE)
+    tables = tables_of()
     tables["attack"] = [{"name": "noise", "eps": 0.1, "label": label} for label in ("a", "a__b", "A")]
     tables["defence"] = [{"name": "none", "label": label} for label in ("c", "b__c")]
     tables["run"]["steps"] = 1
@@ -360,7 +296,7 @@ def test_a_disk_that_takes_no_more_bytes(tmp_path: Path, cache: Path, whole: Run
         run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache)
     assert not list(tmp_path.rglob("*.part"))
     run_recipe(recipe_of(), tmp_path, device="cpu", cache=cache, resume=(tmp_path / NAME / store.JOURNAL).exists())
-    assert same(read_run(tmp_path / NAME), whole)
+    assert same_runs(read_run(tmp_path / NAME), whole)
 
 
 class Full:
@@ -410,11 +346,11 @@ def test_every_write_may_fail(tmp_path: Path, whole: Run, kind: str) -> None:
             except expected:
                 assert not list(tmp_path.rglob("*.part"))
                 with contextlib.suppress(StoreError):
-                    assert same(read_run(out / NAME), whole), "what can be read is right"
+                    assert same_runs(read_run(out / NAME), whole), "what can be read is right"
                 continue
         break
     assert at > 10
-    assert same(read_run(out / NAME), whole)
+    assert same_runs(read_run(out / NAME), whole)
     assert leftovers(out / NAME) == set()
 
 
@@ -466,7 +402,7 @@ def test_the_code_of_a_plug_in_is_part_of_the_environment(tmp_path: Path, cache:
         '@register("defence", "going_on")\n@settings\nclass GoingOn(Defence):\n    """Does nothing."""\n',
         encoding="utf-8",
     )
-    tables = tomllib.loads(RECIPE) | {"plugins": [str(plugin)], "defence": {"name": "going_on"}}
+    tables = tables_of() | {"plugins": [str(plugin)], "defence": {"name": "going_on"}}
     with pytest.raises(KeyboardInterrupt):
         run_recipe(make_recipe(tables), tmp_path / "runs", device="cpu", cache=cache, watcher=Log(2))
     plugin.write_text(plugin.read_text(encoding="utf-8") + "# changed\n", encoding="utf-8")

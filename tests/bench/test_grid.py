@@ -8,29 +8,16 @@ import pytest
 import tomli_w
 
 from mithridate.bench.calibration import calibrate_recipe
-from mithridate.bench.changes import apply_change
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import Recipe, make_recipe
 from mithridate.bench.store import read_run
-from mithridate.bench.watcher import Watcher
 from mithridate.core.errors import ConfigError, DataError
+from tests.recipes import Log, tiny_recipe
 
 BASE = """
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-augment = false
-[model]
-name = "small_cnn"
-width = 4
 [burn_in]
 epochs = 2
-batch_size = 50
+batch_size = 20
 lr = 0.05
 schedule = "constant"
 checkpoints = [0, 1]
@@ -40,12 +27,7 @@ name = "noise"
 name = "none"
 [[defence]]
 name = "clip"
-[run]
-steps = 2
-lr = 0.05
-images = 0
 """
-
 ACCU = """
 [[attack]]
 name = "accumulative"
@@ -56,10 +38,8 @@ trigger_update = "after_step"
 
 
 def recipe_of(text: str, *changes: str, accu: str = ACCU) -> Recipe:
-    tables = tomllib.loads(BASE + accu + text)
-    for change in changes:
-        apply_change(tables, change)
-    return make_recipe(tables)
+    """Two attacks and two defences of the tiny recipe, with a grid over them."""
+    return tiny_recipe(BASE + accu + text, *changes)
 
 
 def ids(recipe: Recipe) -> list[str]:
@@ -288,26 +268,15 @@ def test_passes_say_nothing_of_a_federation() -> None:
 
 
 def test_every_variant_is_run_with_its_own_data_and_burn_ins_are_shared(tmp_path: Path) -> None:
-    class Epochs(Watcher):
-        def __init__(self) -> None:
-            self.trained: list[tuple[int, int]] = []
-            self.cells: list[tuple[int, int]] = []
-
-        def burn_in(self, seed: int, done: int, epochs: int) -> None:
-            self.trained.append((seed, done))
-
-        def cell(self, cell: Any, number: int, of: int) -> None:
-            self.cells.append((number, of))
-
-    watcher = Epochs()
+    log = Log()
     recipe = recipe_of(
         "[grid]\ndata.seed = [0, 1]\nburn_in.epochs = [1, 2]\nrun.momentum = [0.5, 0.9]\n", "defence=none", accu=""
     )
-    grid = run_recipe(recipe, tmp_path / "out", device="cpu", cache=tmp_path / "cache", watcher=watcher)
+    grid = run_recipe(recipe, tmp_path / "out", device="cpu", cache=tmp_path / "cache", watcher=log)
     assert (grid.ran, grid.skipped) == (8, 0)
-    assert watcher.cells == [(number, 8) for number in range(8)]
+    assert log.cells == [(number, 8) for number in range(8)]
     # At a constant rate the longer burn-in goes on from the shorter; other momenta of the stream share it.
-    assert watcher.trained == [(0, 1), (0, 2)] * 2
+    assert log.epochs == [(0, 1), (0, 2)] * 2
     runs = {d.name: read_run(d) for d in grid.directories}
     assert sorted(runs) == sorted(ids(recipe))
     keys = {name: run.summary["burn_in_key"] for name, run in runs.items()}

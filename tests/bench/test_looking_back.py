@@ -7,15 +7,14 @@ from typing import Any, ClassVar
 import pytest
 import tomli_w
 from torch import Generator, Tensor
-from typer.testing import CliRunner
 
 from mithridate.attacks.budget import Phased
 from mithridate.bench.recipe import Recipe, make_recipe, read_recipe
-from mithridate.cli import app as cli
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
+from tests.command import invoke
 
 ATTACK = {"name": "accumulative", "eps": 0.1}
 DISCREPANCY = {"name": "discrepancy"}
@@ -106,11 +105,10 @@ def test_the_command_says_so_before_the_run(tmp_path: Path) -> None:
     tables = {"data": {"name": "digits"}, "attack": {"name": "clean"}, "defence": {"name": "dsc", "epoch": "half"}}
     recipe.write_text(tomli_w.dumps(tables), encoding="utf-8")
     out = tmp_path / "runs"
-    done = CliRunner().invoke(cli.app, ["run", str(recipe), "--out", str(out), "--set", "burn_in.epochs=6"])
-    said = " ".join(done.stderr.split())
-    assert done.exit_code == 2
-    assert "defence dsc looks back at burn-in epoch 3" in said
-    assert "checkpoints = [3]" in said
+    done = invoke("run", recipe, "--out", out, "--set", "burn_in.epochs=6")
+    assert done.code == 2
+    assert "defence dsc looks back at burn-in epoch 3" in done.err
+    assert "checkpoints = [3]" in done.err
     assert not out.exists()
 
 

@@ -11,41 +11,18 @@ from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import make_recipe
 from mithridate.bench.store import Run, read_run
 from mithridate.core.errors import ConfigError
+from tests.recipes import same_arrays, tiny_tables
 
 ATTACK: dict[str, Any] = {"name": "accumulative", "eps": 0.2, "steps": 2, "trigger_update": "after_step"}
 BLIND: dict[str, Any] = {**ATTACK, "model_access": "surrogate"}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("burn-ins")
-
-
 def run(out: Path, cache: Path, attack: dict[str, Any], **surrogate: Any) -> Run:
-    tables: dict[str, Any] = {
-        "data": {
-            "name": "digits",
-            "burn_in": 300,
-            "victim": 100,
-            "validation": 60,
-            "trusted": 0,
-            "test": 200,
-            "batch_size": 20,
-            "augment": False,
-        },
-        "model": {"name": "small_cnn", "width": 4},
-        "burn_in": {"epochs": 4, "batch_size": 50, "lr": 0.05, "checkpoints": [0, 2]},
-        "attack": attack,
-        "run": {"steps": 2, "lr": 0.05, "images": 20},
-    }
+    tables = tiny_tables("", "burn_in.epochs=4", "burn_in.checkpoints=[0, 2]", "run.steps=2") | {"attack": attack}
     if surrogate:
         tables["surrogate"] = surrogate
     grid = run_recipe(make_recipe(tables), out, device="cpu", cache=cache)
     return read_run(grid.directories[0])
-
-
-def same_images(a: Run, b: Run) -> bool:
-    return all((a.images[name] == b.images[name]).all() for name in a.images)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +48,7 @@ def test_a_run_on_a_surrogate_says_so_and_differs(
     assert surrogate.items() <= {**held["surrogate"], "model": surrogate.get("model")}.items()
     if "model" in surrogate:
         assert surrogate["model"].items() <= held["surrogate"]["model"].items()
-    assert not same_images(made, usual)
+    assert not same_arrays(made.images, usual.images)
     assert made.trace[0]["accuracy"] == usual.trace[0]["accuracy"]  # the victim is the same
     assert made.trace[-1]["poison_linf"] == pytest.approx(0.2, abs=1e-5)
 
@@ -86,8 +63,8 @@ def test_the_earliest_checkpoint_is_the_default(tmp_path: Path, cache: Path) -> 
         run(tmp_path / name, cache, BLIND, kind="checkpoint", **epoch)
         for name, epoch in (("unset", {}), ("first", {"epoch": 0}), ("later", {"epoch": 2}))
     )
-    assert same_images(unset, first)
-    assert not same_images(unset, later)
+    assert same_arrays(unset.images, first.images)
+    assert not same_arrays(unset.images, later.images)
 
 
 def test_a_checkpoint_that_was_not_kept_is_an_error(tmp_path: Path, cache: Path) -> None:
@@ -99,7 +76,7 @@ def test_hiding_from_a_checkpoint_works_in_a_grid_and_says_if_it_cannot(
     tmp_path: Path, cache: Path, usual: Run
 ) -> None:
     hidden = run(tmp_path / "hidden", cache, {**ATTACK, "beta": 1.0, "hide": "pixels", "hide_from": 2})
-    assert not same_images(hidden, usual)
+    assert not same_arrays(hidden.images, usual.images)
     with pytest.raises(ConfigError, match="attack accumulative looks back at burn-in epoch 3"):
         run(tmp_path / "missing", cache, {**ATTACK, "beta": 1.0, "hide_from": 3})
 

@@ -1,18 +1,14 @@
 """The command line: what a user types, what comes back, and which mistakes end with exit code 2 and nothing written."""
 
 import inspect
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import torch
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from mithridate.bench.store import read_runs
 from mithridate.cli import app as cli
@@ -23,77 +19,28 @@ from mithridate.core.registry import KINDS, Kind, entries
 from mithridate.data.catalogue import DATASETS
 from mithridate.data.settings import OWN
 from mithridate.simulation.online import run_online
+from tests.command import Result, invoke, python, started
+from tests.recipes import files, tiny_text
 
 COMMANDS = ("demo", "run", "calibrate", "report", "list")
-RECIPE = """
-title = "A [tiny] recipe"
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-augment = false
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 1
-batch_size = 50
-lr = 0.05
-[attack]
-name = "noise"
-eps = 0.1
-[run]
-steps = 2
-images = 1
-"""
 
 
-class Result:
-    """What a call printed and returned; white space is folded, for lines break where the terminal ends."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code = code
-        self.out, self.err = (" ".join(text.split()) for text in (out, err))
-
-
-Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Calls the command in an empty folder."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the test session has its own
-
-    def call(*arguments: object, env: dict[str, str] | None = None) -> Result:
-        done = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "100", **(env or {})})
-        if done.exception is not None and not isinstance(done.exception, SystemExit):
-            raise done.exception
-        return Result(done.exit_code, done.stdout, done.stderr)
-
-    return call
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
-    path.write_text(RECIPE, encoding="utf-8")
+    path.write_text(tiny_text('title = "A [tiny] recipe"'), encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def files(folder: Path) -> dict[str, tuple[int, bytes]]:
-    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # Help.
@@ -103,7 +50,7 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def test_the_first_page_names_every_command(invoke: Invoke) -> None:
+def test_the_first_page_names_every_command() -> None:
     assert {c.name or str(getattr(c.callback, "__name__", "")) for c in cli.app.registered_commands} == set(COMMANDS)
     page = invoke("--help")
     assert page.code == 0
@@ -114,7 +61,7 @@ def test_the_first_page_names_every_command(invoke: Invoke) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself_and_each_option(invoke: Invoke, command: str) -> None:
+def test_every_command_explains_itself_and_each_option(command: str) -> None:
     page = invoke(command, "--help")
     assert page.code == 0
     assert f"mithridate {command}" in plain(page.out) or f"{command} [OPTIONS]" in plain(page.out)
@@ -133,8 +80,7 @@ def test_every_command_explains_itself_and_each_option(invoke: Invoke, command: 
 
 def test_help_needs_no_torch() -> None:
     code = "import sys, mithridate.cli; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603  (a fixed command)
-    assert done.stdout.strip() == "False"
+    assert python(code).stdout.strip() == "False"
 
 
 # Calibration.
@@ -158,10 +104,10 @@ seeds = [0, 1]
 """
 
 
-def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(invoke: Invoke, tmp_path: Path) -> None:
+def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(tmp_path: Path) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text(CALIBRATED, encoding="utf-8")
-    page = invoke("calibrate", str(recipe), "--threads", "1", "--unseen", "4", env={"COLUMNS": "120"})
+    page = invoke("calibrate", str(recipe), "--threads", "1", "--unseen", "4", columns=120)
     assert page.code == 0, page.err
     rows = re.findall(r"(\d) (\S+) (\S+) ([\d.]+)% of 97 \[.*?\] ([\d.]+)% of 200 ", page.out)
     assert [row[0] for row in rows] == ["0", "1"], page.out
@@ -181,15 +127,15 @@ def test_calibrate_prints_the_threshold_and_the_share_on_unseen_batches(invoke: 
         (["--set", "defence.dsc.epoch=3"], "dsc looks back at burn-in epoch 3"),
     ],
 )
-def test_calibrate_says_what_is_wrong(invoke: Invoke, tmp_path: Path, options: Sequence[str], message: str) -> None:
+def test_calibrate_says_what_is_wrong(tmp_path: Path, options: Sequence[str], message: str) -> None:
     recipe = tmp_path / "small.toml"
     recipe.write_text(CALIBRATED, encoding="utf-8")
-    page = invoke("calibrate", str(recipe), "--threads", "1", *options, env={"COLUMNS": "200"})
+    page = invoke("calibrate", str(recipe), "--threads", "1", *options, columns=200)
     assert page.code == 2
     assert message in page.err
 
 
-def test_calibrate_needs_a_dsc(invoke: Invoke, tmp_path: Path) -> None:
+def test_calibrate_needs_a_dsc(tmp_path: Path) -> None:
     recipe = tmp_path / "bare.toml"
     recipe.write_text('[attack]\nname = "clean"\n', encoding="utf-8")
     page = invoke("calibrate", str(recipe))
@@ -207,8 +153,8 @@ def listed(page: Result, name: str) -> bool:
 
 
 @pytest.mark.parametrize("shelf", SHELVES)
-def test_a_list_names_every_component_and_one_of_them_tells_all(invoke: Invoke, shelf: str) -> None:
-    page = invoke("list", shelf, env={"COLUMNS": "80"})
+def test_a_list_names_every_component_and_one_of_them_tells_all(shelf: str) -> None:
+    page = invoke("list", shelf, columns=80)
     assert page.code == 0
     known = {
         name: entry for name, entry in entries(SHELVES[shelf]).items() if entry.built_in
@@ -218,7 +164,7 @@ def test_a_list_names_every_component_and_one_of_them_tells_all(invoke: Invoke, 
         assert listed(page, name)
         assert entry.summary[:30] in page.out
     name, entry = max(known.items(), key=lambda item: len(item[1].fields))
-    one = invoke("list", shelf, name, env={"COLUMNS": "80"})
+    one = invoke("list", shelf, name, columns=80)
     assert one.code == 0
     for text in (entry.summary, *entry.fields, *entry.presets, entry.source):
         assert " ".join(text.split()) in one.out
@@ -226,11 +172,11 @@ def test_a_list_names_every_component_and_one_of_them_tells_all(invoke: Invoke, 
         assert all(word in one.out for word in text.split())
 
 
-def test_data_sets_are_listed_and_one_of_them_tells_all(invoke: Invoke) -> None:
-    page = invoke("list", "datasets", env={"COLUMNS": "80"})
+def test_data_sets_are_listed_and_one_of_them_tells_all() -> None:
+    page = invoke("list", "datasets", columns=80)
     assert [name for name in (*DATASETS, *OWN) if not listed(page, name)] == []
     for name, info in DATASETS.items():
-        one = invoke("list", "datasets", name, env={"COLUMNS": "80"})
+        one = invoke("list", "datasets", name, columns=80)
         assert info.hub_id in one.out
         assert info.summary in one.out
         assert "batch_size = unset" in one.out
@@ -238,7 +184,7 @@ def test_data_sets_are_listed_and_one_of_them_tells_all(invoke: Invoke) -> None:
     assert "x_train" in invoke("list", "datasets", "npz").out
 
 
-def test_a_name_that_is_not_there_is_answered_with_the_nearest(invoke: Invoke) -> None:
+def test_a_name_that_is_not_there_is_answered_with_the_nearest() -> None:
     for shelf, name, message in (
         ("attacks", "noize", "unknown attack 'noize': did you mean 'noise'"),
         ("datasets", "cifar1O", "unknown data set 'cifar1O': did you mean 'cifar10'"),
@@ -253,8 +199,7 @@ def test_a_name_that_is_not_there_is_answered_with_the_nearest(invoke: Invoke) -
 def test_a_list_of_everything_is_a_line_each_and_needs_no_torch(columns: int) -> None:
     code = "import sys; from mithridate.cli.app import app; sys.argv = ['mithridate', 'list']\n"
     code += "try: app()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
-    env = {**os.environ, "COLUMNS": str(columns)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)  # noqa: S603  (a fixed command)
+    done = python(code, env={"COLUMNS": str(columns)})
     if not offered():  # what others registered is known only by running their code
         assert done.stderr.strip() == "False"
     lines = done.stdout.splitlines()
@@ -267,7 +212,7 @@ def test_a_list_of_everything_is_a_line_each_and_needs_no_torch(columns: int) ->
 # A run and its report.
 
 
-def test_a_run_writes_the_store_and_a_report(invoke: Invoke, recipe: Path, cache: Path) -> None:
+def test_a_run_writes_the_store_and_a_report(recipe: Path, cache: Path) -> None:
     call = ("run", recipe, "--device", "cpu", "--threads", 1, "--cache", cache, "--seeds", "0,1")
     done = invoke(*call, "--set", "attack.eps=0.25")
     assert (done.code, done.err) == (0, "")
@@ -304,9 +249,7 @@ def test_a_run_writes_the_store_and_a_report(invoke: Invoke, recipe: Path, cache
     assert (out / "report.html").is_file()
 
 
-def test_an_interrupt_says_how_to_go_on(
-    invoke: Invoke, recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_says_how_to_go_on(recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
 
     def interrupted(*args: Any, **options: Any) -> Any:
@@ -327,7 +270,7 @@ def test_an_interrupt_says_how_to_go_on(
     assert len(read_runs([Path("runs")])) == 1
 
 
-def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setattr(cli, "_run", lambda *args, **options: seen.append((args, options)))
     assert invoke("demo", "--out", "here").code == 0
@@ -364,7 +307,6 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(invoke: Invoke, mo
     ids=" ".join,
 )
 def test_a_mistake_in_a_run_is_told(
-    invoke: Invoke,
     recipe: Path,
     cache: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -379,9 +321,7 @@ def test_a_mistake_in_a_run_is_told(
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_missing_data_set_without_a_network_is_told(
-    invoke: Invoke, recipe: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_missing_data_set_without_a_network_is_told(recipe: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     recipe.write_text('[data]\nname = "cifar10"\n[attack]\nname = "noise"\n', encoding="utf-8")
     for options, env in (
@@ -405,7 +345,7 @@ def test_a_missing_data_set_without_a_network_is_told(
         ("attack = 3\n", "[attack] must be a table"),
     ],
 )
-def test_a_bad_recipe_is_told(invoke: Invoke, recipe: Path, content: str | None, message: str) -> None:
+def test_a_bad_recipe_is_told(recipe: Path, content: str | None, message: str) -> None:
     recipe.unlink()
     if content is not None:
         recipe.write_text(content, encoding="utf-8")
@@ -415,7 +355,7 @@ def test_a_bad_recipe_is_told(invoke: Invoke, recipe: Path, content: str | None,
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_mistakes_in_a_report_are_told(invoke: Invoke, tmp_path: Path) -> None:
+def test_mistakes_in_a_report_are_told(tmp_path: Path) -> None:
     missing = invoke("report", tmp_path / "none")
     assert missing.code == 2
     assert "is not a directory" in missing.err
@@ -429,14 +369,11 @@ def test_mistakes_in_a_report_are_told(invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("frobnicate").code == 2
 
 
-def test_a_process_ends_with_that_code_and_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text('[attack]\nname = "noise"\n[run]\nstep = 3\n', encoding="utf-8")
-    command = Path(sys.executable).parent / "mithridate"
-    done = subprocess.run(  # noqa: S603  (a fixed command)
-        [command, "run", "a.toml"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+def test_a_process_ends_with_that_code_and_no_traceback() -> None:
+    Path("a.toml").write_text('[attack]\nname = "noise"\n[run]\nstep = 3\n', encoding="utf-8")
+    done = started("run", "a.toml", folder=Path.cwd())
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: [run]: unknown key 'step': did you mean 'steps'?")
     assert len(done.stderr.splitlines()) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["a.toml"]
+    assert [p.name for p in Path.cwd().iterdir()] == ["a.toml"]

@@ -9,28 +9,11 @@ from pathlib import Path
 
 import pytest
 
-RECIPE = """
-[data]
-name = "digits"
-burn_in = 150
-victim = 1000
-validation = 30
-trusted = 20
-test = 150
-batch_size = 1
-augment = false
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 1
-batch_size = 50
-[attack]
-name = "accumulative"
-steps = 50
-[run]
-steps = 900
-"""
+from tests.recipes import tiny_text
+
+LONG = tiny_text(
+    '[attack]\nname = "accumulative"\nsteps = 50\n', "data.victim=1000", "data.batch_size=1", "run.steps=900"
+)
 
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 """A background job of a shell inherits that interrupts are ignored."""
@@ -72,7 +55,7 @@ def test_an_interrupt_in_an_import_is_no_traceback(tmp_path: Path, module: str) 
         "from mithridate.cli import main\n"
         "main()\n"
     )
-    (tmp_path / "r.toml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "r.toml").write_text(LONG, encoding="utf-8")
     done = interrupted(code, "READY", tmp_path)
     assert done.returncode == 130
     assert "Traceback" not in done.stdout
@@ -99,7 +82,7 @@ def test_an_error_that_foreign_code_makes_of_an_interrupt_is_no_traceback(tmp_pa
 
 @pytest.mark.slow
 def test_an_interrupt_while_a_batch_is_crafted_is_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "r.toml").write_text(LONG, encoding="utf-8")
     arguments = "['mithridate', 'run', 'r.toml', '--out', 'runs', '--cache', 'cache', '--device', 'cpu']"
     code = f"import sys; sys.argv = {arguments}; from mithridate.cli import main; main()"
     done = interrupted(code, "state.safetensors", tmp_path)

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from mithridate.bench.recipe import read_recipe
 from mithridate.bench.store import read_run, read_runs, run_id
@@ -22,28 +20,11 @@ from mithridate.core import registry
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import KINDS, config_of, entries
+from tests.command import invoke, started
+from tests.recipes import tiny_text
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
-SMALL = """
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-[burn_in]
-epochs = 1
-[run]
-steps = 2
-"""
-WEAK_DP = (
-    SMALL
-    + """
-[model]
-name = "small_cnn"
-width = 4
+WEAK_DP = """
 [attack]
 name = "clean"
 [[defence]]
@@ -52,10 +33,7 @@ name = "none"
 name = "weak_dp"
 clip_norm = 0.5
 """
-)
-TINY = (
-    SMALL
-    + """
+OWN_PARTS = """
 [model]
 name = "parts:Linear"
 [attack]
@@ -68,7 +46,6 @@ name = "halve"
 name = "parts:Scale"
 factor = 0.25
 """
-)
 PARTS = """
 import mithridate as mi
 from torch import nn
@@ -104,11 +81,8 @@ class Linear(nn.Module):
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a test imports and registers is forgotten after it; terminals are wide."""
+    """What a test imports and registers is forgotten after it; it stands in an empty folder."""
     monkeypatch.setattr(registry, "_entries", {kind: dict(entries(kind)) for kind in KINDS})
-    monkeypatch.setenv("COLUMNS", "300")
-    for console in (terminal.out, terminal.err):  # they read COLUMNS once, when they are made
-        monkeypatch.setattr(console, "width", 300)
     monkeypatch.chdir(tmp_path)
     modules = set(sys.modules)
     registry.broken_packages.cache_clear()
@@ -117,29 +91,6 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(tmp_path) or name == "weak_dp":
             del sys.modules[name]
     registry.broken_packages.cache_clear()
-
-
-def invoke(*arguments: object) -> tuple[int, str, str]:
-    """The command in this process: exit code, stdout, stderr, white space folded."""
-    done = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, " ".join(done.stdout.split()), " ".join(done.stderr.split())
-
-
-def command(*arguments: object, folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in a folder."""
-    places = [str(path)] if path else []
-    places += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    program = Path(sys.executable).parent / "mithridate"
-    return subprocess.run(  # noqa: S603  (a fixed command)
-        [program, *map(str, arguments)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def lay_out(project: Path, target: Path) -> None:
@@ -165,41 +116,41 @@ def test_an_installed_package_runs_from_a_recipe_and_again_from_its_config(
 ) -> None:
     target = tmp_path / "installed"
     lay_out(EXAMPLE, target)
-    (tmp_path / "small.toml").write_text(WEAK_DP, encoding="utf-8")
+    (tmp_path / "small.toml").write_text(tiny_text(WEAK_DP), encoding="utf-8")
     call = ("run", "small.toml", "--threads", "1", "--out", "first", "--set", "defence.weak_dp.noise=0.5")
-    done = command(*call, folder=tmp_path, path=target)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = started(*call, folder=tmp_path, path=target)
+    assert (process.returncode, process.stderr) == (0, "")
     first = read_run(tmp_path / "first" / "clean__weak_dp__seed0")
     assert first.config["defence"] == {"name": "weak_dp", "clip_norm": 0.5, "noise": 0.5, "seed": 0}
     assert "plugins" not in first.config  # whoever has the package needs no more
 
-    code, out, _ = invoke("report", "first", "--out", "report")  # a report needs no plug-in
-    assert code == 0
-    assert "weak_dp" in out
+    done = invoke("report", "first", "--out", "report")  # a report needs no plug-in
+    assert done.code == 0
+    assert "weak_dp" in done.out
     assert "weak_dp" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     again = ("run", first.path / "config.toml", "--threads", "1", "--out", "again")
-    code, _, err = invoke(*again)
-    assert code == 2
-    assert err.startswith("error: unknown defence 'weak_dp': Known: ")
+    done = invoke(*again)
+    assert done.code == 2
+    assert done.err.startswith("error: unknown defence 'weak_dp': Known: ")
 
     monkeypatch.syspath_prepend(target)
     registry.broken_packages.cache_clear()
-    code, _, err = invoke(*again)
-    assert (code, err) == (0, "")
+    done = invoke(*again)
+    assert (done.code, done.err) == (0, "")
     second = read_run(tmp_path / "again" / first.path.name)
     assert second.config == first.config
     assert [row["accuracy"] for row in second.trace] == [row["accuracy"] for row in first.trace]
     undefended = read_run(tmp_path / "first" / "clean__none__seed0")
     assert [row["loss"] for row in first.trace] != [row["loss"] for row in undefended.trace]
 
-    code, out, _ = invoke("list", "defences")
-    assert code == 0
+    done = invoke("list", "defences")
+    assert done.code == 0
     for part in ("weak_dp", "Clip each update", "plug-in: mithridate-weak-dp 0.1"):
-        assert part in out
-    code, out, _ = invoke("list", "defences", "weak_dp")
-    assert code == 0
+        assert part in done.out
+    done = invoke("list", "defences", "weak_dp")
+    assert done.code == 0
     for part in ("Clip each update", "noise = 0.001", "arXiv:1911.07963", "plug-in: mithridate-weak-dp 0.1"):
-        assert part in out
+        assert part in done.out
 
 
 @pytest.mark.slow
@@ -207,10 +158,10 @@ def test_a_plugin_and_a_place_are_found_in_the_current_directory_and_recorded(tm
     work = tmp_path / "work"
     work.mkdir()
     (work / "parts.py").write_text(PARTS, encoding="utf-8")
-    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
+    (tmp_path / "tiny.toml").write_text(tiny_text(OWN_PARTS), encoding="utf-8")
     call = ("run", "../tiny.toml", "--plugin", "parts.py", "--threads", "1", "--out", tmp_path / "out")
-    done = command(*call, "--set", "defence.Scale.factor=0.125", folder=work)
-    assert (done.returncode, done.stderr) == (0, "")
+    process = started(*call, "--set", "defence.Scale.factor=0.125", folder=work)
+    assert (process.returncode, process.stderr) == (0, "")
     configs = {run.path.name: run.config for run in read_runs([tmp_path / "out"])}
     scaled = run_id("noise", "Scale", 0)  # a capital: where a file system knows none, "scale" has the same name
     assert set(configs) == {"noise__halve__seed0", scaled}
@@ -236,13 +187,13 @@ def test_a_recipe_names_plugins_beside_it(tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "parts.py").write_text(PARTS, encoding="utf-8")
     path = tmp_path / "recipes" / "tiny.toml"
-    path.write_text('plugins = ["parts.py"]\n' + TINY, encoding="utf-8")
+    path.write_text('plugins = ["parts.py"]\n' + tiny_text(OWN_PARTS), encoding="utf-8")
     recipe = read_recipe(path, plugins=["recipes/parts.py"], changes=["defence.factor=0.75"])
     assert recipe.plugins == (str(tmp_path / "recipes" / "parts.py"),)
     assert [config_of(d.component)["factor"] for d in recipe.defences] == [0.75, 0.75]
     with pytest.raises(ConfigError, match=r"no defence of the recipe has 'facto': did you mean 'factor'"):
         read_recipe(path, changes=["defence.facto=0.75"])
-    path.write_text("plugins = 3\n" + TINY, encoding="utf-8")
+    path.write_text("plugins = 3\n" + tiny_text(OWN_PARTS), encoding="utf-8")
     with pytest.raises(ConfigError, match=r"^plugins = 3: give a list of modules or \.py files"):
         read_recipe(path)
 
@@ -250,19 +201,19 @@ def test_a_recipe_names_plugins_beside_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command_", ["run", "calibrate", "list"])
 def test_a_plugin_that_cannot_be_loaded_ends_with_code_2(tmp_path: Path, command_: str) -> None:
     recipe = [] if command_ == "list" else ["tiny.toml"]
-    (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
-    code, out, err = invoke(command_, *recipe, "--plugin", "no_such_module")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: the plug-in no_such_module cannot be loaded (ModuleNotFoundError: ")
+    (tmp_path / "tiny.toml").write_text(tiny_text(OWN_PARTS), encoding="utf-8")
+    done = invoke(command_, *recipe, "--plugin", "no_such_module")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: the plug-in no_such_module cannot be loaded (ModuleNotFoundError: ")
 
 
 def test_a_plugin_is_listed_with_where_it_comes_from(tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text(PARTS, encoding="utf-8")
-    code, out, _ = invoke("list", "defences", "--plugin", "parts.py")
-    assert code == 0
-    assert "Half of every gradient" in out
-    assert "plug-in:" in out
-    assert "parts.py" in out
+    done = invoke("list", "defences", "--plugin", "parts.py")
+    assert done.code == 0
+    assert "Half of every gradient" in done.out
+    assert "plug-in:" in done.out
+    assert "parts.py" in done.out
 
 
 def test_a_broken_package_is_told_after_the_list_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,11 +222,13 @@ def test_a_broken_package_is_told_after_the_list_of_the_others(tmp_path: Path, m
     (target / "weak_dp.py").write_text("import no_such_module\n", encoding="utf-8")
     monkeypatch.syspath_prepend(target)
     registry.broken_packages.cache_clear()
-    code, out, err = invoke("list", "monitors")
-    assert code == 2
-    assert "accuracy_floor" in out
-    assert err.startswith("error: The components of the installed package mithridate-weak-dp cannot be loaded (Module")
-    assert err.endswith("pip uninstall mithridate-weak-dp).")
+    done = invoke("list", "monitors")
+    assert done.code == 2
+    assert "accuracy_floor" in done.out
+    assert done.err.startswith(
+        "error: The components of the installed package mithridate-weak-dp cannot be loaded (Module"
+    )
+    assert done.err.endswith("pip uninstall mithridate-weak-dp).")
 
 
 BROKEN = """
@@ -344,10 +297,10 @@ def test_an_error_of_a_components_own_is_a_sentence_and_its_traceback_is_kept(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "parts.py").write_text(BROKEN, encoding="utf-8")
-    model = "" if "[model]" in recipe else '[model]\nname = "small_cnn"\nwidth = 4\n'
-    text = f'plugins = ["parts.py"]\n{SMALL}{model}[attack]\nname = "clean"\n{recipe}\n'
+    text = tiny_text(f'plugins = ["parts.py"]\n[attack]\nname = "clean"\n{recipe}\n')
     (tmp_path / "small.toml").write_text(text, encoding="utf-8")
-    code, _, err = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    done = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    code, err = done.code, done.err
     assert code == 2
     assert "Traceback" not in err
     assert "\x1b" not in err
@@ -360,7 +313,7 @@ def test_an_error_of_a_components_own_is_a_sentence_and_its_traceback_is_kept(
 
 
 def test_an_error_that_is_nobody_elses_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small.toml").write_text(f'{SMALL}[attack]\nname = "clean"\n', encoding="utf-8")
+    (tmp_path / "small.toml").write_text(tiny_text('[attack]\nname = "clean"'), encoding="utf-8")
     monkeypatch.setattr("mithridate.bench.engine.prepare", lambda *_: None)
     monkeypatch.setattr("mithridate.bench.engine._run_cell", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -2,36 +2,23 @@
 
 import io
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from typer.testing import CliRunner
 
 from mithridate.bench.store import read_runs
 from mithridate.cli import app as cli
 from mithridate.cli import terminal
 from mithridate.core import registry
 from mithridate.core.registry import KINDS, entries
+from tests.command import invoke, started
+from tests.recipes import tiny_text
 
 RECIPE = """
 title = "A [bold]tiny[/bold] :smile: recipe"
-[data]
-name = "digits"
-burn_in = 150
-victim = 100
-validation = 30
-trusted = 20
-test = 150
-batch_size = 20
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 1
 [[attack]]
 name = "clean"
 [[attack]]
@@ -41,9 +28,6 @@ name = "none"
 [[defence]]
 name = "clip"
 clip_norm = 1.0
-[run]
-steps = 2
-seeds = [0, 1]
 """
 ODD = "out [bold] [x] :smile: [/red]"
 
@@ -59,10 +43,9 @@ def _no_figures() -> Iterator[None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished runs in a folder whose name looks like markup."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "tiny [x].toml").write_text(RECIPE, encoding="utf-8")
-    call = ["run", root / "tiny [x].toml", "--out", root / ODD, "--cache", root / "cache", "--device", "cpu"]
-    done = CliRunner().invoke(cli.app, [str(a) for a in [*call, "--threads", 1]])
-    assert done.exit_code == 0, done.output
+    (root / "tiny [x].toml").write_text(tiny_text(RECIPE, "run.seeds=[0, 1]"), encoding="utf-8")
+    done = invoke("run", root / "tiny [x].toml", "--out", root / ODD, "--cache", root / "cache", "--device", "cpu")
+    assert done.code == 0, done
     assert "A [bold]tiny[/bold] :smile: recipe\n" in done.stdout
     return root / ODD
 
@@ -127,11 +110,9 @@ def test_every_encoding_shows_the_numbers_and_the_path(
 def test_a_process_on_a_terminal_that_knows_ascii_alone(
     environment: dict[str, str], runs: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "mithridate", "report", str(runs), "--out", str(tmp_path / "é [x]")]
-    env = {**os.environ, "COLUMNS": "80", **environment}
-    done = subprocess.run(command, capture_output=True, env=env, check=False)  # noqa: S603  (a fixed command)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"[x]/report.html" in done.stdout.replace(b"\n", b"")
+    done = started("report", runs, "--out", tmp_path / "é [x]", folder=tmp_path, env={"COLUMNS": "80", **environment})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "[x]/report.html" in done.stdout.replace("\n", "")
     assert (tmp_path / "é [x]" / "report.html").is_file()
 
 
@@ -158,29 +139,20 @@ def test_no_number_is_cut_and_no_line_too_long(
 
 
 def test_what_a_path_looks_like_is_no_markup(runs: Path) -> None:
-    command = [
-        "run",
-        runs.parents[1] / "tiny [x].toml",
-        "--out",
-        runs,
-        "--cache",
-        runs.parents[1] / "cache",
-        "--device",
-        "cpu",
-    ]
-    again = CliRunner().invoke(cli.app, [*map(str, command), "--threads", "1", "--resume"])
-    assert again.exit_code == 0
+    root = runs.parents[1]
+    command = ["run", root / "tiny [x].toml", "--out", runs, "--cache", root / "cache", "--device", "cpu"]
+    again = invoke(*command, "--resume", columns=60)
+    assert again.code == 0
     assert f"delete {runs} to run them again" in again.stdout.replace("\n", "")
     assert f"report: {runs}/report.html" in again.stdout
-    refused = CliRunner().invoke(cli.app, [*map(str, command), "--threads", "1"])
-    assert refused.exit_code == 2
+    refused = invoke(*command, columns=60)
+    assert refused.code == 2
     assert f"error: {runs}/clean__none__seed0" in refused.stderr.replace("\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--threads", "1025"], ["--threads", "9" * 30], ["--threads=-1"]])
 def test_threads_out_of_range_are_refused(arguments: list[str], runs: Path) -> None:
-    done = CliRunner().invoke(cli.app, ["run", str(runs.parents[1] / "tiny [x].toml"), *arguments])
-    assert done.exit_code == 2
+    assert invoke("run", runs.parents[1] / "tiny [x].toml", *arguments).code == 2
 
 
 @pytest.mark.parametrize(
@@ -190,9 +162,8 @@ def test_seeds_out_of_range_are_refused(
     seeds: str, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
-    done = CliRunner().invoke(cli.app, ["run", str(runs.parents[1] / "tiny [x].toml"), f"--seeds={seeds}"])
-    assert done.exit_code == 2
+    done = invoke("run", runs.parents[1] / "tiny [x].toml", f"--seeds={seeds}")
+    assert done.code == 2
     assert "seeds" in done.stderr
     assert len(done.stderr) < 650
     assert "\x1b[31m" not in done.stderr
@@ -202,12 +173,11 @@ def test_seeds_out_of_range_are_refused(
 @pytest.mark.slow
 def test_a_matplotlibrc_that_cannot_be_read_is_told(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(b"\xff\xfe\x00")
-    command = [sys.executable, "-m", "mithridate", "report", str(runs), "--out", str(tmp_path / "out")]
-    env = {**os.environ, "MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "nonsense"}
-    done = subprocess.run(command, capture_output=True, env=env, check=False)  # noqa: S603  (a fixed command)
+    env = {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "nonsense"}
+    done = started("report", runs, "--out", tmp_path / "out", folder=tmp_path, env=env)
     assert done.returncode == 2
-    assert b"error: matplotlib cannot be loaded ('utf-8'" in done.stderr
-    assert b"Traceback" not in done.stderr
+    assert "error: matplotlib cannot be loaded ('utf-8'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # `~`.
@@ -219,19 +189,18 @@ def test_the_home_directory_is_known_by_its_sign_everywhere(
     monkeypatch.setattr(registry, "_entries", {kind: dict(entries(kind)) for kind in KINDS})  # as they were, after it
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.set_num_threads", lambda n: None)
     (tmp_path / "of_the_home_directory.py").write_text(
         "import mithridate as mi\n@mi.register('monitor', 'silent')\n@mi.settings\nclass Silent(mi.Monitor):\n"
         "    'Nothing.'\n    def alarm(self, readings):\n        return None\n",
         encoding="utf-8",
     )
-    (tmp_path / "tiny.toml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "tiny.toml").write_text(tiny_text(RECIPE), encoding="utf-8")
     command = ["run", "~/tiny.toml", "--out=~/out", "--device=cpu", "--plugin=~/of_the_home_directory.py", "--seeds=0"]
-    done = CliRunner().invoke(cli.app, command, env={"MITHRIDATE_CACHE": "~/cache"})
-    assert done.exit_code == 0, done.output
+    done = invoke(*command, env={"MITHRIDATE_CACHE": "~/cache"})
+    assert done.code == 0, done
     assert len(read_runs("~/out")) == 4
     assert any((tmp_path / "cache" / "burn_in").iterdir())
-    assert CliRunner().invoke(cli.app, ["report", "~/out", "--out=~/page"]).exit_code == 0
+    assert invoke("report", "~/out", "--out=~/page").code == 0
     assert (tmp_path / "page" / "report.html").is_file()
     for command, message in (
         (["run", "tiny.toml", "--set=data.name=npz", "--set=data.path=~/x.npz"], f"{tmp_path}/x.npz is not there"),
@@ -239,10 +208,9 @@ def test_the_home_directory_is_known_by_its_sign_everywhere(
         (["run", "tiny.toml", "--set=data.name=mnist", "--data-root=~/none"], f"data root {tmp_path}/none"),
         (["report", "~nobody-at-all/x"], "write the path without ~"),
     ):
-        refused = CliRunner().invoke(cli.app, [*command, *(["--out=~/other"] if command[0] == "run" else [])])
-        assert refused.exit_code == 2
-        assert message in refused.stderr.replace("\n", "")
+        refused = invoke(*command, *(["--out=~/other"] if command[0] == "run" else []))
+        assert refused.code == 2
+        assert message in refused.err
     other = ["run", "tiny.toml", "--set=data.name=mnist", "--out=~/other"]
-    refused = CliRunner().invoke(cli.app, other, env={"MITHRIDATE_DATA": "~/none"})
-    assert f"data root {tmp_path}/none" in refused.stderr.replace("\n", "")
+    assert f"data root {tmp_path}/none" in invoke(*other, env={"MITHRIDATE_DATA": "~/none"}).err
     assert not [path for path in tmp_path.iterdir() if "~" in path.name]

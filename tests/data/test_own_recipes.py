@@ -7,48 +7,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
+import tomli_w
 from PIL import Image
-from typer.testing import CliRunner
 
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import read_recipe
-from mithridate.cli import app as cli
 from mithridate.data import OWN
-
-RECIPE = """
-[data]
-name = "{name}"
-path = "{path}"
-victim = 0.25
-test = 60
-batch_size = 15
-[model]
-name = "small_cnn"
-width = 4
-[burn_in]
-epochs = 2
-batch_size = 20
-lr = 0.05
-[attack]
-name = "noise"
-eps = 0.1
-[run]
-steps = 2
-images = 0
-"""
+from tests.command import invoke
+from tests.recipes import tiny_text
 
 
-@pytest.fixture(autouse=True)
-def _threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)  # the test session has its own
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(cli.app, ["run", *map(str, arguments)], env={"COLUMNS": "200"})
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, " ".join((done.stdout + done.stderr).split())
+def recipe_text(name: str, path: str) -> str:
+    """The tiny recipe on data of one's own, with a split as the data have it."""
+    data = tomli_w.dumps({"data": {"name": name, "path": path, "victim": 0.25, "test": 60, "batch_size": 15}})
+    return tiny_text(data, "run.steps=2")
 
 
 def write_image(path: Path) -> None:
@@ -70,10 +42,10 @@ def test_every_source_runs_and_its_config_runs_again_with_the_same_numbers(
     recipes.mkdir()
     elsewhere.mkdir()
     (recipes / written[name].name).symlink_to(written[name])
-    (recipes / "own.toml").write_text(RECIPE.format(name=name, path=written[name].name), encoding="utf-8")
+    (recipes / "own.toml").write_text(recipe_text(name=name, path=written[name].name), encoding="utf-8")
     monkeypatch.chdir(elsewhere)  # a relative path starts at the recipe, wherever the command is given
-    code, told = run(recipes / "own.toml", "--out", tmp_path / "first", "--cache", tmp_path / "cache 1")
-    assert (code, "report:" in told) == (0, True), told
+    done = invoke("run", recipes / "own.toml", "--out", tmp_path / "first", "--cache", tmp_path / "cache 1")
+    assert (done.code, "report:" in done.out) == (0, True), done
     (config,) = (tmp_path / "first").glob("*/config.toml")
     data = tomllib.loads(config.read_text(encoding="utf-8"))["data"]
     assert data["path"] == str(recipes / written[name].name)
@@ -92,7 +64,7 @@ def test_every_source_runs_and_its_config_runs_again_with_the_same_numbers(
 def test_a_path_in_a_recipe_starts_at_its_folder_and_one_in_the_shell_at_the_current_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "own.toml").write_text(RECIPE.format(name="folder", path="pictures"), encoding="utf-8")
+    (tmp_path / "own.toml").write_text(recipe_text(name="folder", path="pictures"), encoding="utf-8")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert read_recipe("../own.toml").data.path == str(tmp_path / "here" / ".." / "pictures")
@@ -147,8 +119,8 @@ def nothing(_: Path) -> str:
 def test_bad_data_end_with_exit_code_2_a_message_and_nothing_written(
     spoil: Callable[[Path], str], message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "own.toml").write_text(RECIPE.format(name=spoil(tmp_path), path="own"), encoding="utf-8")
-    code, told = run(tmp_path / "own.toml", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
-    assert code == 2
-    assert message in told
+    (tmp_path / "own.toml").write_text(recipe_text(name=spoil(tmp_path), path="own"), encoding="utf-8")
+    done = invoke("run", tmp_path / "own.toml", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
+    assert done.code == 2
+    assert message in done.err
     assert not (tmp_path / "out").exists()
