@@ -43,6 +43,42 @@ lr = 0.05
 images = 2
 """
 
+ACCUMULATIVE = """
+[[attack]]
+name = "accumulative"
+label = "accu"
+eps = 0.2
+steps = 1
+trigger_update = "after_step"
+poison_ratio = 0.5
+random_start = true
+resample_validation = true
+weight_momentum = 1.1
+"""
+"""The attack `accu`, with all that it draws and keeps."""
+
+FEDERATION = """
+[[attack]]
+name = "accumulative"
+label = "accu"
+trigger = "reoptimised"
+poison_ratio = 0.1
+spread = 0.1
+resample_validation = true
+[clients]
+clients = 10
+partition = "dirichlet"
+alpha = 1.0
+smallest = 2
+[federated]
+rounds = 3
+per_round = 6
+local_batch = 2
+lr = 0.05
+rule = {name = "centered_clipping", worker_momentum = 0.5}
+"""
+"""Rounds in place of a stream, with that attack on them."""
+
 TIMES = frozenset({"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"})
 """What two runs of the same bits do not share."""
 

@@ -30,22 +30,16 @@ from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import adopt_momentum, victim_optimiser
 from mithridate.training.burn_in import burn_in
 from mithridate.training.learner import Learner
-from tests.recipes import Log, files, same_runs, timeless, timeless_rows, tiny_recipe
+from tests.recipes import ACCUMULATIVE, Log, files, same_runs, timeless, timeless_rows, tiny_recipe
 
-RECIPE = """
+RECIPE = (
+    """
 [[attack]]
 name = "noise"
 eps = 0.1
-[[attack]]
-name = "accumulative"
-label = "accu"
-eps = 0.2
-steps = 1
-trigger_update = "after_step"
-poison_ratio = 0.5
-random_start = true
-resample_validation = true
-weight_momentum = 1.1
+"""
+    + ACCUMULATIVE
+    + """
 [[defence]]
 name = "none"
 [[defence]]
@@ -55,6 +49,7 @@ clip_norm = 0.5
 name = "accuracy_floor"
 max_drop = 0.01
 """
+)
 
 
 recipe_of = partial(tiny_recipe, RECIPE)

@@ -23,19 +23,16 @@ from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import AccumulativeUpdates
 from mithridate.update_attacks.sign_flip import SignFlip
 from tests.command import invoke
-from tests.recipes import Log, same_runs, timeless, timeless_rows, tiny_recipe, tiny_tables, tiny_text
+from tests.recipes import FEDERATION, Log, same_runs, timeless, timeless_rows, tiny_recipe, tiny_tables, tiny_text
 
-RECIPE = """
+RECIPE = (
+    """
 [[attack]]
 name = "sign_flip"
 poison_ratio = 0.2
-[[attack]]
-name = "accumulative"
-label = "accu"
-trigger = "reoptimised"
-poison_ratio = 0.1
-spread = 0.1
-resample_validation = true
+"""
+    + FEDERATION
+    + """
 [[defence]]
 name = "none"
 [[defence]]
@@ -45,18 +42,8 @@ parts = [{name = "clip"}, {name = "gate"}]
 [monitor]
 name = "accuracy_floor"
 max_drop = 0.01
-[clients]
-clients = 10
-partition = "dirichlet"
-alpha = 1.0
-smallest = 2
-[federated]
-rounds = 3
-per_round = 6
-local_batch = 2
-lr = 0.05
-rule = {name = "centered_clipping", worker_momentum = 0.5}
 """
+)
 RULE = {"name": "centered_clipping", "worker_momentum": 0.5}
 
 tables_of = partial(tiny_tables, RECIPE)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from sklearn.datasets import load_digits
 
 from mithridate.bench.watcher import Watcher
+from tests.recipes import tiny_text
 from tools.faults import runs
 from tools.faults.case import Result, UnpreparedError, drawn
 from tools.faults.processes import forked, import_what
@@ -27,7 +28,7 @@ DAMAGES = ("truncate", "flip", "zero", "delete", "swap")
 Stage = Literal["finished", "unfinished", "fresh"]
 STAGES: tuple[Stage, ...] = ("finished", "unfinished", "fresh")
 
-IMAGES = runs.DETECTORS.partition("[[detector]]")[0].replace('"digits"', '"mnist"') + "[run]\nsteps = 2\nlr = 0.05\n"
+IMAGES = tiny_text("", "data.name=mnist", "run.steps=2")
 RECIPES = {**runs.RECIPES, "images": IMAGES}
 SEEDS = {"online": (0,), "federated": (0,), "detectors": (0, 1), "images": (0,)}
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,9 @@ from mithridate.bench.watcher import Watcher
 from mithridate.core.errors import UserError
 from mithridate.report.records import run_records, summary_records
 from mithridate.report.rows import rows
+from tests.recipes import ACCUMULATIVE, FEDERATION, timeless, tiny_text
 
-TIMES = frozenset({"seconds", "craft_seconds", "update_seconds", "burn_in_seconds"})
-"""What two runs of the same bits do not share."""
-
-COMMON = """
-title = "tiny"
-[data]
-name = "digits"
-burn_in = 60
-victim = 60
-validation = 20
-trusted = 10
-test = 40
-batch_size = 10
-augment = false
-[model]
-name = "small_cnn"
-width = 2
-[burn_in]
-epochs = 2
-batch_size = 20
-lr = 0.05
-checkpoints = [1]
+DEFENCES = """
 [[defence]]
 name = "none"
 [[defence]]
@@ -45,31 +25,7 @@ label = "guarded"
 parts = [{name = "clip"}, {name = "ema"}]
 """
 
-ONLINE = (
-    COMMON
-    + """
-[[attack]]
-name = "accumulative"
-eps = 0.2
-steps = 1
-trigger_update = "after_step"
-poison_ratio = 0.5
-random_start = true
-resample_validation = true
-weight_momentum = 1.1
-[run]
-steps = 3
-lr = 0.05
-images = 2
-"""
-)
-
-DETECTORS = (
-    COMMON.partition("[[defence]]")[0]
-    + """
-[[attack]]
-name = "noise"
-eps = 0.1
+DETECTORS = """
 [[detector]]
 name = "loss"
 [[detector]]
@@ -77,37 +33,13 @@ name = "discrepancy"
 epoch = 1
 [[detector]]
 name = "lid"
-[run]
-steps = 3
-lr = 0.05
-images = 2
 """
-)
 
-FEDERATED = (
-    COMMON
-    + """
-[[attack]]
-name = "accumulative"
-trigger = "reoptimised"
-poison_ratio = 0.2
-spread = 0.1
-resample_validation = true
-[clients]
-clients = 6
-partition = "dirichlet"
-alpha = 1.0
-smallest = 2
-[federated]
-rounds = 3
-per_round = 5
-local_batch = 2
-lr = 0.05
-rule = {name = "centered_clipping", worker_momentum = 0.5}
-"""
-)
-
-RECIPES = {"online": ONLINE, "detectors": DETECTORS, "federated": FEDERATED}
+RECIPES = {
+    "online": tiny_text(ACCUMULATIVE + DEFENCES),
+    "detectors": tiny_text(DETECTORS),
+    "federated": tiny_text(FEDERATION + DEFENCES),
+}
 
 
 def start(
@@ -158,29 +90,16 @@ def contents(out: Path) -> dict[str, Any]:
     except UserError as error:
         return {"refused": str(error)}
     return {
-        "whole": {run.path.name: _digest(run, frozenset()) for run in runs},
-        "timeless": {run.path.name: _digest(run, TIMES) for run in runs},
+        "whole": {run.path.name: _digest(run, dict, run.environment) for run in runs},
+        "timeless": {run.path.name: _digest(run, timeless, {}) for run in runs},
         "reported": _hash([{k: v for k, v in r.items() if "seconds" not in k} for r in records]),
     }
 
 
-def _digest(run: Run, without: frozenset[str]) -> str:
-    def left(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if key not in without}
-
+def _digest(run: Run, shown: Callable[[Mapping[str, Any]], Any], environment: Mapping[str, Any]) -> str:
     arrays = {**run.images, **run.scores}
-    return _hash(
-        [
-            run.config,
-            left(run.summary),
-            [left(row) for row in run.trace],
-            {} if without else run.environment,
-            {
-                name: [str(a.dtype), a.shape, hashlib.sha256(repr(a.tolist()).encode()).hexdigest()]
-                for name, a in arrays.items()
-            },
-        ]
-    )
+    content = {name: [str(a.dtype), a.shape, _hash(a.tolist())] for name, a in arrays.items()}
+    return _hash([run.config, shown(run.summary), [shown(row) for row in run.trace], environment, content])
 
 
 def _hash(value: object) -> str:
