@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,12 @@ pytest.importorskip("flwr", reason="the extra 'flower' is not installed")
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import (
-    Bulyan,
     DifferentialPrivacyServerSideFixedClipping,
-    FedAdagrad,
     FedAdam,
     FedAvg,
     FedAvgM,
     FedMedian,
-    FedTrimmedAvg,
     FedXgbBagging,
-    FedYogi,
-    Krum,
-    MultiKrum,
     QFedAvg,
     Strategy,
 )
@@ -59,56 +53,14 @@ from mithridate.defences.gate import Gate
 from mithridate.defences.skip import Skip
 from mithridate.guard.flower import GuardedStrategy
 from mithridate.guard.limits import ReplyLimits
+from tests.guard.federation import NODES, STRATEGIES, claiming, honest, pickled, reply_to, start
 
-NODES = 12
 MakeGrid = Callable[..., Any]
 Spoil = Callable[[Message], Message]
 
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "FedAvg": FedAvg,
-    "FedAvgM": lambda: FedAvgM(server_momentum=0.9),
-    "FedAdam": FedAdam,
-    "FedAdagrad": FedAdagrad,
-    "FedYogi": FedYogi,
-    "FedMedian": FedMedian,
-    "FedTrimmedAvg": FedTrimmedAvg,
-    "Krum": lambda: Krum(num_malicious_nodes=1),
-    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=5),
-    "Bulyan": lambda: Bulyan(num_malicious_nodes=1),
-    "QFedAvg": lambda: QFedAvg(client_learning_rate=0.1, train_loss_key="train-loss"),
-}
-
-
-@pytest.fixture(autouse=True)
-def _same_sampling() -> Iterator[None]:
-    """Flower draws clients with Python's global generator."""
-    state = random.getstate()
-    random.seed(0)
-    yield
-    random.setstate(state)
-
-
-def start() -> dict[str, torch.Tensor]:
-    """A model with weights, a bias of another size, and a counter as BatchNorm has one."""
-    rng = torch.Generator().manual_seed(0)
-    return {
-        "weight": torch.randn(4, 3, generator=rng),
-        "bias": torch.randn(4, generator=rng),
-        "batches": torch.tensor(0),
-    }
-
 
 def client(message: Message, context: Any) -> Message:
-    """Moves every weight by a hundredth of its own number, and says it has 50 examples and a loss of 1."""
-    state = dict(message.content.array_records["arrays"].to_torch_state_dict())
-    by = 0.01 * (1 + context.node_config["partition-id"])
-    state = {k: (v + by).to(start()[k]) if k != "batches" else v.to(torch.int64) + 1 for k, v in state.items()}
-    content = RecordDict(
-        {"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 50, "train-loss": 1.0})}
-    )
-    if message.metadata.message_type == "evaluate":
-        content = RecordDict({"metrics": MetricRecord({"num-examples": 50, "accuracy": 0.5})})
-    return Message(content, reply_to=message)
+    return reply_to(message, *honest(message))
 
 
 def run(strategy: Strategy, grid: Any, rounds: int = 3) -> Any:
@@ -181,19 +133,6 @@ def added(message: Message, key: str, record: Any) -> Message:
 def npz() -> bytes:
     buffer = BytesIO()
     np.savez(buffer, a=np.zeros(3))
-    return buffer.getvalue()
-
-
-def pickled() -> bytes:
-    buffer = BytesIO()
-    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
-
-
-def claiming(shape: tuple[int, ...]) -> bytes:
-    """The header of an array of any shape, and nothing behind it."""
-    buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 

@@ -3,8 +3,7 @@
 import json
 import logging
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,6 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
         QFedAvg(client_learning_rate=0.1, q=0.5, train_loss_key="loss"), 1e-9, 10.0, NODES
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _same_sampling() -> Iterator[None]:
-    """Flower draws clients with Python's global generator."""
-    state = random.getstate()
-    random.seed(0)
-    yield
-    random.setstate(state)
 
 
 def client(metrics: Metrics, *, moves: Metrics = lambda number: {}, keys: Metrics = lambda number: {}) -> Any:

@@ -8,11 +8,10 @@ import gc
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
-from itertools import count
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -21,21 +20,6 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import (
-    Bulyan,
-    FedAdagrad,
-    FedAdam,
-    FedAvg,
-    FedAvgM,
-    FedMedian,
-    FedTrimmedAvg,
-    FedYogi,
-    Krum,
-    MultiKrum,
-    QFedAvg,
-    Strategy,
-)
-from flwr.supercore.task_identity import TaskIdentity
 from torch import nn
 
 from mithridate.core.batch import Batch
@@ -43,21 +27,19 @@ from mithridate.core.errors import UserError
 from mithridate.core.registry import build
 from mithridate.core.seeding import seeded_default
 from mithridate.guard.flower import GuardedStrategy
+from tests.guard.federation import (
+    FIRST_NODE,
+    NODES,
+    STRATEGIES,
+    Arrays,
+    InProcessGrid,
+    claiming,
+    honest,
+    pickled,
+    reply_to,
+    start,
+)
 from tools.faults.case import Result, drawn, exception_of
-
-STRATEGIES: Mapping[str, Callable[[], Strategy]] = {
-    "FedAvg": FedAvg,
-    "FedAvgM": lambda: FedAvgM(server_momentum=0.9),
-    "FedAdam": FedAdam,
-    "FedAdagrad": FedAdagrad,
-    "FedYogi": FedYogi,
-    "FedMedian": FedMedian,
-    "FedTrimmedAvg": FedTrimmedAvg,
-    "Krum": lambda: Krum(num_malicious_nodes=1),
-    "MultiKrum": lambda: MultiKrum(num_malicious_nodes=1, num_nodes_to_select=5),
-    "Bulyan": lambda: Bulyan(num_malicious_nodes=1),
-    "QFedAvg": lambda: QFedAvg(client_learning_rate=0.1, train_loss_key="train-loss"),
-}
 
 DEFENCES: tuple[Any, ...] = (
     *(None, None, {"name": "clip", "clip_norm": 0.2}, {"name": "bound_update", "clip_norm": 0.1}, {"name": "ema"}),
@@ -65,9 +47,8 @@ DEFENCES: tuple[Any, ...] = (
     {"name": "dgc", "lr": 1.0, "clip_norm": 0.2},
 )
 
-NODES, ROUNDS = 12, 3
+ROUNDS = 3
 
-Arrays = dict[str, np.ndarray[Any, Any]]
 Metrics = dict[str, Any]
 
 
@@ -85,7 +66,6 @@ class Flower:
         for name in self.loggers:
             logging.getLogger(name).disabled = True
         gc.collect = lambda generation=2: 0
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
 
     def case(self, number: int, folder: Path) -> Result:
         """Run a federation, and look at its model and at who was refused."""
@@ -95,9 +75,9 @@ class Flower:
         counts = name != "QFedAvg"  # which multiplies in place, and cannot take a counter
         with_module = (table is not None and table["name"] != "clip") or rng.random() < 0.3
         module = _module(counts=counts) if with_module else None
-        start = {k: v.numpy() for k, v in (module.state_dict() if module else _state()).items()}
-        start = {k: v for k, v in start.items() if counts or v.dtype.kind == "f"}
-        hostile = Hostile(rng, rng.sample(range(NODES), rng.randint(1, 5)))
+        before = {k: v.numpy() for k, v in (module.state_dict() if module else _state()).items()}
+        before = {k: v for k, v in before.items() if counts or v.dtype.kind == "f"}
+        hostile = Hostile(rng, rng.sample(range(FIRST_NODE, FIRST_NODE + NODES), rng.randint(1, 5)))
         what = f"{name}, {table}"
         random.seed(number)  # Flower draws clients with the global generator
         try:
@@ -109,8 +89,8 @@ class Flower:
                 report_path=folder / "guard.jsonl",
             )
             result = guarded.start(
-                grid=cast("Grid", _Grid(hostile)),
-                initial_arrays=ArrayRecord({k: Array(v) for k, v in start.items()}),
+                grid=cast("Grid", InProcessGrid(hostile.app, NODES, tamper=lambda replies: [*chain(*replies)])),
+                initial_arrays=ArrayRecord({k: Array(v) for k, v in before.items()}),
                 num_rounds=ROUNDS,
             )
         except UserError as error:
@@ -118,18 +98,18 @@ class Flower:
         except Exception as error:  # that is what is looked for
             outcome, said = "exception", exception_of(error)
         else:
-            said = _fault(start, result, guarded, hostile)
+            said = _fault(before, result, guarded, hostile)
             outcome = "silent" if said else "refused" if any(e.event == "refused" for e in guarded.events) else "same"
         return Result(outcome, f"{what}; {'; '.join(hostile.did)}", said, max(1, len(hostile.did)))  # type: ignore[arg-type]
 
 
-def _fault(start: Arrays, result: Any, guarded: GuardedStrategy, hostile: "Hostile") -> str:  # noqa: ANN401  (Flower's)
+def _fault(before: Arrays, result: Any, guarded: GuardedStrategy, hostile: "Hostile") -> str:  # noqa: ANN401  (Flower's)
     """What is wrong with the end of a federation."""
     arrays = {k: a.numpy() for k, a in (result.arrays or {}).items()}
-    if arrays and arrays.keys() != start.keys():
+    if arrays and arrays.keys() != before.keys():
         return f"the model has other arrays: {sorted(arrays)}"
     for key, array in arrays.items():
-        if array.shape != start[key].shape:
+        if array.shape != before[key].shape:
             return f"'{key}' has shape {array.shape}"
         if not np.isfinite(array).all():
             return f"'{key}' is not finite"
@@ -138,51 +118,10 @@ def _fault(start: Arrays, result: Any, guarded: GuardedStrategy, hostile: "Hosti
             for key, value in dict(metrics).items():
                 if not np.isfinite(np.asarray(value, dtype=float)).all():
                     return f"the metric {key} is {value}"
-    nodes = {100 + i for i in hostile.nodes}
-    honest = [e for e in guarded.events if e.event == "refused" and e.node not in nodes]
-    if honest:
-        return f"an honest client was refused: {honest[0].reason}"
+    wronged = [e for e in guarded.events if e.event == "refused" and e.node not in hostile.nodes]
+    if wronged:
+        return f"an honest client was refused: {wronged[0].reason}"
     return ""
-
-
-class _Grid:
-    """As much of Flower's grid as a strategy uses."""
-
-    def __init__(self, hostile: "Hostile") -> None:
-        self.hostile = hostile
-        self.numbers = count()
-
-    def get_node_ids(self) -> list[int]:
-        return [100 + i for i in range(NODES)]
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        replies: list[Message] = []
-        for message in sorted(messages, key=lambda m: m.metadata.dst_node_id):
-            message.metadata.__dict__["_message_id"] = str(next(self.numbers))
-            node = message.metadata.dst_node_id - 100
-            replies += (
-                self.hostile.replies(message) if node in self.hostile.nodes else [_reply(message, *_honest(message))]
-            )
-        return replies
-
-
-def _honest(message: Message) -> tuple[Arrays, Metrics]:
-    """What a client sends that does as it is asked: every weight moves by a hundredth of its number."""
-    metrics: Metrics = {"num-examples": 50, "train-loss": 1.0}
-    if message.metadata.message_type == "evaluate":
-        return {}, {"num-examples": 50, "accuracy": 0.5}
-    by = 0.01 * (message.metadata.dst_node_id - 99) / NODES
-    state = {k: a.numpy() for k, a in message.content.array_records["arrays"].items()}
-    counts = {k: v for k, v in state.items() if "batches" in k}
-    moved = {k: (v + by).astype("float32") for k, v in state.items()}
-    return {**moved, **{k: np.asarray(np.rint(v) + 1).astype("int64") for k, v in counts.items()}}, metrics
-
-
-def _reply(message: Message, arrays: Arrays, metrics: Metrics) -> Message:
-    content: dict[str, Any] = {"metrics": MetricRecord(metrics)}
-    if message.metadata.message_type == "train":
-        content["arrays"] = ArrayRecord({k: Array(np.asarray(v)) for k, v in arrays.items()})
-    return Message(RecordDict(content), reply_to=message)
 
 
 class Hostile:
@@ -198,9 +137,11 @@ class Hostile:
         self.did: list[str] = []
         self.habit = rng.choice([None, *ARRAYS, *METRICS, *RECORDS])
 
-    def replies(self, message: Message) -> list[Message]:
-        """What one of them sends to a message: one reply, mostly."""
-        arrays, metrics = _honest(message)
+    def app(self, message: Message, _: object) -> list[Message]:
+        """What a client sends to a message: one reply, mostly."""
+        arrays, metrics = honest(message)
+        if message.metadata.dst_node_id not in self.nodes:
+            return [reply_to(message, arrays, metrics)]
         train = message.metadata.message_type == "train"
         kinds: list[Mapping[str, Any]] = [METRICS, RECORDS, *([ARRAYS] * 2 if train else [])]
         hows = [self.rng.choice(list(self.rng.choice(kinds))) for _ in range(self.rng.choice([1, 1, 2]))]
@@ -211,8 +152,7 @@ class Hostile:
                 ARRAYS[how](arrays, self.rng)
             elif how in METRICS:
                 METRICS[how](metrics, self.rng)
-        reply = _reply(message, arrays, metrics)
-        replies = [reply]
+        replies = [reply_to(message, arrays, metrics)]
         for how in hows:
             if how in RECORDS:
                 replies = RECORDS[how](replies, message, self.rng)
@@ -398,18 +338,6 @@ def _bytes(data: Callable[[], bytes], stype: str = "numpy.ndarray") -> Callable[
     return change
 
 
-def _saved(array: Any, **options: Any) -> bytes:  # noqa: ANN401  (anything that numpy saves)
-    buffer = BytesIO()
-    np.save(buffer, array, **options)
-    return buffer.getvalue()
-
-
-def _claimed(shape: tuple[int, ...]) -> bytes:
-    buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
-
-
 def _failed(_: Replies, message: Message, rng: Random) -> Replies:
     reason = rng.choice(["out of memory", "", "a\nINFO: b\x1b[2J", "名" * 5000, "[bold]x"])
     return [Message(Error(code=rng.choice([0, 1, 999]), reason=reason), reply_to=message)]
@@ -417,7 +345,7 @@ def _failed(_: Replies, message: Message, rng: Random) -> Replies:
 
 def _by_stranger(replies: Replies, _: Message, __: Random) -> Replies:
     stranger = copy.deepcopy(replies[0])
-    stranger.metadata.__dict__["_src_node_id"] = 100 + NODES + 7
+    stranger.metadata.__dict__["_src_node_id"] = FIRST_NODE + NODES + 7
     return [*replies, stranger]
 
 
@@ -437,24 +365,24 @@ RECORDS: dict[str, Callable[[Replies, Message, Random], Replies]] = {
     "metrics where arrays belong": _content(_set("arrays", MetricRecord)),
     "no bytes": _content(_bytes(bytes)),
     "unreadable bytes": _content(_bytes(lambda: b"no array")),
-    "a pickle": _content(_bytes(lambda: _saved(np.array([{}], dtype=object), allow_pickle=True))),
+    "a pickle": _content(_bytes(pickled)),
     "a megabyte": _content(_bytes(lambda: bytes(10**6))),
-    "a claim of a trillion numbers": _content(_bytes(lambda: _claimed((10**12,)))),
-    "a claim, and no numbers": _content(_bytes(lambda: _claimed((4, 3)))),
-    "a negative shape": _content(_bytes(lambda: _claimed((-4, -3)))),
+    "a claim of a trillion numbers": _content(_bytes(lambda: claiming((10**12,)))),
+    "a claim, and no numbers": _content(_bytes(lambda: claiming((4, 3)))),
+    "a negative shape": _content(_bytes(lambda: claiming((-4, -3)))),
     "a foreign format": _content(_bytes(bytes, "torch.pickle")),
 }
 
 
 def _state() -> dict[str, torch.Tensor]:
     """A model as arrays: weights, a bias, and what BatchNorm keeps."""
-    rng = torch.Generator().manual_seed(0)
+    state = start()
+    counter = state.pop("batches")
     return {
-        "weight": torch.randn(4, 3, generator=rng),
-        "bias": torch.randn(4, generator=rng),
+        **state,
         "norm.running_mean": torch.zeros(4),
         "norm.running_var": torch.ones(4),
-        "norm.num_batches_tracked": torch.tensor(0),
+        "norm.num_batches_tracked": counter,
     }
 
 
