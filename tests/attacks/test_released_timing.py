@@ -68,7 +68,7 @@ def restated(learner: Learner) -> tuple[list[Tensor], list[Tensor]]:
     model = learner.model
     optimiser = SGD(model.parameters(), lr=0.1, momentum=0.9)
     sent, triggers, trigger = [], list[Tensor](), TRIGGER.x
-    for number, batch in enumerate(PHASE):
+    for batch in PHASE:
         model.eval()
         g_val = detached(gradients(model, VALIDATION))
 
@@ -91,7 +91,6 @@ def restated(learner: Learner) -> tuple[list[Tensor], list[Tensor]]:
         optimiser.zero_grad()
         torch.autograd.backward(F.cross_entropy(model(sent[-1]), batch.y))
         optimiser.step()
-        assert number < BATCHES
     return sent, triggers
 
 
@@ -129,7 +128,7 @@ def test_the_released_attack_is_what_their_code_does() -> None:
     assert drift == pytest.approx([0.2, 0.4, 0.6], abs=1e-9)
 
 
-def test_after_step_keeps_its_ball_and_crafts_for_the_last_model() -> None:
+def test_after_step_keeps_its_ball() -> None:
     learner = victim()
     attack = build("attack", {**FIELDS, "trigger_update": "after_step"})
     _, fed = played(learner, attack)
@@ -144,4 +143,4 @@ def test_a_gate_aware_attacker_may_send_a_drifting_trigger_too() -> None:
         "attack", {"name": "gate_aware", "eps": EPS, "inner": inner, "max_loss_rise": 9.0, "max_accuracy_drop": 1.0}
     )
     _, fed = played(victim(), attack)
-    assert float((fed - TRIGGER.x).abs().max()) > EPS
+    assert float((fed - TRIGGER.x).abs().max()) == pytest.approx(BATCHES * EPS, abs=TOLERANCE)

@@ -12,6 +12,7 @@ from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import Recipe, make_recipe
 from mithridate.bench.store import read_run
 from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.registry import config_of
 from tests.recipes import Log, tiny_recipe
 
 BASE = """
@@ -136,9 +137,7 @@ def test_several_grids_are_done_one_after_the_other_and_single_values_are_set() 
 
 
 def test_names_that_would_be_the_same_are_numbered() -> None:
-    recipe = recipe_of(
-        '[grid]\n"attack.accu.label" = "a"\n'.replace('"attack.accu.label" = "a"', "run.lr = [0.1, 0.1000000001]")
-    )
+    recipe = recipe_of("[grid]\nrun.lr = [0.1, 0.1000000001]\n")
     assert [v.variant for v in recipe.variants] == ["lr-0.1-1", "lr-0.1-2"]
     long = recipe_of(f'[grid]\nburn_in.lower_after = [{[1] * 20}, {[2] * 20}]\nburn_in.schedule = "steps"\n')
     assert [v.variant for v in long.variants] == ["lower_after-1", "lower_after-2"]
@@ -208,7 +207,8 @@ def test_what_the_grid_would_overrule_is_refused(grid: str, change: str) -> None
         recipe_of(f"[grid]\n{grid}\n", change)
     with pytest.raises(ConfigError, match="the recipe's grid has"):
         recipe_of(f"[[grid]]\n{grid}\n[[grid]]\nrun.momentum = [0.5]\n", change)
-    assert recipe_of("[grid]\nattack.accu.eps = [0.1, 0.2]\n", "attack.noise.eps=0.3")
+    noise, *accu = recipe_of("[grid]\nattack.accu.eps = [0.1, 0.2]\n", "attack.noise.eps=0.3").attacks
+    assert [config_of(attack.component)["eps"] for attack in (noise, *accu)] == [0.3, 0.1, 0.2]
 
 
 @pytest.mark.parametrize("table", ["monitor", "detector", "surrogate", "defence", "burn_in"])
@@ -216,13 +216,19 @@ def test_a_whole_table_is_unset_by_none(table: str) -> None:
     text = '[[monitor]]\nname = "accuracy_floor"\n[detector]\nname = "loss"\nepoch = 1\n[surrogate]\nepoch = 1\n'
     if table == "burn_in":  # which keeps the epoch that the detector looks at
         text = text.replace('[detector]\nname = "loss"\nepoch = 1\n', "")
-    without = recipe_of(text, f"{table}=none")
-    plain = {"monitor": without.monitors, "detector": without.detectors}.get(table)
-    assert plain is None or list(plain) == []
-    if table == "defence":
-        assert ids(without) == ["noise__none__seed0", "accu__none__seed0"]
-    if table == "burn_in":
-        assert without.burn_in.epochs == 40
+
+    def said(recipe: Recipe) -> Any:
+        return {
+            "monitor": recipe.monitors,
+            "detector": recipe.detectors,
+            "surrogate": recipe.surrogate.epoch,
+            "defence": ids(recipe),
+            "burn_in": recipe.burn_in.epochs,
+        }[table]
+
+    unset = {"surrogate": None, "defence": ["noise__none__seed0", "accu__none__seed0"], "burn_in": 40}.get(table, [])
+    assert said(recipe_of(text, f"{table}=none")) == unset
+    assert said(recipe_of(text)) != unset
 
 
 @pytest.mark.parametrize(

@@ -255,9 +255,9 @@ def test_finished_means_that_the_checksums_are_there(tmp_path: Path) -> None:
 
 def test_the_checksums_are_those_of_sha256sum(tmp_path: Path) -> None:
     path = write_run(tmp_path)
-    for line in (path / store.SUMS).read_text(encoding="utf-8").splitlines():
-        digest, name = line.split("  ")
-        assert digest == hashlib.sha256((path / name).read_bytes()).hexdigest()
+    sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES}
+    lines = (path / store.SUMS).read_text(encoding="utf-8").splitlines()
+    assert sorted(lines) == sorted(f"{digest}  {name}" for name, digest in sums.items())
 
 
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:

@@ -152,7 +152,9 @@ def test_what_a_path_looks_like_is_no_markup(runs: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [["--threads", "1025"], ["--threads", "9" * 30], ["--threads=-1"]])
 def test_threads_out_of_range_are_refused(arguments: list[str], runs: Path) -> None:
-    assert invoke("run", runs.parents[1] / "tiny [x].toml", *arguments).code == 2
+    done = invoke("run", runs.parents[1] / "tiny [x].toml", *arguments)
+    assert done.code == 2
+    assert "--threads" in done.err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How values may be spelled: fractions as text, and `none` for what a TOML file cannot say."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -76,17 +77,19 @@ def test_none_unsets_what_a_preset_sets() -> None:
     assert build("attack", {**table, "preset": "none"}) == mi.attacks.Accumulative()
 
 
-@pytest.mark.parametrize("kind", ["attack", "defence", "detector", "update_attack"])
+@pytest.mark.parametrize("kind", ["attack", "update_attack", "aggregator", "defence", "detector", "monitor"])
 def test_every_float_of_a_component_takes_a_fraction(kind: Any) -> None:
+    compared = 0
     for name, entry in entries(kind).items():
         for key, default in defaults(entry.cls).items():
-            if type(default) is float and 0.25 <= default <= 1:  # a quarter of it is in the range of all of them
-                quarter = f"{default}/4"
+            if type(default) is float and 0 < default < math.inf:
                 try:
                     expected = build(kind, {"name": name, key: default / 4})
                 except ConfigError:
-                    continue  # a rule across fields
-                assert build(kind, {"name": name, key: quarter}) == expected, (name, key)
+                    continue  # out of its range, or a rule across fields
+                assert build(kind, {"name": name, key: f"{default}/4"}) == expected, (name, key)
+                compared += 1
+    assert compared > 0
 
 
 def test_pixel_fields_of_the_data_take_fractions_too() -> None:

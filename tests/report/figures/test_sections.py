@@ -94,6 +94,7 @@ def test_figures_are_the_same_whatever_the_settings_of_the_user(scored_rows: lis
         return [score_distributions(scored_rows), discrepancy_by_interval(scored_rows), *images]
 
     usual = drawings()
+    assert None not in usual
     with mpl.rc_context():
         mpl.rcParams.update(STRANGE)
         assert drawings() == usual
