@@ -1,6 +1,7 @@
 """The fault harness: a few faults of each kind end well, and what does not end well is told."""
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -17,17 +18,11 @@ OUTCOMES = ("refused", "redone", "same", "silent", "exception")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the harness forks and kills processes")
 
 
-def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The harness in a process of its own, which it forks.
-
-    Args:
-        arguments: Of the command.
-        before: Python to run first: a fault of the library's own.
-    """
-    code = f"{before}\nimport sys\nfrom tools.faults.__main__ import main\nsys.exit(main())"
+def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Python code in a process of its own, which the harness forks; `main` is its command."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(  # noqa: S603  (our own command)
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-c", f"import sys\nfrom tools.faults.__main__ import main\n{code}", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path},
         cwd=ROOT,
         capture_output=True,
@@ -43,26 +38,8 @@ def counts(output: str, kind: str) -> dict[str, int]:
     return dict(zip(("cases", *OUTCOMES), map(int, row[1:7]), strict=True))
 
 
-def skip_without_flower(kind: str) -> None:
-    if kind == "flower" and importlib.util.find_spec("flwr") is None:
-        pytest.skip("the extra 'flower' is not installed")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "count"), [("kills", 12), ("files", 40), ("recipes", 150), ("batches", 150), ("flower", 22)]
-)
-def test_a_few_of_each_kind_end_well(kind: str, count: int) -> None:
-    skip_without_flower(kind)
-    ended = run(kind, "--count", str(count), "--seed", "7")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    row = counts(ended.stdout, kind)
-    assert row["cases"] >= count
-    assert row["silent"] == row["exception"] == 0
-    assert row["refused"] + row["redone"] > 0  # the faults were felt
-
-
-FEW = {"kills": 12, "files": 8, "recipes": 20, "batches": 4, "flower": 6}
+COUNTS = {"kills": (9, 6), "files": (30, 10), "recipes": (100, 10), "batches": (100, 4), "flower": (22, 6)}
+"""Cases of each kind: in the library as it is, and with a fault of its own."""
 
 PLANTED = {
     "kills": (
@@ -88,23 +65,52 @@ PLANTED = {
 }
 
 
+THREE_TIMES = """
+import contextlib, importlib, io, json, tempfile
+from pathlib import Path
+
+kind, sound, broken, fault_of_the_library = sys.argv[1:]
+module = importlib.import_module(f"tools.faults.{kind}")
+told = []
+
+def call(*arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        code = main([kind, "--seed", "7", *arguments])
+    told.append((text.getvalue(), code))
+
+with tempfile.TemporaryDirectory() as shared:
+    fault = module.make(7, Path(shared))
+    fault.prepare()  # once: it is most of the time
+    fault.prepare = lambda: None
+    module.make = lambda seed, folder: fault
+    call("--count", sound)
+    exec(fault_of_the_library, {})
+    call("--count", broken)
+    hint = next((line for line in told[-1][0].splitlines() if "--only" in line), "--only none")
+    call("--only", hint.split()[-1])
+print(json.dumps([*told, hint]))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", PLANTED)
-def test_a_fault_of_the_library_is_told(kind: str) -> None:
-    skip_without_flower(kind)
-    ended = run(kind, "--count", str(FEW[kind]), "--seed", "7", before=PLANTED[kind])
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    row = counts(ended.stdout, kind)
+@pytest.mark.parametrize("kind", COUNTS)
+def test_a_few_of_each_kind_end_well_and_a_fault_of_the_library_is_told(kind: str) -> None:
+    """And a case that ended badly can be seen again as the harness says."""
+    if kind == "flower" and importlib.util.find_spec("flwr") is None:
+        pytest.skip("the extra 'flower' is not installed")
+    sound, broken = COUNTS[kind]
+    ended = run(THREE_TIMES, kind, sound, broken, PLANTED[kind])
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (well, code), (badly, failed), (again, failed_again), hint = json.loads(ended.stdout)
+    row = counts(well, kind)
+    assert (code, row["silent"], row["exception"]) == (0, 0, 0), well
+    assert row["cases"] >= sound
+    assert row["refused"] + row["redone"] > 0  # the faults were felt
+    row = counts(badly, kind)
+    assert failed == 1, badly
     assert row["silent"] + row["exception"] > 0
-
-
-@pytest.mark.slow
-def test_a_case_that_ended_badly_can_be_seen_again() -> None:
-    ended = run("batches", "--count", "4", "--seed", "7", before=PLANTED["batches"])
-    first = next(line for line in ended.stdout.splitlines() if "--only" in line)
-    assert first.split()[:6] == ["python", "-m", "tools.faults", "batches", "--seed", "7"]
-    alone = run(*first.split()[3:], before=PLANTED["batches"])
-    assert alone.returncode == 1, alone.stdout + alone.stderr
+    assert hint.split()[:-1] == ["python", "-m", "tools.faults", kind, "--seed", "7", "--only"]
+    assert failed_again == 1, badly + again
 
 
 @dataclass
@@ -152,6 +158,6 @@ def test_whatever_a_case_does_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    ended = run("kils", "--count", "1")
+    ended = run("sys.exit(main())", "kils", "--count", 1)
     assert ended.returncode == 2
     assert "no kind kils" in ended.stderr

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
@@ -19,7 +20,7 @@ SECONDS = 300
 """After which a case hangs, on a busy machine, too."""
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, print a table; 1 if a case was bad, 2 if a kind cannot be run here."""
     parser = argparse.ArgumentParser(prog="python -m tools.faults", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)}; all of them by default")
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides every fault; 0 by default")
     parser.add_argument("--only", type=int, metavar="N", help="the case of this number alone, with all that it says")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time; 2 by default")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if unknown := set(options.kinds) - set(KINDS):
         parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; and threads do not survive a fork
