@@ -3,10 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mithridate.data.stream import Stream
+    from mithridate.training.learner import Learner
 
 settings.register_profile("seeded", derandomize=True, deadline=None)  # the same examples on every machine, however busy
 settings.load_profile("seeded")
@@ -29,6 +34,22 @@ def _threads() -> None:
     One by default: small models gain nothing from two, and `make test` keeps every core busy as it is.
     """
     torch.set_num_threads(int(os.environ.get("MITHRIDATE_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def stream() -> "Stream":
+    """The toy stream; read only."""
+    from mithridate.testing import toy_stream
+
+    return toy_stream(0)
+
+
+@pytest.fixture(scope="session")
+def burned_in(stream: "Stream") -> "Learner":
+    """The learner of the toy stream after its burn-in: to be copied, and never changed."""
+    from mithridate.testing import toy_learner
+
+    return toy_learner(stream)
 
 
 @pytest.fixture(scope="session")

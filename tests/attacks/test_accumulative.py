@@ -1,7 +1,6 @@
 """Algorithm 1 of Pang et al.: against an independent implementation by double backward, and against its own claims."""
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -24,6 +23,7 @@ from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
+from tests.attacks.double_backward import Gradients, dot, followed, naive_unit
 
 EPS = 0.1
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")
@@ -67,24 +67,9 @@ def attack_of(**values: Any) -> Accumulative:
 
 # The oracle: Algorithm 1 as printed, with graphs of graphs.
 
-Gradients = Sequence[Tensor]
-
 
 def naive_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Gradients:
     return torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()), create_graph=True)
-
-
-def naive_unit(g: Gradients, normalise: Normalise) -> Gradients:
-    if normalise == "none":
-        return g
-    if normalise == "tensor":
-        return [t / t.norm() if float(t.detach().norm()) > 0 else t for t in g]
-    whole = torch.cat([t.flatten() for t in g]).norm()
-    return [t / whole for t in g]
-
-
-def dot(a: Gradients, b: Gradients) -> Tensor:
-    return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
 
 
 def naive_product(model: nn.Module, trigger: Batch, normalise: Normalise) -> Tensor:
@@ -151,21 +136,6 @@ def naive_craft(model: nn.Module, attack: Accumulative) -> tuple[Tensor, Tensor]
     return x, trigger_x
 
 
-def followed(attack: Accumulative, view: View, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
-    """The gradient that the attack follows in the pixels of the batch (and of the trigger, if stacked below it)."""
-    functions: list[Callable[[Tensor], Tensor]] = []
-    original = Accumulative.climb
-
-    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
-        functions.append(gradient_at)
-        return original(self, x, gradient_at, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accumulative, "climb", spy)
-        attack.poison(BATCH, view, rng=rng())
-    return functions[-1]
-
-
 def close(a: Tensor, b: Tensor) -> bool:
     return float((a - b).norm()) <= 1e-9 * float(b.norm())
 
@@ -183,7 +153,7 @@ def test_joint_mode_climbs_h_in_both_batches(
 ) -> None:
     attack = attack_of(steps=1, normalise=normalise, lam=lam, clean_weight=clean_weight)
     view = view_of(learner)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     with view.model.objective("eval"):  # as inside craft
         found = slope(torch.cat([POINT, TRIGGER_POINT]))
     of_batch, of_trigger = naive_slopes(
@@ -206,7 +176,7 @@ def test_the_other_modes_climb_h_in_the_batch(
 ) -> None:
     attack = attack_of(steps=1, normalise=normalise, lam=lam, clean_weight=clean_weight, trigger_mode=mode)
     view = view_of(learner)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     with view.model.objective("eval"):
         found = slope(POINT)
     trigger_x = CLEAN_TRIGGER.x if mode == "clean" else view.memory[TRIGGER]
@@ -218,7 +188,7 @@ def test_batch_statistics_while_crafting(learner: Learner, monkeypatch: pytest.M
     """In train mode BatchNorm couples the samples: still H_t, now with that model."""
     attack = attack_of(steps=1, trigger_mode="clean", craft_mode="train", normalise="global")
     view = view_of(learner)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     with view.model.objective("train"):
         found = slope(POINT)
         leaf = POINT.clone().requires_grad_()

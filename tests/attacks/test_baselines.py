@@ -29,11 +29,6 @@ DELUSIVE: dict[str, Callable[..., Attack]] = {"fgsm": FGSM, "pgd": PGD, "mim": M
 
 
 @pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
 def learner(stream: Stream) -> Learner:
     """Untrained: no sample has a slope of rounding errors only, as one has that a trained model is sure of."""
     model = build_model({"name": "small_cnn", "width": 8}, stream.info, seed=0)

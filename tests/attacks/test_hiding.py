@@ -1,7 +1,6 @@
 """An attacker who hides from Memorization Discrepancy: Eq. (21) against autograd, and what hiding does and costs."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -27,6 +26,7 @@ from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
+from tests.attacks.double_backward import dot, followed, naive_unit, parameter_gradient
 
 EPS = 0.1
 NORMALISE: tuple[Normalise, ...] = ("none", "global", "tensor")
@@ -145,37 +145,6 @@ def test_a_steered_slope_has_no_unit() -> None:
 # Eq. (21).
 
 
-def parameter_gradient(model: nn.Module, value: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(model.parameters()), create_graph=True))
-
-
-def naive_unit(g: list[Tensor], normalise: Normalise) -> list[Tensor]:
-    if normalise == "none":
-        return g
-    if normalise == "tensor":
-        return [t / t.norm() if float(t.detach().norm()) > 0 else t for t in g]
-    whole = torch.cat([t.flatten() for t in g]).norm()
-    return [t / whole for t in g]
-
-
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
-
-
-def followed(attack: Accumulative, view: View, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
-    functions: list[Callable[[Tensor], Tensor]] = []
-    original = Accumulative.climb
-
-    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
-        functions.append(gradient_at)
-        return original(self, x, gradient_at, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accumulative, "climb", spy)
-        attack.poison(BATCH, view, rng=rng())
-    return functions[-1]
-
-
 @pytest.mark.parametrize("normalise", NORMALISE)
 @pytest.mark.parametrize("beta", [0.3, 2.0])
 @pytest.mark.parametrize("hide", ["gradient", "pixels"])
@@ -187,7 +156,7 @@ def test_the_slope_is_that_of_equation_21(
         eps=EPS, steps=1, normalise=normalise, beta=beta, hide=hide, hide_from=4, trigger_mode="clean", lam=0.3
     )
     view = view_of(learner, attack)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     model = learner.model.eval()
     leaf = POINT.clone().requires_grad_()
     g_validation = naive_unit(parameter_gradient(model, F.cross_entropy(model(VALIDATION.x), VALIDATION.y)), normalise)
@@ -332,7 +301,7 @@ def test_batch_statistics_while_crafting_do_not_reach_the_discrepancy(
         clean_weight=0.0,
     )
     view = view_of(learner, attack)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     model = learner.model.eval()
     leaf = POINT.clone().requires_grad_()
     seen = parameter_gradient(model, naive_discrepancy(model, old, POINT, still=True))

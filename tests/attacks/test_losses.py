@@ -28,6 +28,7 @@ from mithridate.maths.norms import Ball
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
+from tests.attacks.double_backward import dot, followed, naive_unit, parameter_gradient
 
 EPS = 0.1
 LOSSES: tuple[Loss, ...] = ("ce", "kl", "cw")
@@ -191,46 +192,13 @@ def test_the_three_losses_are_three_attacks(learner: Learner) -> None:
 # What the poisoned samples offer, in attacks on the parameter gradient.
 
 
-def followed(attack: Any, view: View, monkeypatch: pytest.MonkeyPatch) -> Callable[[Tensor], Tensor]:
-    """The gradient in the pixels that the attack's last climb follows."""
-    functions: list[Callable[[Tensor], Tensor]] = []
-    original = type(attack).climb
-
-    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
-        functions.append(gradient_at)
-        found: Tensor = original(self, x, gradient_at, *args, **options)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(attack), "climb", spy)
-        attack.poison(BATCH, view, rng=rng())
-    return functions[-1]
-
-
-def parameter_gradient(model: nn.Module, value: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(value, list(model.parameters()), create_graph=True))
-
-
-def naive_unit(g: list[Tensor], normalise: Normalise) -> list[Tensor]:
-    if normalise == "none":
-        return g
-    if normalise == "tensor":
-        return [t / t.norm() if float(t.detach().norm()) > 0 else t for t in g]
-    whole = torch.cat([t.flatten() for t in g]).norm()
-    return [t / whole for t in g]
-
-
-def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
-    return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
-
-
 @pytest.mark.parametrize("normalise", NORMALISE)
 @pytest.mark.parametrize("loss", ["kl", "cw"])
 def test_vanilla_turns_the_gradient_of_that_loss_against_validation(
     learner: Learner, monkeypatch: pytest.MonkeyPatch, loss: Loss, normalise: Normalise
 ) -> None:
     view = view_of(learner)
-    slope = followed(Vanilla(eps=EPS, steps=1, loss=loss, normalise=normalise), view, monkeypatch)
+    slope = followed(Vanilla(eps=EPS, steps=1, loss=loss, normalise=normalise), BATCH, view, monkeypatch)
     model = learner.model.eval()
     value = naive_loss(model, loss, BATCH)
     leaf = POINT.clone().requires_grad_()
@@ -254,7 +222,7 @@ def test_accumulative_offers_that_loss_in_batch_and_trigger(
     """H_t by graphs of graphs: S_val and g(S_t) under cross-entropy, A_t and P(S_T) under the loss."""
     attack = Accumulative(eps=EPS, steps=1, loss=loss, normalise=normalise, trigger_update=update, lam=0.3)
     view = view_of(learner)
-    slope = followed(attack, view, monkeypatch)
+    slope = followed(attack, BATCH, view, monkeypatch)
     model = learner.model.eval()
     joint = update == "joint"
     trigger_point = (CLEAN_TRIGGER.x + 0.03).clamp(0, 1) if joint else view.memory[TRIGGER]

@@ -13,13 +13,8 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.bound_update import BoundUpdate
-from mithridate.testing import toy_learner, toy_stream
+from mithridate.testing import toy_learner
 from mithridate.training.learner import Learner
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
 
 
 class Exploding(BoundUpdate):

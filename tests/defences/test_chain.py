@@ -30,10 +30,10 @@ from mithridate.defences.median_bn import MedianBn
 from mithridate.defences.none import Standard
 from mithridate.defences.skip import Skip
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing import toy_learner, toy_stream
+from mithridate.testing import toy_learner
 from mithridate.training.learner import Learner
+from tests.recipes import timeless_rows
 
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
 PARTS: dict[str, Defence] = {
     "none": Standard(),
     "clip": Clip(clip_norm=0.1),
@@ -45,15 +45,10 @@ PARTS: dict[str, Defence] = {
 }
 
 
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
 def rows(stream: Stream, defence: Defence | None) -> list[dict[str, Any]]:
     learner = toy_learner(stream, defence=defence)
     outcome = run_online(learner, stream, Noise(eps=0.3), OnlineRun(steps=4, images=0))
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in outcome.trace]
+    return timeless_rows(outcome.trace)
 
 
 def learn(learner: Learner, stream: Stream, steps: range) -> list[Verdict]:

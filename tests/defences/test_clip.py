@@ -21,21 +21,10 @@ from mithridate.defences.clip import Clip
 from mithridate.defences.none import Standard
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import Outcome
-from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
+from tests.recipes import timeless_rows
 
 RUN = OnlineRun(steps=3, images=0)
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
-def burned_in(stream: Stream) -> Learner:
-    return toy_learner(stream)
 
 
 def learner_of(burned_in: Learner, defence: Defence | None, lr: float = 0.05, momentum: float = 0.9) -> Learner:
@@ -48,7 +37,7 @@ def run(burned_in: Learner, stream: Stream, defence: Defence | None) -> Outcome:
 
 
 def rows(outcome: Outcome) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in outcome.trace]
+    return timeless_rows(outcome.trace)
 
 
 def test_no_gradient_in_the_trace_is_longer_than_the_bound(burned_in: Learner, stream: Stream) -> None:

@@ -26,21 +26,10 @@ from mithridate.maths.norms import clip_rows
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.per_client.gradients import client_gradients
-from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History
 from mithridate.training.learner import Learner
 
 LR = 0.2
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
-def burned_in(stream: Stream) -> Learner:
-    return toy_learner(stream)
 
 
 def learner_of(burned_in: Learner, stream: Stream, defence: Defence, **options: Any) -> Learner:

@@ -16,13 +16,8 @@ from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.ema import Ema
 from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.testing import toy_learner, toy_stream
+from mithridate.testing import toy_learner
 from mithridate.training.learner import Learner
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
 
 
 def state(learner: Learner) -> dict[str, Tensor]:

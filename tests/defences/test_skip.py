@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.past import Snapshot, Weights
+from mithridate.core.past import Weights
 from mithridate.core.registry import build
 from mithridate.core.updates import Updates
 from mithridate.core.view import View
@@ -21,32 +21,7 @@ from mithridate.data.stream import Stream
 from mithridate.defences.skip import LEAST_SPREAD, PENDING, WINDOW, Skip
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-def leaves(value: Any) -> list[Any]:
-    """Every number and tensor in nested dicts and lists."""
-    if isinstance(value, dict):
-        return [leaf for key in value for leaf in [key, *leaves(value[key])]]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in leaves(item)]
-    return [value]
-
-
-def same(a: Snapshot, b: Snapshot) -> bool:
-    """Equal in every bit of parameters, buffers, optimiser state and step."""
-    one, two = ([dict(s.parameters), dict(s.buffers), dict(s.optimiser), s.step] for s in (a, b))
-    pairs = list(zip(leaves(one), leaves(two), strict=True))
-    return all(torch.equal(p, q) if isinstance(p, Tensor) else p == q for p, q in pairs)
-
-
-def wrong(batch: Batch) -> Batch:
-    """Labels that teach every class to be the next one."""
-    return Batch(batch.x, (batch.y + 1) % 4)
+from tests.defences.states import same, wrong
 
 
 @pytest.mark.parametrize("optimiser", [SGD, AdamW])

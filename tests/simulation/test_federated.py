@@ -47,7 +47,7 @@ from mithridate.simulation.per_client.sums import summed_gradients
 from mithridate.simulation.run import Outcome, Progress, victim_optimiser
 from mithridate.simulation.server_round import unmeasured_parameters
 from mithridate.simulation.trace import COLUMNS
-from mithridate.testing import toy_learner, toy_stream
+from mithridate.testing import toy_learner
 from mithridate.training.history import History
 from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.accumulative import AccumulativeUpdates
@@ -56,15 +56,10 @@ from mithridate.update_attacks.clean import CleanUpdates
 from mithridate.update_attacks.direct import Direct
 from mithridate.update_attacks.hostile import HostileShare
 from mithridate.update_attacks.sign_flip import SignFlip
+from tests.recipes import timeless_rows
 
 RUN = FederatedRun(rounds=2, lr=0.05)
 PLAIN = FederatedRun(rounds=0, lr=0.05, momentum=0.0, batch_norm="frozen")
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +101,6 @@ def parameters_of(learner: Learner) -> Tensor:
 
 def rows_of(learner: Learner, data: Batch, mode: Any = "eval") -> Tensor:
     return client_gradients(learner.model, F.cross_entropy, data.x, data.y, mode=mode, way="mapped")
-
-
-def timeless(rows: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def column(outcome: Outcome, name: str) -> list[Any]:
@@ -457,7 +448,7 @@ def test_sums_are_those_of_the_rows(
     assert sum(calls) == 3 * honest  # every honest client of three rounds, none by rows
     monkeypatch.setattr("mithridate.simulation.server_round.summed_gradients", lambda *_, **__: "not today")
     second = run_federated(by_rows, federation, attack, run)
-    for one, other in zip(timeless(first.trace), timeless(second.trace), strict=True):
+    for one, other in zip(timeless_rows(first.trace), timeless_rows(second.trace), strict=True):
         for key, value in one.items():
             assert value == (pytest.approx(other[key], rel=1e-3, abs=1e-6) if isinstance(value, float) else other[key])
     moved = float((parameters_of(by_rows) - parameters_of(server())).norm())
@@ -745,7 +736,7 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(
     again.restore(snapshot)
     again.memory.update(memory)
     resumed = run_federated(again, federation, attack, run, progress=progress)
-    assert timeless(resumed.trace) == timeless(whole.trace)
+    assert timeless_rows(resumed.trace) == timeless_rows(whole.trace)
     assert equal_bits(again.snapshot(), whole_learner.snapshot())
 
 
@@ -755,7 +746,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_does_not(stream: Stream, 
     traces = []
     for seed in (0, 0, 1):
         federation = federate(stream, Shards(clients=10), seed=seed)
-        traces.append(timeless(run_federated(server(run), federation, attack, run).trace))
+        traces.append(timeless_rows(run_federated(server(run), federation, attack, run).trace))
     assert traces[0] == traces[1]
     assert traces[0] != traces[2]
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -40,15 +40,10 @@ from mithridate.simulation.trace import COLUMNS, TraceRow
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
+from tests.recipes import timeless, timeless_rows
 
 RUN = OnlineRun(steps=3, lr=0.05)
-TIMES = {"seconds", "craft_seconds", "update_seconds"}
 CRAFTY: dict[str, Any] = {"name": "accumulative", "eps": 0.1, "steps": 2, "trigger_update": "after_step"}
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
 
 
 NewLearner = Callable[..., Learner]
@@ -69,10 +64,6 @@ def victim(stream: Stream) -> NewLearner:
         return learner
 
     return make
-
-
-def timeless(rows: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def equal_bits(a: Snapshot, b: Snapshot) -> bool:
@@ -254,7 +245,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_does_not(
     stream: Stream, victim: NewLearner, settings: dict[str, Any]
 ) -> None:
     attack = build("attack", settings)
-    rows = [timeless(run_online(victim(), stream, attack, RUN, seed=s).trace) for s in (0, 0, 1)]
+    rows = [timeless_rows(run_online(victim(), stream, attack, RUN, seed=s).trace) for s in (0, 0, 1)]
     assert rows[0] == rows[1]
     assert rows[0][1:] != rows[2][1:]
     assert rows[0][0] == rows[2][0]
@@ -314,10 +305,8 @@ def test_an_interrupted_run_goes_on_to_the_same_rows(
     again = victim(defence=Clip(clip_norm=0.5))
     again.restore(snapshot)
     resumed = run_online(again, stream, attack, RUN, monitors=[Alarm(2)], progress=progress)
-    assert timeless(resumed.trace) == timeless(whole.trace)
-    assert {k: v for k, v in resumed.summary().items() if k not in TIMES} == {
-        k: v for k, v in whole.summary().items() if k not in TIMES
-    }
+    assert timeless_rows(resumed.trace) == timeless_rows(whole.trace)
+    assert timeless(resumed.summary()) == timeless(whole.summary())
     assert all(torch.equal(resumed.images[k], whole.images[k]) for k in whole.images)
     assert equal_bits(again.snapshot(), whole_victim.snapshot())
 
@@ -341,8 +330,8 @@ def test_weight_momentum_holds_in_the_phase_and_not_for_the_trigger(stream: Stre
     assert learner.optimiser.factors == [1.1, 1.1, 1.1, 0.9]
     assert learner.optimiser.param_groups[0]["momentum"] == 0.9
     usual = run_online(victim(), stream, build("attack", CRAFTY), RUN)
-    assert timeless(outcome.trace)[1] == timeless(usual.trace)[1]  # nothing to remember yet
-    assert timeless(outcome.trace)[2] != timeless(usual.trace)[2]
+    assert timeless_rows(outcome.trace)[1] == timeless_rows(usual.trace)[1]  # nothing to remember yet
+    assert timeless_rows(outcome.trace)[2] != timeless_rows(usual.trace)[2]
 
 
 def test_weight_momentum_survives_a_defence_that_rolls_back(stream: Stream, victim: NewLearner) -> None:
@@ -606,7 +595,7 @@ def test_rows_are_measured_in_turn_at_the_start_and_around_the_trigger_and_nothi
     whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
     run = dataclasses.replace(RUN, evaluate_every=every)
     outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Seen()])
-    for row, full in zip(timeless(outcome.trace), timeless(whole.trace), strict=True):
+    for row, full in zip(timeless_rows(outcome.trace), timeless_rows(whole.trace), strict=True):
         seen = row["step"] in measured
         assert row == (full if seen else {**full, "accuracy": None, "loss": None}) | {"alarms": row["alarms"]}
         # The step before the trigger is measured for the record; the monitor was asked before.
@@ -663,5 +652,5 @@ def test_an_interrupted_run_that_measures_seldom_goes_on_to_the_same_rows(stream
         again = victim()
         again.restore(snapshot)
         resumed = run_online(again, stream, Noise(eps=0.1), run, progress=progress)
-        assert timeless(resumed.trace) == timeless(whole.trace)
+        assert timeless_rows(resumed.trace) == timeless_rows(whole.trace)
         assert (resumed.read_step, resumed.read_accuracy) == (whole.read_step, whole.read_accuracy)

@@ -31,7 +31,6 @@ from mithridate.simulation.online import OnlineRun
 from mithridate.simulation.per_client.gradients import client_gradients
 from mithridate.simulation.run import Outcome, Progress, victim_optimiser
 from mithridate.simulation.server_round import unmeasured_parameters
-from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.clean import CleanUpdates
 from mithridate.update_attacks.hostile import HostileShare
@@ -48,18 +47,8 @@ PLAIN = FederatedRun(rounds=0, lr=0.05, momentum=0.0, batch_norm="frozen")
 
 
 @pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
 def federation(stream: Stream) -> Federation:
     return federate(stream, Shards(clients=10), seed=0)
-
-
-@pytest.fixture(scope="module")
-def burned_in(stream: Stream) -> Learner:
-    return toy_learner(stream)
 
 
 class Server(Learner):

@@ -24,20 +24,9 @@ from mithridate.defences.gate import Gate
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.run import victim_optimiser
-from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.clean import CleanUpdates
 from mithridate.update_attacks.hostile import HostileShare
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
-def burned_in(stream: Stream) -> Learner:
-    return toy_learner(stream)
 
 
 class Breaking(Defence):

@@ -25,17 +25,12 @@ from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.run import Outcome, Progress
-from mithridate.testing import toy_learner, toy_stream
+from mithridate.testing import toy_learner
 from mithridate.training.burn_in import BurnIn, burn_in
 from mithridate.training.learner import Learner
 from mithridate.update_attacks.accumulative import TRIGGER, VELOCITY, AccumulativeUpdates
 
 GRANTED = AccumulativeUpdates.needs
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
 
 
 @pytest.fixture(scope="module")

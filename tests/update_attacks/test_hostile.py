@@ -25,20 +25,9 @@ from mithridate.maths.norms import Norm, clip_rows
 from mithridate.simulation.clients import FederatedRun, federate
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.run import victim_optimiser
-from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.direct import Direct
 from mithridate.update_attacks.hostile import scaled, shared_out, within, zero_sum
-
-
-@pytest.fixture(scope="module")
-def stream() -> Stream:
-    return toy_stream(0)
-
-
-@pytest.fixture(scope="module")
-def burned_in(stream: Stream) -> Learner:
-    return toy_learner(stream)
 
 
 class Watched(Learner):
