@@ -92,7 +92,7 @@ def test_table_1_of_zhu_et_al_runs_on_each_data_set_at_a_size_for_a_test(
     runs = [read_run(directory) for directory in grid.directories]
     assert len(runs) == 3 * 4
     assert {run.summary["dataset"] for run in runs} == {name}
-    assert all([row["phase"] for row in run.trace] == ["start", "accumulative", "trigger"] for run in runs)
+    assert {run.trace[-1]["phase"] for run in runs} == {"trigger"}
 
 
 @pytest.mark.slow
