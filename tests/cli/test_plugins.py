@@ -1,6 +1,5 @@
 """Components from elsewhere on the command line: an installed package, `--plugin`, and `package.module:Class`."""
 
-import os
 import re
 import shutil
 import sys
@@ -13,8 +12,6 @@ import pytest
 
 from mithridate.bench.recipe import read_recipe
 from mithridate.bench.store import read_run, read_runs, run_id
-from mithridate.cli import app as cli
-from mithridate.cli import terminal
 from mithridate.cli.blame import blamed
 from mithridate.core import registry
 from mithridate.core.defence import Defence
