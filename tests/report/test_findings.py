@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -157,6 +158,20 @@ def test_the_setting_is_read_from_the_runs(make_row: MakeRow) -> None:
         "vanilla and accumulative, under the defences none and clip: 12 runs, seeds 0, 1, 2. "
         "No pixel was moved by more than 0.200 of its range [0, 1]."
     )
+
+
+def test_the_setting_says_on_how_many_samples_was_read(make_run: Make) -> None:
+    def run(seed: int, read: int | None) -> Run:
+        made = make_run(seed=seed, summary={} if read is None else {"read_samples": read})
+        return replace(made, trace=[{**row, "test_samples": 10_000} for row in made.trace])
+
+    assert setting(rows([run(0, 1000), run(1, 1000)])).endswith(
+        " What attackers and monitors had read when a phase ended is accuracy on 1,000 of 10,000 test samples; the "
+        "results are of all."
+    )
+    assert " on 1,000 of 10,000 test samples in 1 of 2 runs;" in setting(rows([run(0, 1000), run(1, 10_000)]))
+    for read in (10_000, None):
+        assert "had read" not in setting(rows([run(0, read)]))
 
 
 def test_one_finding_a_group(make_run: Make) -> None:

@@ -1129,3 +1129,17 @@ def test_rounds_are_measured_in_turn_at_the_start_and_around_the_trigger(
         ]
     assert outcome.accuracy_before_trigger == whole.accuracy_before_trigger
     assert (outcome.read_step, whole.read_step) == (4 // every * every, 4)
+
+
+def test_rounds_between_are_measured_on_a_subset(federation: Federation, server: NewLearner) -> None:
+    run = FederatedRun(rounds=4, lr=0.05)
+    whole = run_federated(server(run), federation, CleanUpdates(), run)
+    some = dataclasses.replace(run, evaluate_every=2, evaluate_size=50)
+    outcome = run_federated(server(run), federation, CleanUpdates(), some)
+    n = len(federation.stream.test)
+    assert [row["test_samples"] for row in outcome.trace] == [n, None, 50, None, n, n]
+    assert (outcome.read_step, outcome.read_samples) == (4, 50)
+    for key in ("accuracy_start", "accuracy_before_trigger", "accuracy_after_trigger", "drop"):
+        assert getattr(outcome, key) == getattr(whole, key)
+    with pytest.raises(ConfigError, match="evaluate_size"):
+        run_federated(server(run), federation, CleanUpdates(), dataclasses.replace(run, evaluate_size=n + 1))

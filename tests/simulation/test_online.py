@@ -34,6 +34,7 @@ from mithridate.defences.ema import Ema
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model
 from mithridate.monitors.accuracy_floor import AccuracyFloor
+from mithridate.simulation.evaluation import spread_over_classes
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import Outcome, Progress, adopt_momentum, victim_optimiser
 from mithridate.simulation.trace import COLUMNS, TraceRow
@@ -140,7 +141,7 @@ def test_accuracy_is_of_the_whole_test_part(
     stream: Stream, victim: NewLearner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
-    monkeypatch.setattr("mithridate.simulation.run.EVALUATION_BATCH", 70)
+    monkeypatch.setattr("mithridate.simulation.evaluation.EVALUATION_BATCH", 70)
     pieces = run_online(victim(), stream, Noise(eps=0.1), RUN)
     assert column(pieces, "accuracy") == column(whole, "accuracy")
     assert column(pieces, "loss") == pytest.approx(column(whole, "loss"), rel=1e-5)
@@ -597,7 +598,8 @@ def test_rows_are_measured_in_turn_at_the_start_and_around_the_trigger_and_nothi
     outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Seen()])
     for row, full in zip(timeless_rows(outcome.trace), timeless_rows(whole.trace), strict=True):
         seen = row["step"] in measured
-        assert row == (full if seen else {**full, "accuracy": None, "loss": None}) | {"alarms": row["alarms"]}
+        unseen = {**full, "accuracy": None, "loss": None, "test_samples": None}
+        assert row == (full if seen else unseen) | {"alarms": row["alarms"]}
         # The step before the trigger is measured for the record; the monitor was asked before.
         due = row["step"] == 4 or (row["step"] > 0 and row["step"] % every == 0)
         assert bool(row["alarms"]) == due
@@ -654,3 +656,152 @@ def test_an_interrupted_run_that_measures_seldom_goes_on_to_the_same_rows(stream
         resumed = run_online(again, stream, Noise(eps=0.1), run, progress=progress)
         assert timeless_rows(resumed.trace) == timeless_rows(whole.trace)
         assert (resumed.read_step, resumed.read_accuracy) == (whole.read_step, whole.read_accuracy)
+
+
+# Measured on a subset between.
+
+
+class Watching(Monitor):
+    """Notes what it is shown, and never rings."""
+
+    def __init__(self) -> None:
+        self.shown: list[list[float | None]] = []
+
+    def alarm(self, readings: Sequence[Reading]) -> str | None:
+        self.shown.append([r.accuracy for r in readings])
+        return None
+
+
+class Reader(Recorder):
+    """Notes the accuracies that it can read, also when it makes its trigger, and fires after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__(needs=frozenset({Need.ACCURACY}))
+        self.steps, self.read = steps, list[tuple[float, float]]()
+
+    def trigger(self, clean: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
+        self.read.append(view.accuracy)
+        return super().trigger(clean, view, rng=rng)
+
+    def ready(self, view: View) -> bool:
+        self.read.append(view.accuracy)
+        return view.step >= self.steps
+
+
+SOME = dataclasses.replace(RUN, evaluate_size=60)
+
+
+def test_a_subset_is_measured_between_and_the_whole_part_at_the_start_and_around_the_trigger(
+    stream: Stream, victim: NewLearner
+) -> None:
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    kept: list[Weights] = []
+    learner = victim()
+    outcome = run_online(
+        learner, stream, Noise(eps=0.1), SOME, on_step=lambda _: kept.append(Weights.of(learner.model).copied())
+    )
+    n = len(stream.test)
+    assert column(outcome, "test_samples") == [n, 60, 60, n, n]
+    for name in ("accuracy", "loss"):
+        assert [column(outcome, name)[i] for i in (0, 3, 4)] == [column(whole, name)[i] for i in (0, 3, 4)]
+    # What the subset said follows from its samples.
+    batch = stream.test.batch(spread_over_classes(stream.test.y, 60, 0))
+    scores = [learner.evaluate([batch], weights) for weights in kept]
+    assert [(row["accuracy"], row["loss"]) for row in outcome.trace[1:3]] == scores[:2]
+    assert (outcome.read_step, outcome.read_accuracy, outcome.read_samples) == (3, scores[2].accuracy, 60)
+    assert (whole.read_step, whole.read_samples, whole.classes_unread) == (3, n, 0)
+    for name in ("accuracy_start", "accuracy_before_trigger", "accuracy_after_trigger", "accuracy_after_buffers"):
+        assert getattr(outcome, name) == getattr(whole, name)
+    written = pa.Table.from_pylist([dict(row) for row in outcome.trace], schema=TRACE_SCHEMA)
+    assert written.column("test_samples").to_pylist() == column(outcome, "test_samples")
+
+
+@pytest.mark.parametrize(("size", "every"), [(60, 1), (None, 2), (60, 9)])
+def test_attack_and_monitors_know_what_was_read_and_never_what_was_measured_for_the_record(
+    stream: Stream, victim: NewLearner, size: int | None, every: int
+) -> None:
+    run = dataclasses.replace(RUN, steps=4, evaluate_size=size, evaluate_every=every)
+    attack, monitor = Reader(3), Watching()
+    outcome = run_online(victim(), stream, attack, run, monitors=[monitor])
+    assert (outcome.steps, outcome.stopped_by) == (3, "attack")
+    assert outcome.read_step == 3 // every * every
+    start = outcome.accuracy_start
+    assert attack.read[-1] == attack.read[-2] == (start, outcome.read_accuracy)  # in the trigger as at the end
+    assert [len(shown) for shown in monitor.shown] == [2, 3, 4, 5]
+    shown = monitor.shown[-1]
+    assert (shown[0], shown[-1]) == (start, outcome.accuracy_after_trigger)
+    assert shown[1:4] == [
+        None if step % every else row["accuracy"] if step < 3 else outcome.read_accuracy
+        for step, row in list(enumerate(outcome.trace))[1:4]
+    ]
+    if every == 9:  # longer than the run: the start is all that anybody reads
+        assert set(attack.read) == {(start, start)}
+        assert column(outcome, "test_samples") == [len(stream.test), None, None, len(stream.test), len(stream.test)]
+
+
+def test_a_halted_run_ends_with_the_whole_test_part(stream: Stream, victim: NewLearner) -> None:
+    run = dataclasses.replace(SOME, on_alarm="halt")
+    outcome = run_online(victim(), stream, Noise(eps=0.1), run, monitors=[Alarm(2)])
+    assert (outcome.status, column(outcome, "test_samples")) == ("halted", [len(stream.test), 60, len(stream.test)])
+    assert (outcome.read_step, outcome.read_samples) == (2, 60)
+    assert outcome.accuracy_before_trigger == column(outcome, "accuracy")[-1]
+
+
+def test_an_interrupted_run_on_a_subset_goes_on_to_the_same_rows_and_shows_monitors_the_same(
+    stream: Stream, victim: NewLearner
+) -> None:
+    kept: list[tuple[Progress, Snapshot]] = []
+    learner, watching = victim(), Watching()
+    whole = run_online(
+        learner,
+        stream,
+        Noise(eps=0.1),
+        SOME,
+        monitors=[watching],
+        on_step=lambda progress: kept.append((copy.deepcopy(progress), learner.snapshot())),
+    )
+    assert len(kept) == 3
+    for progress, snapshot in kept:
+        again, there = victim(), Watching()
+        again.restore(snapshot)
+        progress.read = None  # it is not among what a resume point keeps
+        resumed = run_online(again, stream, Noise(eps=0.1), SOME, monitors=[there], progress=progress)
+        assert timeless(resumed.trace) == timeless(whole.trace)
+        assert resumed.summary().keys() == whole.summary().keys()
+        assert (resumed.read_step, resumed.read_accuracy, resumed.read_samples) == (
+            whole.read_step,
+            whole.read_accuracy,
+            whole.read_samples,
+        )
+        assert there.shown[-1] == watching.shown[-1]
+
+
+def test_a_subset_of_all_samples_is_the_whole_part_and_a_larger_one_is_refused(
+    stream: Stream, victim: NewLearner
+) -> None:
+    n = len(stream.test)
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    outcome = run_online(victim(), stream, Noise(eps=0.1), dataclasses.replace(RUN, evaluate_size=n))
+    assert timeless(outcome.trace) == timeless(whole.trace)
+    learner = victim()
+    before = learner.snapshot()
+    with pytest.raises(ConfigError, match=f"evaluate_size = {n + 1}: the test part has {n} samples"):
+        run_online(learner, stream, Noise(eps=0.1), dataclasses.replace(RUN, evaluate_size=n + 1))
+    assert equal_bits(before, learner.snapshot())
+
+
+def test_measuring_in_bfloat16_agrees_with_single_precision_and_changes_nothing_else(
+    stream: Stream, victim: NewLearner
+) -> None:
+    whole = run_online(victim(), stream, Noise(eps=0.1), RUN)
+    run = dataclasses.replace(RUN, evaluate_precision="bfloat16")
+    outcome = run_online(victim(), stream, Noise(eps=0.1), run)
+    measured = {"accuracy", "loss"}
+    for row, full in zip(timeless(outcome.trace), timeless(whole.trace), strict=True):
+        assert {k: v for k, v in row.items() if k not in measured} == {
+            k: v for k, v in full.items() if k not in measured
+        }
+        # Eight bits of mantissa in three layers; a sample in between may change sides.
+        assert row["loss"] == pytest.approx(full["loss"], rel=0.05)
+        assert row["accuracy"] == pytest.approx(full["accuracy"], abs=3 / len(stream.test))
+    assert column(outcome, "loss") != column(whole, "loss")

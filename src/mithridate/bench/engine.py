@@ -35,6 +35,7 @@ from mithridate.core.view import Need
 from mithridate.data.stream import Stream, open_stream
 from mithridate.models import build_model
 from mithridate.simulation.clients import FederatedRun, federate
+from mithridate.simulation.evaluation import require_evaluation
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import Outcome, Progress
@@ -178,6 +179,7 @@ def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
     sample = stream.victim.batch(slice(1))
     for cell in cells:
         run, clients = cell.recipe.run, cell.recipe.clients
+        require_evaluation(stream.test, run)
         for component in (cell.attack.component, cell.defence.component, *(d.component for d in cell.recipe.detectors)):
             component.check_inputs(sample)
         if isinstance(run, OnlineRun):
@@ -211,7 +213,7 @@ def _run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str
         done = len(progress.rows) - 1
         if done % run.save_every == 0:
             _save_progress(state, learner, progress, {"mark": journal.keep(progress), "environment": record})
-        context.watcher.step(cell, done, run.steps, progress.read[1])
+        context.watcher.step(cell, done, run.steps, progress.newest.accuracy)
 
     outcome = _outcome(cell, learner, prepared, context, progress, on_step)
     summary = _summary(place, outcome, prepared.burned, calibrations)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
 
+from mithridate.bench.store import Run
 from mithridate.report.comparisons import budget, noise_bar, noise_of, undefended
 from mithridate.report.doubts.phase import QUIET_POINTS
 from mithridate.report.rows import Row, groups, seed, seeds, step_noun
@@ -56,7 +57,7 @@ def setting(rows: Sequence[Row]) -> str:
     return (
         f"{_learning(rows, settings)}{burn_in} {against}, "
         f"under the {noun_of(len(defences), 'defence')} {listed(defences)}: "
-        f"{counted(len(runs), 'run')}, {all_seeds}.{largest}{_hostile(rows)}"
+        f"{counted(len(runs), 'run')}, {all_seeds}.{largest}{_hostile(rows)}{_read(runs)}"
     )
 
 
@@ -75,6 +76,20 @@ def _hostile(rows: Sequence[Row]) -> str:
     traces = [run.trace for row in rows if row.federated for run in row.runs]
     shares = [share for trace in traces for step in trace if (share := number(step.get("poisoned")))]
     return f" In attacked rounds, up to {points(max(shares))} % of the clients were hostile." if shares else ""
+
+
+def _read(runs: Sequence[Run]) -> str:
+    """On how many test samples attackers and monitors had read accuracy; nothing where it was always on all of them."""
+    sizes = [(number(run.summary.get("read_samples")), number(run.trace[0].get("test_samples"))) for run in runs]
+    subsets = [f"{some:,} of {whole:,}" for some, whole in sizes if some is not None and whole and some < whole]
+    if not subsets:
+        return ""
+    where = "" if len(subsets) == len(runs) else f" in {len(subsets)} of {counted(len(runs), 'run')}"
+    sizes_read = listed(list(dict.fromkeys(subsets)))
+    return (
+        f" What attackers and monitors had read when a phase ended is accuracy on {sizes_read} test samples{where}; "
+        "the results are of all."
+    )
 
 
 def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:

@@ -20,7 +20,17 @@ METRICS = (
 )
 """The numbers of `summary.json` that are averaged over seeds; accuracies and the drop are fractions."""
 
-RUN_METRICS = (*METRICS, "rolled_back", "quarantined", "flagged_clean", "flagged_poisoned", "update_seconds")
+RUN_METRICS = (
+    *METRICS,
+    "read_step",
+    "read_accuracy",
+    "read_samples",
+    "rolled_back",
+    "quarantined",
+    "flagged_clean",
+    "flagged_poisoned",
+    "update_seconds",
+)
 """The numbers of `summary.json` that `runs.csv` lists; older stores lack the last ones."""
 
 Record = Mapping[str, str | float | int | None]

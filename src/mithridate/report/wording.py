@@ -103,10 +103,10 @@ def span(values: Sequence[float]) -> str:
 def noun_of(count: object, noun: str) -> str:
     """A noun in the singular after 1, otherwise in the plural.
 
-    >>> noun_of(1, "seed"), noun_of("3 to 7", "batch")
-    ('seed', 'batches')
+    >>> noun_of(1, "seed"), noun_of("3 to 7", "batch"), noun_of(2, "class")
+    ('seed', 'batches', 'classes')
     """
-    return noun if str(count) == "1" else "batches" if noun == "batch" else f"{noun}s"
+    return noun if str(count) == "1" else f"{noun}es" if noun in {"batch", "class"} else f"{noun}s"
 
 
 def counted(count: object, noun: str) -> str:

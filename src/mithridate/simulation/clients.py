@@ -18,6 +18,7 @@ from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
 from mithridate.simulation.run import OnAlarm
+from mithridate.training.learner import Precision
 
 
 @settings
@@ -54,7 +55,12 @@ class FederatedRun:
         on_alarm: What a monitor's alarm does: `record` it only; `trigger`: the attacker ends the phase and fires;
             `halt`: the service stops learning before the trigger.
         evaluate_every: Rounds between two measurements of the test part; it is measured at the start, before and after
-            the trigger in any case. Attacks and monitors that read accuracy know of no other.
+            the trigger in any case. Attacks and monitors know of no other than that of the start and those between.
+        evaluate_size: Samples of the test part that are measured at the rounds between, the same in the whole run, of
+            each class its share; the seed draws them. At the start, before and after the trigger it is always the
+            whole part. Unset: all.
+        evaluate_precision: `bfloat16` measures with convolutions and products of matrices rounded to it, which is
+            faster on processors that have it (AVX-512 BF16, AMX, GPUs), and slower than `float32` on others.
         save_every: Rounds between resume points.
 
     Source:
@@ -75,6 +81,8 @@ class FederatedRun:
     max_matrix: Annotated[float, Field(gt=0)] = 4.0
     on_alarm: OnAlarm = "record"
     evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_size: Annotated[int, Field(ge=1)] | None = None
+    evaluate_precision: Precision = "float32"
     save_every: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from mithridate.maths.norms import sample_norms
 from mithridate.simulation.run import Exchange, OnAlarm, Outcome, Progress, Simulation
 from mithridate.simulation.scoring import CLEAN, OOD, RECEIVED, Scorer, score_batches
 from mithridate.simulation.trace import Phase, Sent
-from mithridate.training.learner import Learner, Update
+from mithridate.training.learner import Learner, Precision, Update
 
 IMAGE_DIMENSIONS = 4
 
@@ -43,7 +43,12 @@ class OnlineRun:
             `halt`: the service stops learning before the trigger.
         images: Pictures stored of the first accumulative batch and of the trigger, clean and poisoned.
         evaluate_every: Steps between two measurements of the test part; it is measured at the start, before and after
-            the trigger in any case. Attacks and monitors that read accuracy know of no other.
+            the trigger in any case. Attacks and monitors know of no other than that of the start and those between.
+        evaluate_size: Samples of the test part that are measured at the steps between, the same in the whole run, of
+            each class its share; the seed draws them. At the start, before and after the trigger it is always the
+            whole part. Unset: all.
+        evaluate_precision: `bfloat16` measures with convolutions and products of matrices rounded to it, which is
+            faster on processors that have it (AVX-512 BF16, AMX, GPUs), and slower than `float32` on others.
         save_every: Steps between resume points.
         ood: An image set that detectors score beside the stream (its test part, fitted to the model's input); never
             learned from. Unset: none.
@@ -62,6 +67,8 @@ class OnlineRun:
     on_alarm: OnAlarm = "record"
     images: Annotated[int, Field(ge=0)] = 8
     evaluate_every: Annotated[int, Field(ge=1)] = 1
+    evaluate_size: Annotated[int, Field(ge=1)] | None = None
+    evaluate_precision: Precision = "float32"
     save_every: Annotated[int, Field(ge=1)] = 1
     ood: str | None = None
 

@@ -21,15 +21,15 @@ from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
+from mithridate.simulation.evaluation import NOT_MEASURED, Evaluation, EvaluationSettings, Measured
 from mithridate.simulation.scoring import score_columns
 from mithridate.simulation.trace import NOTHING_SENT, Phase, Seconds, Sent, TraceRow
-from mithridate.training.burn_in import EVALUATION_BATCH
 from mithridate.training.learner import Learner
 
 OnAlarm = Literal["record", "trigger", "halt"]
 
 
-class RunSettings(Protocol):
+class RunSettings(EvaluationSettings, Protocol):
     """What online and federated runs have in common."""
 
     @property
@@ -81,6 +81,20 @@ def adopt_momentum(optimiser: Optimizer, burned_in: Snapshot) -> None:
     optimiser.load_state_dict({"state": burned_in.optimiser["state"], "param_groups": state["param_groups"]})
 
 
+class Read(NamedTuple):
+    """The newest measurement that attack, monitors and whoever watches know of.
+
+    Args:
+        step: After which it was made.
+        accuracy: A fraction.
+        samples: Test samples that it was made on.
+    """
+
+    step: int
+    accuracy: float
+    samples: int
+
+
 @dataclass
 class Progress:
     """Where a run is: enough, with the learner's snapshot, to go on as if nothing had happened.
@@ -92,6 +106,8 @@ class Progress:
         images: Pictures taken so far.
         scores: What detectors said so far; see `simulation.scoring.score_batches`.
         changed: By step (as text), which received samples had been poisoned; kept where there are scores.
+        read: The newest measurement that was made in its turn; None before the first. A run that goes on finds it in
+            its rows.
     """
 
     rows: list[TraceRow] = field(default_factory=list)
@@ -100,11 +116,14 @@ class Progress:
     images: dict[str, Tensor] = field(default_factory=dict)
     scores: dict[str, Tensor] = field(default_factory=dict)
     changed: dict[str, Tensor] = field(default_factory=dict)
+    read: Read | None = None
 
     @property
-    def read(self) -> tuple[int, float]:
-        """The newest step after which accuracy was measured, and that accuracy."""
-        return next((r["step"], r["accuracy"]) for r in reversed(self.rows) if r["accuracy"] is not None)
+    def newest(self) -> Read:
+        """What was measured last: at the start, if nothing has been since."""
+        if self.read is None:
+            raise RuntimeError("nothing is known of a run before its start")
+        return self.read
 
 
 @dataclass(frozen=True)
@@ -116,6 +135,8 @@ class Outcome:
         read_step: The step whose accuracy whoever ended the phase had read last: with `evaluate_every = 1`, that of
             the last one before the trigger.
         read_accuracy: What was read there, a fraction.
+        read_samples: Test samples that this was measured on. The accuracies below are of the whole test part.
+        classes_unread: Classes of the test part without a sample in the subset of `evaluate_size`.
         accuracy_before_trigger: Test accuracy after the accumulative phase.
         accuracy_after_trigger: Test accuracy after the step on the trigger batch; None if halted before it.
         drop: accuracy_before_trigger - accuracy_after_trigger; positive is damage. None if halted.
@@ -143,6 +164,8 @@ class Outcome:
     accuracy_start: float
     read_step: int
     read_accuracy: float
+    read_samples: int
+    classes_unread: int
     accuracy_before_trigger: float
     accuracy_after_trigger: float | None
     drop: float | None
@@ -204,11 +227,12 @@ class Simulation(ABC):
     ) -> None:
         self.learner, self.attack, self.settings, self.seed = learner, attack, run, seed
         self.monitors, self.progress = monitors, progress
-        self.readings: list[Reading] = []  # of all rows; kept, so that a step costs the same however long the run
+        self.readings = [_reading(row) for row in progress.rows]  # kept: a step costs the same however long the run
         if learner.domain is None:
             learner.domain = stream.domain
         self.domain = stream.domain
-        self.test = list(stream.test.batches(EVALUATION_BATCH, device=learner.device))
+        self.evaluation = Evaluation.of(stream.test, run, seed, learner.device)
+        progress.read = next((read for row in reversed(progress.rows) if (read := _read(row))), None)
         self.available: dict[Need, Any] = {Need.MODEL: learner.white_box, Need.TRIGGER: trigger}
         if len(stream.validation):
             self.available[Need.VALIDATION] = stream.validation.all(learner.device)
@@ -230,7 +254,7 @@ class Simulation(ABC):
     def view(self) -> View:
         """What the attack sees now."""
         rows = self.progress.rows
-        published = {Need.ACCURACY: (rows[0]["accuracy"], self.progress.read[1])}
+        published = {Need.ACCURACY: (rows[0]["accuracy"], self.progress.newest.accuracy)}
         attack = self.attack
         available = {**self.available, **published}
         return View(
@@ -245,9 +269,9 @@ class Simulation(ABC):
     def start(self) -> None:
         """The row of the state before the first step."""
         began = time.perf_counter()
-        score = self.learner.evaluate(self.test)
+        measured = self.evaluation.measure(self.learner, whole=True)
         seconds = time.perf_counter() - began
-        self._note("start", NOTHING_SENT, score, {"craft_seconds": 0.0, "update_seconds": 0.0, "seconds": seconds})
+        self._note("start", NOTHING_SENT, measured, {"craft_seconds": 0.0, "update_seconds": 0.0, "seconds": seconds})
 
     def step(self, phase: Phase) -> None:
         """One step: send, learn, and measure if it is its turn."""
@@ -259,12 +283,13 @@ class Simulation(ABC):
             # A generator's key decides the bits, so this one keeps its wording.
             self.attack.after_step(self.view(), generator(f"{self.key}, fed", self.seed, index))
         adapted = time.perf_counter()
-        due = phase == "trigger" or (index + 1) % self.settings.evaluate_every == 0
-        score = self.learner.evaluate(self.test) if due else (None, None)
+        whole = phase == "trigger"
+        due = whole or (index + 1) % self.settings.evaluate_every == 0
+        measured = self.evaluation.measure(self.learner, whole=whole) if due else NOT_MEASURED
         self._note(
             phase,
             exchange.sent,
-            score,
+            measured,
             {
                 "craft_seconds": exchange.craft_seconds + adapted - exchanged,
                 "update_seconds": exchange.update_seconds,
@@ -272,25 +297,36 @@ class Simulation(ABC):
             },
         )
 
-    def _note(self, phase: Phase, sent: Sent, score: tuple[float | None, float | None], seconds: Seconds) -> None:
+    def _note(self, phase: Phase, sent: Sent, measured: Measured, seconds: Seconds) -> None:
         """Write a row of the trace, monitors' alarms included."""
         rows = self.progress.rows
-        accuracy, loss = score
         rows.append(
-            {"step": len(rows), "phase": phase, "accuracy": accuracy, "loss": loss, **sent, "alarms": "", **seconds}
+            {
+                "step": len(rows),
+                "phase": phase,
+                "accuracy": measured.accuracy,
+                "loss": measured.loss,
+                "test_samples": measured.test_samples,
+                **sent,
+                "alarms": "",
+                **seconds,
+            }
         )
+        self.progress.read = _read(rows[-1]) or self.progress.read
+        self.readings.append(_reading(rows[-1]))
         if phase != "start":
-            new = rows[len(self.readings) :]
-            self.readings += [Reading(r["step"], r["accuracy"], r["loss"], r["batch_loss"]) for r in new]
             alarms = [text for monitor in self.monitors if (text := monitor.alarm(self.readings)) is not None]
             rows[-1]["alarms"] = "; ".join(alarms)
 
-    def measure(self) -> None:
-        """Measure the state that the newest row describes, if that was not done."""
+    def _record_whole(self) -> None:
+        """Measure the state before the trigger on the whole test part, if its row is not of that: for the record alone.
+
+        What is read, by whoever sends, stops or watches, stays what it was.
+        """
         row = self.progress.rows[-1]
-        if row["accuracy"] is None:
+        if row["test_samples"] != self.evaluation.size:
             began = time.perf_counter()
-            row["accuracy"], row["loss"] = self.learner.evaluate(self.test)
+            row["accuracy"], row["loss"], row["test_samples"] = self.evaluation.measure(self.learner, whole=True)
             row["seconds"] += time.perf_counter() - began
 
     def phase_end(self) -> str | None:
@@ -323,9 +359,9 @@ class Simulation(ABC):
                 self.step("accumulative")
             if on_step:
                 on_step(self.progress)
-        read = self.progress.read
+        read = self.progress.newest
         with self.draws():
-            self.measure()  # after the question: nobody stops by what was measured because it was to stop
+            self._record_whole()  # after the question: nobody stops by what was measured because it was to stop
         if stopped_by == "monitor" and self.settings.on_alarm == "halt":
             return self._outcome(stopped_by, read, None)
         before = Weights.of(self.learner.model).copied()
@@ -333,12 +369,12 @@ class Simulation(ABC):
             self.step("trigger")
         return self._outcome(stopped_by, read, before)
 
-    def _outcome(self, stopped_by: str, read: tuple[int, float], before: Weights | None) -> Outcome:
+    def _outcome(self, stopped_by: str, read: Read, before: Weights | None) -> Outcome:
         """What the run came to.
 
         Args:
             stopped_by: What ended the phase.
-            read: The step and the accuracy that were known when it ended.
+            read: What was known when it ended.
             before: The weights before the trigger step; None if there was none.
         """
         progress, rows = self.progress, self.progress.rows
@@ -352,8 +388,10 @@ class Simulation(ABC):
         diverged = not all(math.isfinite(loss) for loss in losses)
         return Outcome(
             accuracy_start=start,
-            read_step=read[0],
-            read_accuracy=read[1],
+            read_step=read.step,
+            read_accuracy=read.accuracy,
+            read_samples=read.samples,
+            classes_unread=self.evaluation.classes_unread,
             accuracy_before_trigger=accuracy_before,
             accuracy_after_trigger=accuracy_after,
             drop=None if accuracy_after is None else accuracy_before - accuracy_after,
@@ -384,7 +422,19 @@ class Simulation(ABC):
         if learner.defence.serve(learner.view()) is not None:
             return None
         now = Weights.of(learner.model)
-        return learner.evaluate(self.test, Weights(before.parameters, now.buffers)).accuracy
+        mixed = Weights(before.parameters, now.buffers)
+        return self.evaluation.measure(learner, whole=True, weights=mixed).accuracy
+
+
+def _reading(row: TraceRow) -> Reading:
+    return Reading(row["step"], row["accuracy"], row["loss"], row["batch_loss"])
+
+
+def _read(row: TraceRow) -> Read | None:
+    """What a row says was measured after its step; None if nothing was."""
+    if row["accuracy"] is None or row["test_samples"] is None:
+        return None
+    return Read(row["step"], row["accuracy"], row["test_samples"])
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

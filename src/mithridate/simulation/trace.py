@@ -38,6 +38,8 @@ class TraceRow(Sent, Seconds):
         phase: Which part of the run.
         accuracy: On the test part, after the step, a fraction; None where nothing was measured (`evaluate_every`).
         loss: Mean loss on the test part, after the step; None as `accuracy`.
+        test_samples: Samples of the test part that both were measured on: all, or those of `evaluate_size`; None as
+            `accuracy`.
         batch_loss: Mean loss of the batch as the model received it, before the step.
         gradient_norm: l2 length of the gradient before the defence bounds it; in a federation the mean over clients.
         bounded_norm: l2 length of the gradient after the defence has bounded it.
@@ -61,6 +63,7 @@ class TraceRow(Sent, Seconds):
     phase: str
     accuracy: float | None
     loss: float | None
+    test_samples: int | None
     alarms: str
 
 
@@ -69,6 +72,7 @@ COLUMNS = (
     "phase",
     "accuracy",
     "loss",
+    "test_samples",
     *Sent.__annotations__,
     "alarms",
     *Seconds.__annotations__,

@@ -3,8 +3,9 @@
 import copy
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ from mithridate.training.door import TOO_FEW, too_few
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_weights
 from mithridate.training.step import DefendedStep
+
+Precision = Literal["float32", "bfloat16"]
+"""`float32`: the model's own precision; `bfloat16`: convolutions and products of matrices rounded to it (autocast)."""
 
 
 @dataclass(frozen=True)
@@ -185,12 +189,15 @@ class Learner(DefendedStep):
         return Update(batch_loss, length, length, moved, learned, verdict, time.perf_counter() - began)
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[AnyBatch], weights: Weights | None = None) -> Score:
+    def evaluate(
+        self, batches: Iterable[AnyBatch], weights: Weights | None = None, *, precision: Precision = "float32"
+    ) -> Score:
         """Accuracy and mean loss of the model that is served, in eval mode; train flags come back as they were.
 
         Args:
             batches: On the learner's device or not.
             weights: Weights of the model to measure in place of the one that is served.
+            precision: Of the forward passes; the loss is computed in single precision or the model's own.
 
         Raises:
             DataError: There is no sample, or inputs or targets are not of the kind that model and criterion take.
@@ -201,8 +208,10 @@ class Learner(DefendedStep):
             for batch in batches:
                 check_batch(batch, where="batch to evaluate")
                 x, y = on_device = batch.with_class_numbers().to(self.device)
-                with self._explained(on_device):
+                with self._explained(on_device), _rounded(self.device, precision):
                     logits = answer(self.model, x) if served is None else served.logits(self.model, x)
+                if precision == "bfloat16":
+                    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 counted = int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)
                 mean = loss_of(self.criterion, logits, y, where="batch to evaluate")
                 loss += float(mean) * counted if counted else 0.0  # of nothing the mean is NaN
@@ -247,6 +256,10 @@ class Learner(DefendedStep):
             for name, m in self.model.named_modules():
                 m.training = _place(name) not in snapshot.in_eval
         self.step = snapshot.step
+
+
+def _rounded(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def _place(module_name: str) -> str:

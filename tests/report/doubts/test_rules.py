@@ -12,9 +12,16 @@ from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.doubts.environment import made_in_two_places, versions_mixed
 from mithridate.report.doubts.learning import buffers_explain, diverged, quarantined, starts_differ
 from mithridate.report.doubts.noise import includes_zero, no_better_than_noise, no_noise_baseline
-from mithridate.report.doubts.phase import alarms_before_trigger, early_loss, floor_above_start, halted, no_phase
+from mithridate.report.doubts.phase import (
+    alarms_before_trigger,
+    early_loss,
+    floor_above_start,
+    halted,
+    no_phase,
+    nothing_read,
+)
 from mithridate.report.doubts.power import budgets_differ, left_its_ball, power_over_optimiser
-from mithridate.report.doubts.seeds import duplicate_seeds, few_seeds, few_test_samples, settings_apart
+from mithridate.report.doubts.seeds import class_unread, duplicate_seeds, few_seeds, few_test_samples, settings_apart
 from mithridate.report.doubts.threshold import calibration_missed, chooses_nothing
 from mithridate.report.rows import Row, rows
 
@@ -86,6 +93,43 @@ def test_floor_above_start(make_row: MakeRow, table: dict[str, Any]) -> None:
     assert "ends below 99.0 %, and the model starts at 98.0 %" in doubt.text
     assert floor_above_start([make_row(0.2, config={"attack": {**attack, "accuracy_floor": 0.98}})]) == []
     assert floor_above_start([make_row(0.2)]) == []
+
+
+@pytest.mark.parametrize("table", [{"accuracy_floor": 0.8}, {"max_drop": 0.05}, {"inner": {"max_drop": 0.05}}], ids=str)
+def test_nothing_read(make_row: MakeRow, table: dict[str, Any]) -> None:
+    unwatched: dict[str, Any] = {"monitor": []}
+    with_floor = {"config": unwatched | {"attack": {"name": "accumulative", "eps": 0.2, **table}}}
+    (doubt,) = nothing_read([make_row(0.2, 0.2, **with_floor, summary={"read_step": 0})])
+    assert doubt.severity is Severity.CAUTION
+    assert doubt.text.startswith(
+        "2 of 2 runs (seeds 0, 1) measured nothing between start and trigger: the attack's floor"
+    )
+    assert nothing_read([make_row(0.2, **with_floor, summary={"read_step": 1})]) == []
+    assert nothing_read([make_row(0.2, **with_floor, summary={"read_step": 0, "steps": 0})]) == []
+    assert nothing_read([make_row(0.2, **with_floor)]) == []
+    assert nothing_read([make_row(0.2, config=unwatched, summary={"read_step": 0})]) == []
+
+
+@pytest.mark.parametrize("monitors", [{"floor": 0.8}, [{"factor": 3.0}, {"max_drop": 0.1}]], ids=str)
+def test_nothing_read_by_a_monitor(make_row: MakeRow, monitors: Any) -> None:
+    (doubt,) = nothing_read([make_row(0.0, attack="clean", config={"monitor": monitors}, summary={"read_step": 0})])
+    assert "the monitor's floor of accuracy" in doubt.text
+    blind = {"config": {"monitor": {"name": "loss_amplification", "factor": 3.0}}, "summary": {"read_step": 0}}
+    assert nothing_read([make_row(0.0, attack="clean", **blind)]) == []
+
+
+def test_class_unread(make_row: MakeRow) -> None:
+    (doubt,) = class_unread([make_row(0.2, 0.2, summary={"classes_unread": 2})])
+    assert (doubt.severity, doubt.cell) == (Severity.CAUTION, "accumulative × none")
+    assert "lacks 2 classes of the test part in 2 of 2 runs" in doubt.text
+    assert class_unread([make_row(0.2, summary={"classes_unread": 0}), make_row(0.2)]) == []
+
+
+def test_few_test_samples_of_a_subset(make_row: MakeRow) -> None:
+    data = {"config": {"data": {"name": "digits", "test": 1000}}}
+    (doubt,) = few_test_samples([make_row(0.2, **data, summary={"read_samples": 50})])
+    assert "read between start and trigger on 50 samples: each is 2.0 points" in doubt.text
+    assert few_test_samples([make_row(0.2, **data, summary={"read_samples": n}) for n in (100, 1000)]) == []
 
 
 def test_few_test_samples(make_row: MakeRow) -> None:

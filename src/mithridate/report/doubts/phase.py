@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from mithridate.bench.store import Run
 from mithridate.report.doubts.doubt import NEGLIGIBLE, Doubt, Severity
 from mithridate.report.doubts.rule import rule
 from mithridate.report.doubts.selection import claiming_rows, share_of_runs
 from mithridate.report.rows import Row, step_noun
-from mithridate.report.wording import counted, number, points
+from mithridate.report.wording import counted, listed, number, points
 
 QUIET_POINTS = 0.05
 """A phase that loses more accuracy than this (a fraction) before the trigger is not quiet. The phases of Pang et al.,
@@ -30,8 +31,7 @@ def no_phase(rows: Sequence[Row]) -> Iterator[Doubt]:
 def floor_above_start(rows: Sequence[Row]) -> Iterator[Doubt]:
     """Looks for attacks whose accuracy floor lies above the start accuracy, so that their phase ends after one step."""
     for row in claiming_rows(rows):
-        tables = (row.attack_settings, row.attack_settings.get("inner", {}))  # the latter is that of `gate_aware`
-        floor = next((f for table in tables if (f := number(table.get("accuracy_floor"))) is not None), None)
+        floor = _limits(row).get("accuracy_floor")
         start = row.statistic("accuracy_start").mean
         if floor is not None and start is not None and floor > start:
             text = (
@@ -39,6 +39,35 @@ def floor_above_start(rows: Sequence[Row]) -> Iterator[Doubt]:
                 f"{step_noun([row])}, whatever that does; take max_drop, which counts from the start."
             )
             yield Doubt(Severity.SERIOUS, row.cell, text)
+
+
+@rule("Nothing read in the phase")
+def nothing_read(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for phases that a floor of accuracy was to end, and in which no accuracy was read after the start's."""
+    for row in rows:
+        blind = [run for run in row.runs if number(run.summary.get("read_step")) == 0 and run.summary.get("steps")]
+        floors = ["the attack's"] if row.claims_drop and _limits(row) else []
+        floors += ["the monitor's"] if any(_watches_accuracy(run) for run in blind) else []
+        if blind and floors:
+            text = (
+                f"{share_of_runs(blind, row)} measured nothing between start and trigger: {listed(floors)} floor of "
+                "accuracy knew the start alone, and could not be crossed; take a smaller evaluate_every."
+            )
+            yield Doubt(Severity.CAUTION, row.cell, text)
+
+
+def _limits(row: Row) -> dict[str, float]:
+    """The accuracies by which a row's attack, or the inner one of `gate_aware`, ends its phase, by setting."""
+    tables = (row.attack_settings, row.attack_settings.get("inner", {}))
+    limits = ((key, number(table.get(key))) for table in tables for key in ("accuracy_floor", "max_drop"))
+    return {key: value for key, value in limits if value is not None}
+
+
+def _watches_accuracy(run: Run) -> bool:
+    """Whether a monitor of the run has a floor of accuracy, by whatever name."""
+    monitors = run.config.get("monitor", [])
+    tables = monitors if isinstance(monitors, list) else [monitors]
+    return any(number(table.get(key)) is not None for table in tables for key in ("floor", "max_drop"))
 
 
 @rule("Lost before the trigger")

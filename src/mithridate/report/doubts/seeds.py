@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from mithridate.report.doubts.doubt import ALL_CELLS, NEGLIGIBLE, Doubt, Severity
 from mithridate.report.doubts.rule import rule
+from mithridate.report.doubts.selection import runs_with, share_of_runs
 from mithridate.report.rows import Row, seed, seeds
 from mithridate.report.settings import config_table
 from mithridate.report.wording import counted, listed, number, points
@@ -49,8 +50,24 @@ def few_seeds(rows: Sequence[Row]) -> Iterator[Doubt]:
 
 @rule("Few test samples")
 def few_test_samples(rows: Sequence[Row]) -> Iterator[Doubt]:
-    """Looks for test parts so small that a single sample is more than one point of accuracy."""
-    sizes = {number(config_table(run, "data").get("test")) for row in rows for run in row.runs} - {None}
-    for size in sorted(size for size in sizes if size is not None and 0 < size * NEGLIGIBLE < 1):
-        text = f"accuracy is measured on {counted(int(size), 'sample')}: each is {points(1 / size)} points."
-        yield Doubt(Severity.CAUTION, ALL_CELLS, text)
+    """Looks for test parts, or subsets read of them, so small that one sample is more than a point of accuracy."""
+    runs = [run for row in rows for run in row.runs]
+    whole = {number(config_table(run, "data").get("test")) for run in runs}
+    subsets = {number(run.summary.get("read_samples")) for run in runs} - whole
+    for what, sizes in (("measured", whole), ("read between start and trigger", subsets)):
+        for size in sorted(size for size in sizes if size is not None and 0 < size * NEGLIGIBLE < 1):
+            text = f"accuracy is {what} on {counted(int(size), 'sample')}: each is {points(1 / size)} points."
+            yield Doubt(Severity.CAUTION, ALL_CELLS, text)
+
+
+@rule("Class unread")
+def class_unread(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for subsets of the test part without a sample of some class: what is read there knows nothing of it."""
+    for row in rows:
+        if runs := runs_with(row, "classes_unread"):
+            most = max(int(number(run.summary.get("classes_unread")) or 0) for run in runs)
+            text = (
+                f"the subset that is measured between start and trigger lacks {counted(most, 'class')} of the test part "
+                f"in {share_of_runs(runs, row)}; take a larger evaluate_size."
+            )
+            yield Doubt(Severity.CAUTION, row.cell, text)
