@@ -10,6 +10,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import fields_of, make
 from mithridate.core.seeding import generator
 from mithridate.data import DATASETS, Part, Stream, StreamSettings, load_images, open_stream
+from mithridate.data.stream import _victim_order
 from mithridate.models import build_model
 
 PARTS = ("burn_in", "victim", "validation", "trusted", "test")
@@ -402,3 +403,13 @@ def test_mean_and_std_of_a_named_set_may_be_set_and_reach_the_model_and_the_key(
     assert torch.equal(dict(built.named_buffers())["normalise.std"].flatten(), torch.tensor([0.2023, 0.1994, 0.2010]))
     with pytest.raises(ConfigError, match="std has 1 numbers"):
         open_stream(replace(released, std=(0.2,)), data_root=data_root)
+
+
+def test_a_step_does_not_draw_the_order_of_the_whole_part_anew(digits: Stream) -> None:
+    order, calls = _victim_order, _victim_order.cache_info
+    order.cache_clear()
+    batches = [digits.victim_batch(step, seed=11) for step in (0, 1, 0)]
+    assert calls().misses == 1
+    assert torch.equal(batches[0].x, batches[2].x)
+    assert not torch.equal(batches[0].x, batches[1].x)
+    assert not order(len(digits.victim), 11).flags.writeable

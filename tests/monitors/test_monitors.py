@@ -1,9 +1,11 @@
 """Monitors: each rule alarms when it should and is quiet when it should be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mithridate.core.errors import ConfigError
@@ -118,3 +120,48 @@ def test_the_state_before_the_stream_is_no_batch() -> None:
 def test_settings_out_of_range_are_named(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build("monitor", table)
+
+
+class Counted(list[Reading]):
+    """Counts how many readings are looked at one after the other."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[Reading]:
+        return self._each(super().__iter__())
+
+    def __reversed__(self) -> Iterator[Reading]:
+        return self._each(super().__reversed__())
+
+    def _each(self, readings: Iterator[Reading]) -> Iterator[Reading]:
+        for reading in readings:
+            self.looked_at += 1
+            yield reading
+
+
+@pytest.mark.parametrize("window", [None, 1, 3], ids=str)
+def test_the_loss_alarm_looks_at_no_more_readings_in_a_long_run_than_in_a_short_one(window: int | None) -> None:
+    monitor = LossAmplification(window=window)
+    counts = []
+    for length in (10, 1000):
+        readings = Counted(of_loss(*[0.1] * length))
+        assert monitor.alarm(readings) is None
+        counts.append(readings.looked_at)
+    assert counts[0] == counts[1] <= (window or 0) + 2
+
+
+@pytest.mark.parametrize("window", [None, 1, 4], ids=str)
+def test_the_usual_loss_is_that_of_the_batches_which_count(window: int | None) -> None:
+    losses_of = np.random.default_rng(0).exponential(size=60).tolist()
+    readings = [Reading(i, 0.9, 0.1, None if i % 5 == 2 else math.nan if i == 0 else losses_of[i]) for i in range(60)]
+    monitor = LossAmplification(factor=1.5, slack=0.0, window=window)
+    rang = []
+    for end in range(1, 61):
+        losses = [r.batch_loss for r in readings[1:end] if r.batch_loss is not None]
+        expected = False
+        if readings[end - 1].batch_loss is not None and len(losses) > 1:
+            before = losses[:-1]
+            expected = losses[-1] > 1.5 * (median(before[-window:]) if window else before[0])
+        rang.append(monitor.alarm(readings[:end]) is not None)
+        assert rang[-1] == expected
+    assert 0 < sum(rang) < 60

@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator
 
 from mithridate.core.batch import AnyBatch, Batch
@@ -142,7 +144,7 @@ class Stream:
         self.require(step)
         number, place = divmod(step, len(self.victim) // self.batch_size)
         again = [number] if number and self.settings.reshuffle else []
-        order = np.random.default_rng(derived_seed("victim order", seed, *again)).permutation(len(self.victim))
+        order = _victim_order(len(self.victim), seed, *again)
         batch = self.victim.batch(order[place * self.batch_size : (place + 1) * self.batch_size], device)
         if self.settings.augment_stream:
             batch = self.augmented(batch, generator("victim augmentation", seed, step))
@@ -228,6 +230,13 @@ def _samples(stream: StreamSettings, data_root: str | Path | None, cache: str | 
     wanted = list(info.splits) if split is None else [split]
     image_sets = {key: load_images(info.name, key, data_root=data_root, cache=cache) for key in wanted}
     return Samples(info, {key: Part(key, images.x, images.y) for key, images in image_sets.items()})
+
+
+@lru_cache(maxsize=4)  # a step must not cost as much as the whole victim part
+def _victim_order(length: int, *keys: int) -> NDArray[np.int64]:
+    order = np.random.default_rng(derived_seed("victim order", *keys)).permutation(length)
+    order.flags.writeable = False
+    return order
 
 
 def _divided(samples: Samples, settings: StreamSettings) -> Stream:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from statistics import median
 from typing import Annotated
 
@@ -32,14 +33,17 @@ class LossAmplification(Monitor):
 
     def alarm(self, readings: Sequence[Reading]) -> str | None:
         """The newest batch loss against those before it."""
-        losses = [r.batch_loss for r in readings if r.step > 0 and r.batch_loss is not None]
-        if not losses or readings[-1].batch_loss is None:
+        now = readings[-1].batch_loss
+        if now is None or readings[-1].step == 0:
             return None
-        now, before = losses[-1], losses[:-1]
         if not math.isfinite(now):
             return "training loss is not finite"
+        # Only as many readings are looked at as count: a step costs the same however long the run.
+        earlier = islice(reversed(readings), 1, None) if self.window else islice(readings, len(readings) - 1)
+        losses = (r.batch_loss for r in earlier if r.step > 0)
+        before = list(islice((loss for loss in losses if loss is not None), self.window or 1))
         if not before:
             return None
-        usual = median(before[-self.window :]) if self.window else before[0]
+        usual = median(before)
         bound = self.factor * usual + self.slack
         return f"training loss {now:.3g} above {bound:.3g}" if now > bound else None
