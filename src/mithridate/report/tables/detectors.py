@@ -1,6 +1,6 @@
 """The tables of detectors: what they see of the strongest attack, and in every cell."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mithridate.report.detectors import detectors, representatives
 from mithridate.report.records import Record
@@ -17,20 +17,27 @@ def detector_tables(rows: Sequence[Row], records: Sequence[Record]) -> list[Tabl
         rows: All rows of the report.
         records: Their scores, as `scores.averaged` gives them.
     """
-    return [table for table in (_against_strongest(rows, records), _everywhere(rows, records)) if not table.empty]
+    cells: dict[Cell, list[Record]] = {}
+    for record in records:
+        cells.setdefault(tuple(record[name] for name in rows[0].names), []).append(record)
+    return [table for table in (_against_strongest(rows, cells), _everywhere(rows, cells)) if not table.empty]
 
 
-def _of(row: Row, records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if row.names.items() <= record.items()]
+Cell = tuple[object, ...]
+"""What a row's `names` say, which is the same columns for all rows of a report."""
 
 
-def _against_strongest(rows: Sequence[Row], records: Sequence[Record]) -> TableSection:
+def _of(row: Row, cells: Mapping[Cell, Sequence[Record]]) -> Sequence[Record]:
+    return cells.get(tuple(row.names.values()), ())
+
+
+def _against_strongest(rows: Sequence[Row], cells: Mapping[Cell, Sequence[Record]]) -> TableSection:
     shown = [cell[0] for members in groups(rows).values() if (cell := strongest(members)) is not None]
     attacked = [
         (row.subject, record)
         for row in shown
         for phase in WHERE
-        for record in _of(row, records)
+        for record in _of(row, cells)
         if record["phase"] == phase and record["poisoned_samples"]
     ]
     finest = max((number(record["finest_fpr"]) or 0 for _, record in attacked), default=0)
@@ -72,16 +79,16 @@ def _cells(record: Record) -> dict[str, str]:
     }
 
 
-def _everywhere(rows: Sequence[Row], records: Sequence[Record]) -> TableSection:
+def _everywhere(rows: Sequence[Row], cells: Mapping[Cell, Sequence[Record]]) -> TableSection:
     """Poisoned samples of every cell, phase by phase; of cells without any, other images against the stream's."""
     shown = representatives(detectors(rows))
     lines: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
-        cells = {(str(r["phase"]), str(r["detector"])): r for r in _of(row, records)}
+        said = {(str(r["phase"]), str(r["detector"])): r for r in _of(row, cells)}
         shown_of = [(phase, "auroc", what) for phase, what in WHERE.items()]
         shown_of += [] if row.attacking else [(BOTH, "auroc_ood", "other images")]
         for phase, metric, what in shown_of:
-            values = [_written(cells.get((phase, info.label), {}), metric, 2) for info in shown]
+            values = [_written(said.get((phase, info.label), {}), metric, 2) for info in shown]
             if set(values) - {MISSING}:
                 lines.setdefault(row.subject, []).append((row.attack, row.defence, what, *values))
     return TableSection(
