@@ -60,7 +60,7 @@ class FederatedRun:
             each class its share; the seed draws them. At the start, before and after the trigger it is always the
             whole part. Unset: all.
         evaluate_precision: `bfloat16` measures with convolutions and products of matrices rounded to it, which is
-            faster on processors that have it (AVX-512 BF16, AMX, GPUs), and slower than `float32` on others.
+            faster on processors that have it (AVX-512 BF16, AMX, GPUs), and many times slower on others.
         save_every: Rounds between resume points.
 
     Source:

@@ -29,7 +29,7 @@ class EvaluationSettings(Protocol):
         """Of the model's forward passes in a measurement."""
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """The columns of a trace row that a measurement fills.
 
     Args:
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
     test_samples: int | None
 
 
-NOT_MEASURED = Measured(None, None, None)
+NOT_MEASURED = Measurement(None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Evaluation:
         """Samples of the whole test part."""
         return sum(batch.size for batch in self.whole)
 
-    def measure(self, learner: Learner, *, whole: bool, weights: Weights | None = None) -> Measured:
+    def measure(self, learner: Learner, *, whole: bool, weights: Weights | None = None) -> Measurement:
         """Accuracy and mean loss of the model that a learner serves.
 
         Args:
@@ -99,7 +99,7 @@ class Evaluation:
         """
         batches = self.whole if whole else self.between
         score = learner.evaluate(batches, weights, precision=self.precision)
-        return Measured(*score, sum(batch.size for batch in batches))
+        return Measurement(*score, sum(batch.size for batch in batches))
 
 
 def require_evaluation(test: Part, run: EvaluationSettings) -> None:

@@ -21,7 +21,7 @@ from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Monitor, Reading
 from mithridate.data.stream import Stream
-from mithridate.simulation.evaluation import NOT_MEASURED, Evaluation, EvaluationSettings, Measured
+from mithridate.simulation.evaluation import NOT_MEASURED, Evaluation, EvaluationSettings, Measurement
 from mithridate.simulation.scoring import score_columns
 from mithridate.simulation.trace import NOTHING_SENT, Phase, Seconds, Sent, TraceRow
 from mithridate.training.learner import Learner
@@ -297,7 +297,7 @@ class Simulation(ABC):
             },
         )
 
-    def _note(self, phase: Phase, sent: Sent, measured: Measured, seconds: Seconds) -> None:
+    def _note(self, phase: Phase, sent: Sent, measured: Measurement, seconds: Seconds) -> None:
         """Write a row of the trace, monitors' alarms included."""
         rows = self.progress.rows
         rows.append(

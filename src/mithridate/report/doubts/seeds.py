@@ -67,7 +67,7 @@ def class_unread(rows: Sequence[Row]) -> Iterator[Doubt]:
         if runs := runs_with(row, "classes_unread"):
             most = max(int(number(run.summary.get("classes_unread")) or 0) for run in runs)
             text = (
-                f"the subset that is measured between start and trigger lacks {counted(most, 'class')} of the test part "
-                f"in {share_of_runs(runs, row)}; take a larger evaluate_size."
+                f"the subset that is measured between start and trigger lacks {counted(most, 'class')} of the test "
+                f"part in {share_of_runs(runs, row)}; take a larger evaluate_size."
             )
             yield Doubt(Severity.CAUTION, row.cell, text)
