@@ -471,16 +471,16 @@ def test_runs_that_measure_seldom_and_a_burn_in_that_is_measured_reach_store_and
 
 
 def test_runs_that_measure_a_subset_between_reach_store_and_report(tmp_path: Path, cache: Path, grid: Path) -> None:
-    some = recipe_of("run.evaluate_size=40", "run.evaluate_precision=bfloat16", attacks="noise", defences="none")
+    some = recipe_of("run.evaluate_size=30", "run.evaluate_precision=bfloat16", attacks="noise", defences="none")
     (directory,) = run_recipe(some, tmp_path / "runs", device="cpu", cache=cache).directories
     run, usual = read_run(directory), read_run(grid / "noise__none__seed0")
     whole = usual.trace[0]["test_samples"]
-    assert [row["test_samples"] for row in run.trace] == [whole, 40, 40, whole, whole]
+    assert [row["test_samples"] for row in run.trace] == [whole, 30, 30, whole, whole]
     assert [row["test_samples"] for row in usual.trace] == [whole] * 5
-    assert (run.summary["read_step"], run.summary["read_samples"], run.summary["classes_unread"]) == (3, 40, 0)
+    assert (run.summary["read_step"], run.summary["read_samples"], run.summary["classes_unread"]) == (3, 30, 0)
     assert run.summary["accuracy_start"] == pytest.approx(usual.summary["accuracy_start"], abs=0.01)
     page = build_report([directory], tmp_path / "report").html.read_text(encoding="utf-8")
-    assert f"accuracy on 40 of {whole} test samples" in page
+    assert f"accuracy on 30 of {whole} test samples" in page
 
 
 def test_a_subset_that_is_larger_than_the_test_part_is_refused_before_anything_is_written(
