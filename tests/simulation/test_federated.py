@@ -151,6 +151,16 @@ def test_all_clients_bring_their_whole_shards_by_default(stream: Stream, federat
     assert uneven.round(0, RUN)[1].y.shape == (2, 7)  # as many as the smallest
 
 
+def test_what_a_client_draws_does_not_depend_on_what_others_hold(stream: Stream) -> None:
+    """A shard of one image needs no draw; the others' draws are the same beside it."""
+    run = FederatedRun(local_batch=1)
+    shards = [np.arange(5, 12), np.arange(3, 4), np.arange(20, 40)]
+    _, mixed = Federation(stream, shards, seed=0).round(2, run)
+    _, long = Federation(stream, [shards[0], np.arange(3, 5), shards[2]], seed=0).round(2, run)
+    assert torch.equal(mixed.x[1, 0], stream.victim.batch(np.array([3])).x[0])
+    assert torch.equal(mixed.x[[0, 2]], long.x[[0, 2]])
+
+
 def test_a_stream_that_augments_does_so_here_too(stream: Stream, federation: Federation) -> None:
     settings = dataclasses.replace(stream.settings, augment_stream=True)
     moving = dataclasses.replace(federation, stream=dataclasses.replace(stream, settings=settings))

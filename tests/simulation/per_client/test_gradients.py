@@ -244,6 +244,30 @@ def test_another_criterion_is_asked_client_by_client() -> None:
     assert close(found.lengths, client_gradients(model, squared, x, y, way="layered").norm(dim=1))
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_one_call_for_all_clients_of_a_sample_gives_the_bits_of_a_call_each(ignored: bool) -> None:
+    model = made("small_cnn, none").float()
+    x, y = samples_of(9, 1)
+    if ignored:
+        y[4] = -100  # a label without a loss: its mean is NaN, and must not pass for a loss of zero
+    calls: list[int] = []
+
+    def each(logits: Tensor, labels: Tensor) -> Tensor:
+        calls.append(len(labels))
+        return F.cross_entropy(logits, labels)
+
+    together = summed_gradients(model, F.cross_entropy, x.float(), y)
+    apart = summed_gradients(model, each, x.float(), y)
+    assert not isinstance(together, str)
+    assert not isinstance(apart, str)
+    assert calls == [1] * 9
+    for found, expected in zip(together, apart, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert bool(together.losses[4].isnan()) == ignored
+
+
 def test_parameters_that_are_not_trained_or_not_used_are_not_counted() -> None:
     model = made("small_cnn, none")
     model.get_parameter("fc1.weight").requires_grad_(False)

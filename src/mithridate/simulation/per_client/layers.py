@@ -57,7 +57,8 @@ def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (mode == "train" or layer.running_mean is None):
             return f"BatchNorm ({name}) uses batch statistics, which mix samples"
-    for name, layer in _owners(module).items():
+    owners = _owners(module)
+    for name, layer in owners.items():
         if type(layer) not in _FORMULAE:  # a subclass may compute anything
             return f"the layer {name} is a {type(layer).__name__}, whose formula is not known"
         if not {parameter for parameter, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
@@ -66,7 +67,7 @@ def obstacle(module: nn.Module, mode: BatchNormMode) -> str:
             return f"the convolution {name} has groups or padding other than zeros"
         if isinstance(layer, nn.Conv2d) and isinstance(layer.padding, str):
             return f"the convolution {name} has its padding given as a word"
-    times = Counter(id(p) for layer in _owners(module).values() for p in layer.parameters(recurse=False))
+    times = Counter(id(p) for layer in owners.values() for p in layer.parameters(recurse=False))
     return "two layers share a parameter" if any(count > 1 for count in times.values()) else ""
 
 
@@ -100,9 +101,7 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
         if odd or layers.keys() != edges.keys():
             missing = sorted(layers.keys() - edges.keys())
             return f"the layer {(odd or missing)[0]} is not used just once, on one tensor that the loss depends on"
-        losses = torch.stack(
-            [criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)]
-        )
+        losses = _losses(criterion, logits, y)
         grad_outputs = torch.autograd.grad(losses.sum(), list(edges.values()), allow_unused=True)
     recorded = [
         Recorded(
@@ -114,6 +113,15 @@ def record(module: nn.Module, criterion: Criterion, x: Tensor, y: Tensor) -> tup
         for name, grad_output in zip(edges, grad_outputs, strict=True)
     ]
     return recorded, losses.detach()
+
+
+def _losses(criterion: Criterion, logits: Tensor, y: Tensor) -> Tensor:
+    """(clients,), each client's mean loss."""
+    if criterion is F.cross_entropy and y.shape == (len(logits), 1):
+        # A sample each: a single call gives the same bits, and a call a client took a tenth of a small model's round.
+        # The mean over no label but one that is ignored (-100) is NaN.
+        return F.cross_entropy(logits, y[:, 0], reduction="none") / (y[:, 0] != -100)
+    return torch.stack([criterion(z, labels) for z, labels in zip(torch.split(logits, y.shape[1]), y, strict=True)])
 
 
 def _by_client(t: Tensor, clients: int) -> Tensor:
