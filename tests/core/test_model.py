@@ -238,3 +238,36 @@ def test_every_module_gets_its_own_flag_back(net: Net) -> None:
 def test_a_white_box_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         setattr(WhiteBox(nn.Linear(1, 1), F.cross_entropy), "module", None)  # noqa: B010  (mypy would see it)
+
+
+class Shared(nn.Module):
+    """One BatchNorm at two places, and one weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.again, self.second.weight = self.norm, self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.again(self.second(self.norm(self.first(x))))
+        return out
+
+
+def test_a_layer_at_two_places_keeps_its_parameters() -> None:
+    """And answers with others in both, as a copy answers that has them."""
+    model = Shared().double().eval()
+    x = torch.rand(5, 4, dtype=torch.float64)
+    before, own = model(x), dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    state = {name: t.detach() + 0.5 for name, t in {**own, **buffers}.items() if t.is_floating_point()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, t in {**dict(other.named_parameters()), **dict(other.named_buffers())}.items():
+            t.copy_(state.get(name, t))
+    assert torch.equal(answer(model, x, state), other(x))
+    assert torch.equal(model(x), before)
+    now = dict(model.named_parameters())
+    assert now.keys() == own.keys()
+    assert all(now[name] is p and p.requires_grad for name, p in own.items())
+    assert all(t is buffers[name] for name, t in model.named_buffers())
+    assert model.second.weight is model.first.weight

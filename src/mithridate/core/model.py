@@ -52,7 +52,7 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
         kwargs = dict(x)
     else:
         args = tuple(x)
-    output = module(*args, **kwargs) if state is None else functional_call(module, _apart(module, state), args, kwargs)
+    output = module(*args, **kwargs) if state is None else call_with(module, _apart(module, state), args, kwargs)
     logits: Any = output
     if not isinstance(output, Tensor):
         logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -67,6 +67,31 @@ def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = No
             "row a sample (logits, not the class)."
         )
     return logits
+
+
+def call_with(
+    module: nn.Module, state: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
+) -> Any:  # noqa: ANN401  (whatever the module gives)
+    """What a module gives with other parameters and buffers than its own, which it has again afterwards.
+
+    Tied ones are replaced wherever they stand. torch's own way to tie them (2.13) leaves a layer that stands at two
+    places of a model with plain tensors in place of its parameters, which are never trained again.
+
+    Args:
+        module: The module.
+        state: Parameters and buffers, by the first of their names.
+        args: Positional inputs.
+        kwargs: Inputs by name.
+    """
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wanted = {id(t): state[name] for name, t in own.items() if name in state}
+    everywhere = {
+        f"{prefix}.{name}" if prefix else name: wanted[id(t)]
+        for prefix, m in module.named_modules()
+        for name, t in (*m._parameters.items(), *m._buffers.items())
+        if id(t) in wanted
+    }
+    return functional_call(module, {**state, **everywhere}, args, dict(kwargs or {}), tie_weights=False)
 
 
 def _apart(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

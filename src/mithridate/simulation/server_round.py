@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from mithridate.core.aggregator import Context, NotFiniteError
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, in_mode
+from mithridate.core.model import BatchNormMode, call_with, in_mode
 from mithridate.core.seeding import generator
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
@@ -328,7 +328,7 @@ def _averaged_buffers(learner: Learner, x: Tensor) -> dict[str, Tensor]:
     sums = {name: torch.zeros_like(b, dtype=torch.float64) for name, b in before.items()}
 
     def forward(buffers: dict[str, Tensor], samples: Tensor) -> Tensor:
-        answer: Tensor = functional_call(model, {**parameters, **buffers}, (samples,))
+        answer: Tensor = call_with(model, {**parameters, **buffers}, (samples,))
         return answer
 
     try:
