@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from mithridate.core.batch import Inputs, each_tensor
 from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.folding import folded
 from mithridate.core.seeding import no_draws
 from mithridate.core.soft_targets import improbable
 from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, refuse_once_differentiable
@@ -303,7 +304,8 @@ class WhiteBox:
             return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")
 
         inputs: list[Tensor] = []
-        with frozen_statistics(self.module, mode), _eager():
+        whole = folded(self.module) if mode == "eval" else nullcontext()
+        with frozen_statistics(self.module, mode), _eager(), whole:
             try:
                 yield objective
             except NoDerivativeError as error:

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,13 +66,11 @@ class ResNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Averages over the last maps: (n, 8 * width)."""
-        x = self.conv1(self.normalise(x))
-        if self.stem_pool and not self.training and x.device.type == "cpu":
-            # With channels last a CPU pools several times faster; BatchNorm gives the same bits, GroupNorm rounds anew.
-            x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-        x = F.relu(self.bn1(x))
+        if not self.training:  # convolutions and pools of a CPU take channels last as they are
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.bn1(self.conv1(self.normalise(x))))
         if self.stem_pool:
-            x = F.max_pool2d(x, 3, stride=2, padding=1).contiguous()
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return maps.mean((2, 3))
 
