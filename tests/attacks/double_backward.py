@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.view import View
-from mithridate.maths.calculus import Normalise
+from mithridate.maths.calculus import Normalise, Slope
 
 Gradients = Sequence[Tensor]
 
@@ -19,9 +19,9 @@ def followed(attack: Any, batch: Batch, view: View, monkeypatch: pytest.MonkeyPa
     functions: list[Callable[[Tensor], Tensor]] = []
     original = type(attack).climb
 
-    def spy(self: Any, x: Tensor, gradient_at: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> Tensor:
-        functions.append(gradient_at)
-        climbed: Tensor = original(self, x, gradient_at, *args, **options)
+    def spy(self: Any, x: Tensor, slope_at: Callable[[Tensor], Slope], *args: Any, **options: Any) -> Tensor:
+        functions.append(lambda x: slope_at(x).gradient)
+        climbed: Tensor = original(self, x, slope_at, *args, **options)
         return climbed
 
     with monkeypatch.context() as patch:

@@ -15,10 +15,11 @@ from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.core.batch import Batch
+from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise
+from mithridate.maths.calculus import Normalise, Slope
 from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
@@ -517,3 +518,65 @@ def test_it_is_the_model_at_hand_that_is_attacked(learner: Learner, moved: Learn
     boxes: list[WhiteBox] = [learner.white_box, moved.white_box]
     made = [attack.poison(BATCH, view_of(learner, model=box), rng=rng()).x for box in boxes]
     assert not torch.equal(*made)
+
+
+@pytest.mark.parametrize("optimiser", ["pgd", "apgd"])
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("mode", ["clean", "fixed", "joint"])
+def test_the_objective_is_noted_as_it_was_found_and_left(
+    learner: Learner, mode: str, normalise: Normalise, optimiser: Any
+) -> None:
+    """By H_t as graphs of graphs have it. Where it is climbed by apgd, it is never left lower."""
+    trigger_mode: Any = "reoptimised" if mode == "joint" else mode
+    attack = attack_of(normalise=normalise, trigger_mode=trigger_mode, optimiser=optimiser, steps=4, lam=0.3)
+    view = view_of(learner)
+    assert attack.ascent(view) is None
+    sent = attack.poison(BATCH, view, rng=rng())
+    noted = attack.ascent(view)
+    assert noted is not None
+    left = view.memory.get(TRIGGER, CLEAN_TRIGGER.x)
+    begun = CLEAN_TRIGGER.x if mode == "joint" else left
+    model = learner.model.eval()
+    expected = []
+    for x, trigger_x in ((BATCH.x, begun), (sent.x, left)):
+        trigger = Batch(trigger_x.clone().requires_grad_(), CLEAN_TRIGGER.y)
+        h = naive_alignment(model, x, trigger, normalise=normalise, lam=0.3, clean_weight=1.0)
+        expected.append(float(h.detach()))
+    assert noted == pytest.approx(expected, rel=1e-8)
+    if optimiser == "apgd":
+        assert noted[1] >= noted[0]
+
+
+def test_an_objective_is_that_of_the_last_batch(learner: Learner) -> None:
+    """A trigger that was crafted before, and is fed as it is, has none of its own."""
+    attack, view = attack_of(trigger_mode="reoptimised", trigger_update="after_step"), view_of(learner)
+    attack.poison(BATCH, view, rng=rng())
+    assert attack.ascent(view) is not None
+    attack.trigger(CLEAN_TRIGGER, view, rng=rng())
+    assert attack.ascent(view) is None
+
+
+def test_a_slope_that_is_that_of_no_function_cannot_be_compared() -> None:
+    for options in ({"optimiser": "apgd"}, {"keep": "best"}):
+        with pytest.raises(ConfigError, match="two slopes at once"):
+            attack_of(beta=1.0, hide="pixels", **options)
+        attack_of(beta=1.0, hide="gradient", **options)
+
+
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("mode", ["fixed", "joint"])
+def test_bfloat16_follows_nearly_the_same_slope(mode: str, normalise: Normalise) -> None:
+    """In single precision, for all that is computed beside the passes. Nearly: of clear signs, almost all."""
+    model = build_model({"name": "small_cnn", "width": 8}, STREAM.info, seed=0)
+    box = Learner(model, SGD(model.parameters(), lr=0.05)).white_box
+    batch, trigger, validation = (Batch(b.x.float(), b.y) for b in (BATCH, CLEAN_TRIGGER, VALIDATION))
+    trigger_mode: Any = "reoptimised" if mode == "joint" else mode
+    sent = {}
+    for precision in ("float32", "bfloat16"):
+        attack = attack_of(normalise=normalise, trigger_mode=trigger_mode, steps=1, precision=precision)
+        view = view_of(Learner(model, SGD(model.parameters(), lr=0.05)), model=box, validation=validation)
+        view = replace(view, available={**view.available, Need.TRIGGER: trigger})
+        sent[precision] = attack.poison(batch, view, rng=rng()).x - batch.x
+    assert sent["bfloat16"].dtype == torch.float32
+    agree = (sent["float32"].sign() == sent["bfloat16"].sign()).float().mean()
+    assert 0.8 < float(agree) < 1.0

@@ -22,7 +22,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.domain import PIXELS
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise, gradient, input_gradient
+from mithridate.maths.calculus import Normalise, Slope, gradient, input_gradient
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model
@@ -122,7 +122,7 @@ def test_slopes_in_pixels_and_parameters_are_those_of_the_loss(learner: Learner,
         leaf = POINT.clone().requires_grad_()
         by_pixels = torch.autograd.grad(value(leaf), leaf)[0]
         by_parameters = torch.autograd.grad(value(POINT), list(learner.model.parameters()))
-        assert close(input_gradient(objective, box.parameters, POINT, y), by_pixels)
+        assert close(input_gradient(objective, box.parameters, POINT, y).gradient, by_pixels)
         for chunk in (None, 4) if mode == "eval" else (None,):
             found = gradient(objective, box.parameters, POINT, y, chunk=chunk)
             assert all(float((a - b).abs().max()) < 1e-12 for a, b in zip(found.values(), by_parameters, strict=True))
@@ -150,7 +150,7 @@ def test_kl_has_no_slope_at_the_clean_sample_and_so_begins_beside_it(learner: Le
     y = targets("kl", box, BATCH, "eval")
     with box.objective("eval") as objective:
         at, beside = (
-            input_gradient(objective, box.parameters, x, y)
+            input_gradient(objective, box.parameters, x, y).gradient
             for x in (BATCH.x, nudged(BATCH.x, Ball("linf", EPS), ALL, PIXELS, rng()))
         )
     assert float(at.norm()) < 1e-6 * float(beside.norm())

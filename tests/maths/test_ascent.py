@@ -1,7 +1,7 @@
 """Climbing inside a ball: every optimiser goes up, stays inside, and is the published update rule."""
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mithridate.maths import ascent
-from mithridate.maths.ascent import Optimiser
+from mithridate.maths.ascent import Climbed, Optimiser
+from mithridate.maths.calculus import Slope
 from mithridate.maths.norms import Ball, Norm
 
-OPTIMISERS: tuple[Optimiser, ...] = ("pgd", "fgsm", "mim")
+OPTIMISERS: tuple[Optimiser, ...] = ("pgd", "fgsm", "mim", "apgd")
 BALLS = (Ball("linf", 0.1), Ball("l2", 0.4))
 BALL_NAMES = ("linf", "l2")
 
@@ -23,7 +24,17 @@ def pixels(x: Tensor) -> Tensor:
     return x.clamp(0, 1)
 
 
-climb = partial(ascent.climb, into_domain=pixels)
+def climbed(x: Tensor, gradient_at: Callable[[Tensor], Tensor], ball: Ball, **options: Any) -> Climbed:
+    """A climb up a slope; whoever compares values is told those of `height`."""
+
+    def slope_at(x: Tensor) -> Slope:
+        return Slope(gradient_at(x), height(x) if x.shape[1:] == TOP.shape[1:] else None)
+
+    return ascent.climb(x, slope_at, ball, **{"into_domain": pixels, **options})
+
+
+def climb(x: Tensor, gradient_at: Callable[[Tensor], Tensor], ball: Ball, **options: Any) -> Tensor:
+    return climbed(x, gradient_at, ball, **options).x
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -240,9 +251,8 @@ def test_inputs_are_not_written_to() -> None:
     x, begin = images(), images() * 0.99
     kept: list[Tensor] = [x.clone(), begin.clone()]
     options: list[dict[str, Any]] = [{}, {"start": begin}, {"random_start": True, "rng": rng()}]
-    act: Callable[..., Tensor] = climb
     for option in options:
-        act(x, slope, BALLS[0], steps=2, **option)
+        climb(x, slope, BALLS[0], steps=2, **option)
     assert torch.equal(x, kept[0])
     assert torch.equal(begin, kept[1])
 
@@ -257,8 +267,8 @@ def test_a_climb_ends_in_the_domain_that_it_is_given(optimiser: Optimiser, ball:
     def uphill(x: Tensor) -> Tensor:
         return torch.ones_like(x)
 
-    held = ascent.climb(x, uphill, ball, into_domain=lambda x: x.clamp(low, high), optimiser=optimiser)
-    free = ascent.climb(x, uphill, ball, into_domain=lambda x: x, optimiser=optimiser)
+    held = climb(x, uphill, ball, into_domain=lambda x: x.clamp(low, high), optimiser=optimiser)
+    free = climb(x, uphill, ball, into_domain=lambda x: x, optimiser=optimiser)
     assert bool((held <= high).all())
     assert bool((held == high).any())
     assert bool((free > high).any())
@@ -268,8 +278,157 @@ def test_a_climb_ends_in_the_domain_that_it_is_given(optimiser: Optimiser, ball:
 
 def test_a_random_start_lies_in_the_domain() -> None:
     x = images() - 3
-    held = ascent.climb(
-        x, torch.zeros_like, BALLS[0], into_domain=lambda x: x.clamp(-3, -2.9), random_start=True, rng=rng()
-    )
+    held = climb(x, torch.zeros_like, BALLS[0], into_domain=lambda x: x.clamp(-3, -2.9), random_start=True, rng=rng())
     assert float(held.max()) <= -2.9 < float(x.max())
     assert float(held.min()) >= -3
+
+
+# Keeping the best, and APGD.
+
+
+@pytest.mark.parametrize("value_of", ["each sample", "all samples"])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_the_best_iterate_is_the_best_of_all_that_were_looked_at(
+    optimiser: Optimiser, ball: Ball, value_of: str
+) -> None:
+    """Of a function with many tops, by sample or as a whole; and no worse than the start."""
+    x, seen = images(), list[Tensor]()
+
+    def values(x: Tensor) -> Tensor:
+        each = (40 * x).sin().flatten(1).sum(1)
+        return each if value_of == "each sample" else each.mean()
+
+    def slope_at(x: Tensor) -> Slope:
+        seen.append(values(x))
+        return Slope(40 * (40 * x).cos(), values(x))
+
+    def value_at(x: Tensor) -> Tensor:
+        seen.append(values(x))
+        return values(x)
+
+    found = ascent.climb(
+        x, slope_at, ball, into_domain=pixels, value_at=value_at, optimiser=optimiser, steps=12, keep="best"
+    )
+    assert torch.equal(values(found.x), torch.stack(seen).amax(0))
+    assert found.end == pytest.approx(float(values(found.x).mean()))
+    assert found.start == pytest.approx(float(values(x).mean()))
+    assert len(seen) == (2 if optimiser == "fgsm" else 13), "a slope a step, and the value of the last iterate"
+
+
+def test_keeping_the_best_needs_values() -> None:
+    for options in ({"keep": "best"}, {"optimiser": "apgd"}):
+        with pytest.raises(ValueError, match="no value"):
+            ascent.climb(images(), lambda x: Slope(slope(x)), BALLS[0], into_domain=pixels, **options)  # type: ignore[arg-type]
+
+
+def test_values_at_both_ends_cost_no_slope() -> None:
+    slopes: list[Tensor] = []
+
+    def slope_at(x: Tensor) -> Slope:
+        slopes.append(x)
+        return Slope(slope(x), height(x))
+
+    found = ascent.climb(images(), slope_at, BALLS[0], into_domain=pixels, value_at=height, steps=3)
+    assert len(slopes) == 3
+    assert (found.start, found.end) == (float(height(images()).mean()), float(height(found.x).mean()))
+    without = ascent.climb(images(), slope_at, BALLS[0], into_domain=pixels, steps=3)
+    assert without.end is None
+
+
+def apgd_as_published(start: float, f: Callable[[float], float], df: Callable[[float], float], steps: int) -> float:
+    """Croce and Hein, Algorithm 1, for one pixel between 0 and 1 and a ball that holds all of it: eps = 1."""
+    marks, p, before = [0], 0.22, 0.0
+    while p <= 1:
+        marks.append(math.ceil(p * steps))
+        p, before = p + max(p - before - 0.03, 0.06), p
+
+    def project(z: float) -> float:
+        return min(max(z, 0.0), 1.0)
+
+    def sign(z: float) -> float:
+        return float((z > 0) - (z < 0))
+
+    eta = 2.0
+    x = [start, project(start + eta * sign(df(start)))]
+    best = max(x, key=f) if f(x[1]) > f(x[0]) else x[0]
+    etas, bests, rises = {0: eta}, {0: f(start)}, [f(x[1]) > f(x[0])]
+    if 1 in marks:
+        raise AssertionError("choose more steps: the first is no checkpoint here")
+    for k in range(1, steps):
+        z = project(x[k] + eta * sign(df(x[k])))
+        new = project(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k] - x[k - 1]))
+        rises.append(f(new) > f(x[k]))
+        if f(new) > f(best):
+            best = new
+        x.append(new)
+        if k + 1 in marks:
+            last = marks[marks.index(k + 1) - 1]
+            halve = sum(rises[last : k + 1]) < 0.75 * (k + 1 - last) or (etas[last] == eta and bests[last] == f(best))
+            etas[k + 1], bests[k + 1] = eta, f(best)
+            if halve:
+                eta, x[-1] = eta / 2, best
+    return best
+
+
+@pytest.mark.parametrize("steps", [10, 20, 57])
+def test_apgd_is_the_published_algorithm(steps: int) -> None:
+    starts = torch.linspace(0.03, 0.97, 13, dtype=torch.float64).view(-1, 1, 1, 1)
+
+    def value_at(x: Tensor) -> Tensor:
+        return ((9 * x).sin() + (23 * x).cos() - (x - 0.4).square()).flatten(1).sum(1)
+
+    def gradient(x: Tensor) -> Tensor:
+        return 9 * (9 * x).cos() - 23 * (23 * x).sin() - 2 * (x - 0.4)
+
+    found = ascent.climb(
+        starts,
+        lambda x: Slope(gradient(x), value_at(x)),
+        Ball("linf", 1.0),
+        into_domain=pixels,
+        value_at=value_at,
+        optimiser="apgd",
+        steps=steps,
+    )
+
+    def point(x: float) -> Tensor:
+        return torch.tensor([[[[x]]]], dtype=torch.float64)
+
+    expected = [
+        apgd_as_published(float(s), lambda x: float(value_at(point(x))), lambda x: float(gradient(point(x))), steps)
+        for s in starts.flatten()
+    ]
+    assert found.x.flatten().tolist() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("ball", BALLS, ids=BALL_NAMES)
+def test_apgd_comes_higher_than_steps_that_overshoot(ball: Ball) -> None:
+    """On a narrow top, where a step of 2 eps / C jumps to and fro."""
+    x = images()
+    top = x + 0.3 * ball.project(torch.randn(x.shape, generator=rng(4), dtype=x.dtype))
+
+    def value_at(x: Tensor) -> Tensor:
+        return -(x - top).abs().flatten(1).sum(1)
+
+    def slope_at(x: Tensor) -> Slope:
+        return Slope(-(x - top).sign(), value_at(x))
+
+    ends = {
+        o: ascent.climb(x, slope_at, ball, into_domain=lambda x: x, value_at=value_at, optimiser=o, steps=20).end
+        for o in ("pgd", "apgd")
+    }
+    assert ends["pgd"] is not None
+    assert ends["apgd"] is not None
+    assert ends["apgd"] > ends["pgd"]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_apgd_of_no_step_and_of_one(steps: int) -> None:
+    x = images()
+    found = climbed(x, slope, BALLS[0], value_at=height, optimiser="apgd", steps=steps)
+    if steps == 0:
+        assert torch.equal(found.x, x)
+    else:
+        one = pixels(x + BALLS[0].project(0.2 * slope(x).sign()))
+        better = height(one) > height(x)
+        assert torch.equal(found.x, torch.where(better.view(-1, 1, 1, 1), one, x))

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.maths import calculus
+from mithridate.maths.alignment import alignment, turn_towards
 from mithridate.maths.calculus import Normalise, Objective, Parameters
 
 NORMALISATIONS: tuple[Normalise, ...] = ("none", "global", "tensor")
@@ -151,7 +152,7 @@ def test_input_gradient(objective: Objective, parameters: Parameters) -> None:
     x, y = batch(5)
     x.requires_grad_()
     expected = backward_in_input(objective(parameters, x, y), x)
-    found = calculus.input_gradient(objective, parameters, x.detach(), y)
+    found = calculus.input_gradient(objective, parameters, x.detach(), y).gradient
     assert not found.requires_grad
     assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert float(found.abs().max()) > 1e-3
@@ -286,6 +287,7 @@ def test_forward_mode_is_silent() -> None:
     code = """
 import torch
 from mithridate.maths import calculus
+from mithridate.maths.alignment import alignment, turn_towards
 f = lambda p, x, y: (p["w"] * x).sum() ** 2
 p = {"w": torch.ones(2)}
 print(calculus.mixed_partial(f, p, torch.ones(2), torch.ones(2), p).tolist())
@@ -334,10 +336,8 @@ def test_chunks_change_nothing(chunk: int, eval_objective: Objective, parameters
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_chunked_product_gradient(normalise: Normalise, eval_objective: Objective, parameters: Parameters) -> None:
     first, second = batch(7), batch(4)
-    whole = calculus.product_gradient(eval_objective, parameters, first, second, normalise=normalise)
-    assert_same(
-        calculus.product_gradient(eval_objective, parameters, first, second, normalise=normalise, chunk=3), whole
-    )
+    whole = product_gradient(eval_objective, parameters, first, second, normalise)
+    assert_same(product_gradient(eval_objective, parameters, first, second, normalise, chunk=3), whole)
 
 
 def test_chunks_are_computed_apart(eval_objective: Objective, parameters: Parameters) -> None:
@@ -363,6 +363,18 @@ def test_product_is_its_definition(normalise: Normalise, parameters: Parameters)
     assert_close(calculus.product(a, b, normalise), obvious_product(a, b, normalise))
 
 
+def product_gradient(
+    objective: Objective,
+    parameters: Parameters,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    normalise: Normalise,
+    chunk: int | None = None,
+) -> Parameters:
+    at = (calculus.curved(objective, parameters, *b, chunk=chunk) for b in (first, second))
+    return calculus.product_gradient(*at, normalise=normalise)
+
+
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_alignment_gradient(normalise: Normalise, parameters: Parameters) -> None:
     a, b = direction(parameters), direction(parameters)
@@ -377,19 +389,25 @@ def test_product_gradient(normalise: Normalise, objective: Objective, parameters
     p = tracked(parameters)
     g_first, g_second = backward(objective(p, *first), p), backward(objective(p, *second), p)
     expected = backward(obvious_product(g_first, g_second, normalise), p)
-    found = calculus.product_gradient(objective, parameters, first, second, normalise=normalise)
+    found = product_gradient(objective, parameters, first, second, normalise)
     assert_same(found, expected)
-    given_gradients = (
-        calculus.gradient(objective, parameters, *first),
-        calculus.gradient(objective, parameters, *second),
-    )
-    again = calculus.product_gradient(
-        objective, parameters, first, second, normalise=normalise, gradients=given_gradients
-    )
-    assert_same(again, found)
 
 
-def test_given_gradients_are_used(eval_objective: Objective, parameters: Parameters) -> None:
+@pytest.mark.parametrize("chunk", [None, 3, 2])
+def test_a_curved_loss_has_the_gradient_and_the_curvature_of_the_loss(
+    chunk: int | None, eval_objective: Objective, parameters: Parameters
+) -> None:
+    (x, y), v, u = batch(5), direction(parameters), direction(parameters)
+    at = calculus.curved(eval_objective, parameters, x, y, chunk=chunk)
+    assert_same(at.gradient, calculus.gradient(eval_objective, parameters, x, y))
+    for w in (v, u, v):  # as often as one likes
+        assert_same(at.curvature(w), calculus.hessian_vector_product(eval_objective, parameters, x, y, w))
+
+
+def test_samples_computed_at_once_are_passed_through_the_network_once(
+    eval_objective: Objective, parameters: Parameters
+) -> None:
+    """Gradient and curvature share a graph; and so do a normalised product's value and its slope."""
     calls: list[int] = []
 
     def spy(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
@@ -397,12 +415,33 @@ def test_given_gradients_are_used(eval_objective: Objective, parameters: Paramet
         return eval_objective(p, x, y)
 
     first, second = batch(3), batch(2)
-    gradients = (
-        calculus.gradient(eval_objective, parameters, *first),
-        calculus.gradient(eval_objective, parameters, *second),
-    )
-    calculus.product_gradient(spy, parameters, first, second, normalise="tensor", gradients=gradients)
-    assert calls == [3, 2], "one Hessian-vector product a batch and nothing else"
+    product_gradient(spy, parameters, first, second, "tensor")
+    assert calls == [3, 2]
+    calls.clear()
+    turn_towards(spy, parameters, *first, direction(parameters), normalise="tensor")
+    assert calls == [3]
+    calls.clear()
+    turn_towards(spy, parameters, *first, direction(parameters), normalise="none")
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("normalise", NORMALISATIONS)
+def test_turning_towards_a_direction(
+    normalise: Normalise, chunk: int | None, eval_objective: Objective, parameters: Parameters
+) -> None:
+    """Both ways, with the samples at once or in pieces, against a product differentiated as it is written."""
+    (x, y), w = batch(5), direction(parameters)
+    leaf, p = x.clone().requires_grad_(), tracked(parameters)
+    g = backward(eval_objective(p, leaf, y), p)
+    expected = calculus.inner(calculus.unit(g, normalise), w)
+    slope = torch.autograd.grad(expected, leaf)[0]
+    found = turn_towards(eval_objective, parameters, x, y, w, normalise=normalise, chunk=chunk)
+    assert found.value is not None
+    assert_close(found.gradient, slope, rtol=1e-9, atol=1e-12)
+    assert_close(found.value, expected.detach(), rtol=1e-9, atol=1e-12)
+    value = alignment(eval_objective, parameters, x, y, w, normalise=normalise, chunk=chunk)
+    assert_close(value, expected.detach(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
@@ -418,7 +457,7 @@ def test_a_parameter_without_gradient_gives_zeros(
         calculus.unit(g, normalise),
         align,
         calculus.hessian_vector_product(eval_objective, parameters, x, y, other),
-        calculus.product_gradient(eval_objective, parameters, (x, y), (x2, y2), normalise=normalise),
+        product_gradient(eval_objective, parameters, (x, y), (x2, y2), normalise),
     ]
     for found in results:
         assert all(t.isfinite().all() for t in found.values())
@@ -523,10 +562,12 @@ Derivative = Callable[[Objective, Parameters, tuple[Tensor, Tensor], Parameters]
 DERIVATIVES: dict[str, Derivative] = {
     "gradient": lambda f, p, b, v: calculus.gradient(f, p, *b, chunk=2),
     "hessian_vector_product": lambda f, p, b, v: calculus.hessian_vector_product(f, p, *b, v, chunk=2),
-    "input_gradient": lambda f, p, b, v: calculus.input_gradient(f, p, *b),
+    "input_gradient": lambda f, p, b, v: calculus.input_gradient(f, p, *b).gradient,
+    "turn_towards": lambda f, p, b, v: turn_towards(f, p, *b, v, normalise="tensor").gradient,
+    "curvature": lambda f, p, b, v: calculus.curved(f, p, *b).curvature(v),
     "mixed_partial": lambda f, p, b, v: calculus.mixed_partial(f, p, *b, v),
     "mixed_partial_of_curvature": lambda f, p, b, v: calculus.mixed_partial_of_curvature(f, p, *b, v, v),
-    "product_gradient": lambda f, p, b, v: calculus.product_gradient(f, p, b, b, normalise="tensor"),
+    "product_gradient": lambda f, p, b, v: product_gradient(f, p, b, b, "tensor"),
     "alignment_gradient": lambda f, p, b, v: calculus.alignment_gradient(p, v, "tensor"),
 }
 

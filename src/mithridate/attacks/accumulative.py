@@ -11,7 +11,16 @@ from mithridate.core.registry import register, settings
 from mithridate.core.secrecy import Secrecy
 from mithridate.core.view import View
 from mithridate.maths.alignment import blend, trigger_ascent
-from mithridate.maths.calculus import Parameters, alignment_gradient, gradient, product_gradient, unit
+from mithridate.maths.calculus import (
+    Curved,
+    Parameters,
+    Slope,
+    alignment_gradient,
+    curved,
+    gradient,
+    product_gradient,
+    unit,
+)
 
 
 @register(
@@ -68,39 +77,55 @@ class Accumulative(Secrecy, TriggerPoisoner):
             clean = unit(gradient(at.objective, at.parameters, *batch, chunk=self.pieces), self.normalise)
             y = targets(self.loss, at.box, batch, self.craft_mode)
 
-            def of_batch(x: Tensor, g: Parameters) -> Tensor:
-                """Gradient of H_t in the pixels of the accumulative batch: w = g(S_t) + lam G_t, less what hides it."""
+            def wanted(x: Tensor, g: Parameters) -> Parameters:
+                """What the gradient is turned towards: g(S_t) + lam G_t, less what hides the batch."""
                 w = blend(clean, unit(g, self.normalise), (self.clean_weight, self.lam))
-                w = self.hidden_direction(w, at.box, at.old, x, normalise=self.normalise, chunk=self.pieces)
-                return self.hidden_slope(self.turned(at, x, y, w), at.box, at.old, x, chunk=self.pieces)
+                return self.hidden_direction(w, at.box, at.old, x, normalise=self.normalise, chunk=self.pieces)
+
+            def of_batch(x: Tensor, g: Parameters) -> Slope:
+                """H_t, and its gradient in the pixels of the accumulative batch."""
+                slope = self.turned(at, x, y, wanted(x, g))
+                return self.hidden_slope(slope, at.box, at.old, x, chunk=self.pieces)
+
+            def value(x: Tensor, g: Parameters) -> Tensor:
+                return self.aligned(at, x, y, wanted(x, g))
 
             if not self.joint:
-                g = self._pull(at, trigger_x)
-                return self.climb(batch.x, lambda x: of_batch(x, g), mask, view.domain, rng)
+                g = product_gradient(at.validation, self._at_trigger(at, trigger_x), normalise=self.normalise)
+                return self.climb(
+                    batch.x,
+                    lambda x: of_batch(x, g),
+                    mask,
+                    view,
+                    rng,
+                    value_at=None if self.pixels_hide() else lambda x: value(x, g),
+                )
 
             n = batch.size
 
-            def both(x: Tensor) -> Tensor:
-                """Gradient of H_t in the pixels of the accumulative batch and of the trigger, stacked."""
-                g = self._pull(at, x[n:])
+            def both(x: Tensor) -> Slope:
+                """H_t, and its gradient in the pixels of the accumulative batch and of the trigger, stacked."""
+                at_trigger = self._at_trigger(at, x[n:])
+                g = product_gradient(at.validation, at_trigger, normalise=self.normalise)
                 poisoned = unit(gradient(at.objective, at.parameters, x[:n], y, chunk=self.pieces), self.normalise)
                 of_trigger = trigger_ascent(
                     at.objective,
                     at.parameters,
                     at.validation,
                     (x[n:], at.trigger_y),
+                    at_trigger,
                     alignment_gradient(g, poisoned, self.normalise),
                     normalise=self.normalise,
-                    g_validation=at.g_validation,
                     chunk=self.pieces,
                 )
-                slope = self.lam * of_trigger
-                return torch.cat(
-                    [
-                        of_batch(x[:n], g),
-                        self.hidden_slope(slope, at.box, at.old, x[n:], chunk=self.pieces, trigger=True),
-                    ]
-                )
+                slope = Slope(self.lam * of_trigger)
+                hidden = self.hidden_slope(slope, at.box, at.old, x[n:], chunk=self.pieces, trigger=True)
+                poison = of_batch(x[:n], g)
+                return Slope(torch.cat([poison.gradient, hidden.gradient]), poison.value)
+
+            def value_of_both(x: Tensor) -> Tensor:
+                g = product_gradient(at.validation, self._at_trigger(at, x[n:]), normalise=self.normalise)
+                return value(x[:n], g)
 
             trigger = view.clean_trigger.x
             begin = self.beginning(batch.x, mask, view.domain, rng)
@@ -111,23 +136,14 @@ class Accumulative(Secrecy, TriggerPoisoner):
                 torch.cat([batch.x, trigger]),
                 both,
                 torch.cat([mask, trigger_mask]),
-                view.domain,
+                view,
                 rng,
                 start=torch.cat([begin, trigger_x]),
+                value_at=None if self.pixels_hide() else value_of_both,
             )
             view.memory[TRIGGER] = found[n:].clone()
             return found[:n]
 
-    def _pull(self, at: CraftingRound, trigger_x: Tensor) -> Parameters:
-        """G_t."""
-        trigger = (trigger_x, at.trigger_y)
-        g_trigger = gradient(at.objective, at.parameters, *trigger, chunk=self.pieces)
-        return product_gradient(
-            at.objective,
-            at.parameters,
-            at.validation,
-            trigger,
-            normalise=self.normalise,
-            gradients=(at.g_validation, g_trigger),
-            chunk=self.pieces,
-        )
+    def _at_trigger(self, at: CraftingRound, trigger_x: Tensor) -> Curved:
+        """The loss on the poisoned trigger."""
+        return curved(at.objective, at.parameters, trigger_x, at.trigger_y, chunk=self.pieces)

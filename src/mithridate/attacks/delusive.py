@@ -36,7 +36,7 @@ class Delusive(Phased, Sighted, ABC):
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         if self.loss == "kl" and not how.get("random_start"):
             how["start"] = nudged(batch.x, self.ball, mask, view.domain, rng)
-        with box.objective(self.craft_mode) as objective:
+        with box.objective(self.craft_mode, self.precision) as objective:
             return climb(
                 batch.x,
                 lambda x: input_gradient(objective, parameters, x, y),
@@ -45,4 +45,4 @@ class Delusive(Phased, Sighted, ABC):
                 mask=mask,
                 rng=rng,
                 **how,
-            )
+            ).x

@@ -146,6 +146,11 @@ class GateAware(Tolerance, Budgeted):
         with self._inside(view) as own:
             self.built.after_step(own, rng)
 
+    def ascent(self, view: View) -> tuple[float, float] | None:
+        """The inner attack's, before its batch was shrunk."""
+        with self._inside(view) as own:
+            return self.built.ascent(own)
+
     def positions(self, n: int, view: View, rng: Generator) -> Tensor:
         """The inner attack's, so that the two agree."""
         with self._inside(view) as own:

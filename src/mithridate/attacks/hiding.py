@@ -11,7 +11,7 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
-from mithridate.maths.calculus import Normalise, Parameters, add, gradient, input_gradient, unit
+from mithridate.maths.calculus import Normalise, Parameters, Slope, add, gradient, input_gradient, unit
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
@@ -49,6 +49,10 @@ class Hiding:
         if self.hide_trigger and self.hide != "pixels":
             raise ConfigError('hide_trigger works on pixels; set hide = "pixels" with it.')
 
+    def pixels_hide(self, *, trigger: bool = False) -> bool:
+        """Whether the pixels of a batch, or of the trigger, descend the discrepancy."""
+        return self.beta > 0 and self.hide == "pixels" and (self.hide_trigger or not trigger)
+
     def hidden_from(self, view: View) -> Weights | None:
         """The victim's old self that the defence is expected to compare with; None if nothing is hidden.
 
@@ -78,12 +82,15 @@ class Hiding:
         return add(w, unit(discrepancy_gradient(box, old, x, chunk=chunk), normalise), scale=self.beta)
 
     def hidden_slope(
-        self, slope: Tensor, box: WhiteBox, old: Weights | None, x: Tensor, *, chunk: int | None, trigger: bool = False
-    ) -> Tensor:
-        """The slope that is followed in the pixels: away from the discrepancy, where these hide from it."""
-        if old is None or self.hide != "pixels" or (trigger and not self.hide_trigger):
+        self, slope: Slope, box: WhiteBox, old: Weights | None, x: Tensor, *, chunk: int | None, trigger: bool = False
+    ) -> Slope:
+        """The slope that is followed in the pixels: away from the discrepancy, where these hide from it.
+
+        Two slopes at unit length are together that of no function, so it has no value then.
+        """
+        if old is None or not self.pixels_hide(trigger=trigger):
             return slope
-        return steer(slope, discrepancy_slope(box, old, x, chunk=chunk), self.beta)
+        return Slope(steer(slope.gradient, discrepancy_slope(box, old, x, chunk=chunk), self.beta))
 
 
 def discrepancy_gradient(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int | None = None) -> Parameters:
@@ -119,7 +126,8 @@ def discrepancy_slope(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int | No
     def objective(parameters: Parameters, x: Tensor, _: Tensor) -> Tensor:
         return divergence(old.logits(box.module, x), box.logits(x, parameters=parameters)).sum()
 
-    return cat([input_gradient(objective, box.parameters, piece, piece) for piece in split(x, chunk or len(x))])
+    pieces = split(x, chunk or len(x))
+    return cat([input_gradient(objective, box.parameters, piece, piece).gradient for piece in pieces])
 
 
 def steer(slope: Tensor, away: Tensor, beta: float) -> Tensor:

@@ -15,12 +15,13 @@ from mithridate.attacks.budget import Iterated
 from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
+from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import Normalise, Objective, Parameters, gradient, unit
+from mithridate.maths.alignment import alignment, opposite, turn_towards
+from mithridate.maths.calculus import Curved, Normalise, Objective, Parameters, Slope, curved, unit
 from mithridate.maths.norms import Ball
 
 TRIGGER = "trigger.x"
@@ -35,8 +36,7 @@ class CraftingRound:
         box: The model, under a criterion that reads from the targets which loss a sample is under.
         objective: Its loss, in the craft mode.
         parameters: Its parameters.
-        validation: S_val of this round.
-        g_validation: grad_theta L(S_val).
+        validation: The loss on S_val of this round.
         trigger_y: Targets of the trigger.
         old: The old model that the poison hides from, if it hides.
     """
@@ -44,8 +44,7 @@ class CraftingRound:
     box: WhiteBox
     objective: Objective
     parameters: Parameters
-    validation: Batch
-    g_validation: Parameters
+    validation: Curved
     trigger_y: Tensor
     old: Weights | None
 
@@ -85,6 +84,11 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_hiding()
+        if self.keeps_best and self.pixels_hide():
+            raise ConfigError(
+                'hide = "pixels" follows two slopes at once, together that of no function, whose values apgd and '
+                'keep = "best" would compare; take hide = "gradient", or optimiser = "pgd" and keep = "last".'
+            )
         if self.beta > 0:
             object.__setattr__(self, "needs", self.needs | {Need.HISTORY})
 
@@ -131,10 +135,9 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         parameters = box.parameters
         trigger_y = targets(self.loss, box, view.clean_trigger, self.craft_mode)
         old = self.hidden_from(view)
-        with box.objective(self.craft_mode) as objective:
-            validation = self._validation(view, rng)
-            g_validation = gradient(objective, parameters, *validation, chunk=self.pieces)
-            yield CraftingRound(box, objective, parameters, validation, g_validation, trigger_y, old)
+        with box.objective(self.craft_mode, self.precision) as objective:
+            validation = curved(objective, parameters, *self._validation(view, rng), chunk=self.pieces)
+            yield CraftingRound(box, objective, parameters, validation, trigger_y, old)
 
     def _validation(self, view: View, rng: Generator) -> Batch:
         """S_val of this round."""
@@ -144,9 +147,13 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             return pool.take(slice(size))
         return pool.take(torch.randint(pool.size, (size,), generator=rng))
 
-    def turned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
+    def turned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Slope:
         """How pixels turn their parameter gradient towards `w`."""
         return turn_towards(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
+
+    def aligned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
+        """How far the parameter gradient of pixels is turned towards `w`, a scalar."""
+        return alignment(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
 
     def current_trigger(self, at: CraftingRound, view: View, rng: Generator) -> Tensor:
         """The trigger as it stands. `joint` begins with the clean one, the others poison it when first asked for."""
@@ -176,11 +183,15 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             centre: Of the ball; unset: the clean trigger.
         """
         clean = view.clean_trigger.x if centre is None else centre
-        wanted = unit(at.g_validation, self.normalise)
+        w = opposite(unit(at.validation.gradient, self.normalise))
 
-        def down(x: Tensor) -> Tensor:
-            slope = -self.turned(at, x, at.trigger_y, wanted)
+        def slope_at(x: Tensor) -> Slope:
+            slope = self.turned(at, x, at.trigger_y, w)
             return self.hidden_slope(slope, at.box, at.old, x, chunk=self.pieces, trigger=True)
 
+        def value_at(x: Tensor) -> Tensor:
+            return self.aligned(at, x, at.trigger_y, w)
+
         mask = self.positions(len(clean), view, rng).to(clean.device)
-        return self.climb(clean, down, mask, view.domain, rng, start=start)
+        hides = self.pixels_hide(trigger=True)
+        return self.climb(clean, slope_at, mask, view, rng, start=start, value_at=None if hides else value_at)

@@ -10,8 +10,8 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import Normalise, gradient, unit
+from mithridate.maths.alignment import alignment, opposite, turn_towards
+from mithridate.maths.calculus import Normalise, Slope, gradient, unit
 
 
 @register(
@@ -47,13 +47,15 @@ class Vanilla(Iterated):
         """Descend <grad L(S_val), grad L(P(S_T))>, Eq. (6)."""
         box = by_targets(self.target(view))
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
-        with box.objective(self.craft_mode) as objective:
+        with box.objective(self.craft_mode, self.precision) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk
-            wanted = unit(gradient(objective, parameters, *view.validation, chunk=chunk), self.normalise)
-            return self.climb(
-                batch.x,
-                lambda x: -turn_towards(objective, parameters, x, y, wanted, normalise=self.normalise, chunk=chunk),
-                mask,
-                view.domain,
-                rng,
-            )
+            g_validation = gradient(objective, parameters, *view.validation, chunk=chunk)
+            w = opposite(unit(g_validation, self.normalise))
+
+            def slope_at(x: Tensor) -> Slope:
+                return turn_towards(objective, parameters, x, y, w, normalise=self.normalise, chunk=chunk)
+
+            def value_at(x: Tensor) -> Tensor:
+                return alignment(objective, parameters, x, y, w, normalise=self.normalise, chunk=chunk)
+
+            return self.climb(batch.x, slope_at, mask, view, rng, value_at=value_at)

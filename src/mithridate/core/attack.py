@@ -13,6 +13,9 @@ from mithridate.core.domain import check_domain
 from mithridate.core.view import View
 from mithridate.maths.norms import Ball
 
+ASCENT = "ascent"
+"""Where an attack notes its own objective, as the crafting found it and as it left it: a tensor of two numbers."""
+
 
 class Attack(Component, ABC):
     """Poisons the batches of a stream, then one trigger batch.
@@ -64,6 +67,15 @@ class Attack(Component, ABC):
     def after_step(self, view: View, rng: Generator) -> None:
         """Called after the victim has learned from a poisoned batch; `view` shows the updated model."""
 
+    def ascent(self, view: View) -> tuple[float, float] | None:
+        """What the attack's own objective was before and after it crafted the last batch; None where nobody noted it.
+
+        Args:
+            view: What the attack declared.
+        """
+        noted = view.memory.get(ASCENT)
+        return None if noted is None else (float(noted[0]), float(noted[1]))
+
     def check_inputs(self, batch: AnyBatch) -> None:
         """Refuse inputs that cannot be moved, unless nothing is moved at all.
 
@@ -102,6 +114,7 @@ class Attack(Component, ABC):
         view: View,
         rng: Generator,
     ) -> AnyBatch:
+        view.memory.pop(ASCENT, None)
         if self.ball.eps == 0 or self.ratio == 0:
             return batch
         name = type(self).__name__

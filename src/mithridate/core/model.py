@@ -23,6 +23,9 @@ from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
 
+Precision = Literal["float32", "bfloat16"]
+"""Of the passes through a model: `bfloat16` by autocast, which leaves the sums that need it in float32."""
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(logits, targets) -> mean loss, a scalar."""
 
@@ -278,7 +281,7 @@ class WhiteBox:
             return answer(self.module, x, self.parameters if parameters is None else parameters)
 
     @contextmanager
-    def objective(self, mode: BatchNormMode = "eval") -> Iterator[Objective]:
+    def objective(self, mode: BatchNormMode = "eval", precision: Precision = "float32") -> Iterator[Objective]:
         """The loss as a pure function, with BatchNorm in the given mode; flags and statistics come back untouched.
 
         Equal arguments give equal values inside the block: dropout draws the same numbers, and what a layer would
@@ -286,6 +289,7 @@ class WhiteBox:
 
         Args:
             mode: `eval` uses the running statistics. `train` uses those of the batch and records nothing.
+            precision: Of the passes; the loss is computed in float32.
 
         Raises:
             DataError: (from the function) targets do not fit the model or the criterion.
@@ -294,8 +298,9 @@ class WhiteBox:
         looked_at: list[Tensor] = []
 
         def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
-            with no_draws(self.module):
+            with no_draws(self.module), passes_in(precision, x.device):
                 logits = answer(self.module, x, parameters)
+            logits = logits if precision == "float32" else logits.float()
             if not looked_at or looked_at[0] is not y:  # once: an ascent asks again and again
                 check_labels(logits, y, where="targets that a gradient was asked of")
                 _check_probabilities(self.criterion, y, where="targets that a gradient was asked of")
@@ -314,6 +319,14 @@ class WhiteBox:
                     f"this needs ({error}); put another layer in its place, or take an attack that follows gradients "
                     "of the loss alone (pgd)."
                 ) from error
+
+
+def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """Passes through a model in the given precision, inside the block."""
+    if precision == "float32":
+        return nullcontext()
+    # Without a cache: what a parameter was cast to in one pass carries that pass's graph, or its dual part.
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 def _eager() -> AbstractContextManager[None]:

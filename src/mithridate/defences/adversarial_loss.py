@@ -14,7 +14,7 @@ from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.ascent import climb
-from mithridate.maths.calculus import Parameters, input_gradient
+from mithridate.maths.calculus import Parameters, Slope, input_gradient
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
@@ -53,7 +53,7 @@ class AdversariallyLearned(Correcting, ABC):
 
     def up_the_loss(self, batch: Batch, view: View) -> Tensor:
         """Pixels near each sample of which the current model's loss is high."""
-        return self._ascended(batch.x, lambda x: self.loss_gradient(Batch(x, batch.y), view), view)
+        return self._ascended(batch.x, lambda x: Slope(self.loss_gradient(Batch(x, batch.y), view)), view)
 
     def up_the_divergence(self, batch: Batch, view: View) -> Tensor:
         """Pixels near each sample to which the current model answers unlike: up KL(f(sample) || f(pixels))."""
@@ -63,24 +63,24 @@ class AdversariallyLearned(Correcting, ABC):
         def from_clean(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
             return divergence(clean, box.logits(x, parameters=p), "kl").mean()
 
-        def gradient_at(x: Tensor) -> Tensor:
+        def slope_at(x: Tensor) -> Slope:
             return input_gradient(from_clean, box.parameters, x, batch.y)
 
-        return self._ascended(batch.x, gradient_at, view)
+        return self._ascended(batch.x, slope_at, view)
 
-    def _ascended(self, x: Tensor, gradient_at: Callable[[Tensor], Tensor], view: View) -> Tensor:
+    def _ascended(self, x: Tensor, slope_at: Callable[[Tensor], Slope], view: View) -> Tensor:
         """The end of the ascent, which starts beside each sample."""
         if not self.searches:
             return x
         return climb(
             x,
-            gradient_at,
+            slope_at,
             self.neighbourhood,
             into_domain=view.domain.clamp,
             steps=self.adv_steps,
             step_size=self.adv_step_size,
             start=self.beside(x, self.neighbourhood, view),
-        )
+        ).x
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
 from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
-from mithridate.maths.calculus import Parameters, input_gradient
+from mithridate.maths.calculus import Parameters, Slope, input_gradient
 from mithridate.maths.divergence import divergence
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball, Norm
@@ -107,7 +107,7 @@ class Correcting(Defence, ABC):
         def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
             return self.descended(box.logits(x, parameters=parameters), y, received, view)
 
-        return input_gradient(objective, box.parameters, *batch)
+        return input_gradient(objective, box.parameters, *batch).gradient
 
     def beside(self, x: Tensor, ball: Ball, view: View) -> Tensor:
         """Inputs nudged by noise that depends on the step alone, so that a run repeats and can be resumed."""
@@ -118,19 +118,19 @@ class Correcting(Defence, ABC):
     def loss_gradient(self, batch: Batch, view: View) -> Tensor:
         """Gradient of the current model's loss in the inputs, in eval mode."""
         with view.model.objective("eval") as objective:
-            return input_gradient(objective, view.model.parameters, *batch)
+            return input_gradient(objective, view.model.parameters, *batch).gradient
 
     def stepped(self, centre: Tensor, current: Tensor, gradient: Tensor, view: View) -> Tensor:
         """Inputs after one step down a gradient of the loss, inside the ball around `centre` and inside the domain."""
         return climb(
             centre,
-            lambda _: -gradient,
+            lambda _: Slope(-gradient),
             self.ball,
             into_domain=view.domain.clamp,
             steps=1,
             step_size=self.step_size,
             start=current,
-        )
+        ).x
 
     def all_corrected(self, batch: Batch, view: View) -> Screened:
         """The batch, every sample corrected."""

@@ -5,16 +5,19 @@ from torch import Tensor
 from torch.func import grad
 
 from mithridate.maths.calculus import (
+    Curved,
     Normalise,
     Objective,
     Parameters,
+    Slope,
     add,
     alignment_gradient,
+    derivative_along,
     gradient,
-    hessian_vector_product,
     inner,
     mixed_partial,
     mixed_partial_of_curvature,
+    slope_of_gradient,
     unit,
 )
 
@@ -28,8 +31,8 @@ def turn_towards(
     *,
     normalise: Normalise,
     chunk: int | None = None,
-) -> Tensor:
-    """d/dx <unit(grad_theta L(x)), w>: follow it upwards and the batch's gradient turns towards `w`.
+) -> Slope:
+    """<unit(grad_theta L(x)), w> and its gradient: follow it upwards and the batch's gradient turns towards `w`.
 
     Args:
         objective: The loss, a pure function.
@@ -37,27 +40,47 @@ def turn_towards(
         x: Pixels (n, c, h, w).
         y: Labels (n,).
         w: The wanted direction, shaped like the parameters.
-        normalise: How `unit` divides the gradient; `none` needs no gradient at `x` and costs one pass less.
-        chunk: Samples computed at a time (bounds memory); None for all at once. See `calculus.gradient`.
+        normalise: How `unit` divides the gradient; `none` needs no gradient at `x` and costs a pass less.
+        chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper if `normalise` asks
+            for the gradient (`calculus`). See `calculus.gradient`.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "Compute H_t" and its gradient in the pixels.
     """
     if normalise == "none":
-        return mixed_partial(objective, parameters, x, y, w, chunk=chunk)
-    v = alignment_gradient(gradient(objective, parameters, x, y, chunk=chunk), w, normalise)
-    return mixed_partial(objective, parameters, x, y, v, chunk=chunk)
+        return derivative_along(objective, parameters, x, y, w, chunk=chunk)
+    if chunk is None or len(x) <= chunk:
+        found = slope_of_gradient(objective, parameters, x, y, lambda g: inner(unit(g, normalise), w))
+        if found is not None:
+            return found
+    g = gradient(objective, parameters, x, y, chunk=chunk)
+    v = alignment_gradient(g, w, normalise)
+    return Slope(mixed_partial(objective, parameters, x, y, v, chunk=chunk), inner(unit(g, normalise), w))
+
+
+def alignment(
+    objective: Objective,
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    w: Parameters,
+    *,
+    normalise: Normalise,
+    chunk: int | None = None,
+) -> Tensor:
+    """<unit(grad_theta L(x)), w> alone, a scalar; arguments as in `turn_towards`."""
+    return inner(unit(gradient(objective, parameters, x, y, chunk=chunk), normalise), w)
 
 
 def trigger_ascent(
     objective: Objective,
     parameters: Parameters,
-    validation: tuple[Tensor, Tensor],
+    validation: Curved,
     trigger: tuple[Tensor, Tensor],
+    at_trigger: Curved,
     u: Parameters,
     *,
     normalise: Normalise,
-    g_validation: Parameters,
     chunk: int | None = None,
 ) -> Tensor:
     """d/dx_T <u, G(x_T)>, where G = grad_theta product(g_val, g_tri(x_T)): how the trigger's pixels move H_t.
@@ -69,11 +92,11 @@ def trigger_ascent(
     Args:
         objective: The loss, a pure function.
         parameters: Where to differentiate.
-        validation: Pixels and labels of S_val.
+        validation: The loss on S_val.
         trigger: Pixels and labels of the trigger.
+        at_trigger: The loss on the trigger.
         u: A fixed direction, shaped like the parameters.
         normalise: How the two gradients enter their product.
-        g_validation: grad_theta L(S_val).
         chunk: Samples computed at a time (bounds memory); None for all at once. See `calculus.gradient`.
 
     Returns:
@@ -82,9 +105,8 @@ def trigger_ascent(
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "update P(S_T)", read literally: H_t is not stopped at G_t.
     """
-    b = gradient(objective, parameters, *trigger, chunk=chunk)
-    h = hessian_vector_product(objective, parameters, *trigger, u, chunk=chunk)
-    a_along_u = hessian_vector_product(objective, parameters, *validation, u, chunk=chunk)
+    b, g_validation = at_trigger.gradient, validation.gradient
+    h, a_along_u = at_trigger.curvature(u), validation.curvature(u)
 
     def q(b: Parameters) -> Tensor:
         by_a = alignment_gradient(g_validation, unit(b, normalise), normalise)
@@ -103,3 +125,8 @@ def blend(first: Parameters, second: Parameters, weights: tuple[float, float]) -
     zero = {name: torch.zeros_like(t) for name, t in first.items()}
     total = add(zero, first, scale=weights[0]) if weights[0] else zero
     return add(total, second, scale=weights[1]) if weights[1] else total
+
+
+def opposite(direction: Parameters) -> Parameters:
+    """The direction that points the other way."""
+    return {name: -t for name, t in direction.items()}

@@ -1,11 +1,20 @@
 """Derivatives of a loss that is a pure function of parameters and pixels.
 
-Every second-order quantity here is forward-over-reverse: the derivative, along a direction in parameter space, of a
-reverse-mode gradient. Parameters carry the direction (dual tensors) through an ordinary forward and backward pass, so
-no graph of a backward pass is kept; `torch.func.grad` would keep one.
+A second-order quantity comes either way:
 
-Some layers (fused attention, LSTM, weight_norm, Hardsigmoid) have no formula for that: for a loss with one of them the
-same quantity is computed by a backward pass through the graph of a backward pass.
+- forward-over-reverse: the derivative, along a direction in parameter space, of a reverse-mode gradient. Parameters
+  carry the direction (dual tensors) through an ordinary forward and backward pass, so no graph of a backward pass is
+  kept; `torch.func.grad` would keep one;
+- double backward: a backward pass through the graph of a backward pass. Where the gradient itself is wanted too, it
+  comes with the graph and costs nothing more.
+
+Counted in convolutions (a forward pass is 1, a gradient in the parameters 3), one gradient in the pixels is 6 forward
+over reverse, and 9 with the gradient that a normalised product needs; double backward has both in 7. A Hessian-vector
+product is 9, and 12 with the gradient, against 9. So what needs the gradient goes by double backward if the samples are
+computed at once, and everything else forward over reverse.
+
+Some layers have no formula for one of the two (fused attention, LSTM, weight_norm, Hardsigmoid for forward mode); the
+same quantity is then computed the other way.
 
 Source:
     The identity d/dx <grad_theta L(x), v> = d/ds grad_x L(theta + s v, x) at s = 0 (order of differentiation
@@ -16,7 +25,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -37,6 +47,31 @@ Normalise = Literal["none", "global", "tensor"]
 """How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
 
 T = TypeVar("T")
+
+
+class Slope(NamedTuple):
+    """A function of the pixels at one point.
+
+    Args:
+        gradient: Shaped like the pixels.
+        value: A scalar, or one number a sample (n,) if no sample sees another; None if nobody computed it.
+    """
+
+    gradient: Tensor
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Curved:
+    """A mean loss around one point in parameter space, up to second order.
+
+    Args:
+        gradient: In the parameters.
+        curvature: A direction to the Hessian times it.
+    """
+
+    gradient: Parameters
+    curvature: Callable[[Parameters], Parameters]
 
 
 class NoDerivativeError(RuntimeError):
@@ -154,6 +189,20 @@ def refuse_once_differentiable(value: Tensor) -> None:
         waiting += [before for before, _ in node.next_functions]
 
 
+def _curvature_of(g: Parameters, leaves: Parameters, v: Parameters) -> Parameters:
+    """The Hessian times `v`, from a gradient with its graph, which is kept."""
+    entries = [name for name, t in g.items() if t.requires_grad]
+    found = torch.autograd.grad(
+        [g[name] for name in entries],
+        list(leaves.values()),
+        [v[name] for name in entries],
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return dict(zip(leaves, found, strict=True))
+
+
 def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
     """Pieces of a batch with their share of it; the mean loss is the share-weighted sum over pieces."""
     size = chunk or len(x)
@@ -232,17 +281,74 @@ def hessian_vector_product(
     return _over_chunks(term, x, y, chunk)
 
 
-def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
-    """Gradient of the mean loss in the inputs, shaped like `x`."""
+def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *, chunk: int | None = None) -> Curved:
+    """Gradient of the mean loss in the parameters, and its Hessian.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...).
+        y: Labels (n,).
+        chunk: Samples computed at a time; None for all at once. If all are, the graph of the gradient is kept for the
+            product with the Hessian as long as the result lives. See `gradient` for its limits.
+    """
+    if chunk is None or len(x) <= chunk:
+        try:
+            with torch.enable_grad(), Instead(FOR_SECOND):
+                leaves = _leaves(parameters)
+                g = _backward(objective(leaves, x, y), leaves, keep_graph=True)
+                refuse_once_differentiable(torch.stack([t.sum() for t in g.values()]))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            pass
+        else:
+            return Curved({name: t.detach() for name, t in g.items()}, functools.partial(_curvature_of, g, leaves))
+    return Curved(
+        gradient(objective, parameters, x, y, chunk=chunk),
+        lambda v: hessian_vector_product(objective, parameters, x, y, v, chunk=chunk),
+    )
+
+
+def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Slope:
+    """The mean loss, and its gradient in the inputs."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        return _backward(objective(_detached(parameters), x, y), {"x": x})["x"]
+        loss = objective(_detached(parameters), x, y)
+        return Slope(_backward(loss, {"x": x})["x"], loss.detach())
 
 
-def mixed_partial(
+def slope_of_gradient(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, f: Callable[[Parameters], Tensor]
+) -> Slope | None:
+    """f(grad_theta L(x)) and its gradient in the pixels, by double backward.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs (n, ...), all computed at once.
+        y: Labels (n,).
+        f: A differentiable function of a parameter gradient, a scalar.
+
+    Returns:
+        None where torch has no such derivative of the loss.
+    """
+    leaf, leaves = x.detach().requires_grad_(), _leaves(parameters)
+    try:
+        with torch.enable_grad(), Instead(FOR_SECOND):
+            value = f(_backward(objective(leaves, leaf, y), leaves, keep_graph=True))
+            refuse_once_differentiable(value)
+            return Slope(_backward(value, {"x": leaf})["x"], value.detach())
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+
+
+def derivative_along(
     objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
-) -> Tensor:
-    """d/dx <grad_theta L(x), v>, the direction in pixel space that turns the parameter gradient towards `v`.
+) -> Slope:
+    """<grad_theta L(x), v>, and its gradient in pixel space: what turns the parameter gradient towards `v`.
 
     Args:
         objective: The loss, a pure function.
@@ -252,32 +358,38 @@ def mixed_partial(
         v: A fixed direction, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
-    Returns:
-        A tensor shaped like `x`.
-
     Source:
-        Pang et al., NeurIPS 2021, Algorithm 1: the gradient of H_t in the pixels of the accumulative batch.
+        Pang et al., NeurIPS 2021, Algorithm 1: H_t and its gradient in the pixels of the accumulative batch.
     """
 
-    def term(piece_x: Tensor, piece_y: Tensor) -> Tensor:
+    def term(piece_x: Tensor, piece_y: Tensor) -> Slope:
         leaf = piece_x.detach().requires_grad_()
 
-        def forward() -> Tensor:
+        def forward() -> Slope:
             with _moving(_detached(parameters), v) as moving:
-                return _along(_backward(objective(moving, leaf, piece_y), {"x": leaf})["x"])
+                loss = objective(moving, leaf, piece_y)
+                return Slope(_along(_backward(loss, {"x": leaf})["x"]), _along(loss).detach())
 
-        def double_backward() -> Tensor:
+        def double_backward() -> Slope:
             along = _along_by_backward(objective, _leaves(parameters), leaf, piece_y, v)
-            return _backward(along, {"x": leaf})["x"]
+            return Slope(_backward(along, {"x": leaf})["x"], along.detach())
 
         return _either(objective, forward, double_backward, lambda: objective(parameters, leaf, piece_y))
 
-    terms = []
+    gradients, value = [], torch.zeros((), dtype=x.dtype, device=x.device)
     for share, piece_x, piece_y in _chunks(x, y, chunk):
         with torch.enable_grad():
-            value = term(piece_x, piece_y)
-        terms.append(value if share == 1.0 else share * value)
-    return torch.cat(terms)
+            slope = term(piece_x, piece_y)
+        gradients.append(slope.gradient if share == 1.0 else share * slope.gradient)
+        value = value + share * slope.value
+    return Slope(torch.cat(gradients), value)
+
+
+def mixed_partial(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, v: Parameters, *, chunk: int | None = None
+) -> Tensor:
+    """d/dx <grad_theta L(x), v>: the gradient of `derivative_along`, which takes the same."""
+    return derivative_along(objective, parameters, x, y, v, chunk=chunk).gradient
 
 
 def mixed_partial_of_curvature(
@@ -388,29 +500,16 @@ def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Pa
     return {name: _divide(w[name] - along[name] * hats[name], norms[name]) for name in a}
 
 
-def product_gradient(
-    objective: Objective,
-    parameters: Parameters,
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    *,
-    normalise: Normalise,
-    gradients: tuple[Parameters, Parameters] | None = None,
-    chunk: int | None = None,
-) -> Parameters:
+def product_gradient(first: Curved, second: Curved, *, normalise: Normalise) -> Parameters:
     """grad_theta of product(grad_theta L(first), grad_theta L(second)): G_t of Algorithm 1.
 
     By the chain rule it is two Hessian-vector products, one a batch, along the derivative of the product in that
     batch's gradient.
 
     Args:
-        objective: The loss, a pure function.
-        parameters: Where to differentiate.
-        first: Inputs and labels of one batch (S_val).
-        second: Inputs and labels of the other batch (the trigger).
+        first: The loss on one batch (S_val).
+        second: The loss on the other batch (the trigger).
         normalise: How the two gradients enter their product.
-        gradients: The parameter gradients of `first` and `second`, where the caller has them; None computes them.
-        chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         One tensor a parameter.
@@ -418,15 +517,8 @@ def product_gradient(
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, line "Compute G_t".
     """
-    if gradients is None:
-        gradients = (
-            gradient(objective, parameters, *first, chunk=chunk),
-            gradient(objective, parameters, *second, chunk=chunk),
-        )
-    g_first, g_second = gradients
-    v_first = alignment_gradient(g_first, unit(g_second, normalise), normalise)
-    v_second = alignment_gradient(g_second, unit(g_first, normalise), normalise)
+    a, b = first.gradient, second.gradient
     return add(
-        hessian_vector_product(objective, parameters, *first, v_first, chunk=chunk),
-        hessian_vector_product(objective, parameters, *second, v_second, chunk=chunk),
+        first.curvature(alignment_gradient(a, unit(b, normalise), normalise)),
+        second.curvature(alignment_gradient(b, unit(a, normalise), normalise)),
     )

@@ -99,6 +99,8 @@ class _Federated(Simulation):
             gradient_norm=length,
             bounded_norm=update.bounded_norm,
             update_norm=update.update_norm,
+            objective_start=None,
+            objective_end=None,
             poison_linf=None,
             poison_l2=None,
             poisoned=hostile / n,

@@ -110,6 +110,7 @@ class _Online(Simulation):
             clean = self.stream.victim_batch(index, self.seed, self.learner.device)
             sent = self.attack.poison(clean, self.view(), rng=rng)
             momentum = self.attack.weight_momentum
+        ascent = self.attack.ascent(self.view())
         crafted = time.perf_counter()
         if self.scorers:
             self._score(index + 1, clean, sent)
@@ -118,7 +119,7 @@ class _Online(Simulation):
             update = self.learner.update(sent)
         updated = time.perf_counter()
         self._picture(phase, clean, sent)
-        return Exchange(_sent(clean, sent, update), crafted - began, updated - scored)
+        return Exchange(_sent(clean, sent, update, ascent), crafted - began, updated - scored)
 
     def _score(self, step: int, clean: AnyBatch, sent: AnyBatch) -> None:
         sources = {CLEAN: clean, RECEIVED: sent}
@@ -197,7 +198,7 @@ def _share(flagged: Tensor | None, among: Tensor) -> float | None:
     return float(flagged[among].float().mean()) if flagged is not None and bool(among.any()) else None
 
 
-def _sent(clean: AnyBatch, sent: AnyBatch, update: Update) -> Sent:
+def _sent(clean: AnyBatch, sent: AnyBatch, update: Update, ascent: tuple[float, float] | None) -> Sent:
     changed = _changed(clean, sent)
     linf, l2 = 0.0, 0.0
     if bool(changed.any()):
@@ -208,6 +209,8 @@ def _sent(clean: AnyBatch, sent: AnyBatch, update: Update) -> Sent:
         gradient_norm=update.gradient_norm,
         bounded_norm=update.bounded_norm,
         update_norm=update.update_norm,
+        objective_start=ascent[0] if ascent else None,
+        objective_end=ascent[1] if ascent else None,
         poison_linf=linf,
         poison_l2=l2,
         poisoned=float(changed.float().mean()),

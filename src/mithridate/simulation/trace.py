@@ -12,6 +12,8 @@ class Sent(TypedDict):
     gradient_norm: float | None
     bounded_norm: float | None
     update_norm: float | None
+    objective_start: float | None
+    objective_end: float | None
     poison_linf: float | None
     poison_l2: float | None
     poisoned: float | None
@@ -44,6 +46,9 @@ class TraceRow(Sent, Seconds):
         gradient_norm: l2 length of the gradient before the defence bounds it; in a federation the mean over clients.
         bounded_norm: l2 length of the gradient after the defence has bounded it.
         update_norm: l2 distance of the parameters before and after the step.
+        objective_start: What the attack climbs (H_t, for the accumulative one) where its crafting of the batch began;
+            None for attacks that climb no function of the whole batch.
+        objective_end: The same for the batch that was sent; crafting that leaves it below the start has failed.
         poison_linf: Largest change of an input value in the batch.
         poison_l2: Mean l2 length of the changed samples' perturbations.
         poisoned: Share of the batch's samples that were changed, or of a round's clients that are hostile.
@@ -84,6 +89,8 @@ NOTHING_SENT = Sent(
     gradient_norm=None,
     bounded_norm=None,
     update_norm=None,
+    objective_start=None,
+    objective_end=None,
     poison_linf=None,
     poison_l2=None,
     poisoned=0.0,

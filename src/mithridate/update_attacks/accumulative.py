@@ -18,8 +18,8 @@ from mithridate.maths.calculus import (
     Normalise,
     Parameters,
     alignment_gradient,
+    curved,
     gradient,
-    hessian_vector_product,
     product_gradient,
     unit,
 )
@@ -171,15 +171,13 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         with view.model.objective(self.craft_mode) as objective:
             if self.trigger != "reoptimised":
                 sign = 1 if self.trigger == "clean" else -1
-                g = product_gradient(
-                    objective, parameters, validation, view.clean_trigger, normalise=self.normalise, chunk=self._chunk
-                )
-                return sign * _flat(g)
+                both = (curved(objective, parameters, *b, chunk=self._chunk) for b in (validation, view.clean_trigger))
+                return sign * _flat(product_gradient(*both, normalise=self.normalise))
             update = self._trigger(view).mean(0, keepdim=True)
             held = Updates(update, {name: p.shape for name, p in parameters.items()})
-            g_validation = gradient(objective, parameters, *validation, chunk=self._chunk)
-            along = alignment_gradient(g_validation, unit(held.named(), self.normalise), self.normalise)
-            return _flat(hessian_vector_product(objective, parameters, *validation, along, chunk=self._chunk))
+            at = curved(objective, parameters, *validation, chunk=self._chunk)
+            along = alignment_gradient(at.gradient, unit(held.named(), self.normalise), self.normalise)
+            return _flat(at.curvature(along))
 
     def alignment(self, view: View) -> float:
         """Cosine of the validation gradient and the trigger's update: below zero, the trigger does harm."""

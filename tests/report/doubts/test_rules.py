@@ -8,6 +8,7 @@ import pytest
 
 from mithridate.bench.store import Run
 from mithridate.report.doubts.clean_stream import costs_on_clean, false_alarms, false_vetoes
+from mithridate.report.doubts.crafting import objective_fell
 from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.doubts.environment import made_in_two_places, versions_mixed
 from mithridate.report.doubts.learning import buffers_explain, diverged, quarantined, starts_differ
@@ -144,6 +145,19 @@ def test_left_its_ball(make_row: MakeRow) -> None:
     assert left_its_ball([kept, make_row(0.0, attack="clean")]) == []
     (doubt,) = left_its_ball([drifted])
     assert "moved by 0.4, and eps is 0.2" in doubt.text
+
+
+def test_objective_fell(make_row: MakeRow) -> None:
+    def with_ends(row: Row, *ends: tuple[float | None, float | None]) -> Row:
+        steps = [{"objective_start": start, "objective_end": end} for start, end in ends]
+        return replace(row, runs=[replace(run, trace=steps) for run in row.runs])
+
+    row = make_row(0.2)
+    assert objective_fell([row, with_ends(row, (None, None)), with_ends(row, (1.0, 2.0), (3.0, 2.9))]) == []
+    (doubt,) = objective_fell([with_ends(row, (106.9, 97.5), (100.0, 90.0), (1.0, 2.0), (None, None))])
+    assert doubt.severity is Severity.SERIOUS
+    assert "in 2 of 3 batches" in doubt.text
+    assert "69.3 -> 63.17" in doubt.text
 
 
 @pytest.mark.parametrize("control", ["clean", "noise"])

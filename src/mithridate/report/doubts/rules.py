@@ -1,6 +1,7 @@
 """Every rule by which a report doubts itself, in the order in which it names doubts of equal severity."""
 
 from mithridate.report.doubts.clean_stream import costs_on_clean, false_alarms, false_vetoes
+from mithridate.report.doubts.crafting import objective_fell
 from mithridate.report.doubts.environment import made_in_two_places, versions_mixed
 from mithridate.report.doubts.learning import buffers_explain, diverged, quarantined, starts_differ
 from mithridate.report.doubts.noise import includes_zero, no_better_than_noise, no_noise_baseline
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     nothing_read,
     class_unread,
     early_loss,
+    objective_fell,
     buffers_explain,
     diverged,
     halted,
