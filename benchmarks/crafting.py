@@ -1,27 +1,24 @@
-"""Speed and memory of crafting: forward-over-reverse (`mithridate.maths.calculus`) against double backward.
+"""Speed and memory of crafting one accumulative batch: `attacks.accumulative` against the released code's way.
 
-Measured on a CPU, in one run, on the same model and the same images:
+The released way, written anew from what their code does: S_val (all its images at once), the trigger, the batch and
+every inner step get a graph of their gradient (`create_graph=True`), each gradient tensor is divided by its length, and
+derivatives go backwards through those graphs; BatchNorm and layout as the model has them. Ours is the attack as a run
+calls it, with everything a run has around it: `poison`, `trigger_mode = "fixed"`, `normalise = "tensor"`. Both get the
+same model (burnt in for a few steps), batch, trigger (poisoned before) and S_val, and make C steps.
 
-- seconds of one PGD step of the accumulative attack, that is of one gradient in the pixels: `normalised` (parameter
-  gradient at x, `alignment_gradient` with one unit vector a tensor, `mixed_partial`) and `plain` (`mixed_partial`
-  alone), each against the obvious way: `torch.autograd.grad` with `create_graph=True`, the product, a second `grad`
-  in x;
-- the same normalised step against Algorithm 1 as printed, which computes G_t inside the inner loop: there it costs
-  double backward over S_val and the trigger at every step, while the attack computes it once a batch, as it does not
-  depend on the batch's pixels (`joint` triggers excepted);
-- seconds of the set-up G_t (`product_gradient`, the two gradients included), the validation batch in chunks, against
-  double backward in the same chunks;
-- the share of pixels (set-up: parameters) whose sign is the same in both; a PGD step takes nothing but the sign;
-- peak memory of a crafting step, of its double-backward twin and of a training step (forward, backward, SGD with
-  momentum) on the same batch. Each in a process of its own: after a warm-up on one image, the kernel's high-water mark
-  of resident memory is reset, the step is made, and the rise of the mark above what was resident before is the step's
-  memory. (Linux only. `ru_maxrss` would not do: a child inherits its parent's.)
+Measured on a CPU, in turns, the order swapped at every repetition; medians, and the median, smallest and largest ratio
+of the pairs:
 
-The two ways are timed in turn, the order swapped at every repetition; the table shows medians and the median, smallest
-and largest ratio of the pairs. The model is first trained for a few steps, so that gradients are those of a model in
-use. Other work on the machine spoils wall-clock times: with it, `--threads 1` misleads least.
+- seconds of a whole batch, and of a plain training pass (forward and backward) of as many images;
+- passes: floating-point operations of all convolutions and matrix products (torch's own counter) over those of one
+  forward pass of the batch, so that a training pass is 3. Beside them the seconds that so many passes would take at the
+  speed of the training pass: what is above that is overhead;
+- the share of pixels that are the same in both, in single precision, and once in double precision at `--check-width`;
+- peak memory, each way in a process of its own: after a warm-up on a few images, the kernel's high-water mark of
+  resident memory is reset, the batch is made, and the rise of the mark above what was resident before is what it took
+  (Linux only. `ru_maxrss` would not do: a child inherits its parent's).
 
-    MITHRIDATE_DATA=... python benchmarks/crafting.py --threads 2 --json crafting.json
+    MITHRIDATE_DATA=... python benchmarks/crafting.py --widths 16 64 --threads 1 2 --json crafting.json
 """
 
 import argparse
@@ -33,48 +30,71 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from mithridate.attacks.accumulative import Accumulative
+from mithridate.attacks.trigger import TRIGGER
 from mithridate.core.batch import Batch
 from mithridate.core.model import WhiteBox
+from mithridate.core.view import Need, View
 from mithridate.data import DatasetInfo, dataset_info, load_images
-from mithridate.maths import calculus
-from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import Normalise, Objective, Parameters
+from mithridate.maths.norms import Ball
 from mithridate.models import build_model
 from peak_memory import peak_memory
 
 DATA = "cifar10"
 TRAINING_STEPS = 5
-ATTACK_CHUNK = Accumulative().chunk
-"""Images that the attack computes at a time, unless told otherwise."""
+EPS = 16 / 255
 
 
 def arguments() -> argparse.Namespace:
     """What to measure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="resnet18", help="a registered model")
-    parser.add_argument("--width", type=int, default=64, help="its width")
+    parser.add_argument("--widths", type=int, nargs="+", default=[16], help="its widths")
     parser.add_argument("--norm", default="batch", help="its normalisation layers: batch or group")
-    parser.add_argument(
-        "--batch", type=int, default=100, help="images in the batch that is poisoned, and in the trigger"
-    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="threads of torch")
+    parser.add_argument("--batch", type=int, default=100, help="images in the batch, and in the trigger")
     parser.add_argument("--validation", type=int, default=500, help="images of S_val")
-    parser.add_argument("--chunk", type=int, default=ATTACK_CHUNK, help="images computed at a time")
+    parser.add_argument("--steps", type=int, default=10, help="inner steps, C")
+    parser.add_argument("--chunk", type=int, default=Accumulative().chunk, help="images we compute at a time")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of timings")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
+    parser.add_argument("--check-width", type=int, default=8, help="width for the comparison in double precision")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
-    parser.add_argument("--memory-of", choices=list(STEPS), default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=list(WAYS), default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+class Scene:
+    """A model and the images that both ways get."""
+
+    def __init__(self, args: argparse.Namespace, info: DatasetInfo, width: int, dtype: torch.dtype) -> None:
+        sizes = [args.batch, args.batch, args.validation]
+        everything, self.source = images(info, sum(sizes))
+        parts = zip(torch.split(everything.x.to(dtype), sizes), torch.split(everything.y, sizes), strict=True)
+        self.batch, clean, self.validation = (Batch(x, y) for x, y in parts)
+        noise = torch.rand(clean.x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        self.trigger = Batch((clean.x + EPS * (2 * noise - 1)).clamp(0, 1), clean.y)
+        self.model = build_model({"name": args.model, "width": width, "norm": args.norm}, info, seed=0).to(dtype)
+        optimiser = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.model.train()
+        for _ in range(TRAINING_STEPS):
+            optimiser.zero_grad()
+            torch.autograd.backward(F.cross_entropy(self.model(self.batch.x), self.batch.y))
+            optimiser.step()
+        self.model.eval()
+        self.attack = Accumulative(
+            eps=EPS, steps=args.steps, normalise="tensor", trigger_mode="fixed", chunk=args.chunk
+        )
 
 
 def images(info: DatasetInfo, n: int) -> tuple[Batch, str]:
@@ -87,87 +107,84 @@ def images(info: DatasetInfo, n: int) -> tuple[Batch, str]:
     return Batch(x, torch.randint(len(info.classes), (n,), generator=rng)), "random pixels"
 
 
-def train(model: nn.Module, batch: Batch, steps: int) -> None:
-    """Plain SGD steps, as the victim makes them."""
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    model.train()
-    for _ in range(steps):
-        optimiser.zero_grad()
-        torch.autograd.backward(F.cross_entropy(model(batch.x), batch.y))
-        optimiser.step()
+# The two ways.
 
 
-# The obvious way.
+def released(scene: Scene) -> Tensor:
+    """The batch as the released code makes it."""
+    model = scene.model
+    parameters = list(model.parameters())
+
+    def slope(x: Tensor, y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(F.cross_entropy(model(x), y), parameters, create_graph=True))
+
+    def unit(g: list[Tensor]) -> list[Tensor]:
+        return [t / t.norm() for t in g]
+
+    def product(a: list[Tensor], b: list[Tensor]) -> Tensor:
+        return torch.stack([(s * t).sum() for s, t in zip(a, b, strict=True)]).sum()
+
+    of_trigger, of_validation = unit(slope(*scene.trigger)), unit(slope(*scene.validation))
+    pull = unit(list(torch.autograd.grad(product(of_trigger, of_validation), parameters)))
+    clean = unit([t.detach() for t in slope(*scene.batch)])
+    w = [a + b for a, b in zip(clean, pull, strict=True)]
+    ball, x = Ball("linf", EPS), scene.batch.x
+    for _ in range(scene.attack.steps):
+        leaf = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad(product(unit(slope(leaf, scene.batch.y)), w), leaf)
+        moved = x + 2 * EPS / scene.attack.steps * g.sign()
+        x = (scene.batch.x + ball.project(moved - scene.batch.x)).clamp(0, 1)
+    return x.detach()
 
 
-def tracked(parameters: Parameters) -> Parameters:
-    """Leaves of a fresh graph."""
-    return {name: p.detach().requires_grad_() for name, p in parameters.items()}
+def ours(scene: Scene) -> Tensor:
+    """The batch as a run makes it."""
+    available = {
+        Need.MODEL: WhiteBox(scene.model, F.cross_entropy),
+        Need.VALIDATION: scene.validation,
+        Need.TRIGGER: scene.trigger,
+        Need.ACCURACY: (1.0, 1.0),
+    }
+    view = View(1, {TRIGGER: scene.trigger.x}, available, scene.attack.needs)
+    sent = scene.attack.poison(scene.batch, view, rng=torch.Generator().manual_seed(0))
+    return sent.x
 
 
-def graph_gradient(objective: Objective, parameters: Parameters, batch: Batch) -> Parameters:
-    """The parameter gradient, itself differentiable."""
-    found = torch.autograd.grad(objective(parameters, *batch), list(parameters.values()), create_graph=True)
-    return dict(zip(parameters, found, strict=True))
+WAYS: Mapping[str, Callable[[Scene], Tensor]] = {"ours": ours, "released": released}
 
 
-def double_backward_step(
-    objective: Objective, parameters: Parameters, batch: Batch, w: Parameters, normalise: Normalise
-) -> Tensor:
-    """d/dx <unit(grad_theta L(x)), w> through a graph of the backward pass."""
-    leaves, x = tracked(parameters), batch.x.detach().requires_grad_()
-    g = graph_gradient(objective, leaves, Batch(x, batch.y))
-    (found,) = torch.autograd.grad(calculus.inner(calculus.unit(g, normalise), w), x)
-    return found
+# Figures.
 
 
-def double_backward_product_gradient(
-    objective: Objective, parameters: Parameters, first: Batch, second: Batch, normalise: Normalise, chunk: int
-) -> Parameters:
-    """`calculus.product_gradient`, its Hessian-vector products through graphs of the backward pass."""
-    leaves = tracked(parameters)
-
-    def pieces(batch: Batch) -> list[tuple[float, Batch]]:
-        cut = zip(torch.split(batch.x, chunk), torch.split(batch.y, chunk), strict=True)
-        return [(len(x) / len(batch.x), Batch(x, y)) for x, y in cut]
-
-    def weighted(terms: list[tuple[float, tuple[Tensor, ...]]]) -> Parameters:
-        sums = [sum((share * t for share, t in each), torch.zeros(())) for each in zip_terms(terms)]
-        return dict(zip(parameters, sums, strict=True))
-
-    def gradient(batch: Batch) -> Parameters:
-        values = list(leaves.values())
-        return weighted([(s, torch.autograd.grad(objective(leaves, *b), values)) for s, b in pieces(batch)])
-
-    def curvature(batch: Batch, v: Parameters) -> Parameters:
-        terms = []
-        for share, piece in pieces(batch):
-            along = calculus.inner(graph_gradient(objective, leaves, piece), v)
-            terms.append((share, torch.autograd.grad(along, list(leaves.values()))))
-        return weighted(terms)
-
-    a, b = gradient(first), gradient(second)
-    by_a = calculus.alignment_gradient(a, calculus.unit(b, normalise), normalise)
-    by_b = calculus.alignment_gradient(b, calculus.unit(a, normalise), normalise)
-    return calculus.add(curvature(first, by_a), curvature(second, by_b))
+def training_pass(scene: Scene) -> None:
+    """A forward and a backward pass of the batch, in the mode of training."""
+    scene.model.train()
+    torch.autograd.backward(F.cross_entropy(scene.model(scene.batch.x), scene.batch.y))
+    scene.model.zero_grad()
+    scene.model.eval()
 
 
-def zip_terms(terms: list[tuple[float, tuple[Tensor, ...]]]) -> list[list[tuple[float, Tensor]]]:
-    """Chunks of tensors to tensors of chunks, each with its chunk's share."""
-    return [[(share, tensors[i]) for share, tensors in terms] for i in range(len(terms[0][1]))]
+class Operations(TorchDispatchMode):
+    """Counts floating-point operations of convolutions and matrix products (FlopCounterMode does not bear `grad`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's protocol, which types nothing)
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
-# Our way.
-
-
-def forward_over_reverse_step(
-    objective: Objective, parameters: Parameters, batch: Batch, w: Parameters, normalise: Normalise, chunk: int
-) -> Tensor:
-    """d/dx <unit(grad_theta L(x)), w> as the attack computes it."""
-    return turn_towards(objective, parameters, *batch, w, normalise=normalise, chunk=chunk)
-
-
-# Time.
+def passes(scene: Scene, run: Callable[[Scene], object]) -> float:
+    """Operations over those of a forward pass of the batch."""
+    with torch.no_grad(), Operations() as one:
+        scene.model(scene.batch.x)
+    with Operations() as all_of_it:
+        run(scene)
+    return all_of_it.total / one.total
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -177,164 +194,97 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """Both, one after the other, the first of a pair changing from pair to pair."""
-    times: dict[str, list[float]] = {"ours": [], "double_backward": []}
+def speed(scene: Scene, repeats: int) -> dict[str, Any]:
+    """Both ways and the training pass, in turns."""
+    times: dict[str, list[float]] = {"ours": [], "released": [], "training": []}
+    calls: list[tuple[str, Callable[[Scene], object]]] = [*WAYS.items(), ("training", training_pass)]
+    training_pass(scene)
     for i in range(repeats):
-        pair = [("ours", ours), ("double_backward", theirs)]
-        for name, run in pair if i % 2 == 0 else reversed(pair):
-            times[name].append(seconds(run))
-    ratios = [b / a for a, b in zip(times["ours"], times["double_backward"], strict=True)]
+        for name, run in calls if i % 2 == 0 else reversed(calls):
+            times[name].append(seconds(lambda run=run: run(scene)))  # type: ignore[misc]
+    ratios = [b / a for a, b in zip(times["ours"], times["released"], strict=True)]
+    counts = {name: passes(scene, run) for name, run in calls}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    a, b = (way(scene) for way in WAYS.values())
     return {
-        "ours_s": statistics.median(times["ours"]),
-        "double_backward_s": statistics.median(times["double_backward"]),
+        "seconds": medians,
         "ratio": statistics.median(ratios),
         "ratio_min": min(ratios),
         "ratio_max": max(ratios),
+        "passes": counts,
+        "floor_s": {name: counts[name] / 3 * medians["training"] for name in WAYS},
+        "same_pixels": float((a == b).double().mean()),
         "all": times,
     }
 
 
-def same_signs(a: Tensor, b: Tensor) -> float:
-    """Share of entries whose signs agree."""
-    return float((a.sign() == b.sign()).double().mean())
-
-
-def speed(model: nn.Module, info: DatasetInfo, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """All timings, and where the images came from."""
-    everything, source = images(info, 2 * args.batch + args.validation)
-    sizes = [args.batch, args.batch, args.validation]
-    parts = zip(torch.split(everything.x, sizes), torch.split(everything.y, sizes), strict=True)
-    batch, trigger, validation = (Batch(x, y) for x, y in parts)
-    train(model, batch, TRAINING_STEPS)
-    box, figures = WhiteBox(model, F.cross_entropy), {}
-    parameters = box.parameters
-    with box.objective("eval") as objective:
-        for name, normalise in NORMALISATIONS.items():
-            kept = calculus.unit(calculus.gradient(objective, parameters, *trigger), normalise)
-            step = objective, parameters, batch, kept, normalise
-            agree = same_signs(forward_over_reverse_step(*step, args.chunk), double_backward_step(*step))
-            figures[f"step, {name}"] = {
-                "same_signs": agree,
-                **in_turn(
-                    partial(forward_over_reverse_step, *step, args.chunk),
-                    partial(double_backward_step, *step),
-                    args.repeats,
-                ),
-            }
-
-        def ours() -> Parameters:
-            return calculus.product_gradient(
-                objective, parameters, validation, trigger, normalise="tensor", chunk=args.chunk
-            )
-
-        def theirs() -> Parameters:
-            return double_backward_product_gradient(objective, parameters, validation, trigger, "tensor", args.chunk)
-
-        kept = calculus.unit(calculus.gradient(objective, parameters, *trigger), "tensor")
-        step = objective, parameters, batch, kept, "tensor"
-
-        def as_printed() -> Tensor:
-            theirs()
-            return double_backward_step(*step)
-
-        figures["step, against Algorithm 1 as printed"] = {
-            "same_signs": figures["step, normalised"]["same_signs"],
-            **in_turn(lambda: forward_over_reverse_step(*step, args.chunk), as_printed, args.repeats),
-        }
-        flat = [torch.cat([t.flatten() for t in run().values()]) for run in (ours, theirs)]
-        figures["set-up G_t"] = {"same_signs": same_signs(*flat), **in_turn(ours, theirs, args.repeats)}
-    return figures, source
-
-
-# Memory.
-
-NORMALISATIONS: Mapping[str, Normalise] = {"normalised": "tensor", "plain": "none"}
-Step = Callable[[nn.Module, Batch], object]
-
-
-def crafting(way: Callable[..., Tensor], normalise: Normalise, *more: int) -> Step:
-    """One crafting step towards a fixed direction; `more` are further arguments of the way."""
-
-    def step(model: nn.Module, batch: Batch) -> object:
-        box = WhiteBox(model, F.cross_entropy)
-        parameters = box.parameters
-        with box.objective("eval") as objective:
-            return way(objective, parameters, batch, parameters, normalise, *more)
-
-    return step
-
-
-STEPS: Mapping[str, Step] = {
-    "training": lambda model, batch: train(model, batch, 1),
-    "normalised": crafting(forward_over_reverse_step, "tensor", ATTACK_CHUNK),
-    "plain": crafting(forward_over_reverse_step, "none", ATTACK_CHUNK),
-    "normalised, double backward": crafting(double_backward_step, "tensor"),
-    "plain, double backward": crafting(double_backward_step, "none"),
-}
-
-
-def peak_of(step: Step, model: nn.Module, batch: Batch) -> int:
-    """Bytes by which a step raises resident memory at its highest."""
-    step(model, Batch(batch.x[:1], batch.y[:1]))
-    model.zero_grad(set_to_none=True)
-    return peak_memory(lambda: step(model, batch))
-
-
-def memory(args: argparse.Namespace) -> dict[str, int]:
-    """Peak of each step, each in a fresh process."""
+def memory(args: argparse.Namespace, width: int) -> dict[str, int]:
+    """Peak of each way, each in a fresh process."""
     found = {}
-    for name in STEPS:
-        done = subprocess.run(  # noqa: S603  (this very file, with the arguments it was given)
-            [sys.executable, __file__, *sys.argv[1:], "--memory-of", name], capture_output=True, text=True, check=True
+    given = ["--model", args.model, "--norm", args.norm, "--steps", "1", "--chunk", str(args.chunk)]
+    given += ["--batch", str(args.batch), "--validation", str(args.validation), "--widths", str(width)]
+    for name in WAYS:
+        done = subprocess.run(  # noqa: S603  (this very file)
+            [sys.executable, __file__, *given, "--memory-of", name], capture_output=True, text=True, check=True
         )
         found[name] = int(done.stdout)
     return found
 
 
 def show(figures: Mapping[str, Any], console: Console) -> None:
-    """The two tables."""
-    setting = figures["setting"]
-    about = "{model} width {width}, {norm} norm, batch {batch} of {data}, {threads} threads, torch {torch}".format(
-        **setting
-    )
-    table = Table(title=f"Speed: {about}", title_justify="left")
-    for column in ("", "ours (s)", "double backward (s)", "times faster", "same signs"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for name, f in figures["speed"].items():
-        ratio = f"{f['ratio']:.2f} ({f['ratio_min']:.2f} to {f['ratio_max']:.2f})"
-        table.add_row(
-            name, f"{f['ours_s']:.3f}", f"{f['double_backward_s']:.3f}", ratio, f"{100 * f['same_signs']:.2f} %"
-        )
+    """The table."""
+    title = "One accumulative batch: {model}, {norm} norm, batch {batch} of {data}, |S_val| {validation}, C = {steps}"
+    table = Table(title=title.format(**figures["setting"]), title_justify="left")
+    for column in ("width", "threads", "way", "seconds", "passes", "floor (s)", "MiB"):
+        table.add_column(column, justify="left" if column == "way" else "right")
+    for row in figures["rows"]:
+        for way in WAYS:
+            mib = row["memory_bytes"].get(way)
+            table.add_row(
+                str(row["width"]),
+                str(row["threads"]),
+                way,
+                f"{row['seconds'][way]:.2f}",
+                f"{row['passes'][way]:.1f}",
+                f"{row['floor_s'][way]:.2f}",
+                "" if mib is None else f"{mib / 2**20:.0f}",
+            )
+        ratio = f"{row['ratio']:.2f} times as fast ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
+        table.add_row("", "", f"{ratio}; same pixels {100 * row['same_pixels']:.2f} %", end_section=True)
     console.print(table)
-    table = Table(title="Peak memory of one step, above what was resident before", title_justify="left")
-    for column in ("", "MiB", "of a training step"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    for name, size in figures["memory_bytes"].items():
-        table.add_row(name, f"{size / 2**20:.0f}", f"{size / figures['memory_bytes']['training']:.2f}")
-    console.print(table)
+    console.print(f"Same pixels in double precision: {100 * figures['same_pixels_double']:.4f} %")
 
 
 def main() -> None:
     """Measure, print, and write where asked."""
     args = arguments()
-    torch.set_num_threads(args.threads)
     info = dataset_info(DATA)
-    model = build_model({"name": args.model, "width": args.width, "norm": args.norm}, info, seed=0)
     if args.memory_of is not None:
-        batch, _ = images(info, args.batch)
-        print(peak_of(STEPS[args.memory_of], model, batch))
+        scene, few = (Scene(args, info, args.widths[0], torch.float32) for _ in range(2))
+        few.batch, few.trigger, few.validation = (b.take(slice(4)) for b in (few.batch, few.trigger, few.validation))
+        WAYS[args.memory_of](few)
+        print(peak_memory(lambda: WAYS[args.memory_of](scene)))
         return
-    console = Console()
-    figures: dict[str, Any] = {"memory_bytes": memory(args) if sys.platform == "linux" else {}}
-    figures["speed"], source = speed(model, info, args)
-    figures["setting"] = {
-        **{key: value for key, value in vars(args).items() if key not in {"json", "memory_of"}},
-        "data": source,
-        "torch": torch.__version__,
-        "cpu": platform.processor() or platform.machine(),
+    rows: list[dict[str, Any]] = []
+    for width in args.widths:
+        peaks = memory(args, width) if sys.platform == "linux" else {}
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            scene = Scene(args, info, width, torch.float32)
+            rows.append({"width": width, "threads": threads, "memory_bytes": peaks, **speed(scene, args.repeats)})
+    small = Scene(args, info, args.check_width, torch.float64)
+    a, b = (way(small) for way in WAYS.values())
+    figures = {
+        "rows": rows,
+        "same_pixels_double": float((a == b).double().mean()),
+        "setting": {
+            **{key: value for key, value in vars(args).items() if key not in {"json", "memory_of"}},
+            "data": small.source,
+            "torch": torch.__version__,
+            "cpu": platform.processor() or platform.machine(),
+        },
     }
-    show(figures, console)
+    show(figures, Console())
     if args.json is not None:
         args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

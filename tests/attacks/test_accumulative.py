@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from mithridate.attacks import accumulative
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
@@ -397,10 +398,10 @@ def test_resampling_draws_anew_by_the_generator(learner: Learner, monkeypatch: p
     def labelled(batch: Batch) -> Tensor:
         return torch.cat([batch.x.flatten(1), batch.y.double().unsqueeze(1)], dim=1)
 
-    def spy(self: Accumulative, view: View, rng: torch.Generator) -> Batch:
-        batch = original(self, view, rng)
-        drawn.append(labelled(batch))
-        return batch
+    def spy(self: Accumulative, view: View, rng: torch.Generator) -> tuple[Batch, Batch]:
+        whole, part = original(self, view, rng)
+        drawn.append(labelled(whole))
+        return whole, part
 
     monkeypatch.setattr(Accumulative, "_validation", spy)
     view = view_of(learner)
@@ -580,3 +581,63 @@ def test_bfloat16_follows_nearly_the_same_slope(mode: str, normalise: Normalise)
     assert sent["bfloat16"].dtype == torch.float32
     agree = (sent["float32"].sign() == sent["bfloat16"].sign()).float().mean()
     assert 0.8 < float(agree) < 1.0
+
+
+def pulls(attack: Accumulative, view: View, batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Whose batch each G_t was computed for."""
+    found: list[int] = []
+    original = accumulative.product_gradient
+
+    def spy(*args: Any, **options: Any) -> Any:
+        found.append(number)
+        return original(*args, **options)
+
+    monkeypatch.setattr(accumulative, "product_gradient", spy)
+    for number in range(batches):
+        attack.poison(BATCH, view, rng=rng(number))
+    return found
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3])])
+def test_one_pull_serves_several_batches(
+    learner: Learner, every: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = attack_of(trigger_mode="fixed", pull_every=every, steps=1)
+    assert pulls(attack, view_of(learner), 5, monkeypatch) == expected
+
+
+def test_a_pull_that_is_kept_is_the_one_that_was_computed(learner: Learner) -> None:
+    """The model has not moved, so both send the same."""
+    exact, kept = (attack_of(trigger_mode="fixed", pull_every=every) for every in (1, 2))
+    sent = []
+    for attack in (exact, kept):
+        view = view_of(learner)
+        attack.poison(BATCH, view, rng=rng())
+        sent.append(attack.poison(BATCH, view, rng=rng(1)).x)
+    assert torch.equal(*sent)
+
+
+def test_a_jointly_poisoned_trigger_has_no_pull_to_keep() -> None:
+    with pytest.raises(ConfigError, match="pull_every"):
+        attack_of(pull_every=2)
+
+
+def test_curvature_from_a_part_of_the_validation_samples(learner: Learner) -> None:
+    """The mean over parts is that of the whole; as many as there are is the whole, and each step draws anew."""
+    whole = attack_of(trigger_mode="clean")
+    part = replace(whole, validation_batch=4)
+    rngs = rng()
+    with whole.round(view_of(learner), rng()) as at:
+        exact = at.validation
+    v = {name: torch.randn(t.shape, generator=rngs, dtype=t.dtype) for name, t in exact.gradient.items()}
+    drawn = []
+    for _ in range(400):
+        with part.round(view_of(learner), rngs) as at:
+            assert all(torch.equal(at.validation.gradient[name], t) for name, t in exact.gradient.items())
+            drawn.append(torch.cat([t.flatten() for t in at.validation.curvature(v).values()]))
+    expected = torch.cat([t.flatten() for t in exact.curvature(v).values()])
+    assert not torch.equal(drawn[0], drawn[1])
+    error = torch.stack(drawn).mean(0) - expected
+    assert float(error.norm()) < 0.2 * float((torch.stack(drawn) - expected).norm(dim=1).mean())
+    everything = replace(whole, validation_batch=VALIDATION.size).poison(BATCH, view_of(learner), rng=rng())
+    assert torch.equal(everything.x, whole.poison(BATCH, view_of(learner), rng=rng()).x)

@@ -1,12 +1,16 @@
 """The accumulative poisoning attack: quiet steps that make the model sensitive, then one trigger batch."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Generator, Tensor
 
 from mithridate.attacks.budget import Factor
 from mithridate.attacks.losses import nudged, targets
 from mithridate.attacks.trigger import TRIGGER, CraftingRound, TriggerPoisoner
 from mithridate.core.batch import Batch
+from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.core.secrecy import Secrecy
 from mithridate.core.view import View
@@ -21,6 +25,9 @@ from mithridate.maths.calculus import (
     product_gradient,
     unit,
 )
+
+PULL, AGE = "pull.", "pull age"
+"""Where G_t is kept by parameter, and how many batches it has served."""
 
 
 @register(
@@ -53,6 +60,8 @@ class Accumulative(Secrecy, TriggerPoisoner):
     Args:
         lam: Weight of G_t, >= 0.
         clean_weight: Weight of g(S_t), >= 0; 0 leaves only the second-order term.
+        pull_every: Batches that one G_t serves, >= 1; 1 computes it for each, which is exact. Not with a trigger that
+            is poisoned jointly, on which G_t depends in every inner step.
         weight_momentum: Momentum factor that the victim's SGD is given in the accumulative phase (the paper: 1.1);
             unset: left alone. It is power over the optimiser, not over data.
 
@@ -63,7 +72,16 @@ class Accumulative(Secrecy, TriggerPoisoner):
 
     lam: Factor = 1.0
     clean_weight: Factor = 1.0
+    pull_every: Annotated[int, Field(ge=1)] = 1
     weight_momentum: Factor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pull_every > 1 and self.joint:
+            raise ConfigError(
+                "[attack] accumulative: pull_every keeps G_t for several batches, and a jointly poisoned trigger "
+                'has another in every inner step; take trigger_mode = "fixed", or trigger_update = "after_step".'
+            )
 
     def ready(self, view: View) -> bool:
         """Once published accuracy has left the range that keeps the phase secret."""
@@ -91,7 +109,7 @@ class Accumulative(Secrecy, TriggerPoisoner):
                 return self.aligned(at, x, y, wanted(x, g))
 
             if not self.joint:
-                g = product_gradient(at.validation, self._at_trigger(at, trigger_x), normalise=self.normalise)
+                g = self._pull(at, trigger_x, view)
                 return self.climb(
                     batch.x,
                     lambda x: of_batch(x, g),
@@ -143,6 +161,17 @@ class Accumulative(Secrecy, TriggerPoisoner):
             )
             view.memory[TRIGGER] = found[n:].clone()
             return found[:n]
+
+    def _pull(self, at: CraftingRound, trigger_x: Tensor, view: View) -> Parameters:
+        """G_t; that of an earlier batch where it is kept for several."""
+        age = view.memory.get(AGE)
+        if age is not None and int(age) < self.pull_every:
+            view.memory[AGE] = age + 1
+            return {name: view.memory[PULL + name] for name in at.parameters}
+        g = product_gradient(at.validation, self._at_trigger(at, trigger_x), normalise=self.normalise)
+        if self.pull_every > 1:
+            view.memory.update({AGE: torch.tensor(1), **{PULL + name: t for name, t in g.items()}})
+        return g
 
     def _at_trigger(self, at: CraftingRound, trigger_x: Tensor) -> Curved:
         """The loss on the poisoned trigger."""

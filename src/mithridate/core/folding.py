@@ -1,14 +1,16 @@
 """BatchNorm in eval mode as part of the layer before it: fewer passes over the activations, in every derivative."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
-_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 Names = tuple[str, str]
 """Of a convolution or linear layer, and of the BatchNorm that alone sees its outputs."""
@@ -30,7 +32,7 @@ def folded(module: nn.Module) -> Iterator[None]:
     Source:
         Jacob et al., CVPR 2018, arXiv:1712.05877, section 3.2, for the folded weights.
     """
-    pairs = [(module.get_submodule(first), module.get_submodule(norm)) for first, norm in _pairs(module)]
+    pairs = _pairs(module)
     try:
         for first, norm in pairs:
             object.__setattr__(first, "forward", _together(first, norm))
@@ -46,18 +48,16 @@ def _untouched(x: Tensor) -> Tensor:
     return x
 
 
-def _together(first: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
+def _together(first: Weighted, norm: Norm) -> Callable[[Tensor], Tensor]:
     """What the two layers compute, in one."""
 
     def forward(x: Tensor) -> Tensor:
+        assert norm.running_mean is not None and norm.running_var is not None  # noqa: S101, PT018  (`_trace` looked)
         scale = torch.rsqrt(norm.running_var + norm.eps)
-        if norm.weight is not None:
-            scale = norm.weight * scale
+        scale = scale if norm.weight is None else norm.weight * scale
         shift = -norm.running_mean * scale
-        if norm.bias is not None:
-            shift = norm.bias + shift
-        if first.bias is not None:
-            shift = torch.addcmul(shift, first.bias, scale)
+        shift = shift if norm.bias is None else norm.bias + shift
+        shift = shift if first.bias is None else torch.addcmul(shift, first.bias, scale)
         weight = first.weight * scale.view(-1, *[1] * (first.weight.ndim - 1))
         if isinstance(first, nn.Linear):
             return nn.functional.linear(x, weight, shift)
@@ -66,32 +66,38 @@ def _together(first: nn.Module, norm: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _pairs(module: nn.Module) -> Sequence[Names]:
+def _pairs(module: nn.Module) -> Sequence[tuple[Weighted, Norm]]:
     """The pairs of layers that can be computed in one."""
     layers = dict(module.named_modules())
     structure = tuple((name, type(m)) for name, m in layers.items())
     known = _FOUND.get(module)
     if known is None or known[0] != structure:
-        known = _FOUND[module] = (structure, _trace(module))
-    return [pair for pair in known[1] if all(_as_written(layers[name]) for name in pair)]
+        known = _FOUND[module] = (structure, _trace(module, layers))
+    found = ((layers[first], layers[norm]) for first, norm in known[1])
+    return [
+        (first, norm)
+        for first, norm in found
+        if isinstance(first, Weighted) and isinstance(norm, Norm) and _as_written(first) and _as_written(norm)
+    ]
 
 
-def _trace(module: nn.Module) -> Sequence[Names]:
+def _trace(module: nn.Module, layers: Mapping[str, nn.Module]) -> Sequence[Names]:
     try:
         graph = fx.Tracer().trace(module)
-    except Exception:
+    except Exception:  # a model may raise whatever it likes when it is given no tensor
         return []
     calls = [node for node in graph.nodes if node.op == "call_module"]
-    times = [node.target for node in calls]
+    times = Counter(str(node.target) for node in calls)
     found = []
     for node in calls:
         before = node.args[0] if node.args else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        first, norm = module.get_submodule(before.target), module.get_submodule(node.target)
-        once = times.count(before.target) == times.count(node.target) == 1
-        if once and type(first) in _WEIGHTED and type(norm) in _NORMS and norm.running_mean is not None:
-            found.append((before.target, node.target))
+        names = str(before.target), str(node.target)
+        first, norm = (layers.get(name) for name in names)
+        exact = type(first) in get_args(Weighted) and type(norm) in get_args(Norm)  # a subclass may compute otherwise
+        if exact and times[names[0]] == times[names[1]] == 1 and getattr(norm, "running_mean", None) is not None:
+            found.append(names)
     return found
 
 

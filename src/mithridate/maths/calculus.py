@@ -362,27 +362,27 @@ def derivative_along(
         Pang et al., NeurIPS 2021, Algorithm 1: H_t and its gradient in the pixels of the accumulative batch.
     """
 
-    def term(piece_x: Tensor, piece_y: Tensor) -> Slope:
+    def term(piece_x: Tensor, piece_y: Tensor) -> tuple[Tensor, Tensor]:
         leaf = piece_x.detach().requires_grad_()
 
-        def forward() -> Slope:
+        def forward() -> tuple[Tensor, Tensor]:
             with _moving(_detached(parameters), v) as moving:
                 loss = objective(moving, leaf, piece_y)
-                return Slope(_along(_backward(loss, {"x": leaf})["x"]), _along(loss).detach())
+                return _along(_backward(loss, {"x": leaf})["x"]), _along(loss).detach()
 
-        def double_backward() -> Slope:
+        def double_backward() -> tuple[Tensor, Tensor]:
             along = _along_by_backward(objective, _leaves(parameters), leaf, piece_y, v)
-            return Slope(_backward(along, {"x": leaf})["x"], along.detach())
+            return _backward(along, {"x": leaf})["x"], along.detach()
 
         return _either(objective, forward, double_backward, lambda: objective(parameters, leaf, piece_y))
 
-    gradients, value = [], torch.zeros((), dtype=x.dtype, device=x.device)
+    gradients, values = [], []
     for share, piece_x, piece_y in _chunks(x, y, chunk):
         with torch.enable_grad():
-            slope = term(piece_x, piece_y)
-        gradients.append(slope.gradient if share == 1.0 else share * slope.gradient)
-        value = value + share * slope.value
-    return Slope(torch.cat(gradients), value)
+            gradient_there, value = term(piece_x, piece_y)
+        gradients.append(gradient_there if share == 1.0 else share * gradient_there)
+        values.append(share * value)
+    return Slope(torch.cat(gradients), torch.stack(values).sum())
 
 
 def mixed_partial(
