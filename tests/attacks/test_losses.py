@@ -22,7 +22,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.domain import PIXELS
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise, Slope, gradient, input_gradient
+from mithridate.maths.calculus import Normalise, gradient, input_gradient
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model

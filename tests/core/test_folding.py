@@ -171,3 +171,28 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="inside"), folded(model):
         raise RuntimeError("inside")
     assert calls(model, x) == plain
+
+
+class Counting(nn.Module):
+    """A layer that remembers its passes, and writes to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes = self.passes + 1
+        self.last = self.norm(self.conv(x))
+        return self.last
+
+
+def test_looking_for_pairs_writes_nothing_to_the_model() -> None:
+    model = Counting().eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with folded(model):
+        assert calls(model, torch.rand(2, 3, 8, 8)) == 0
+    assert float(model.passes) == 1
+    model.passes.zero_()
+    assert isinstance(model.last, Tensor)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())

@@ -469,7 +469,8 @@ def test_inputs_and_answers_of_any_kind_give_the_same_step(kind: str, cls: type[
     batch: AnyBatch = Batch(x, plain.y)
     assert learner.update(batch).batch_loss == reference.update(plain).batch_loss
     assert equal(learner.snapshot(), reference.snapshot())
-    assert learner.evaluate([batch]) == reference.evaluate([plain])
+    # What can be traced is evaluated with BatchNorm folded, which rounds otherwise.
+    assert learner.evaluate([batch]) == pytest.approx(reference.evaluate([plain]), rel=1e-5)
 
 
 def test_a_mapping_whose_tensors_differ_in_length_is_refused_before_the_step() -> None:

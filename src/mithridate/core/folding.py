@@ -1,5 +1,6 @@
 """BatchNorm in eval mode as part of the layer before it: fewer passes over the activations, in every derivative."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ def _pairs(module: nn.Module) -> Sequence[tuple[Weighted, Norm]]:
 
 def _trace(module: nn.Module, layers: Mapping[str, nn.Module]) -> Sequence[Names]:
     try:
-        graph = fx.Tracer().trace(module)
+        graph = fx.Tracer().trace(copy.deepcopy(module))  # what its layers write to themselves stays in the copy
     except Exception:  # a model may raise whatever it likes when it is given no tensor
         return []
     calls = [node for node in graph.nodes if node.op == "call_module"]

@@ -309,8 +309,7 @@ class WhiteBox:
             return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")
 
         inputs: list[Tensor] = []
-        whole = folded(self.module) if mode == "eval" else nullcontext()
-        with frozen_statistics(self.module, mode), _eager(), whole:
+        with frozen_statistics(self.module, mode), _eager():
             try:
                 yield objective
             except NoDerivativeError as error:
@@ -409,6 +408,8 @@ def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
 def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
     """Put a model in eval or train mode without letting it record; every flag and buffer comes back as it was.
 
+    In eval mode BatchNorm is computed with the layer before it where it can be (`folding`), which rounds otherwise.
+
     Args:
         module: The model.
         mode: `eval` or `train`.
@@ -417,9 +418,12 @@ def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
     tracking = [m.track_running_stats for m in norms]
     with in_mode(module, mode), _kept_buffers(module):
         try:
-            if mode == "train":
-                for m in norms:
-                    m.track_running_stats = False
+            if mode == "eval":
+                with folded(module):
+                    yield
+                return
+            for m in norms:
+                m.track_running_stats = False
             yield
         finally:
             for m, flag in zip(norms, tracking, strict=True):

@@ -157,15 +157,18 @@ class DSC(LookingBack, Correcting):
         """Pixels after the correction, and which samples were moved (n,) bool."""
         limit, box = self.threshold(view.step), view.model
         x = batch.x.clone()
+        with torch.no_grad():  # of a clean batch few samples are corrected, so that a graph of all would be waste
+            first = box.logits(x)
         active = torch.arange(len(x), device=x.device)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         received: Tensor | None = None
         for number in range(self.steps):
-            # One forward pass of the current model serves both the discrepancy and the gradient of the correction.
             piece = x[active].requires_grad_()
-            now = box.logits(piece)
             if number == 0:
-                received = now.detach() if self.correction_loss in {"kl", "ce_kl"} else None
+                now = first
+                received = first if self.correction_loss in {"kl", "ce_kl"} else None
+            else:  # most go on: one forward pass serves both the discrepancy and the gradient of the correction
+                now = box.logits(piece)
             beside = self.beside(x, self.ball, view) if number == 0 and self.correction_loss == "kl" else None
             with torch.no_grad():
                 scores = divergence(old.logits(box.module, piece), now, self.divergence)
@@ -178,7 +181,7 @@ class DSC(LookingBack, Correcting):
             start, y = x[active] if beside is None else beside[active], batch.y[active]
             answers = None if received is None else received[active]
             # A pass over these alone is cheaper than one back through twice as many, and the only way where all move.
-            if beside is not None or 2 * len(active) < len(every):
+            if number == 0 or 2 * len(active) < len(every):
                 del now
                 gradient = self.correction_gradient(Batch(start, y), answers, view)
             else:
