@@ -36,8 +36,9 @@ class Gate(Tolerance, Defence):
     really changes, which is then refused for ever.
 
     Args:
-        trusted_size: Use only so many trusted samples, >= 2, always the same, in equal parts from every class;
-            unset: all of them.
+        trusted_size: Trusted samples that are used, >= 2, always the same, in equal parts from every class; all if
+            there are no more. The pass over them is what a gate costs: 100 take about 0.3 of a step on a batch of as
+            many. Fewer samples notice less: one of ten in a class is already 0.1 of its accuracy.
 
     Raises:
         DataError: The trusted samples are of one class, or their labels do not fit the model; before any step is made.
@@ -51,7 +52,7 @@ class Gate(Tolerance, Defence):
     neutral: ClassVar[Mapping[str, Any]] = {"max_loss_rise": math.inf, "max_accuracy_drop": math.inf}
     active: ClassVar[Mapping[str, Any]] = {"max_loss_rise": 0.0, "max_accuracy_drop": 0.0, "reference": "best"}
 
-    trusted_size: Annotated[int, Field(ge=2)] | None = None
+    trusted_size: Annotated[int, Field(ge=2)] = 100
 
     def begin(self, view: View) -> None:
         """Before the first step, trusted set and model are tried together."""
@@ -80,7 +81,7 @@ class Gate(Tolerance, Defence):
         """The trusted samples that are used."""
         trusted = view.trusted
         labelled = trusted.y.ndim == 1 and trusted.y.dtype == torch.int64
-        if self.trusted_size is not None and self.trusted_size < trusted.size:
+        if self.trusted_size < trusted.size:
             seen: Counter[int] = Counter()
             turns = []  # how many of its class come before each sample
             for label in trusted.y.tolist() if labelled else [0] * trusted.size:
