@@ -146,8 +146,8 @@ def ours(scene: Scene) -> Tensor:
         Need.ACCURACY: (1.0, 1.0),
     }
     view = View(1, {TRIGGER: scene.trigger.x}, available, scene.attack.needs)
-    sent = scene.attack.poison(scene.batch, view, rng=torch.Generator().manual_seed(0))
-    return sent.x
+    sent: Tensor = scene.attack.poison(scene.batch, view, rng=torch.Generator().manual_seed(0)).x
+    return sent
 
 
 WAYS: Mapping[str, Callable[[Scene], Tensor]] = {"ours": ours, "released": released}
@@ -164,12 +164,12 @@ def training_pass(scene: Scene) -> None:
     scene.model.eval()
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """Counts floating-point operations of convolutions and matrix products (FlopCounterMode does not bear `grad`)."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.total: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's protocol, which types nothing)
         out = func(*args, **(kwargs or {}))
@@ -184,7 +184,8 @@ def passes(scene: Scene, run: Callable[[Scene], object]) -> float:
         scene.model(scene.batch.x)
     with Operations() as all_of_it:
         run(scene)
-    return all_of_it.total / one.total
+    counted: float = all_of_it.total / one.total
+    return counted
 
 
 def seconds(run: Callable[[], object]) -> float:

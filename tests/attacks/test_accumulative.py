@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from mithridate.attacks import accumulative
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
@@ -20,7 +19,7 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise
+from mithridate.maths.calculus import Normalise, product_gradient
 from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
@@ -586,13 +585,12 @@ def test_bfloat16_follows_nearly_the_same_slope(mode: str, normalise: Normalise)
 def pulls(attack: Accumulative, view: View, batches: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Whose batch each G_t was computed for."""
     found: list[int] = []
-    original = accumulative.product_gradient
 
     def spy(*args: Any, **options: Any) -> Any:
         found.append(number)
-        return original(*args, **options)
+        return product_gradient(*args, **options)
 
-    monkeypatch.setattr(accumulative, "product_gradient", spy)
+    monkeypatch.setattr("mithridate.attacks.accumulative.product_gradient", spy)
     for number in range(batches):
         attack.poison(BATCH, view, rng=rng(number))
     return found

@@ -137,7 +137,7 @@ def everything(f: calculus.Objective, box: WhiteBox, x: Tensor, y: Tensor, v: ca
     out += calculus.hessian_vector_product(f, p, x, y, v).values()
     out += calculus.curved(f, p, x, y).curvature(v).values()
     for normalise in ("none", "tensor"):
-        out.append(turn_towards(f, p, x, y, v, normalise=normalise).gradient)  # type: ignore[arg-type]
+        out.append(turn_towards(f, p, x, y, v, normalise=normalise).gradient)
     return [*out, calculus.mixed_partial_of_curvature(f, p, x, y, v, v)]
 
 
@@ -180,6 +180,8 @@ class Counting(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
         self.register_buffer("passes", torch.zeros(()))
+        self.passes: Tensor
+        self.last: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         self.passes = self.passes + 1

@@ -62,7 +62,8 @@ def _together(first: Weighted, norm: Norm) -> Callable[[Tensor], Tensor]:
         weight = first.weight * scale.view(-1, *[1] * (first.weight.ndim - 1))
         if isinstance(first, nn.Linear):
             return nn.functional.linear(x, weight, shift)
-        return first._conv_forward(x, weight, shift)
+        out: Tensor = first._conv_forward(x, weight, shift)
+        return out
 
     return forward
 

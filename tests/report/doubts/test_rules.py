@@ -150,7 +150,7 @@ def test_left_its_ball(make_row: MakeRow) -> None:
 def test_objective_fell(make_row: MakeRow) -> None:
     def with_ends(row: Row, *ends: tuple[float | None, float | None]) -> Row:
         steps = [{"objective_start": start, "objective_end": end} for start, end in ends]
-        return replace(row, runs=[replace(run, trace=steps) for run in row.runs])
+        return replace(row, runs=tuple(replace(run, trace=steps) for run in row.runs))
 
     row = make_row(0.2)
     assert objective_fell([row, with_ends(row, (None, None)), with_ends(row, (1.0, 2.0), (3.0, 2.9))]) == []
