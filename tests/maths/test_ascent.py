@@ -432,3 +432,36 @@ def test_apgd_of_no_step_and_of_one(steps: int) -> None:
         one = pixels(x + BALLS[0].project(0.2 * slope(x).sign()))
         better = height(one) > height(x)
         assert torch.equal(found.x, torch.where(better.view(-1, 1, 1, 1), one, x))
+
+
+@pytest.mark.parametrize("optimiser", ["pgd", "mim"])
+@pytest.mark.parametrize(("schedule", "first"), [("constant", None), ("cosine", None), ("cosine", 0.05)])
+def test_steps_that_fall_begin_as_told_or_are_twice_the_radius_together(
+    optimiser: Optimiser, schedule: Any, first: float | None
+) -> None:
+    x = torch.full((1, 1, 1, 1), 0.0, dtype=torch.float64)
+    trail: list[float] = []
+
+    def slope_at(at: Tensor) -> Slope:
+        trail.append(float(at))
+        return Slope(torch.ones_like(at))
+
+    end = ascent.climb(
+        x,
+        slope_at,
+        Ball("linf", 9.0),
+        into_domain=lambda x: x,
+        optimiser=optimiser,
+        steps=7,
+        step_size=first,
+        schedule=schedule,
+    )
+    lengths = torch.tensor([*trail, float(end.x)]).diff()
+    if first is None:
+        assert float(end.x) == pytest.approx(9.0), "a path of twice the radius, held by the ball"
+    else:
+        assert float(lengths[0]) == pytest.approx(first)
+    if schedule == "cosine" and first is not None:
+        expected = [first * (1 + math.cos(math.pi * k / 7)) / 2 for k in range(7)]
+        assert lengths.tolist() == pytest.approx(expected, rel=1e-5)
+    assert sum(ascent._lengths(7, None, schedule, 9.0)) == pytest.approx(18.0)

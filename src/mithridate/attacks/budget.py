@@ -14,7 +14,7 @@ from mithridate.core.domain import Domain
 from mithridate.core.model import BatchNormMode, Precision, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
-from mithridate.maths.ascent import Keep, Optimiser, climb
+from mithridate.maths.ascent import Keep, Optimiser, StepSchedule, climb
 from mithridate.maths.calculus import Slope
 from mithridate.maths.norms import Ball, Norm
 
@@ -101,9 +101,12 @@ class Iterated(Sighted, ABC):
 
     Args:
         optimiser: `pgd`, `fgsm` (one step as long as the radius), `mim` (PGD with momentum) or `apgd` (steps that
-            adapt; it reaches in 20 steps what `pgd` needs 100 for, and keeps the best iterate).
+            halve where progress stops; it keeps the best iterate).
         steps: Number of inner steps a batch, C; 0 returns the start.
-        step_size: Length of one inner step, in the unit of the inputs; unset: 2 * eps / steps. Unused by `apgd`.
+        step_size: Length of one inner step, in the unit of the inputs, the first if they fall; unset: all together are
+            as long as 2 * eps (with `apgd`, the first is).
+        step_schedule: Of the steps of `pgd` and `mim`: `constant` as in the paper, or `cosine`, falling over half a
+            wave, which reached in 50 steps what constant ones need 100 for (`benchmarks/ascent.py`).
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.
         decay: Momentum factor of `mim`.
         random_start: Begin at a uniform draw from the ball.
@@ -112,6 +115,7 @@ class Iterated(Sighted, ABC):
     optimiser: Optimiser = "pgd"
     steps: Steps = 10
     step_size: StepSize | None = None
+    step_schedule: StepSchedule = "constant"
     decay: Factor = 1.0
     keep: Keep = "last"
     random_start: bool = False
@@ -152,6 +156,7 @@ class Iterated(Sighted, ABC):
             optimiser=self.optimiser,
             steps=self.steps,
             step_size=self.step_size,
+            schedule=self.step_schedule,
             decay=self.decay,
             keep=self.keep,
             start=self.beginning(x, mask, view.domain, rng) if start is None else start,

@@ -15,6 +15,9 @@ Optimiser = Literal["pgd", "fgsm", "mim", "apgd"]
 Keep = Literal["last", "best"]
 """Which iterate an ascent returns."""
 
+StepSchedule = Literal["constant", "cosine"]
+"""How the length of a step goes on from the first."""
+
 MOMENTUM, ENOUGH = 0.75, 0.75
 """APGD's alpha, the weight of a step against the last move, and rho, the share of steps that should have risen."""
 
@@ -43,6 +46,7 @@ def climb(
     optimiser: Optimiser = "pgd",
     steps: int = 10,
     step_size: float | None = None,
+    schedule: StepSchedule = "constant",
     decay: float = 1.0,
     keep: Keep = "last",
     start: Tensor | None = None,
@@ -63,7 +67,10 @@ def climb(
         optimiser: `pgd` takes `steps` steps; `fgsm` one step as long as the radius; `mim` adds momentum; `apgd` begins
             with steps of 2 * eps, halves them where progress stops, and goes on from the best iterate then.
         steps: Number of steps, one slope each; 0 returns the start. `fgsm` makes one at most.
-        step_size: Length of one step in the unit of the inputs; None is 2 * eps / steps. Unused by `fgsm` and `apgd`.
+        step_size: Length of one step in the unit of the inputs, the first if they fall; None: all together are as long
+            as 2 * eps. Unused by `fgsm`; with `apgd`, the first, and None is 2 * eps.
+        schedule: Of the steps of `pgd` and `mim`: `constant`, or `cosine`, falling over half a wave, which comes higher
+            in as many steps.
         decay: MIM's momentum factor mu, >= 0.
         keep: The `last` iterate or the `best` one, the start among them; `apgd` always keeps the best.
         start: Where to begin; `x` if None.
@@ -102,11 +109,12 @@ def climb(
         return _Point(current, torch.zeros_like(current), None if value_at is None else value_at(current))
 
     if optimiser == "apgd":
-        first, last = _adapting(look(current), steps, 2 * ball.eps, ball, inside, look, end)
+        length = 2 * ball.eps if step_size is None else step_size
+        first, last = _adapting(look(current), steps, length, ball, inside, look, end)
         return Climbed(last.x.detach(), _mean(first.value), _mean(last.value))
-    length = 2 * ball.eps / steps if step_size is None else step_size
     if optimiser == "fgsm":
-        steps, length = 1, ball.eps
+        steps, step_size = 1, ball.eps
+    lengths = _lengths(steps, step_size, schedule, ball.eps)
     first = best = point = look(current)
     velocity = torch.zeros_like(x)
     for number in range(steps):
@@ -114,12 +122,20 @@ def climb(
         if optimiser == "mim":
             mass = g.abs().flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
             g = velocity = decay * velocity + g / mass.clamp_min(torch.finfo(g.dtype).tiny)
-        current = inside(point.x + length * ball.direction(g), point.x)
+        current = inside(point.x + lengths[number] * ball.direction(g), point.x)
         point = look(current) if number + 1 < steps else end(current, needed=keep == "best")
         if keep == "best":
             best = _better(best, point)
     last = best if keep == "best" else point
     return Climbed(last.x.detach(), _mean(first.value), _mean(last.value))
+
+
+def _lengths(steps: int, first: float | None, schedule: StepSchedule, eps: float) -> list[float]:
+    """Of each step; if the first is not given, all of them together are 2 * eps."""
+    if schedule == "constant":
+        return [2 * eps / steps if first is None else first] * steps
+    start = 4 * eps / (steps + 1) if first is None else first
+    return [start * (1 + math.cos(math.pi * number / steps)) / 2 for number in range(steps)]
 
 
 class _Point(NamedTuple):
