@@ -118,8 +118,8 @@ def main() -> None:
         for name, way in WAYS.items():
             ends = [scene.climbed(way, steps, batch) for batch in scene.batches]
             start, end = (statistics.fmean(pair[i] for pair in ends) for i in (0, 1))
-            row = {"way": name, "steps": steps, "start": start, "end": end, "ends": ends}
-            rows.append({**row, "passes": passes(scene, ours), "seconds": seconds(lambda: ours(scene))})
+            found = {"way": name, "steps": steps, "start": start, "end": end, "ends": ends}
+            rows.append({**found, "passes": passes(scene, ours), "seconds": seconds(lambda: ours(scene))})
     table = Table(title=f"H_t, ResNet-18 width {args.width}, eps {args.eps:.3g}", title_justify="left")
     for column in ("C", "way", "H_t at the start", "at the end", "passes", "seconds"):
         table.add_column(column, justify="left" if column == "way" else "right")
