@@ -13,7 +13,16 @@ from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import IGNORED, BatchNormMode, WhiteBox, answer, frozen_statistics, in_mode, right_answers
+from mithridate.core.model import (
+    IGNORED,
+    BatchNormMode,
+    WhiteBox,
+    answer,
+    answering,
+    frozen_statistics,
+    in_mode,
+    right_answers,
+)
 
 MODES: tuple[BatchNormMode, ...] = ("eval", "train")
 
@@ -271,3 +280,26 @@ def test_a_layer_at_two_places_keeps_its_parameters() -> None:
     assert all(now[name] is p and p.requires_grad for name, p in own.items())
     assert all(t is buffers[name] for name, t in model.named_buffers())
     assert model.second.weight is model.first.weight
+
+
+@pytest.mark.parametrize(("cls", "shape"), [(Net, (5, 3, 4, 4)), (Shared, (5, 4))])
+def test_answers_with_one_set_of_weights_after_another(cls: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Those of `answer` in eval mode, with slopes in the inputs; and the model is as it was, whatever happens."""
+    model = cls().double().eval()
+    x = torch.rand(shape, generator=Generator().manual_seed(0), dtype=torch.float64)
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    states = [{n: t.detach() + s if t.is_floating_point() else t for n, t in own.items()} for s in (0.0, 0.3)]
+    expected = [answer(model, x, state).detach() for state in states]
+    with answering(model) as run:
+        for state, wanted in zip([*states, states[0]], [*expected, expected[0]], strict=True):
+            assert torch.allclose(run(state, x), wanted, rtol=1e-10, atol=1e-12)
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(run(states[1], leaf).square().sum(), leaf)
+        with pytest.raises(RuntimeError):
+            run(states[1], x[:, :2])
+    other = x.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(answer(model, other, states[1]).square().sum(), other)
+    assert torch.allclose(slope, wanted, rtol=1e-10, atol=1e-12)
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert now.keys() == own.keys()
+    assert all(now[name] is t for name, t in own.items())

@@ -121,6 +121,16 @@ class Weights:
         Raises:
             CheckpointError: The past model is of another architecture or class count.
         """
+        state = self.state_of(module)
+        with frozen_statistics(module, "eval"):
+            return answer(module, x, state)
+
+    def state_of(self, module: nn.Module) -> Mapping[str, Tensor]:
+        """Parameters and buffers by the names of a module of the same architecture.
+
+        Raises:
+            CheckpointError: The past model is of another architecture or class count.
+        """
         now = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         state = named_like(now, {**self.parameters, **self.buffers})
         if now.keys() != state.keys() or any(now[name].shape != state[name].shape for name in now):
@@ -128,8 +138,7 @@ class Weights:
                 f"the old model ({self.label or 'unnamed'}) is of another architecture or class count than the current "
                 "one; look back at a state of the same model."
             )
-        with frozen_statistics(module, "eval"):
-            return answer(module, x, state)
+        return state
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.defence import Calibration, Defence, Rehearsal, Screened
 from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import answering
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
@@ -157,38 +158,41 @@ class DSC(LookingBack, Correcting):
         """Pixels after the correction, and which samples were moved (n,) bool."""
         limit, box = self.threshold(view.step), view.model
         x = batch.x.clone()
-        with torch.no_grad():  # of a clean batch few samples are corrected, so that a graph of all would be waste
-            first = box.logits(x)
         active = torch.arange(len(x), device=x.device)
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        before, current = old.state_of(box.module), box.parameters
         received: Tensor | None = None
-        for number in range(self.steps):
-            piece = x[active].requires_grad_()
-            if number == 0:
-                now = first
-                received = first if self.correction_loss in {"kl", "ce_kl"} else None
-            else:  # most go on: one forward pass serves both the discrepancy and the gradient of the correction
-                now = box.logits(piece)
-            beside = self.beside(x, self.ball, view) if number == 0 and self.correction_loss == "kl" else None
-            with torch.no_grad():
-                scores = divergence(old.logits(box.module, piece), now, self.divergence)
-            if not torch.isfinite(scores).all():
-                raise DataError("DSC: the discrepancy of a sample is not finite; one of the two models has diverged.")
-            above = self._above(scores, limit)
-            if not bool(above.any()):
-                break
-            every, active = active, active[above]
-            start, y = x[active] if beside is None else beside[active], batch.y[active]
-            answers = None if received is None else received[active]
-            # A pass over these alone is cheaper than one back through twice as many, and the only way where all move.
-            if number == 0 or 2 * len(active) < len(every):
-                del now
-                gradient = self.correction_gradient(Batch(start, y), answers, view)
-            else:
-                loss = self.descended(now[above], y, answers, view)
+        with answering(box.module) as answers:
+            for number in range(self.steps):
+                piece = x[active].requires_grad_()
+                # Of a clean batch few samples are corrected, so that a graph of all would be waste. Most of them go on:
+                # then one forward pass serves both the discrepancy and the gradient of the correction.
+                with torch.set_grad_enabled(number > 0):
+                    now = answers(current, piece)
+                if number == 0 and self.correction_loss in {"kl", "ce_kl"}:
+                    received = now
+                beside = self.beside(x, self.ball, view) if number == 0 and self.correction_loss == "kl" else None
+                with torch.no_grad():
+                    scores = divergence(answers(before, piece), now, self.divergence)
+                if not torch.isfinite(scores).all():
+                    raise DataError("DSC: the discrepancy of a sample is not finite; one of the models has diverged.")
+                above = self._above(scores, limit)
+                if not bool(above.any()):
+                    break
+                every, active = active, active[above]
+                start, y = x[active] if beside is None else beside[active], batch.y[active]
+                own = None if received is None else received[active]
+                # A pass over these alone is cheaper than one back through twice as many, and the only way where all
+                # move.
+                if number == 0 or 2 * len(active) < len(every):
+                    piece, above = start.requires_grad_(), slice(None)
+                    with torch.enable_grad():
+                        now = answers(current, piece)
+                with torch.enable_grad():
+                    loss = self.descended(now[above], y, own, view)
                 gradient = torch.autograd.grad(loss, piece)[0][above]
-            ever[active] = True
-            x[active] = self.stepped(batch.x[active], start, gradient, view)
+                ever[active] = True
+                x[active] = self.stepped(batch.x[active], start.detach(), gradient, view)
         return x, ever
 
     def _above(self, scores: Tensor, limit: float) -> Tensor:
