@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mithridate.attacks.accumulative import Accumulative
 from mithridate.attacks.trigger import TRIGGER
@@ -639,3 +640,30 @@ def test_curvature_from_a_part_of_the_validation_samples(learner: Learner) -> No
     assert float(error.norm()) < 0.2 * float((torch.stack(drawn) - expected).norm(dim=1).mean())
     everything = replace(whole, validation_batch=VALIDATION.size).poison(BATCH, view_of(learner), rng=rng())
     assert torch.equal(everything.x, whole.poison(BATCH, view_of(learner), rng=rng()).x)
+
+
+class Read(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
+    """Counts the values that are read from tensors, at each of which a GPU is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.values += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimiser", ["pgd", "mim", "apgd"])
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("mode", ["fixed", "joint"])
+def test_an_inner_step_waits_for_no_gpu(learner: Learner, mode: str, normalise: Normalise, optimiser: Any) -> None:
+    """As many values are read with seven steps as with three."""
+    trigger_mode: Any = "reoptimised" if mode == "joint" else mode
+    read = []
+    for steps in (3, 7):
+        attack = attack_of(normalise=normalise, trigger_mode=trigger_mode, optimiser=optimiser, steps=steps)
+        with Read() as counted:
+            attack.poison(BATCH, view_of(learner), rng=rng())
+        read.append(counted.values)
+    assert read[0] == read[1]

@@ -21,6 +21,7 @@ from mithridate.core.model import (
     answering,
     frozen_statistics,
     in_mode,
+    passes_in,
     right_answers,
 )
 
@@ -303,3 +304,15 @@ def test_answers_with_one_set_of_weights_after_another(cls: type[nn.Module], sha
     now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert now.keys() == own.keys()
     assert all(now[name] is t for name, t in own.items())
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("tf32", True)])
+def test_a_gpu_rounds_to_tf32_only_where_it_may(precision: Any, allowed: bool) -> None:
+    """The flags are torch's own, and can be set without a GPU."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    with passes_in(precision, torch.device("cuda")):
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+    assert [backend.allow_tf32 for backend in backends] == before
+    with passes_in(precision, torch.device("cpu")):
+        assert [backend.allow_tf32 for backend in backends] == before

@@ -77,8 +77,8 @@ class Sighted(Budgeted, ABC):
         loss: What the poisoned samples are crafted for: `ce`, the victim's own loss; `kl`, the divergence from the
             model's answer to the clean sample; `cw`, the margin of the best other class over the label.
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
-        precision: Of the passes that crafting makes: `float32`, or `bfloat16` by autocast, which is faster where the
-            processor has it, and slower where it has not.
+        precision: Of the passes that crafting makes: `float32`; `tf32` of a GPU (elsewhere the same as `float32`); or
+            `bfloat16` by autocast, which is faster where the processor has it, and many times slower where it has not.
     """
 
     model_access: Literal["victim", "surrogate"] = "victim"

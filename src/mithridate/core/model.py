@@ -23,8 +23,9 @@ from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
 
-Precision = Literal["float32", "bfloat16"]
-"""Of the passes through a model: `bfloat16` by autocast, which leaves the sums that need it in float32."""
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""Of the passes through a model: `tf32` lets a GPU multiply with 10 bits of fraction, which elsewhere is `float32`;
+`bfloat16` is autocast's, which leaves the sums that need it in float32."""
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """(logits, targets) -> mean loss, a scalar."""
@@ -335,16 +336,17 @@ class WhiteBox:
             DataError: (from the function) targets do not fit the model or the criterion.
             ConfigError: (from the block) a layer has no second derivative, and one was asked for.
         """
-        looked_at: list[Tensor] = []
+        looked_at: dict[tuple[int, torch.Size, int], Tensor] = {}  # by place; kept, so that no other can take it
 
         def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
             with no_draws(self.module), passes_in(precision, x.device):
                 logits = answer(self.module, x, parameters)
-            logits = logits if precision == "float32" else logits.float()
-            if not looked_at or looked_at[0] is not y:  # once: an ascent asks again and again
+            logits = logits.float() if precision == "bfloat16" else logits
+            place = (y.data_ptr(), y.shape, y._version)
+            if place not in looked_at:  # once: an ascent asks again and again, and each look waits for the device
                 check_labels(logits, y, where="targets that a gradient was asked of")
                 _check_probabilities(self.criterion, y, where="targets that a gradient was asked of")
-                looked_at[:] = [y]
+                looked_at[place] = y
             inputs[:] = [x]
             return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")
 
@@ -362,10 +364,24 @@ class WhiteBox:
 
 def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Passes through a model in the given precision, inside the block."""
-    if precision == "float32":
-        return nullcontext()
+    if precision != "bfloat16":
+        return nullcontext() if device.type != "cuda" else _tensor_float(precision == "tf32")
     # Without a cache: what a parameter was cast to in one pass carries that pass's graph, or its dual part.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+@contextmanager
+def _tensor_float(allowed: bool) -> Iterator[None]:
+    """Whether matrix products and convolutions of a GPU may round to TF32; torch lets convolutions, by default."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, flag in zip(backends, before, strict=True):
+            backend.allow_tf32 = flag
 
 
 def _eager() -> AbstractContextManager[None]:
