@@ -306,8 +306,9 @@ def test_the_fixed_trigger_is_vanillas_at_the_burn_in_model(
     attack.after_step(later, rng())
     attack.poison(BATCH, later, rng=rng())
     found = attack.trigger(CLEAN_TRIGGER, later, rng=rng()).x
-    assert torch.equal(found, Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(learner), rng=rng()).x)
-    assert not torch.equal(found, Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(moved), rng=rng()).x)
+    of_vanilla = [Vanilla(**shared).trigger(CLEAN_TRIGGER, view_of(by), rng=rng()).x for by in (learner, moved)]
+    assert torch.allclose(found, of_vanilla[0], rtol=0, atol=1e-9)  # its S_val comes with a graph, and rounds otherwise
+    assert not torch.allclose(found, of_vanilla[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalise", NORMALISE)
@@ -632,7 +633,7 @@ def test_curvature_from_a_part_of_the_validation_samples(learner: Learner) -> No
     drawn = []
     for _ in range(400):
         with part.round(view_of(learner), rngs) as at:
-            assert all(torch.equal(at.validation.gradient[name], t) for name, t in exact.gradient.items())
+            assert all(torch.allclose(at.validation.gradient[name], t) for name, t in exact.gradient.items())
             drawn.append(torch.cat([t.flatten() for t in at.validation.curvature(v).values()]))
     expected = torch.cat([t.flatten() for t in exact.curvature(v).values()])
     assert not torch.equal(drawn[0], drawn[1])

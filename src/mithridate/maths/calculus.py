@@ -10,8 +10,8 @@ A second-order quantity comes either way:
 
 Counted in convolutions (a forward pass is 1, a gradient in the parameters 3), one gradient in the pixels is 6 forward
 over reverse, and 9 with the gradient that a normalised product needs; double backward has both in 7. A Hessian-vector
-product is 9, and 12 with the gradient, against 9. So what needs the gradient goes by double backward if the samples are
-computed at once, and everything else forward over reverse.
+product is 9 either way, and 12 with the gradient forward over reverse. So a plain product in the pixels goes forward
+over reverse, and everything else by double backward, with convolutions that make no pass too many (`convolution`).
 
 Some layers have no formula for one of the two (fused attention, LSTM, weight_norm, Hardsigmoid for forward mode); the
 same quantity is then computed the other way.
@@ -35,6 +35,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mithridate.maths.convolution import CHEAPER_TWICE, inputs_are, without_weights
 from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
 
 Parameters = dict[str, Tensor]
@@ -45,6 +46,8 @@ Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
 
 Normalise = Literal["none", "global", "tensor"]
 """How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
+
+FOR_DOUBLE_BACKWARD = {**FOR_SECOND, **CHEAPER_TWICE}
 
 T = TypeVar("T")
 
@@ -80,6 +83,9 @@ class NoDerivativeError(RuntimeError):
 
 _NO_FORWARD_MODE: WeakSet[Objective] = WeakSet()
 """Losses that forward mode has failed on: it is not tried again at every step of an ascent."""
+
+_NO_DOUBLE_BACKWARD: WeakSet[Objective] = WeakSet()
+"""Losses that plain double backward has failed on, likewise."""
 
 
 def _either(
@@ -189,18 +195,79 @@ def refuse_once_differentiable(value: Tensor) -> None:
         waiting += [before for before, _ in node.next_functions]
 
 
-def _curvature_of(g: Parameters, leaves: Parameters, v: Parameters) -> Parameters:
-    """The Hessian times `v`, from a gradient with its graph, which is kept."""
-    entries = [name for name, t in g.items() if t.requires_grad]
-    found = torch.autograd.grad(
-        [g[name] for name in entries],
-        list(leaves.values()),
-        [v[name] for name in entries],
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    return dict(zip(leaves, found, strict=True))
+class _Graph(NamedTuple):
+    """A parameter gradient that can be differentiated."""
+
+    gradient: Parameters
+    leaves: Parameters
+
+
+def _graph(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> _Graph | None:
+    """The gradient of the mean loss with its graph; None where that cannot be differentiated again."""
+    if objective in _NO_DOUBLE_BACKWARD:
+        return None
+    try:
+        with torch.enable_grad(), Instead(FOR_DOUBLE_BACKWARD):
+            leaves = _leaves(parameters)
+            g = _backward(objective(leaves, x, y), leaves, keep_graph=True)
+            refuse_once_differentiable(torch.stack([t.sum() for t in g.values()]))
+            return _Graph(g, leaves)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        _NO_DOUBLE_BACKWARD.add(objective)
+        return None
+
+
+def _hessian_at_once(
+    objective: Objective,
+    parameters: Parameters,
+    x: Tensor,
+    y: Tensor,
+    v: Parameters,
+    graph: _Graph | None,
+    *,
+    again: bool = False,
+) -> Parameters:
+    """The Hessian times `v`: by double backward, which here is faster, or the other way where that does not work.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Inputs, all computed at once.
+        y: Labels.
+        v: The direction.
+        graph: Of the gradient, if there is one.
+        again: Whether the graph is kept.
+    """
+    if graph is not None:
+        entries = [name for name, t in graph.gradient.items() if t.requires_grad]
+        try:
+            found = torch.autograd.grad(
+                [graph.gradient[name] for name in entries],
+                list(graph.leaves.values()),
+                [v[name] for name in entries],
+                retain_graph=again,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            return dict(zip(graph.leaves, found, strict=True))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            _NO_DOUBLE_BACKWARD.add(objective)
+    leaves = _leaves(parameters)
+
+    def forward() -> Parameters:
+        with _moving(leaves, v) as moving:
+            gradients = _backward(objective(moving, x, y), leaves)
+            return {name: _along(g) for name, g in gradients.items()}
+
+    def double_backward() -> Parameters:
+        return _backward(_along_by_backward(objective, leaves, x, y, v), leaves)
+
+    with torch.enable_grad():
+        return _either(objective, forward, double_backward, lambda: objective(leaves, x, y))
 
 
 def _chunks(x: Tensor, y: Tensor, chunk: int | None) -> Iterator[tuple[float, Tensor, Tensor]]:
@@ -266,17 +333,9 @@ def hessian_vector_product(
     """
 
     def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
-        leaves = _leaves(parameters)
-
-        def forward() -> Parameters:
-            with _moving(leaves, v) as moving:
-                gradients = _backward(objective(moving, piece_x, piece_y), leaves)
-                return {name: _along(g) for name, g in gradients.items()}
-
-        def double_backward() -> Parameters:
-            return _backward(_along_by_backward(objective, leaves, piece_x, piece_y, v), leaves)
-
-        return _either(objective, forward, double_backward, lambda: objective(leaves, piece_x, piece_y))
+        return _hessian_at_once(
+            objective, parameters, piece_x, piece_y, v, _graph(objective, parameters, piece_x, piece_y)
+        )
 
     return _over_chunks(term, x, y, chunk)
 
@@ -292,18 +351,10 @@ def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *
         chunk: Samples computed at a time; None for all at once. If all are, the graph of the gradient is kept for the
             product with the Hessian as long as the result lives. See `gradient` for its limits.
     """
-    if chunk is None or len(x) <= chunk:
-        try:
-            with torch.enable_grad(), Instead(FOR_SECOND):
-                leaves = _leaves(parameters)
-                g = _backward(objective(leaves, x, y), leaves, keep_graph=True)
-                refuse_once_differentiable(torch.stack([t.sum() for t in g.values()]))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:
-            pass
-        else:
-            return Curved({name: t.detach() for name, t in g.items()}, functools.partial(_curvature_of, g, leaves))
+    if (chunk is None or len(x) <= chunk) and (graph := _graph(objective, parameters, x, y)) is not None:
+        return Curved(
+            _detached(graph.gradient), lambda v: _hessian_at_once(objective, parameters, x, y, v, graph, again=True)
+        )
     return Curved(
         gradient(objective, parameters, x, y, chunk=chunk),
         lambda v: hessian_vector_product(objective, parameters, x, y, v, chunk=chunk),
@@ -333,15 +384,19 @@ def slope_of_gradient(
     Returns:
         None where torch has no such derivative of the loss.
     """
+    if objective in _NO_DOUBLE_BACKWARD:
+        return None
     leaf, leaves = x.detach().requires_grad_(), _leaves(parameters)
     try:
-        with torch.enable_grad(), Instead(FOR_SECOND):
+        with torch.enable_grad(), Instead(FOR_DOUBLE_BACKWARD), inputs_are(leaf):
             value = f(_backward(objective(leaves, leaf, y), leaves, keep_graph=True))
             refuse_once_differentiable(value)
-            return Slope(_backward(value, {"x": leaf})["x"], value.detach())
+            with without_weights():
+                return Slope(_backward(value, {"x": leaf})["x"], value.detach())
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
+        _NO_DOUBLE_BACKWARD.add(objective)
         return None
 
 
