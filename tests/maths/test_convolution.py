@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mithridate.core.model import WhiteBox
 from mithridate.maths import calculus
@@ -89,12 +90,12 @@ def test_weights_that_the_inputs_make_have_their_part_in_the_slope(what: str) ->
     assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
-class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no types
     """Counts convolutions: forward, and each derivative."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.found = 0
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.found: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._overloadpacket.__name__
@@ -112,10 +113,11 @@ def test_no_pass_is_made_that_nobody_asked_for() -> None:
     w = {name: draw(*p.shape, seed=i) for i, (name, p) in enumerate(box.parameters.items())}
     counts = {}
     with box.objective() as objective:
-        for name, run in {
+        runs: dict[str, Callable[[], object]] = {
             "slope": lambda: turn_towards(objective, box.parameters, x, y, w, normalise="tensor"),
             "curvature": lambda: calculus.hessian_vector_product(objective, box.parameters, x, y, w),
-        }.items():
+        }
+        for name, run in runs.items():
             with Calls() as calls:
                 run()
             counts[name] = calls.found

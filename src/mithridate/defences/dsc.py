@@ -185,7 +185,7 @@ class DSC(LookingBack, Correcting):
                 # A pass over these alone is cheaper than one back through twice as many, and the only way where all
                 # move.
                 if number == 0 or 2 * len(active) < len(every):
-                    piece, above = start.requires_grad_(), slice(None)
+                    piece, above = start.requires_grad_(), torch.ones_like(active, dtype=torch.bool)
                     with torch.enable_grad():
                         now = answers(current, piece)
                 with torch.enable_grad():

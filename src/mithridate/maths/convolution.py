@@ -69,7 +69,8 @@ class _Convolution(torch.autograd.Function):
         of_weight, of_bias = of_weight and asked, of_bias and asked
         by_x, by_weight = None, None
         if of_x or of_weight:
-            by_x, by_weight = _Gradients.apply(g, x, weight, ctx.how, (of_x, of_weight))
+            found = _Gradients.apply(g, x, weight, ctx.how, (of_x, of_weight))  # type: ignore[no-untyped-call]  # torch gives it no types
+            by_x, by_weight = found
         return by_x, by_weight, g.transpose(0, 1).flatten(1).sum(1) if of_bias else None, None
 
 
