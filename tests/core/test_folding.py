@@ -198,3 +198,29 @@ def test_looking_for_pairs_writes_nothing_to_the_model() -> None:
     model.passes.zero_()
     assert isinstance(model.last, Tensor)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+COPIES: list[str] = []
+
+
+class Uncopied(nn.Module):
+    """A model that is not to be copied, such as one that fills half of the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def __deepcopy__(self, memo: object) -> nn.Module:
+        COPIES.append("copied")
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+def test_a_model_without_batch_norm_is_not_copied() -> None:
+    model, x = Uncopied().eval(), torch.rand(2, 3, 8, 8)
+    with folded(model):
+        assert torch.equal(model(x), model.conv(x))
+    assert not COPIES

@@ -84,6 +84,8 @@ def _pairs(module: nn.Module) -> Sequence[tuple[Weighted, Norm]]:
 
 
 def _trace(module: nn.Module, layers: Mapping[str, nn.Module]) -> Sequence[Names]:
+    if not any(isinstance(m, Norm) for m in layers.values()):  # a large language model, say: nothing to copy it for
+        return []
     try:
         graph = fx.Tracer().trace(copy.deepcopy(module))  # what its layers write to themselves stays in the copy
     except Exception:  # a model may raise whatever it likes when it is given no tensor
