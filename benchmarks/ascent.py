@@ -44,7 +44,6 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "mim": {**PUBLISHED, "optimiser": "mim"},
     "apgd": {**PUBLISHED, "optimiser": "apgd"},
 }
-STEPS = (5, 10, 20, 35, 50, 65, 100)
 LAST = 100
 """Steps of the strength that is to be reached, by constant ones."""
 
@@ -57,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=5000, help="of the burn-in")
     parser.add_argument("--seed", type=int, default=0, help="of burn-in and stream")
     parser.add_argument("--eps", type=float, default=16 / 255, help="of batches and trigger")
+    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 35, 50, 65], help=f"beside {LAST}")
     parser.add_argument("--batches", type=int, default=3, help="that are crafted, each at the model as it is")
     parser.add_argument("--repeats", type=int, default=3, help="pairs of timings")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -114,7 +114,7 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     scene, rows = BurntIn(args), list[dict[str, Any]]()
-    for steps in STEPS:
+    for steps in [*args.steps, LAST]:
         for name, way in WAYS.items():
             ends = [scene.climbed(way, steps, batch) for batch in scene.batches]
             start, end = (statistics.fmean(pair[i] for pair in ends) for i in (0, 1))
