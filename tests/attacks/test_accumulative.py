@@ -631,14 +631,14 @@ def test_curvature_from_a_part_of_the_validation_samples(learner: Learner) -> No
         exact = at.validation
     v = {name: torch.randn(t.shape, generator=rngs, dtype=t.dtype) for name, t in exact.gradient.items()}
     drawn = []
-    for _ in range(400):
+    for _ in range(150):
         with part.round(view_of(learner), rngs) as at:
             assert all(torch.allclose(at.validation.gradient[name], t) for name, t in exact.gradient.items())
             drawn.append(torch.cat([t.flatten() for t in at.validation.curvature(v).values()]))
     expected = torch.cat([t.flatten() for t in exact.curvature(v).values()])
     assert not torch.equal(drawn[0], drawn[1])
     error = torch.stack(drawn).mean(0) - expected
-    assert float(error.norm()) < 0.2 * float((torch.stack(drawn) - expected).norm(dim=1).mean())
+    assert float(error.norm()) < 0.25 * float((torch.stack(drawn) - expected).norm(dim=1).mean())
     everything = replace(whole, validation_batch=VALIDATION.size).poison(BATCH, view_of(learner), rng=rng())
     assert torch.equal(everything.x, whole.poison(BATCH, view_of(learner), rng=rng()).x)
 

@@ -122,7 +122,10 @@ def test_what_is_measured_is_the_loss_and_the_worst_class() -> None:
 # Against the gate.
 
 
-@pytest.mark.parametrize("reference", ["previous", "best", "start"])
+@pytest.mark.parametrize(
+    "reference",
+    [pytest.param("previous", marks=pytest.mark.slow), "best", pytest.param("start", marks=pytest.mark.slow)],
+)
 def test_what_it_sends_passes_the_gate_that_refuses_the_inner_attack(reference: Any) -> None:
     """Every poisoned step is kept; what is refused is a clean batch, where nothing else was left to send."""
     tolerance = {"max_loss_rise": 0.1, "max_accuracy_drop": 0.2, "reference": reference}
@@ -185,6 +188,7 @@ def test_without_limits_it_is_the_inner_attack_bit_for_bit() -> None:
     assert all(torch.equal(image, other.images[name]) for name, image in one.images.items())
 
 
+@pytest.mark.slow
 def test_a_smaller_tolerance_leaves_less_of_the_poison() -> None:
     """And what is left stays inside it, batch by batch."""
     used: dict[float, list[float]] = {0.0: [], 0.1: [], 0.3: [], 50.0: []}

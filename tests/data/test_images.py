@@ -319,6 +319,7 @@ def test_importing_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_real_cifar10_second_load_takes_less_than_a_second(data_root: Path) -> None:
     first = load_images("cifar10", "train", data_root=data_root)
     started = time.process_time()  # of this process: other work on the machine does not count

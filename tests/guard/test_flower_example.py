@@ -116,6 +116,7 @@ def test_of_an_absurd_number_of_examples_only_the_number_is_set_right(federation
     assert whose == {(103, "refused"), (107, "capped")}
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_run(federation: Federation) -> None:
     first, again, other = (federation(attack="none", seed=seed, num_server_rounds=1)[0] for seed in (0, 0, 1))
     assert first == again

@@ -282,6 +282,7 @@ def test_derivatives_come_detached_and_do_not_need_grad_mode(net: Net) -> None:
             assert torch.equal(off, expected), name
 
 
+@pytest.mark.slow
 def test_forward_mode_is_silent() -> None:
     """Torch warns of its own torch.jit at the first dual tensor; callers who make warnings errors must not see it."""
     code = """

@@ -230,6 +230,7 @@ def test_check_model_names_what_it_got_and_leaves_the_model_alone() -> None:
     check_model(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10).double()), info)
 
 
+@pytest.mark.slow
 def test_small_cnn_learns_the_digits_in_fifteen_epochs() -> None:
     stream = open_stream(StreamSettings())
     test, accuracies = stream.test.all(), []

@@ -324,6 +324,7 @@ def test_inlined_figures_share_no_ids(make_row: MakeRow) -> None:
     assert used <= ids[0]
 
 
+@pytest.mark.slow
 def test_a_report_on_a_disk_that_is_full_is_one_message_and_keeps_the_old_one(
     demo_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

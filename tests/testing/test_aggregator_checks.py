@@ -165,6 +165,7 @@ BROKEN: dict[type, set[str]] = {
 }
 
 
+@pytest.mark.slow  # both are registered, and pass in test_components
 @pytest.mark.parametrize("cls", [Mean, Median])
 def test_what_they_are_made_of_passes(cls: type[Aggregator], failing: Callable[..., set[str]]) -> None:
     assert failing("aggregator", cls) == set()

@@ -166,6 +166,7 @@ BROKEN: dict[type, set[str]] = {
 }
 
 
+@pytest.mark.slow  # both are registered, and pass in test_components
 @pytest.mark.parametrize("cls", [KernelDensity, Loss])
 def test_what_they_are_made_of_passes(cls: type, failing: Callable[..., set[str]]) -> None:
     assert failing("detector", cls) == set()

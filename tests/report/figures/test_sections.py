@@ -100,6 +100,7 @@ def test_figures_are_the_same_whatever_the_settings_of_the_user(scored_rows: lis
         assert drawings() == usual
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes_and_leave_no_trace(
     scored_rows: list[Row], scores: list[Drawing], make_row: MakeRow, federated: Make
 ) -> None:
