@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.maths import calculus
+from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import NoDerivativeError, Parameters
 from mithridate.maths.elementary import Instead
 
@@ -144,11 +145,17 @@ def test_they_are_those_of_double_backward(layer: str, mode: BatchNormMode) -> N
         pixels = x.clone().requires_grad_()
         along = calculus.inner(slope(objective(p, pixels, y), p), v)
         in_x, in_p = slope(along, {"x": pixels})["x"], slope(along, p)
+        units = calculus.unit(slope(objective(p, pixels, y), p), "tensor")
+        tensorwise = slope(calculus.inner(units, v), {"x": pixels})["x"]
         third = slope(calculus.inner(in_p, u), {"x": pixels})["x"]
     with box.objective(mode) as objective:
         assert_close(calculus.mixed_partial(objective, box.parameters, x, y, v), in_x.detach(), rtol=1e-8, atol=1e-11)
+        curvature = calculus.curved(objective, box.parameters, x, y).curvature(v)
         for name, t in calculus.hessian_vector_product(objective, box.parameters, x, y, v).items():
             assert_close(t, in_p[name].detach(), rtol=1e-8, atol=1e-11)
+            assert_close(curvature[name], in_p[name].detach(), rtol=1e-8, atol=1e-11)
+        turned = turn_towards(objective, box.parameters, x, y, v, normalise="tensor")
+        assert_close(turned.gradient, tensorwise.detach(), rtol=1e-8, atol=1e-11)
         if layer != "encoder":  # torch's own third derivative of LayerNorm is wrong; the differences below hold it
             found = calculus.mixed_partial_of_curvature(objective, box.parameters, x, y, u, v)
             assert_close(found, third.detach(), rtol=1e-8, atol=1e-11)
@@ -174,10 +181,20 @@ def test_single_precision_kernels_are_found_too(layer: str) -> None:
     for box, dtype in ((single, torch.float32), (double, torch.float64)):
         x, y, _, v = draws(double, torch.float64)
         with box.objective() as objective:
-            v = {name: t.to(dtype) for name, t in v.items()}
-            found.append(calculus.mixed_partial(objective, box.parameters, x.to(dtype), y, v).double())
-    difference = torch.linalg.vector_norm(found[0] - found[1])
-    assert float(difference) < 1e-3 * float(torch.linalg.vector_norm(found[1]))
+            v, p, pixels = {name: t.to(dtype) for name, t in v.items()}, box.parameters, x.to(dtype)
+            at = calculus.curved(objective, p, pixels, y)
+            found.append(
+                [
+                    calculus.mixed_partial(objective, p, pixels, y, v),
+                    turn_towards(objective, p, pixels, y, v, normalise="global").gradient,
+                    *(torch.cat([t.flatten() for t in h.values()]) for h in (at.gradient, at.curvature(v))),
+                    torch.cat(
+                        [t.flatten() for t in calculus.hessian_vector_product(objective, p, pixels, y, v).values()]
+                    ),
+                ]
+            )
+    for a, b in zip(*found, strict=True):
+        assert float(torch.linalg.vector_norm(a.double() - b)) < 1e-3 * float(torch.linalg.vector_norm(b))
 
 
 class Once(torch.autograd.Function):
