@@ -75,11 +75,11 @@ class _MedianStatistics(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Callable[..., object],
         types: object,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401  (whatever torch's function returns)
+    ) -> object:
         return (self._batch_norm if func is F.batch_norm else func)(*args, **(kwargs or {}))
 
     def _batch_norm(

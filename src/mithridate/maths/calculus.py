@@ -37,6 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mithridate.maths.convolution import CHEAPER_TWICE, inputs_are, without_weights
 from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
+from mithridate.maths.graph import nodes
 
 Parameters = dict[str, Tensor]
 """Trainable parameters, or anything shaped like them (gradients, directions), by name."""
@@ -134,13 +135,17 @@ def _differentiable_kernels() -> Iterator[None]:
             backend.enabled = before
 
 
+_make_dual: Callable[[Tensor, Tensor], Tensor] = forward_ad.make_dual
+_unpack_dual: Callable[[Tensor], tuple[Tensor, Tensor | None]] = forward_ad.unpack_dual
+
+
 @functools.cache
 def _load_forward_mode() -> None:
     """Make the first dual tensor, at which torch compiles some formulas with torch.jit and warns of its own doing."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         with forward_ad.dual_level():
-            forward_ad.make_dual(torch.zeros(()), torch.zeros(()))  # type: ignore[no-untyped-call]  # torch gives it no types
+            _make_dual(torch.zeros(()), torch.zeros(()))
 
 
 @contextmanager
@@ -148,12 +153,12 @@ def _moving(parameters: Parameters, v: Parameters) -> Iterator[Parameters]:
     """Parameters that carry the direction `v`; whatever is computed from them carries its derivative along `v`."""
     _load_forward_mode()
     with Instead(FOR_SECOND), forward_ad.dual_level():
-        yield {name: forward_ad.make_dual(p, v[name]) for name, p in parameters.items()}  # type: ignore[no-untyped-call]  # torch gives it no types
+        yield {name: _make_dual(p, v[name]) for name, p in parameters.items()}
 
 
 def _along(t: Tensor) -> Tensor:
     """The derivative that a tensor carries."""
-    tangent: Tensor | None = forward_ad.unpack_dual(t).tangent  # type: ignore[no-untyped-call]  # torch gives it no types
+    tangent = _unpack_dual(t)[1]
     return torch.zeros_like(t) if tangent is None else tangent
 
 
@@ -184,15 +189,8 @@ def _along_by_backward(objective: Objective, leaves: Parameters, x: Tensor, y: T
 
 def refuse_once_differentiable(value: Tensor) -> None:
     """Raise where a function may be differentiated only once: torch then drops its part of a derivative unsaid."""
-    waiting, seen = [value.grad_fn], set[object]()
-    while waiting:
-        node = waiting.pop()
-        if node in seen or node is None:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise NoDerivativeError("a function that was marked with @once_differentiable")
-        waiting += [before for before, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in nodes(value)):
+        raise NoDerivativeError("a function that was marked with @once_differentiable")
 
 
 class _Graph(NamedTuple):

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+
+from mithridate.maths.graph import nodes
 
 _WEIGHTS_WANTED: ContextVar[bool] = ContextVar("derivatives in weights are wanted", default=True)
 
@@ -54,23 +57,30 @@ def _backward(g: Tensor, x: Tensor, weight: Tensor, how: _How, wanted: Sequence[
     return found[:2]
 
 
+class _Context(FunctionCtx):
+    """What a pass keeps for the next."""
+
+    how: _How
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:  # noqa: ANN401  (torch gives it no types)
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.how = how
         return _forward(x, weight, bias, how)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g,), (x, weight) = gradients, ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad[:3]
         asked = _WEIGHTS_WANTED.get() or not ctx.how.apart
         of_weight, of_bias = of_weight and asked, of_bias and asked
         by_x, by_weight = None, None
         if of_x or of_weight:
-            found = _Gradients.apply(g, x, weight, ctx.how, (of_x, of_weight))  # type: ignore[no-untyped-call]  # torch gives it no types
-            by_x, by_weight = found
+            by_x, by_weight = _differentiate(g, x, weight, ctx.how, (of_x, of_weight))
         return by_x, by_weight, g.transpose(0, 1).flatten(1).sum(1) if of_bias else None, None
 
 
@@ -79,12 +89,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,  # noqa: ANN401
-        g: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        how: _How,
-        wanted: tuple[bool, bool],
+        ctx: _Context, g: Tensor, x: Tensor, weight: Tensor, how: _How, wanted: tuple[bool, bool]
     ) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(g, x, weight)
         ctx.set_materialize_grads(False)
@@ -93,7 +98,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: _Context, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         (u, v), (g, x, weight), how = gradients, ctx.saved_tensors, ctx.how
         of_g, of_x, of_weight = ctx.needs_input_grad[:3]
         by_g, by_x, by_weight = None, None, None
@@ -108,6 +113,9 @@ class _Gradients(torch.autograd.Function):
             by_weight = _backward(g, u, weight, how, (False, True))[1]
         return by_g, by_x, by_weight, None, None
 
+
+_convolve: Callable[..., Tensor] = _Convolution.apply
+_differentiate: Callable[..., tuple[Tensor | None, Tensor | None]] = _Gradients.apply
 
 _INPUTS: ContextVar[Tensor | None] = ContextVar("inputs that are differentiated in", default=None)
 
@@ -127,16 +135,7 @@ def _reaches_input(t: Tensor) -> bool:
     x = _INPUTS.get()
     if x is None:
         return True
-    waiting, seen = [t.grad_fn], set[object]()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is x:
-            return True
-        waiting += [before for before, _ in node.next_functions]
-    return t is x
+    return t is x or any(getattr(node, "variable", None) is x for node in nodes(t))
 
 
 def _instead(own: Callable[..., Tensor], dimensions: int) -> Callable[..., Tensor]:
@@ -164,8 +163,7 @@ def _instead(own: Callable[..., Tensor], dimensions: int) -> Callable[..., Tenso
 
         apart = not _reaches_input(weight) and (bias is None or not _reaches_input(bias))
         how = _How(each(stride), each(padding), each(dilation), groups, apart)
-        out: Tensor = _Convolution.apply(x, weight, bias, how)  # type: ignore[no-untyped-call]  # torch gives it no types
-        return out
+        return _convolve(x, weight, bias, how)
 
     return convolution
 

@@ -1,6 +1,7 @@
 """Layers in elementary operations, for derivatives that torch's fused ones lack or get wrong."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,25 +28,6 @@ def _group_norm(
     return _affine(_standardised(x.reshape(len(x), num_groups, -1), [2], eps).view(x.shape), weight, bias)
 
 
-def _affine_batch_norm(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    scale = torch.rsqrt(running_var + eps)
-    scale = scale if weight is None else weight * scale
-    shift = -running_mean * scale if bias is None else bias - running_mean * scale
-    by_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
-    return torch.addcmul(shift.view(by_channel), x, scale.view(by_channel))
-
-
 def _batch_norm(
     x: Tensor,
     running_mean: Tensor | None,
@@ -55,10 +37,19 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    fused: bool = True,
 ) -> Tensor:
-    if not training:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _affine(_standardised(x, [d for d in range(x.ndim) if d != 1], eps), weight, bias)
+    """With running statistics, in one operation; with those of the batch, as torch has it if `fused`."""
+    if training or running_mean is None or running_var is None:
+        if fused:
+            return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+        return _affine(_standardised(x, [d for d in range(x.ndim) if d != 1], eps), weight, bias)
+    scale = torch.rsqrt(running_var + eps)
+    scale = scale if weight is None else weight * scale
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    by_channel = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    return torch.addcmul(shift.view(by_channel), x, scale.view(by_channel))
 
 
 def _layer_norm(
@@ -89,7 +80,7 @@ def _instance_norm(
 
 
 FOR_SECOND: dict[Any, Callable[..., Tensor]] = {
-    F.batch_norm: _affine_batch_norm,
+    F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
     F.silu: lambda x, inplace=False: x * torch.sigmoid(x),
     F.hardsigmoid: lambda x, inplace=False: F.relu6(x + 3) / 6,
@@ -99,7 +90,7 @@ FOR_SECOND: dict[Any, Callable[..., Tensor]] = {
 statistics, which one multiplication and addition does faster than torch's own derivatives of derivatives."""
 
 FOR_THIRD: dict[Any, Callable[..., Tensor]] = {
-    F.batch_norm: _batch_norm,
+    F.batch_norm: partial(_batch_norm, fused=False),
     F.layer_norm: _layer_norm,
     F.instance_norm: _instance_norm,
 }
@@ -118,7 +109,13 @@ class Instead(TorchFunctionMode):
         super().__init__()
         self.functions = functions
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401  (torch's protocol, which types nothing)
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         call = self.functions.get(func, func)
         if torch.is_grad_enabled():
             return call(*args, **(kwargs or {}))
