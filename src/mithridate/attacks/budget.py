@@ -106,7 +106,7 @@ class Iterated(Sighted, ABC):
         step_size: Length of one inner step, in the unit of the inputs, the first if they fall; unset: all together are
             as long as 2 * eps (with `apgd`, the first is).
         step_schedule: Of the steps of `pgd` and `mim`: `constant` as in the paper, or `cosine`, falling over half a
-            wave, which reached in 50 steps what constant ones need 100 for (`benchmarks/ascent.py`).
+            wave, which reached in 35 steps what constant ones need 100 for (`benchmarks/ascent.py`).
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.
         decay: Momentum factor of `mim`.
         random_start: Begin at a uniform draw from the ball.

@@ -91,10 +91,10 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew at every step, with replacement ("re-sampling S_val").
         validation_batch: Images of S_val that stand for its curvature in G_t, drawn anew at every step; its gradient
-            is still that of all of it. Unset: all, which is exact. With 100 of 500, G_t takes 0.4 of its passes.
+            is still that of all of it. Unset: all, which is exact.
         chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`). What is computed at
             once shares the graph of its gradient: S_val is cheapest if it is no larger than this. With 100 instead of
-            500, crafting takes a quarter of the memory and a tenth longer.
+            500, crafting takes a quarter of the memory and a sixth longer.
 
     Source:
         Pang et al., NeurIPS 2021, section 3.2 and section 4.1.
