@@ -1,5 +1,6 @@
 """BatchNorm folded into the layer before it: the same model, and the same derivatives of every order."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -139,6 +140,34 @@ def everything(f: calculus.Objective, box: WhiteBox, x: Tensor, y: Tensor, v: ca
     for normalise in ("none", "tensor"):
         out.append(turn_towards(f, p, x, y, v, normalise=normalise).gradient)
     return [*out, calculus.mixed_partial_of_curvature(f, p, x, y, v, v)]
+
+
+def test_what_is_folded_once_follows_the_weights() -> None:
+    """Other weights, the same ones written to, and derivatives in them are those of the model as it is."""
+    model, x = made("small_cnn")
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with folded(model, once=True):
+        for change in (lambda: None, lambda: norm.weight.mul_(2), lambda: norm.running_var.add_(1)):  # type: ignore[union-attr]
+            change()
+            expected = as_it_is(model, x)
+            for _ in range(2):
+                assert_close(model(x), expected, rtol=1e-10, atol=1e-12)
+        norm.weight = nn.Parameter(norm.weight * 3)
+        assert_close(model(x), as_it_is(model, x), rtol=1e-10, atol=1e-12)
+        (slope,) = torch.autograd.grad(model(x).square().sum(), norm.weight)
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), norm.weight)
+    assert_close(slope, wanted, rtol=1e-10, atol=1e-12)
+
+
+def as_it_is(model: nn.Module, x: Tensor) -> Tensor:
+    """The answer of a copy whose layers compute what is written."""
+    apart = copy.deepcopy(model)
+    for m in apart.modules():
+        m.__dict__.pop("forward", None)
+    out: Tensor = apart(x).detach()
+    return out
 
 
 def test_a_layer_that_somebody_listens_to_is_left_alone() -> None:

@@ -11,10 +11,16 @@ from torch.nn import functional as F
 from mithridate.attacks.pgd import PGD
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
+from mithridate.core.model import Precision
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.defences.at import AT
+from mithridate.defences.correction import Correcting, CorrectionLoss
 from mithridate.defences.dsc import DSC
+from mithridate.defences.fat import Fat
+from mithridate.defences.mart import Mart
+from mithridate.defences.mma import Mma
+from mithridate.defences.trades import Trades
 from mithridate.maths.divergence import Divergence
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.calibrate import calibrate, share_above
@@ -35,7 +41,7 @@ def moved_learner(updates: int = 3) -> Learner:
     return learner
 
 
-def seen_by(learner: Learner, defence: DSC | AT) -> View:
+def seen_by(learner: Learner, defence: Correcting) -> View:
     learner.defence = defence
     return replace(learner.view(), memory={})
 
@@ -118,6 +124,38 @@ def test_correction_goes_down_the_loss_and_at_corrects_all() -> None:
     assert bool((sent.x != poisoned.x).flatten(1).any(1).all())
     assert screened.flagged is not None
     assert bool(screened.flagged.all())
+
+
+EVERY: list[Correcting] = [
+    replace(LOOK_BACK, mu=0.0),
+    *(made(eps=0.2, steps=4) for made in (AT, Fat)),
+    *(made(eps=0.2, steps=4, adv_steps=4) for made in (Mart, Trades)),
+    Mma(eps=0.2, steps=4),
+]
+
+
+@pytest.mark.parametrize("loss", ["ce", "ce_kl"])
+@pytest.mark.parametrize("defence", EVERY, ids=lambda d: type(d).__name__)
+def test_a_correction_in_bfloat16_is_nearly_that_in_single_precision(defence: Correcting, loss: CorrectionLoss) -> None:
+    """The loss comes down as far; and every pass is made in it: of float32 weights a product is rounded to 8 bits."""
+    learner = moved_learner()
+    view = View(0, {}, {Need.MODEL: learner.white_box}, PGD.needs)
+    batch = PGD(eps=0.2).poison(STREAM.victim_batch(3, 0), view, rng=torch.Generator().manual_seed(0))
+    down, passes = {}, list[torch.dtype]()
+    last = next(m for m in reversed(list(learner.model.modules())) if isinstance(m, torch.nn.Linear))
+    last.register_forward_hook(lambda *args: passes.append(args[2].dtype))
+    precision: Precision
+    for precision in ("float32", "bfloat16"):
+        passes.clear()
+        own = replace(defence, precision=precision, correction_loss=loss)
+        sent = own.screen(batch, replace(seen_by(learner, own), memory={})).batch
+        assert set(passes) == {torch.bfloat16 if precision == "bfloat16" else torch.float32}
+        with torch.no_grad():
+            down[precision] = F.cross_entropy(learner.white_box.logits(batch.x), batch.y) - F.cross_entropy(
+                learner.white_box.logits(sent.x), batch.y
+            )
+    assert float(down["float32"]) > 0.1
+    assert float(down["bfloat16"]) == pytest.approx(float(down["float32"]), rel=0.1)
 
 
 def test_threshold_rises_with_the_stream_and_the_share_is_counted() -> None:

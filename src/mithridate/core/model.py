@@ -118,16 +118,17 @@ Answering = Callable[[Mapping[str, Tensor], Tensor], Tensor]
 
 
 @contextmanager
-def answering(module: nn.Module) -> Iterator[Answering]:
+def answering(module: nn.Module, precision: Precision = "float32") -> Iterator[Answering]:
     """What a model says in eval mode with one set of weights after another, for loops of many small passes.
 
     What each pass of `WhiteBox.logits` looks up is looked up once, which of a few samples is half of the time.
 
     Args:
         module: The model; it is as it was after the block.
+        precision: Of the passes; logits come in float32.
     """
     _apart(module, {})  # of a kind whose parameters cannot be replaced, it says so
-    with frozen_statistics(module, "eval"), no_draws(module):
+    with frozen_statistics(module, "eval", once=True), no_draws(module):
         names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
         places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         for m in module.modules():
@@ -145,7 +146,9 @@ def answering(module: nn.Module) -> Iterator[Answering]:
                     for table, key in places[name]:
                         held.append((table, key, table[key]))
                         table[key] = apart
-                return answer(module, x)
+                with passes_in(precision, x.device):
+                    logits = answer(module, x)
+                return logits.float() if precision == "bfloat16" else logits
             finally:
                 for table, key, before in reversed(held):
                     table[key] = before
@@ -308,18 +311,27 @@ class WhiteBox:
         """The trainable parameters, detached (they share memory with the model: do not write)."""
         return {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
 
-    def logits(self, x: Inputs, mode: BatchNormMode = "eval", *, parameters: Parameters | None = None) -> Tensor:
+    def logits(
+        self,
+        x: Inputs,
+        mode: BatchNormMode = "eval",
+        *,
+        parameters: Parameters | None = None,
+        precision: Precision = "float32",
+    ) -> Tensor:
         """What the model says of inputs, differentiable in them; nothing is recorded, no global generator drawn from.
 
         Args:
             x: Inputs.
             mode: `eval` uses BatchNorm's running statistics, `train` those of the batch.
             parameters: Trainable ones to use in place of the model's.
+            precision: Of the pass; the logits come in float32.
         """
-        with frozen_statistics(self.module, mode), no_draws(self.module):
-            if parameters is None and not torch.is_grad_enabled():
-                return answer(self.module, x)
-            return answer(self.module, x, self.parameters if parameters is None else parameters)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        with frozen_statistics(self.module, mode), no_draws(self.module), passes_in(precision, device):
+            own = None if parameters is None and not torch.is_grad_enabled() else self.parameters
+            logits = answer(self.module, x, own if parameters is None else parameters)
+        return logits.float() if precision == "bfloat16" else logits
 
     @contextmanager
     def objective(self, mode: BatchNormMode = "eval", precision: Precision = "float32") -> Iterator[Objective]:
@@ -461,7 +473,7 @@ def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
 
 
 @contextmanager
-def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
+def frozen_statistics(module: nn.Module, mode: BatchNormMode, *, once: bool = False) -> Iterator[None]:
     """Put a model in eval or train mode without letting it record; every flag and buffer comes back as it was.
 
     In eval mode BatchNorm is computed with the layer before it where it can be (`folding`), which rounds otherwise.
@@ -469,13 +481,14 @@ def frozen_statistics(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
     Args:
         module: The model.
         mode: `eval` or `train`.
+        once: Compute BatchNorm into those layers once for each set of weights, as `folding.folded` says.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     tracking = [m.track_running_stats for m in norms]
     with in_mode(module, mode), _kept_buffers(module):
         try:
             if mode == "eval":
-                with folded(module):
+                with folded(module, once=once):
                     yield
                 return
             for m in norms:

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -58,10 +57,10 @@ class AdversariallyLearned(Correcting, ABC):
     def up_the_divergence(self, batch: Batch, view: View) -> Tensor:
         """Pixels near each sample to which the current model answers unlike: up KL(f(sample) || f(pixels))."""
         box = view.model
-        clean = eval_logits(batch.x, view)
+        clean = self.says(batch.x, view)
 
         def from_clean(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
-            return divergence(clean, box.logits(x, parameters=p), "kl").mean()
+            return divergence(clean, box.logits(x, parameters=p, precision=self.precision), "kl").mean()
 
         def slope_at(x: Tensor) -> Slope:
             return input_gradient(from_clean, box.parameters, x, batch.y)
@@ -81,9 +80,3 @@ class AdversariallyLearned(Correcting, ABC):
             step_size=self.adv_step_size,
             start=self.beside(x, self.neighbourhood, view),
         ).x
-
-
-@torch.no_grad()
-def eval_logits(x: Tensor, view: View) -> Tensor:
-    """What the current model says of inputs, in eval mode, without a graph."""
-    return view.model.logits(x)

@@ -162,7 +162,7 @@ class DSC(LookingBack, Correcting):
         ever = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         before, current = old.state_of(box.module), box.parameters
         received: Tensor | None = None
-        with answering(box.module) as answers:
+        with answering(box.module, self.precision) as answers:
             for number in range(self.steps):
                 piece = x[active].requires_grad_()
                 # Of a clean batch few samples are corrected, so that a graph of all would be waste. Most of them go on:

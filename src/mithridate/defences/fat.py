@@ -66,7 +66,7 @@ class Fat(Correcting):
             # One forward pass serves both the stop and the gradient of the correction.
             piece, y = x[active].requires_grad_(), batch.y[active]
             with torch.enable_grad():
-                logits = view.model.logits(piece)
+                logits = view.model.logits(piece, precision=self.precision)
                 right = logits.argmax(1) == y
                 goes = ~right | (left[active] > 0)
                 if not bool(goes.any()):

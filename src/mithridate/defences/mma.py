@@ -11,7 +11,7 @@ from mithridate.core.batch import Batch
 from mithridate.core.model import Criterion, answer
 from mithridate.core.registry import register, settings
 from mithridate.core.view import View
-from mithridate.defences.adversarial_loss import AdversariallyLearned, eval_logits
+from mithridate.defences.adversarial_loss import AdversariallyLearned
 from mithridate.maths.norms import Ball
 
 
@@ -83,13 +83,13 @@ class Mma(AdversariallyLearned):
 
         A sample that does not count comes back as it was.
         """
-        right = eval_logits(batch.x, view).argmax(1) == batch.y
+        right = self.says(batch.x, view).argmax(1) == batch.y
         x, counts = batch.x.clone(), ~right
         if not self.searches or not bool(right.any()):
             return x, counts
         known = Batch(batch.x[right], batch.y[right])
         end = self.up_the_loss(known, view)
-        crosses = eval_logits(end, view).argmax(1) != known.y
+        crosses = self.says(end, view).argmax(1) != known.y
         if bool(crosses.any()):
             found = torch.nonzero(right).squeeze(1)[crosses]
             x[found] = self._bisected(Batch(known.x[crosses], known.y[crosses]), end[crosses], view)
@@ -102,6 +102,6 @@ class Mma(AdversariallyLearned):
         low, high = end.new_zeros(len(end)), end.new_ones(len(end))
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            beyond = eval_logits(torch.lerp(batch.x, end, middle.view(shape)), view).argmax(1) != batch.y
+            beyond = self.says(torch.lerp(batch.x, end, middle.view(shape)), view).argmax(1) != batch.y
             low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
         return torch.lerp(batch.x, end, high.view(shape))
