@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mithridate.bench.recipe import LARGEST, make_recipe, read_recipe
+from mithridate.bench.inheritance import LARGEST
+from mithridate.bench.recipe import make_recipe, read_recipe
 from mithridate.core.errors import LONGEST, ConfigError, UserError
 from mithridate.data import DATASETS
 from mithridate.models import build_model

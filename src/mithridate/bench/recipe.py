@@ -2,13 +2,13 @@
 
 import math
 import re
-import tomllib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, check_depth, expanded, label_of
+from mithridate.bench.inheritance import EXTENDS, inherited
 from mithridate.bench.store import run_id
 from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
@@ -19,6 +19,7 @@ from mithridate.core.files import path_of
 from mithridate.core.model import BatchNormMode
 from mithridate.core.past import older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make
+from mithridate.core.settings import UNSET
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
 from mithridate.core.watch import Detector, Monitor
@@ -32,9 +33,6 @@ __all__ = ["TABLES", "Cell", "Labelled", "Recipe", "Surrogate", "Table", "apply_
 
 PATHS = (("data", "path"), ("burn_in", "checkpoint"))
 """Settings that are paths."""
-
-LARGEST = 2**22
-"""Bytes of a recipe at most."""
 
 LARGEST_FLOAT = 3.4028234e38
 
@@ -206,33 +204,22 @@ def read_recipe(
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
 ) -> Recipe:
-    """A recipe from a TOML file.
+    """A recipe from a TOML file, merged over those that it `extends` (see `bench.inheritance`).
 
-    Paths in it that are not absolute start at its folder, those in `changes` at the current one.
+    Paths in a file that are not absolute start at its folder, those in `changes` at the current one.
 
     Args:
-        path: The file. The plug-ins that it names as files are looked for beside it.
+        path: The file. The plug-ins that a file names as files are looked for beside it; those of bases come first.
         plugins: Plug-ins to load besides (see `registry.load_plugin`); they become part of the recipe.
         changes: `table.key=value` each; see `apply_change`.
         seeds: Replace the recipe's.
 
     Raises:
-        ConfigError: The file is missing, no TOML, or asks for what is not there.
+        ConfigError: A file is missing, no TOML, extends itself, or asks for what is not there.
     """
-    path = path_of(path)
-    tables = _read_toml(path)
+    tables = inherited(path_of(path), _placed)
     _check_tables(tables)
-    for table, key in PATHS:
-        value = tables.get(table, {}).get(key)
-        if isinstance(value, str) and value:
-            tables[table][key] = str(path.parent / path_of(value))
-    older = tables.get("burn_in", {}).get("older")
-    for epoch, value in older.items() if isinstance(older, dict) else ():
-        older[epoch] = str(path.parent / path_of(value)) if isinstance(value, str) and value else value
-    tables["plugins"] = [
-        *(registry.load_plugin(plugin, folder=path.parent) for plugin in tables.get("plugins", [])),
-        *(registry.load_plugin(plugin) for plugin in plugins),
-    ]
+    tables["plugins"] = [*tables.get("plugins", []), *map(registry.load_plugin, plugins)]
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:
@@ -240,23 +227,21 @@ def read_recipe(
     return make_recipe(tables)
 
 
-def _read_toml(path: Path) -> Table:
-    """The tables of a file, whatever an editor put before them."""
-    try:
-        with path.open("rb") as handle:
-            content = handle.read(LARGEST + 1)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no recipe {path}; give the path of a .toml file.") from None
-    except OSError as error:
-        raise ConfigError(f"{path} is not readable ({error.strerror}); give the path of a .toml file.") from None
-    if len(content) > LARGEST:
-        raise ConfigError(f"{path} is larger than {LARGEST:,} bytes, and no recipe; give the path of a .toml file.")
-    try:
-        return tomllib.loads(content.decode("utf-8-sig"))
-    except ValueError as error:  # no TOML, no UTF-8, or a number of too many digits
-        raise ConfigError(f"{path} is not readable TOML: {str(error)[:200]}.") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is not readable TOML: it is nested too deep.") from None
+def _placed(tables: Table, folder: Path) -> Table:
+    """The tables of one file, checked, with paths and plug-ins that begin at its folder."""
+    _check_tables({key: value for key, value in tables.items() if key not in (*TABLES, "grid") or value != UNSET})
+    for table, key in PATHS:
+        values = tables.get(table)
+        value = values.get(key) if isinstance(values, dict) else None
+        if isinstance(value, str) and value not in {"", UNSET}:
+            tables[table][key] = str(folder / path_of(value))
+    burn_in = tables.get("burn_in")
+    older: Any = burn_in.get("older") if isinstance(burn_in, dict) else {}
+    for epoch, value in older.items() if isinstance(older, dict) else ():
+        older[epoch] = str(folder / path_of(value)) if isinstance(value, str) and value else value
+    if "plugins" in tables:
+        tables["plugins"] = [registry.load_plugin(plugin, folder=folder) for plugin in tables["plugins"]]
+    return tables
 
 
 def make_recipe(tables: Mapping[str, Any]) -> Recipe:
@@ -372,6 +357,8 @@ def _check_tables(tables: Mapping[str, Any]) -> None:
             )
         if key in ("title", "variant") and not isinstance(value, str):
             raise ConfigError(f"{key} = {shown(value)}: give a line of text.")
+        if key == EXTENDS:
+            raise ConfigError(f"{EXTENDS} belongs to a file: give `read_recipe` its path, or merge tables by `merged`.")
         if key not in (*TABLES, *_KEYS, "grid"):
             raise ConfigError(f"unknown table [{key}]: {nearest(key, (*TABLES, 'grid'))}")
         several = key in (*ARRAYS, "grid")
