@@ -78,6 +78,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trusted", type=int, default=1000, help="images that DSC is calibrated on")
     parser.add_argument("--batches", type=int, default=5, help="different batches, clean and poisoned")
     parser.add_argument("--repeats", type=int, default=3, help="timings of each")
+    parser.add_argument(
+        "--lr", type=float, default=0.1, help="of the stream; the larger, the faster it leaves a threshold behind"
+    )
     parser.add_argument("--eps", type=float, default=0.1, help="of the attack")
     parser.add_argument("--steps", type=int, default=10, help="inner steps of the attack")
     parser.add_argument(
@@ -91,9 +94,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fresh(model: nn.Module, defence: Defence, history: History, trusted: Batch) -> Learner:
+def fresh(model: nn.Module, defence: Defence, history: History, trusted: Batch, lr: float) -> Learner:
     """A learner of that model at the start of the stream."""
-    optimiser = victim_optimiser(model, OnlineRun())
+    optimiser = victim_optimiser(model, OnlineRun(lr=lr))
     return Learner(model, optimiser, defence=defence, history=history, trusted=trusted)
 
 
@@ -193,7 +196,7 @@ def peak_of(args: argparse.Namespace, model: nn.Module) -> int:
         name, DSC(mu=float(mu), tau=float(tau), precision="bfloat16" if name.endswith(BF16) else "float32")
     )
     trusted = Batch(tensors["trusted.x"], tensors["trusted.y"])
-    learner = fresh(model, defence, history, trusted)
+    learner = fresh(model, defence, history, trusted, args.lr)
     learner.update(Batch(batch.x[:2], batch.y[:2]))
     return peak_memory(lambda: learner.update(batch))
 
@@ -246,13 +249,13 @@ def main() -> None:
         old = history.checkpoint(args.epochs // 2)
     assert old is not None
     trusted = stream.trusted.all()
-    plain = fresh(model, Defence(), history, trusted)
+    plain = fresh(model, Defence(), history, trusted, args.lr)
     known = list(trusted.split(100))
     measured = {f"DSC {rate:.0%}": calibrate(plain, known, rate) for rate in args.rates}
     dscs = {name: dsc for name, (dsc, _) in measured.items()}
     dscs |= {f"{name}{BF16}": replace(dsc, precision="bfloat16") for name, dsc in dscs.items()}
     defences: dict[str, Defence] = {"ST": Defence(), **dscs, **FIXED}
-    learners = {name: fresh(model, defence, history, trusted) for name, defence in defences.items()}
+    learners = {name: fresh(model, defence, history, trusted, args.lr) for name, defence in defences.items()}
     streams: dict[str, Callable[[], list[Batch]]] = {
         "clean": lambda: list(stream.victim_batches(args.batches, seed=0)),
         "poisoned": lambda: poisoned_batches(plain, stream, args),

@@ -20,6 +20,7 @@ LAYERS: list[set[str]] = [
     {"simulation", "guard"},
     {"bench"},
     {"report"},
+    {"reproduce"},
     {"testing"},
     {"mithridate"},
     {"cli"},

@@ -275,6 +275,71 @@ def report(
     report_on(directories, out_dir or directories[0])
 
 
+class ScaleName(StrEnum):
+    """How large a reproduction is."""
+
+    smoke = "smoke"
+    small = "small"
+    paper = "paper"
+
+
+class Form(StrEnum):
+    """How tables are printed."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    latex = "latex"
+
+
+@app.command()
+@_reports_mistakes
+def reproduce(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Such as zhu2023-table1 or pang2021-figure3; `all` for every one.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Show all, with the claim and what is finished.")] = False,
+    scale: Annotated[
+        ScaleName,
+        typer.Option(
+            help="`smoke`: digits, seconds, shows that it runs; `small`: real images and a narrow ResNet, for two CPU "
+            "cores; `paper`: the full protocol."
+        ),
+    ] = ScaleName.smoke,
+    seeds: SeedsOption = None,
+    form: Annotated[Form, typer.Option("--format", help="How tables are printed.")] = Form.table,
+    device: DeviceOption = Device.auto,
+    out_dir: Annotated[Path, typer.Option("--out", help="Runs and page go to OUT/NAME/SCALE.")] = Path("reproduced"),
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Reproduce a published table or figure: our numbers beside the paper's, and a verdict on each of its claims.
+
+    Runs that are finished are kept, and killed ones continued: the same command goes on where it was.
+    """
+    from mithridate.cli.reproduce import chosen_items, list_items, reproduce_items
+
+    if list_all:
+        list_items(out_dir)
+        return
+    items = chosen_items(names or [])
+    import torch
+
+    torch.set_num_threads(threads or _cores())
+    with blamed(out_dir):
+        reproduce_items(
+            items,
+            scale.value,
+            out_dir,
+            seeds=_seeds(seeds),
+            form=form.value,
+            device=device.value,
+            data_root=data_root,
+            cache=cache,
+        )
+
+
 @app.command(name="list")
 @_reports_mistakes
 def list_(

@@ -13,6 +13,7 @@ from mithridate.report.doubts import Examined, examine, tally
 from mithridate.report.figures import FigureSection
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.findings import findings
+from mithridate.report.lead import Lead
 from mithridate.report.records import run_records
 from mithridate.report.rows import Row, groups, seeds, step_noun
 from mithridate.report.settings import flattened, settings, shared, varying
@@ -40,13 +41,19 @@ _RUN_COLUMNS = {
 }
 
 
-def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection], unfinished: Sequence[str] = ()) -> str:
+def page(
+    rows: Sequence[Row],
+    parts: Sequence[FigureSection | TableSection],
+    unfinished: Sequence[str] = (),
+    lead: Lead | None = None,
+) -> str:
     """The whole report as HTML. Every value from the store is escaped.
 
     Args:
         rows: All rows.
         parts: What stands between the results and the alarms, in order; empty ones are left out.
         unfinished: Names of runs that have not ended, and are not among the rows.
+        lead: What stands at the head; the findings alone if None.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     here = files("mithridate.report")
@@ -58,7 +65,9 @@ def page(rows: Sequence[Row], parts: Sequence[FigureSection | TableSection], unf
     tables, machines = [settings(run) for run in runs], [flattened(run.environment) for run in runs]
     common_settings, common_environment = shared(tables), shared(machines)
     return template.render(
-        title=f"Poisoning report: {'; '.join(finding.subject for finding in shown)}",
+        title=lead.title if lead else f"Poisoning report: {'; '.join(finding.subject for finding in shown)}",
+        lead=lead,
+        lead_parts=[part for part in (lead.parts if lead else ()) if not part.empty],
         subtitle=", ".join(dict.fromkeys(one_line(run.config["title"]) for run in runs if run.config.get("title"))),
         css=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
         findings=shown,

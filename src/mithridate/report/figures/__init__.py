@@ -1,8 +1,9 @@
 """The figures of a report, one file a figure, and their sections. Drawn without pyplot or a screen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.figures.accuracy_curves import accuracy_curves
 from mithridate.report.figures.clean_stream_accuracy import clean_stream_accuracy
 from mithridate.report.figures.convergence import convergence
@@ -53,38 +54,75 @@ class FigureSection:
         return not self.drawings and not self.absent
 
 
-def figure_sections(rows: Sequence[Row]) -> list[FigureSection]:
+FIGURES: Mapping[str, Callable[[Sequence[Row]], Drawing | Sequence[Drawing] | None]] = {
+    figure.__name__: figure
+    for figure in (
+        accuracy_curves,
+        clean_stream_accuracy,
+        convergence,
+        secrecy,
+        *SCORES,
+        poisoned_images,
+        loss_and_norms,
+    )
+}
+"""Every figure by name: of rows of one data set and model, what can be drawn of them."""
+
+
+def drawn(name: str, rows: Sequence[Row]) -> list[Drawing]:
+    """A figure by name, of every data set and model that it can be drawn of.
+
+    Args:
+        name: One of `FIGURES`.
+        rows: All rows of the report.
+
+    Raises:
+        ConfigError: There is no such figure.
+    """
+    if name not in FIGURES:
+        raise ConfigError(f"there is no figure '{name[:80]}': {nearest(name, FIGURES)}")
+    several: list[Drawing] = []
+    for members in groups(rows).values():
+        drawing = FIGURES[name](members)
+        several += [] if drawing is None else [drawing] if isinstance(drawing, Drawing) else drawing
+    return several
+
+
+def figure_sections(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[FigureSection]:
     """Every figure that these rows allow, in the order of the page.
 
     Args:
         rows: All rows of the report.
+        left_out: Names of figures that the page shows elsewhere.
     """
-    compared = groups(rows).values()
 
-    def drawn(*figures: Callable[[Sequence[Row]], Drawing | None]) -> list[Drawing]:
-        return [drawing for members in compared for figure in figures if (drawing := figure(members))]
+    def drawn_of(*figures: Callable[..., object]) -> list[Drawing]:
+        names = [figure.__name__ for figure in figures if figure.__name__ not in left_out]
+        return sorted((d for name in names for d in drawn(name, rows)), key=lambda d: subjects.index(d.subject))
+
+    subjects = [members[0].subject for members in groups(rows).values()]
 
     return [
         FigureSection(
             "accuracy",
             "Accuracy along the steps",
-            drawn(accuracy_curves, clean_stream_accuracy),
-            absent="No run has a trace.",
+            drawn_of(accuracy_curves, clean_stream_accuracy),
+            absent="" if left_out else "No run has a trace.",
             subheadings=False,
         ),
-        FigureSection("federation", "Rounds of the federation", drawn(convergence, secrecy)),
-        FigureSection("scores", "What detectors see", drawn(*SCORES)),
+        FigureSection("federation", "Rounds of the federation", drawn_of(convergence, secrecy)),
+        FigureSection("scores", "What detectors see", drawn_of(*SCORES)),
         FigureSection(
             "images",
             "Images",
-            [drawing for members in compared for drawing in poisoned_images(members)],
-            absent="" if all(row.federated for row in rows) else "No attacked run stored images.",
+            drawn_of(poisoned_images),
+            absent="" if left_out or all(row.federated for row in rows) else "No attacked run stored images.",
         ),
         FigureSection(
             "norms",
             "Loss and norms",
-            drawn(loss_and_norms),
-            absent="No run recorded losses or norms.",
+            drawn_of(loss_and_norms),
+            absent="" if left_out else "No run recorded losses or norms.",
             subheadings=False,
         ),
     ]

@@ -6,6 +6,23 @@ from dataclasses import dataclass, field, replace
 from mithridate.report.wording import markdown_safe
 
 
+class Toned(str):
+    """Text of a cell with what a page shows by its colour, too.
+
+    Args:
+        text: The cell.
+        tone: Name of a class of the page's style.
+    """
+
+    tone: str
+
+    def __new__(cls, text: str, tone: str) -> "Toned":
+        """A text; nothing else of it differs."""
+        self = super().__new__(cls, text)
+        self.tone = tone
+        return self
+
+
 @dataclass(frozen=True)
 class TableSection:
     """A part of the page that holds one table.

@@ -1,0 +1,116 @@
+"""The command `reproduce`: published tables and figures, listed or run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mithridate.cli.progress import Bars
+from mithridate.cli.terminal import out
+from mithridate.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mithridate.reproduce.item import Item, Scale
+    from mithridate.reproduce.run import Reproduction
+
+ALL = "all"
+"""In place of a name: every table and figure."""
+
+
+def list_items(directory: Path) -> None:
+    """Print every table and figure with its claim, its runs at each scale, and which of them are finished.
+
+    Args:
+        directory: Where runs are looked for.
+    """
+    from mithridate.reproduce.item import SCALES, item_names, read_item
+    from mithridate.reproduce.run import progress
+
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    table.add_column("name", no_wrap=True)
+    table.add_column("what the paper says")
+    for scale in SCALES:
+        table.add_column(scale, justify="right", no_wrap=True)
+    for name in item_names():
+        item = read_item(name)
+        standing = [_standing(*progress(item, scale, directory), item.cost.get(scale)) for scale in SCALES]
+        table.add_row(name, Text(item.claim), *standing)
+    out.print(table)
+    out.print(
+        "At each scale: runs; behind the comma the processor time that they took us on two shared cores, where we have "
+        f"measured it; 'done', or how many are, in {directory}.",
+        markup=False,
+    )
+
+
+def _standing(done: int, runs: int, cost: float | None) -> str:
+    took = "" if cost is None else f", {cost:.0f} s" if cost < 100 else f", {cost / 60:.0f} min"
+    return f"{runs}{took}" + ("" if not done else " done" if done == runs else f" ({done} done)")
+
+
+def chosen_items(names: Sequence[str]) -> "list[Item]":
+    """The items of some names; of `all`, every one.
+
+    Raises:
+        ConfigError: There is none of a name, or no name at all.
+    """
+    from mithridate.reproduce.item import item_names, read_item
+
+    if not names:
+        raise ConfigError("say which table or figure, such as zhu2023-table1; `mithridate reproduce --list` has all.")
+    return [read_item(name) for name in (item_names() if list(names) == [ALL] else names)]
+
+
+def reproduce_items(
+    items: "Sequence[Item]",
+    scale: "Scale",
+    directory: Path,
+    *,
+    seeds: Sequence[int] | None,
+    form: str,
+    **options: Any,  # noqa: ANN401
+) -> None:
+    """Run items and print each one's table and verdicts.
+
+    Args:
+        items: Tables and figures.
+        scale: At which size.
+        directory: Where runs and pages go.
+        seeds: In place of the recipes'.
+        form: `table` for the terminal, or `md`, `csv`, `latex`: that file alone is printed.
+        options: Of `reproduce`.
+    """
+    from mithridate.reproduce.run import reproduce
+
+    for item in items:
+        if form == "table":
+            out.print(f"{item.source}: {item.title}", style="bold", markup=False, highlight=False)
+        with Bars() as bars:
+            done = reproduce(item, scale, directory, seeds=seeds, watcher=bars if form == "table" else None, **options)
+        if form == "table":
+            _show(done)
+        else:
+            endings = {"md": ".md", "csv": ".csv", "latex": ".tex"}
+            for path in done.files:
+                if path.suffix == endings[form]:
+                    print(path.read_text(encoding="utf-8"), end="")
+
+
+def _show(done: "Reproduction") -> None:
+    from mithridate.report.tables.section import Toned
+    from mithridate.report.terminal import fitted
+    from mithridate.reproduce.outcome import summary
+
+    colours = {"near": "green", "apart": "red", "absent": "dim"}
+    for section in done.tables:
+        table = Table(title=section.heading, title_justify="left", box=None, pad_edge=False)
+        for number, column in enumerate(section.head):
+            table.add_column(column, justify="left" if number < section.names else "right")
+        for rows in section.rows.values():
+            for row in rows:
+                styles = [colours.get(cell.tone, "") if isinstance(cell, Toned) else "" for cell in row]
+                table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styles, strict=True)))
+        out.print(fitted(table, out.width))
+    out.print(f"{summary(v.outcome for v in done.verdicts)}; report: {done.report.html}", soft_wrap=True, markup=False)

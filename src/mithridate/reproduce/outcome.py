@@ -1,0 +1,189 @@
+"""What a reproduced item came to: the paper's table beside ours, the figure redrawn, and a verdict on each claim."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isfinite
+
+from mithridate.bench.store import Run
+from mithridate.report.figures import FigureSection, drawn
+from mithridate.report.figures.drawing import Band, Drawing
+from mithridate.report.figures.series import Panel, Place, series
+from mithridate.report.lead import Lead
+from mithridate.report.records import Record
+from mithridate.report.rows import Row, seed
+from mithridate.report.tables.section import TableSection, Toned
+from mithridate.report.wording import MISSING, listed
+from mithridate.reproduce.checks import Interval, Outcome, Verdict
+from mithridate.reproduce.comparison import beside, compared
+from mithridate.reproduce.item import Item, Scale, Series
+from mithridate.reproduce.quantities import OF_DETECTOR, QUANTITIES, quantity
+from mithridate.reproduce.selection import LABELS, setting_of
+
+TONES = {Outcome.HOLDS: "near", Outcome.FAILS: "apart", Outcome.UNDECIDED: "", Outcome.ABSENT: "absent"}
+
+
+def verdicts(item: Item, runs: Sequence[Run]) -> list[Verdict]:
+    """What runs say to each claim of an item."""
+    return [check.verdict(runs) for check in item.checks]
+
+
+def summary(outcomes: Iterable[Outcome]) -> str:
+    """How many claims hold, in words.
+
+    >>> summary([Outcome.HOLDS, Outcome.HOLDS, Outcome.UNDECIDED])
+    '2 of 3 checks hold, 1 not decided'
+    """
+    count = Counter(outcomes)
+    total, holding = count.total(), count[Outcome.HOLDS]
+    others = [f"{count[o]} {o.value}" for o in (Outcome.FAILS, Outcome.UNDECIDED, Outcome.ABSENT) if count[o]]
+    return ", ".join([f"{holding} of {total} checks hold", *others]) if total else "no check"
+
+
+def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
+    """What stands at the head of the page of an item.
+
+    Args:
+        item: The table or figure.
+        scale: Of the runs.
+    """
+
+    def lead(rows: Sequence[Row]) -> Lead:
+        runs = [run for row in rows for run in row.runs]
+        found = verdicts(item, runs)
+        drawings = [drawing for name in item.draw for drawing in drawn(name, rows)]
+        drawings += _series(item, rows)
+        of_runs = f"{len(runs)} runs at {scale} scale, seeds {listed(sorted({str(seed(run)) for run in runs}))}"
+        parts: list[TableSection | FigureSection] = [
+            FigureSection("redrawn", f"{item.source}, redrawn", drawings),
+            checks_table(found),
+        ]
+        parts += [] if item.table is None else [beside(item, compared(item, runs), scale)]
+        return Lead(
+            title=f"{item.source}: {item.title}",
+            headline=f"{summary(v.outcome for v in found)} ({of_runs}).",
+            details=[f"What the paper says: {item.claim}."],
+            parts=parts,
+            drawn=item.draw,
+        )
+
+    return lead
+
+
+def checks_table(found: Sequence[Verdict]) -> TableSection:
+    """The verdict on each claim, with the numbers behind it."""
+    return TableSection(
+        id="claims",
+        heading="The claims, and what our runs say",
+        intro="A claim holds if the whole 95 % interval over seeds (Student's t) lies where it says, and does not "
+        "hold if it lies wholly elsewhere; otherwise the runs do not decide it. Claims were written before the runs.",
+        head=("claim", "verdict", "ours", "n"),
+        rows={"": [_line(verdict) for verdict in found]} if found else {},
+        names=2,
+    )
+
+
+def _line(verdict: Verdict) -> list[str]:
+    numbers = "; ".join(MISSING if i is None else _interval(i) for i in verdict.intervals)
+    outcome = Toned(verdict.outcome.value, TONES[verdict.outcome])
+    return [verdict.says, outcome, f"{verdict.unit} {numbers}", str(verdict.n)]
+
+
+def _interval(interval: Interval) -> str:
+    ends = f" ({interval.low:.3g} to {interval.high:.3g})" if isfinite(interval.low) else ""
+    return f"{interval.mean:.3g}{ends}"
+
+
+def check_records(found: Sequence[Verdict]) -> list[Record]:
+    """One record a part of a claim, for files."""
+    return [
+        {
+            "claim": verdict.says,
+            "verdict": verdict.outcome.value,
+            "unit": verdict.unit,
+            "mean": i.mean if i else None,
+            "low": i.low if i and isfinite(i.low) else None,
+            "high": i.high if i and isfinite(i.high) else None,
+            "n": len(i.values) if i else 0,
+            "seeds": " ".join(f"{value:.6g}" for value in i.values) if i else "",
+        }
+        for verdict in found
+        for i in verdict.intervals
+    ]
+
+
+def _series(item: Item, rows: Sequence[Row]) -> list[Drawing]:
+    """The lines of an item, all panels in one figure; nothing if no run has a point of them."""
+    runs = [run for row in rows for run in row.runs]
+    shown = [Panel(s.title, _words(s.x), _words(s.y), lines) for s in item.series if (lines := _lines(s, runs))]
+    if not shown:
+        return []
+    caption = "Mean over seeds and its 95 % interval (none for a single seed)."
+    return [series(shown, rows[0], item.name, heading=item.title, caption=caption)]
+
+
+def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
+    """At each place of each line the values of its seeds, as a mean with its interval."""
+    values: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
+    across: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for run in s.where.runs(runs):
+        y = quantity(run, s.y, detector=s.where.detector)
+        x = _across(s, run)
+        if y is None or x is None:
+            continue
+        line = str(setting_of(run, s.line)) if s.line else ""
+        if _measured(s.x):  # one point a cell: the mean of what it measured there
+            cell = "|".join([line, *(str(run.summary.get(label)) for label in LABELS), str(run.config.get("variant"))])
+            across[line, cell].append(float(x))
+            values[line][cell].append(y)
+        else:
+            values[line][x].append(y)
+    lines: dict[str, dict[Place, Band]] = {}
+    for line, places in values.items():
+        for place, several in places.items():
+            at: Place = place
+            if (line, str(place)) in across:
+                xs = across[line, str(place)]
+                at = sum(xs) / len(xs)
+            interval = Interval.of(several)
+            ends = (interval.low, interval.high) if len(several) > 1 else (interval.mean, interval.mean)
+            lines.setdefault(line, {})[at] = (interval.mean, *ends)
+    return lines
+
+
+def _across(s: Series, run: Run) -> Place | None:
+    if _measured(s.x):
+        return quantity(run, s.x, detector=s.where.detector)
+    value = setting_of(run, s.x)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None if value is None and "." not in s.x else str("none" if value is None else value)
+    return float(value)
+
+
+def _measured(x: str) -> bool:
+    return x.partition(":")[0] in {*QUANTITIES, *OF_DETECTOR}
+
+
+WORDS: Mapping[str, str] = {
+    "start": "accuracy at the start (%)",
+    "before": "accuracy before the trigger (%)",
+    "after": "accuracy after the trigger (%)",
+    "drop": "drop in the trigger step (points)",
+    "phase_cost": "lost in the phase (points)",
+    "batches": "batches of the phase",
+    "mean_accuracy": "mean accuracy along the stream (%)",
+    "flagged_clean": "clean samples corrected (%)",
+    "attack_success": "attack success (%)",
+    "seconds": "seconds an update",
+    "burn_in_best": "best accuracy of the burn-in (%)",
+    "auroc": "AUROC",
+    "score_clean": "score of clean samples",
+    "score_poisoned": "score of poisoned samples",
+    "score_ratio": "poisoned over clean score",
+}
+
+
+def _words(name: str) -> str:
+    """A measure or setting in words."""
+    base, _, what = name.partition(":")
+    words = WORDS.get(base, base.replace("_", " "))
+    return f"{words}, {what}" if what else words

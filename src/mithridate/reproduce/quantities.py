@@ -1,0 +1,165 @@
+"""Numbers of a run by name: what tables, figures and checks of a reproduced item are about."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from mithridate.bench.store import Run
+from mithridate.core.errors import ConfigError, nearest
+from mithridate.report.detectors import DetectorInfo, detectors
+from mithridate.report.rows import Row
+from mithridate.report.scores import PHASES, quality, samples
+from mithridate.report.wording import number
+
+Quantity = Callable[[Run, str], float | None]
+"""(run, what stands behind the colon of its name) -> the number; None if the run has not got it."""
+
+
+def _summary(key: str, scale: float = 1) -> Quantity:
+    def of(run: Run, _: str) -> float | None:
+        value = number(run.summary.get(key))
+        return None if value is None else scale * value
+
+    return of
+
+
+def _phase_cost(run: Run, _: str) -> float | None:
+    start, before = (number(run.summary.get(f"accuracy_{when}")) for when in ("start", "before_trigger"))
+    return None if start is None or before is None else 100 * (start - before)
+
+
+def _attack_success(run: Run, _: str) -> float | None:
+    flagged = number(run.summary.get("flagged_poisoned"))
+    return None if flagged is None else 100 * (1 - flagged)
+
+
+def _mean_accuracy(run: Run, _: str) -> float | None:
+    """Over the steps, the trigger's included; the start is no step."""
+    values = [value for step in run.trace[1:] if (value := number(step.get("accuracy"))) is not None]
+    return 100 * statistics.fmean(values) if values else None
+
+
+def _accuracy_at(run: Run, step: str) -> float | None:
+    value = _in_trace(run, f"accuracy:{step}")
+    return None if value is None else 100 * value
+
+
+def _in_trace(run: Run, what: str) -> float | None:
+    """`COLUMN:K` of the trace: at step K, the last one, the trigger's, or the mean or largest of all steps."""
+    column, _, place = what.partition(":")
+    steps = run.trace[1:] if place in {"mean", "max", "last"} else run.trace
+    values = {int(step["step"]): value for step in steps if (value := number(step.get(column))) is not None}
+    if not values:
+        return None
+    match place:
+        case "mean":
+            return statistics.fmean(values.values())
+        case "max":
+            return max(values.values())
+        case "last":
+            return values[max(values)]
+        case "trigger":
+            fired = [int(step["step"]) for step in run.trace if step.get("phase") == "trigger"]
+            return values.get(fired[0]) if fired else None
+        case _ if place.isdecimal():
+            return values.get(int(place))
+    raise ConfigError(f"trace:{what}: say which step: a number, last, trigger, mean or max, as in trace:loss:last.")
+
+
+def _trace_column(column: str) -> Quantity:
+    return lambda run, place: _in_trace(run, f"{column}:{place or 'mean'}")
+
+
+def _burn_in_curve(run: Run) -> Mapping[int, float]:
+    curve = run.summary.get("burn_in_curve") or []
+    return {int(point["epoch"]): 100 * point["accuracy"] for point in curve}
+
+
+def _burn_in_accuracy(run: Run, epoch: str) -> float | None:
+    curve = _burn_in_curve(run)
+    return curve.get(max(curve) if epoch == "last" else int(epoch)) if curve else None
+
+
+def _burn_in_best(run: Run, _: str) -> float | None:
+    return max(_burn_in_curve(run).values(), default=None)
+
+
+QUANTITIES: Mapping[str, Quantity] = {
+    "start": _summary("accuracy_start", 100),
+    "before": _summary("accuracy_before_trigger", 100),
+    "after": _summary("accuracy_after_trigger", 100),
+    "drop": _summary("drop", 100),
+    "change": _summary("drop", -100),
+    "phase_cost": _phase_cost,
+    "batches": _summary("steps"),
+    "mean_accuracy": _mean_accuracy,
+    "accuracy_at": _accuracy_at,
+    "burn_in_accuracy": _burn_in_accuracy,
+    "burn_in_best": _burn_in_best,
+    "flagged_clean": _summary("flagged_clean", 100),
+    "attack_success": _attack_success,
+    "seconds": _summary("update_seconds"),
+    "craft_seconds": _trace_column("craft_seconds"),
+    "loss_at": _trace_column("loss"),
+    "grad_norm_at": _trace_column("gradient_norm"),
+    "update_norm_at": _trace_column("update_norm"),
+    "trace": _in_trace,
+    "summary": lambda run, key: number(run.summary.get(key)),
+}
+"""Of a run. Accuracies in percent, drops in points, times in seconds."""
+
+OF_DETECTOR = {"auroc": 1, "auroc_ood": 1, "tpr_at_1": 100, "tpr_at_5": 100, "score_clean": 1, "score_poisoned": 1}
+OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1}
+"""Of a detector of a run, and what they are multiplied by; behind the colon the phase."""
+
+
+def known(measure: str) -> None:
+    """Refuse a measure that is not there.
+
+    Args:
+        measure: By name, with what stands behind its colon.
+
+    Raises:
+        ConfigError: There is none of that name, or no such phase.
+    """
+    name, _, what = measure.partition(":")
+    if name not in {*QUANTITIES, *OF_DETECTOR}:
+        raise ConfigError(f"unknown measure '{name}': {nearest(name, [*QUANTITIES, *OF_DETECTOR])}")
+    if name in OF_DETECTOR and what and what not in PHASES:
+        raise ConfigError(f"{measure}: unknown phase '{what}': {nearest(what, PHASES)}")
+    if name in {"accuracy_at", "trace", "summary", "burn_in_accuracy"} and not what:
+        raise ConfigError(f"{measure}: say of what, as in accuracy_at:10, trace:loss:last or summary:alarms.")
+
+
+def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
+    """A number of a run.
+
+    Args:
+        run: A finished run.
+        measure: By name, with what stands behind its colon.
+        detector: Label of the detector that it is of, if it is of one; the only one if empty.
+
+    Returns:
+        None if the run has not got it.
+
+    Raises:
+        ConfigError: Unknown measure, or several detectors and none named.
+    """
+    known(measure)
+    name, _, what = measure.partition(":")
+    if name in QUANTITIES:
+        return QUANTITIES[name](run, what)
+    info = _detector(run, detector)
+    if info is None:
+        return None
+    of = quality(info, samples(run, info.key, what or PHASES[-1]))
+    value = of["ratio" if name == "score_ratio" else name]
+    # A discrepancy or a loss is stored as a score, whose low values are suspicious: people read its own sign.
+    sign = -1 if name.startswith("score_") and name != "score_ratio" and (info.is_discrepancy or info.is_loss) else 1
+    return None if value is None else sign * OF_DETECTOR[name] * value
+
+
+def _detector(run: Run, label: str) -> DetectorInfo | None:
+    there: Sequence[DetectorInfo] = detectors([Row("", "", "", "", (run,))])
+    if not label and len(there) > 1:
+        raise ConfigError(f"{len(there)} detectors scored {run.path.name}: say which by `detector = ...`.")
+    return next((info for info in there if label in {"", info.label} or info.label.startswith(f"{label}+")), None)

@@ -1,0 +1,123 @@
+"""Reproduce a table or figure: run its recipe, read the runs, and write the page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mithridate.bench.engine import run_recipe
+from mithridate.bench.recipe import Recipe
+from mithridate.bench.store import Run, finished, read_runs
+from mithridate.core.files import path_of, write_atomically
+from mithridate.report import ReportPaths, build_report
+from mithridate.report.records import to_csv
+from mithridate.report.tables.section import TableSection
+from mithridate.reproduce.checks import Verdict
+from mithridate.reproduce.comparison import beside, compared, records
+from mithridate.reproduce.item import Item, Scale
+from mithridate.reproduce.latex import latex
+from mithridate.reproduce.outcome import check_records, checks_table, lead_of, verdicts
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of an item.
+
+    Args:
+        item: The table or figure.
+        scale: Of the runs.
+        runs: Finished ones.
+        verdicts: On its claims.
+        report: The files of the page.
+        tables: The paper's numbers beside ours, and the claims.
+        files: The same, as CSV, Markdown and LaTeX.
+    """
+
+    item: Item
+    scale: Scale
+    runs: Sequence[Run]
+    verdicts: Sequence[Verdict]
+    report: ReportPaths
+    tables: Sequence[TableSection]
+    files: Sequence[Path]
+
+
+def directory_of(out: str | Path, item: Item, scale: Scale) -> Path:
+    """Where the runs and the page of an item lie."""
+    return path_of(out) / item.name / scale
+
+
+def wanted(item: Item, scale: Scale, seeds: Sequence[int] | None = None) -> Recipe:
+    """The recipe of an item, with other seeds if some are given."""
+    recipe = item.recipe(scale)
+    if seeds is None:
+        return recipe
+    variants = [replace(variant, seeds=tuple(seeds)) for variant in recipe.variants]
+    return replace(recipe, seeds=tuple(seeds), variants=variants)
+
+
+def reproduce(
+    item: Item,
+    scale: Scale,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Reproduction:
+    """Run what an item needs, as far as it has not been run, and write its page.
+
+    Args:
+        item: The table or figure.
+        scale: At which size.
+        out: Runs and page go to `out/<item>/<scale>/`.
+        seeds: In place of the recipe's.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, watcher.
+
+    Raises:
+        UserError: Anything in the item, the data, the device or the store that cannot work.
+    """
+    directory = directory_of(out, item, scale)
+    grid = run_recipe(wanted(item, scale, seeds), directory, resume=True, **options)
+    return written(item, scale, directory, grid.directories)
+
+
+def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | None = None) -> Reproduction:
+    """The page and tables of runs that are finished.
+
+    Args:
+        item: The table or figure.
+        scale: Of the runs.
+        directory: Where the files go.
+        runs: Directories of the runs; those in `directory` if None.
+
+    Raises:
+        StoreError: There is no finished run, or one is damaged.
+    """
+    places = list(runs) if runs is not None else [directory]
+    found = read_runs(places)
+    report = build_report(places, directory, lead_of(item, scale))
+    said = verdicts(item, found)
+    files = []
+    tables = []
+    if said:
+        files.append(_write(directory / "claims.csv", to_csv(check_records(said))))
+        tables.append(checks_table(said))
+    if item.table is not None:
+        cells = compared(item, found)
+        files.append(_write(directory / "table.csv", to_csv(records(item, cells))))
+        tables.append(beside(item, cells, scale))
+    files.append(_write(directory / "table.md", "\n".join(f"{t.heading}\n\n{t.markdown()}" for t in tables)))
+    files.append(_write(directory / "table.tex", "\n".join(latex(t) for t in tables)))
+    return Reproduction(item, scale, found, said, report, tables, files)
+
+
+def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
+    """How many of an item's runs are finished, and how many there are."""
+    names = [cell.run_id for variant in item.recipe(scale).each() for cell in variant.cells()]
+    directory = directory_of(out, item, scale)
+    return sum(finished(directory / name) for name in names), len(names)
+
+
+def _write(path: Path, content: str) -> Path:
+    write_atomically(path, lambda part: part.write_text(content, encoding="utf-8"))
+    return path

@@ -1,0 +1,88 @@
+"""Items: read, merged over their bases, refused where they are wrong; and the paper's table beside ours."""
+
+from pathlib import Path
+
+import pytest
+
+from mithridate.core.errors import ConfigError
+from mithridate.report.tables.section import Toned
+from mithridate.reproduce.comparison import beside, compared, records
+from mithridate.reproduce.item import SCALES, read_item
+from mithridate.reproduce.latex import latex
+from tests.reproduce.made import run_of
+
+NAME = "some2020-table1"
+
+
+def change(folder: Path, file: str, old: str, new: str) -> None:
+    path = folder / file
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_a_scale_is_laid_over_what_all_share_and_that_over_the_base(folder: Path) -> None:
+    recipes = {scale: read_item(NAME, folder).recipe(scale) for scale in SCALES}
+    assert [r.data.name for r in recipes.values()] == ["digits", "cifar10", "cifar10"]
+    assert [(r.run.lr, r.run.steps) for r in recipes.values()] == [(0.1, 1), (0.01, 16), (0.1, 100)]
+    assert {tuple(a.label for a in r.attacks) for r in recipes.values()} == {("clean-stream", "vanilla")}
+    assert all(r.model.width == 4 for r in recipes.values())
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("items/some2020-table1.toml", 'extends = "digits"', 'extends = "digit"', "no base 'digit'.*digits"),
+        ("bases/digits.toml", "[recipe.model]", 'extends = "digits"\n[recipe.model]', "circle"),
+        ("published/table.csv", "data,attack,defence", "data,attack,defense", "no column defence"),
+        ("published/table.csv", "83.4,", "83.4%,", "line 2: value and std"),
+        ("items/some2020-table1.toml", "[small.run]", "[small.runs]", "'runs'.*run"),
+        ("items/some2020-table1.toml", "[[check]]", "[[checks]]", "'checks'.*check"),
+        ("items/some2020-table1.toml", "[table.cells.data]", "[table.cells.date]", "no row or column"),
+        ("items/some2020-table1.toml", 'published = "table.csv"', 'published = "tabel.csv"', "no published/tabel.csv"),
+        ("items/some2020-table1.toml", "claim =", "claims =", "'claims'.*claim"),
+    ],
+)
+def test_a_wrong_file_is_named(folder: Path, file: str, old: str, new: str, message: str) -> None:
+    change(folder, file, old, new)
+    with pytest.raises(ConfigError, match=message):
+        read_item(NAME, folder)
+
+
+def test_an_unknown_item_and_a_wrong_recipe_are_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="some2020-table1"):
+        read_item("some2020-table11", folder)
+    change(folder, "items/some2020-table1.toml", "lr = 0.01", "lrr = 0.01")
+    with pytest.raises(ConfigError, match=r"some2020-table1 at scale small.*lrr"):
+        read_item(NAME, folder).recipe("small")
+
+
+RUNS = [
+    *(run_of(s, a, attack="clean-stream") for s, a in ((0, 0.81), (1, 0.85))),
+    *(run_of(s, a) for s, a in ((0, 0.90), (1, 0.91))),
+    run_of(0, 0.5, defence="clip", attack="clean-stream", config={"defence": {"name": "clip", "clip_norm": 0.1}}),
+]
+
+
+def test_each_printed_number_stands_beside_ours(folder: Path) -> None:
+    item = read_item(NAME, folder)
+    cells = compared(item, RUNS[:4])
+    assert [c.interval and round(c.interval.mean, 6) for c in cells] == [83.0, None, 90.5, None, None]
+    assert cells[0].difference == pytest.approx(-0.4)
+    (first, *_) = records(item, cells)
+    assert (first["paper"], first["n"], first["seeds"]) == (83.4, 2, "0:81 1:85")
+    table = beside(item, cells, "smoke")
+    assert list(table.head) == ["data", "attack", "ST", "GC"]
+    (lines,) = table.rows.values()
+    assert [line[:2] for line in lines] == [["CIFAR-10", "Clean"], ["CIFAR-10", "Poison"], ["SVHN", "Clean"]]
+    assert lines[0][2].endswith("(83.4)")
+    tones = [cell.tone for line in lines for cell in line if isinstance(cell, Toned)]
+    assert tones == ["near", "absent", "apart", "absent", "absent"]
+    assert "3 of 5" in table.note
+
+
+def test_latex_prints_the_table_and_escapes_it(folder: Path) -> None:
+    text = latex(beside(read_item(NAME, folder), compared(read_item(NAME, folder), RUNS[:4]), "smoke"))
+    assert text.count(r"\\") == 4
+    assert r"$\pm$" in text
+    assert "±" not in text
