@@ -1,6 +1,6 @@
 """Attacks that differ in nothing but their budget eps, and what detectors say of them: for figures along eps."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
@@ -15,13 +15,19 @@ from mithridate.report.settings import flattened, shared, varying
 from mithridate.report.wording import listed, number
 
 
-def variants(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
-    """Undefended cells whose attacks differ in nothing but `eps`, by `eps`; only those with scored poisoned samples.
+def has_scores(row: Row) -> bool:
+    """Whether detectors said something of its poisoned samples."""
+    return poisoned_phase(row) is not None
+
+
+def variants(rows: Sequence[Row], usable: Callable[[Row], bool] = has_scores) -> dict[str, dict[float, Row]]:
+    """Undefended cells whose attacks differ in nothing but `eps`, by `eps`.
 
     The step size counts as a share of `eps`, so that one which grows with it is no difference.
 
     Args:
         rows: Rows of one data set and model.
+        usable: Which cells are taken.
 
     Returns:
         By the attack's name, and by what tells it apart where several variants have it.
@@ -29,7 +35,7 @@ def variants(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
     members: dict[tuple[str, frozenset[tuple[str, str]]], tuple[dict[str, str], dict[float, Row]]] = {}
     for row in rows:
         eps = number(row.attack_settings.get("eps"))
-        if row.defence_name != "none" or not row.attacking or eps is None or poisoned_phase(row) is None:
+        if row.defence_name != "none" or not row.attacking or eps is None or not usable(row):
             continue
         settings = {key: value for key, value in row.attack_settings.items() if key not in {"label", "eps"}}
         if "step_size" in settings and eps > 0:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -38,7 +39,7 @@ def poisoned_images(rows: Sequence[Row]) -> list[Drawing]:
     for attack in dict.fromkeys(row.attack for row in rows if row.attacking):
         cells = sorted((row for row in rows if row.attack == attack), key=lambda row: row.defence_name != "none")
         runs = ((row, run) for row in cells for run in sorted(row.runs, key=lambda run: seed(run) or 0))
-        stored = ((row, run, pairs) for row, run in runs if (pairs := _pairs(run.images)))
+        stored = ((row, run, pairs) for row, run in runs if (pairs := pairs_of(run.images)))
         drawings += [_drawn(row, run, pairs) for row, run, pairs in islice(stored, 1)]
     return drawings
 
@@ -70,8 +71,23 @@ def mosaic(
     Returns:
         (height, width, 3) in [0, 1].
     """
+    return stacked([clean, poisoned, 0.5 + factor * (poisoned - clean)], side=side, gap=gap)
+
+
+def stacked(rows: Sequence[NDArray[np.float32]], *, side: int = 64, gap: int = 6) -> NDArray[np.float32]:
+    """Rows of images, side by side and above each other.
+
+    Args:
+        rows: (n, c, h, w) each, pixels outside [0, 1] shown as the nearest inside; c = 1 or 3; of other images the mean
+            over the channels is shown.
+        side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
+        gap: White pixels between images.
+
+    Returns:
+        (height, width, 3) in [0, 1].
+    """
     strips = []
-    for images in (clean, poisoned, 0.5 + factor * (poisoned - clean)):
+    for images in rows:
         shown = np.clip(np.nan_to_num(images), 0, 1)
         if shown.shape[1] != 3:
             shown = np.repeat(shown.mean(axis=1, keepdims=True), 3, axis=1)
@@ -82,7 +98,24 @@ def mosaic(
     return np.concatenate(strips, axis=0)[:-gap, :-gap].astype(np.float32)
 
 
-def _pairs(images: Mapping[str, NDArray[np.float32]]) -> Pairs:
+def draw_tiles(ax: Axes, tiles: NDArray[np.float32], labels: Sequence[str]) -> None:
+    """What `stacked` made, each of its rows named at the left.
+
+    Args:
+        ax: Where.
+        tiles: (height, width, 3) in [0, 1].
+        labels: One a row of images, from above.
+    """
+    ax.imshow(tiles, interpolation="none")
+    height = len(tiles) / len(labels)
+    ax.set_yticks([height * (i + 0.5) for i in range(len(labels))], labels)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.grid(visible=False)
+    ax.spines[:].set_visible(False)
+
+
+def pairs_of(images: Mapping[str, NDArray[np.float32]]) -> Pairs:
     """Clean and poisoned images of the phases that have both, in the same shape."""
     nothing = np.empty(0, dtype=np.float32)
     both = {phase: [images.get(f"{phase}.{kind}", nothing) for kind in ("clean", "poisoned")] for phase in PHASES}
@@ -102,15 +135,7 @@ def _drawn(row: Row, run: Run, pairs: Pairs) -> Drawing:
     figure.set_size_inches(1.0 + len(pairs) * (0.5 + 0.62 * most), 2.35)
     axes = figure.subplots(1, len(pairs), squeeze=False)[0]
     for ax, (phase, (clean, poisoned)) in zip(axes, pairs.items(), strict=True):
-        tiles = mosaic(clean, poisoned, factor)
-        ax.imshow(tiles, interpolation="none")
-        height = len(tiles) / 3
-        labels = ["clean", "poisoned", f"difference\n\u00d7 {factor:g}"]
-        ax.set_yticks([height * (i + 0.5) for i in range(3)], labels)
-        ax.set_xticks([])
-        ax.tick_params(length=0)
-        ax.grid(visible=False)
-        ax.spines[:].set_visible(False)
+        draw_tiles(ax, mosaic(clean, poisoned, factor), ["clean", "poisoned", f"difference\n\u00d7 {factor:g}"])
         ax.set_title(PHASES[phase], loc="left")
     where = f"{row.attack}, defence {row.defence}, seed {seed(run)}"
     return saved(
