@@ -48,7 +48,7 @@ def test_single_run_has_no_spread(make_row: MakeRow) -> None:
     row = make_row(0.2)
     (record,) = summary_records([row])
     assert (record["drop_std"], record["drop_n"]) == (None, 1)
-    assert "±" not in "".join(displayed(row).values())
+    assert "±" not in "".join(displayed(row, [row]).values())
 
 
 def test_formulas_are_neutralised_and_numbers_stay(make_run: Make) -> None:

@@ -23,9 +23,13 @@ def test_rows_come_with_controls_first(demo_store: Path) -> None:
 def test_halted_cell_shows_how_many_have_a_drop(make_run: Make) -> None:
     halted = make_run(seed=1, after=None, status="halted")
     (row,) = rows([make_run(seed=0), halted])
-    assert displayed(row)["n"] == "1 of 2"
+    assert displayed(row, [row])["n"] == "1 of 2"
     (alone,) = rows([halted])
-    assert [displayed(alone)[name] for name in ("after trigger (%)", "drop (points)", "n")] == ["—", "—", "0 of 1"]
+    assert [displayed(alone, [alone])[name] for name in ("after trigger (%)", "drop (points)", "n")] == [
+        "—",
+        "—",
+        "0 of 1",
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "0.5", True])

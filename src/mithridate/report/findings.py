@@ -6,10 +6,10 @@ from operator import sub
 
 from mithridate.bench.store import Run
 from mithridate.report.comparisons import budget, noise_bar, noise_of, undefended
-from mithridate.report.doubts.phase import QUIET_POINTS
 from mithridate.report.rows import Row, groups, seed, seeds, step_noun
 from mithridate.report.settings import flattened, shared
 from mithridate.report.statistic import Statistic, spread
+from mithridate.report.steadiness import quiet_limit
 from mithridate.report.wording import counted, decimal, listed, noun_of, number, out_of, points, span
 
 
@@ -97,7 +97,7 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
 
     An attack is said to have cost something only if its mean drop is above zero by more than one std over seeds and
     above the mean plus one std of noise under the same defence; the phase is called quiet only if it lost no more than
-    `QUIET_POINTS` and no monitor raised an alarm in it.
+    a clean stream does by itself and no monitor raised an alarm in it.
 
     Args:
         rows: Rows of one data set and model.
@@ -119,7 +119,7 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
     alone = _alone(best, bare)
     if not best.poisons_before_trigger:
         return f"{what} alone cost {_cost(best)}{under} ({best.attack}).", _beside(best, bare) + _defended(best, rows)
-    sentence = f"{what} cost {_cost(best)}{under} {_phase(best)}"
+    sentence = f"{what} cost {_cost(best)}{under} {_phase(best, rows)}"
     if alone is not None:
         same = f"the same kind of {noun}" if _same_kind(best, alone) else f"a {noun}"
         sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
@@ -159,14 +159,15 @@ def _supported(row: Row, rows: Sequence[Row]) -> bool:
     return drop.mean is not None and drop.mean - (drop.std or 0) > 0 and (bar is None or drop.mean > bar)
 
 
-def _phase(row: Row) -> str:
+def _phase(row: Row, rows: Sequence[Row]) -> str:
     length = counted(span(row.statistic("steps").values), step_noun([row]))
     lost = row.difference("accuracy_start", "accuracy_before_trigger").mean
     alarmed = row.alarmed_early()
-    if lost is not None and lost <= QUIET_POINTS and not alarmed:
+    limit, _ = quiet_limit(row, rows)
+    if lost is not None and lost <= limit and not alarmed:
         return f"after a quiet phase of {length}"
     noted = ["had a cost that was not measured"] if lost is None else []
-    noted += [f"had already cost {points(lost)} points"] if lost is not None and lost > QUIET_POINTS else []
+    noted += [f"had already cost {points(lost)} points"] if lost is not None and lost > limit else []
     noted += [f"raised alarms in {len(alarmed)} of {counted(len(row.runs), 'run')}"] if alarmed else []
     return f"after a phase of {length} that {listed(noted)}"
 

@@ -19,7 +19,7 @@ from mithridate.report.wording import MISSING, one_line, with_step_noun
 GROUP = ("data set", "model")
 """The columns that are shown only if several data sets or models are compared."""
 
-LEFT_OUT = {"alarms", "seconds"}
+LEFT_OUT = {"mean along (%)", "clean stream (%)", "clean steps as bad"}
 """The columns of the results for which 80 characters have no room; settings stand behind the labels."""
 
 HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
@@ -47,7 +47,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     for previous, row in zip([None, *rows], rows, strict=False):
         if previous is not None and (previous.group, previous.defence) != (row.group, row.defence):
             table.add_section()
-        shown = [_tight(cell) for name, cell in displayed(row).items() if name not in {*LEFT_OUT, *row.apart}]
+        shown = [_tight(cell) for name, cell in displayed(row, rows).items() if name not in {*LEFT_OUT, *row.apart}]
         table.add_row(*map(Text, (*(row.group if several else ()), *shown)))
     return table
 

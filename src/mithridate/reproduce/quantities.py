@@ -8,6 +8,7 @@ from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.detectors import DetectorInfo, detectors
 from mithridate.report.rows import Row
 from mithridate.report.scores import PHASES, quality, samples
+from mithridate.report.steadiness import mean_accuracy
 from mithridate.report.wording import number
 
 Quantity = Callable[[Run, str], float | None]
@@ -33,9 +34,8 @@ def _attack_success(run: Run, _: str) -> float | None:
 
 
 def _mean_accuracy(run: Run, _: str) -> float | None:
-    """Over the steps, the trigger's included; the start is no step."""
-    values = [value for step in run.trace[1:] if (value := number(step.get("accuracy"))) is not None]
-    return 100 * statistics.fmean(values) if values else None
+    mean = mean_accuracy(run)
+    return None if mean is None else 100 * mean
 
 
 def _accuracy_at(run: Run, step: str) -> float | None:

@@ -12,7 +12,7 @@ def test_markdown_is_one_table(demo_store: Path) -> None:
     made = rows(read_runs([demo_store]))
     lines = to_markdown(made).splitlines()
     assert len(lines) == 2 + len(made)
-    assert {line.count("|") for line in lines} == {11}
+    assert {line.count("|") for line in lines} == {12}
     for line, row in zip(lines[2:], made, strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         drop = row.statistic("drop")

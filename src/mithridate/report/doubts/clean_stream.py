@@ -4,11 +4,32 @@ from collections.abc import Iterator, Sequence
 from operator import sub
 
 from mithridate.report.comparisons import undefended
-from mithridate.report.doubts.doubt import NEGLIGIBLE, Doubt, Severity
+from mithridate.report.doubts.doubt import Doubt, Severity
 from mithridate.report.doubts.rule import rule
-from mithridate.report.doubts.selection import runs_with, share_of_runs
+from mithridate.report.doubts.selection import claiming_rows, runs_with, share_of_runs
 from mithridate.report.rows import Row, updates
 from mithridate.report.statistic import Statistic, spread
+from mithridate.report.steadiness import NEGLIGIBLE, clean_stream
+from mithridate.report.wording import points
+
+OFTEN = 0.05
+"""Share of a clean stream's steps beyond which what they do is no rarity."""
+
+
+@rule("A clean stream does it too")
+def clean_falls_as_far(rows: Sequence[Row]) -> Iterator[Doubt]:
+    """Looks for drops that single steps of a clean stream reach, too: more than one in twenty, or any of them."""
+    for row in claiming_rows(rows):
+        clean, drop = clean_stream(row, rows), row.statistic("drop").mean
+        if clean is None or drop is None or drop <= 0:
+            continue
+        some, steps = clean.as_far(drop)
+        if some:
+            text = (
+                f"{some} of {steps} steps of a clean stream cost {points(drop)} points or more, as the trigger does: "
+                "the stream is not steady; lower its rate, or let that of the burn-in fall."
+            )
+            yield Doubt(Severity.SERIOUS if some / steps > OFTEN else Severity.CAUTION, row.cell, text)
 
 
 @rule("False alarms")

@@ -5,9 +5,6 @@ from enum import StrEnum
 
 ALL_CELLS = "all cells"
 
-NEGLIGIBLE = 0.01
-"""Changes of accuracy below one point are not argued about."""
-
 
 class Severity(StrEnum):
     """How much a doubt takes away, the gravest first."""

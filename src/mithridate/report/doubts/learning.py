@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from mithridate.report.doubts.doubt import ALL_CELLS, NEGLIGIBLE, Doubt, Severity
+from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.doubts.rule import rule
 from mithridate.report.doubts.selection import claiming_rows, runs_with, share_of_runs
 from mithridate.report.rows import Row
+from mithridate.report.steadiness import NEGLIGIBLE
 from mithridate.report.wording import counted, points
 
 BUFFER_SHARE = 0.5

@@ -3,15 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from mithridate.bench.store import Run
-from mithridate.report.doubts.doubt import NEGLIGIBLE, Doubt, Severity
+from mithridate.report.doubts.doubt import Doubt, Severity
 from mithridate.report.doubts.rule import rule
 from mithridate.report.doubts.selection import claiming_rows, share_of_runs
 from mithridate.report.rows import Row, step_noun
+from mithridate.report.steadiness import NEGLIGIBLE, quiet_limit
 from mithridate.report.wording import counted, listed, number, points
-
-QUIET_POINTS = 0.05
-"""A phase that loses more accuracy than this (a fraction) before the trigger is not quiet. The phases of Pang et al.,
-Table 1, cost 2 to 5 points."""
 
 
 @rule("Phase of 0 batches")
@@ -72,7 +69,7 @@ def _watches_accuracy(run: Run) -> bool:
 
 @rule("Lost before the trigger")
 def early_loss(rows: Sequence[Row]) -> Iterator[Doubt]:
-    """Looks for attacks that cost more than 5 points before the trigger, or at least as much as the trigger itself."""
+    """Looks for attacks that cost more before the trigger than a clean stream loses, or as much as the trigger."""
     for row in claiming_rows(rows):
         before = row.difference("accuracy_start", "accuracy_before_trigger").mean
         drop = row.statistic("drop").mean
@@ -82,8 +79,8 @@ def early_loss(rows: Sequence[Row]) -> Iterator[Doubt]:
         if drop is not None and before >= drop:
             text = f"{lost} lost before the trigger and {points(drop)} in its step: not one {step_noun([row])}'s work."
             yield Doubt(Severity.SERIOUS, row.cell, text)
-        elif before > QUIET_POINTS:
-            text = f"{lost} lost before the trigger; a phase is called quiet up to {points(QUIET_POINTS)}."
+        elif before > (limit := quiet_limit(row, rows))[0]:
+            text = f"{lost} lost before the trigger ({limit[1]}): the phase is not quiet."
             yield Doubt(Severity.CAUTION, row.cell, text)
 
 

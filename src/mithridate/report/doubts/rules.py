@@ -1,6 +1,6 @@
 """Every rule by which a report doubts itself, in the order in which it names doubts of equal severity."""
 
-from mithridate.report.doubts.clean_stream import costs_on_clean, false_alarms, false_vetoes
+from mithridate.report.doubts.clean_stream import clean_falls_as_far, costs_on_clean, false_alarms, false_vetoes
 from mithridate.report.doubts.crafting import objective_fell
 from mithridate.report.doubts.environment import made_in_two_places, versions_mixed
 from mithridate.report.doubts.learning import buffers_explain, diverged, quarantined, starts_differ
@@ -20,6 +20,7 @@ from mithridate.report.doubts.threshold import calibration_missed, chooses_nothi
 
 RULES: tuple[Rule, ...] = (
     no_better_than_noise,
+    clean_falls_as_far,
     no_phase,
     floor_above_start,
     nothing_read,

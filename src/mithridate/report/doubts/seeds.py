@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from mithridate.report.doubts.doubt import ALL_CELLS, NEGLIGIBLE, Doubt, Severity
+from mithridate.report.doubts.doubt import ALL_CELLS, Doubt, Severity
 from mithridate.report.doubts.rule import rule
 from mithridate.report.doubts.selection import runs_with, share_of_runs
 from mithridate.report.rows import Row, seed, seeds
 from mithridate.report.settings import config_table
+from mithridate.report.steadiness import NEGLIGIBLE
 from mithridate.report.wording import counted, listed, number, points
 
 MIN_SEEDS = 3

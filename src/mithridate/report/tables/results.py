@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from mithridate.report.rows import Row, groups, step_noun
 from mithridate.report.statistic import spread
+from mithridate.report.steadiness import clean_falls, clean_range, mean_accuracy
 from mithridate.report.tables.section import TableSection, markdown_table
-from mithridate.report.wording import MISSING, decimal, out_of, span, with_step_noun
+from mithridate.report.wording import out_of, span, with_step_noun
 
 
 def results_table(rows: Sequence[Row]) -> TableSection:
@@ -18,23 +19,29 @@ def results_table(rows: Sequence[Row]) -> TableSection:
         id="results",
         heading="Results",
         intro="Accuracy on the test part, mean ± standard deviation over seeds (none for a single run). Drop: accuracy "
-        "before the trigger step minus after it. n: runs with a drop.",
+        "before the trigger step minus after it. Mean along: over all steps. Clean stream: lowest and highest accuracy "
+        "of the stream that nobody attacks, under the same defence; clean steps as bad: how many of its steps cost as "
+        "much as the trigger. n: runs with a drop.",
         names=2 + len(rows[0].apart),
         line=1,
         bold=5 + len(rows[0].apart),
-    ).filled([(row.subject, dict(zip(columns(rows), displayed(row).values(), strict=True))) for row in rows])
+    ).filled([(row.subject, dict(zip(columns(rows), displayed(row, rows).values(), strict=True))) for row in rows])
 
 
 def columns(rows: Sequence[Row]) -> tuple[str, ...]:
     """The headings of `displayed`, with what one step of these rows takes in instead of a batch."""
     apart = rows[0].apart
-    return tuple(name if name in apart else with_step_noun(step_noun(rows), name) for name in displayed(rows[0]))
+    return tuple(name if name in apart else with_step_noun(step_noun(rows), name) for name in displayed(rows[0], rows))
 
 
-def displayed(row: Row) -> dict[str, str]:
-    """One row as people read it, by headings as of online runs; the first columns are names, `row.apart` among them."""
+def displayed(row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """One row as people read it, by headings as of online runs; the first columns are names, `row.apart` among them.
+
+    Args:
+        row: The cell.
+        rows: All rows, among which its clean stream is looked for.
+    """
     drop = row.statistic("drop")
-    seconds = row.statistic("seconds").mean
     return {
         "attack": row.attack,
         "defence": row.defence,
@@ -44,9 +51,10 @@ def displayed(row: Row) -> dict[str, str]:
         "after trigger (%)": spread(row.statistic("accuracy_after_trigger")),
         "drop (points)": spread(drop),
         "phase (batches)": span(row.statistic("steps").values),
-        "alarms": span(row.statistic("alarms").values),
+        "mean along (%)": spread(row.each(mean_accuracy)),
+        "clean stream (%)": clean_range(row, rows),
+        "clean steps as bad": clean_falls(row, rows),
         "n": out_of(drop.n, len(row.runs)),
-        "seconds": MISSING if seconds is None else decimal(seconds),
     }
 
 
@@ -55,6 +63,6 @@ def to_markdown(rows: Sequence[Row]) -> str:
     several = len(groups(rows)) > 1
     return markdown_table(
         [*(("data set", "model") if several else ()), *columns(rows)],
-        [(*(row.group if several else ()), *displayed(row).values()) for row in rows],
+        [(*(row.group if several else ()), *displayed(row, rows).values()) for row in rows],
         names=(4 if several else 2) + len(rows[0].apart),
     )
