@@ -1,7 +1,10 @@
 # ruff: noqa: RUF001  (cells are written with a multiplication sign)
 
+import base64
 import csv
 import errno
+import hashlib
+import inspect
 import re
 import shutil
 import statistics
@@ -97,7 +100,8 @@ def check_self_contained(page: Page, source: str) -> None:
     assert all(resource.startswith(("data:", "#")) for resource in page.resources)
     assert all(match.startswith(("#", "data:")) for match in re.findall(r"url\(\s*['\"]?([^)]*)", source))
     assert "@import" not in source
-    assert not {"script", "link", "iframe", "object", "embed", "base", "form", "img"} & set(page.tags)
+    assert not {"link", "iframe", "object", "embed", "base", "form", "img"} & set(page.tags)
+    assert page.tags.count("script") <= 1  # ours, which the page's policy names by its hash and lets nothing else run
     assert not [name for name in page.attributes if name.startswith("on")]
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links} <= set(page.ids)
@@ -137,6 +141,14 @@ def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
 def test_page_reads_in_order(page: Page) -> None:
     wanted = ["doubts", "results", "costs", "holds", "accuracy", "images", "norms", "alarms", "settings", "runs"]
     assert [anchor for anchor in page.ids if anchor in wanted] == wanted
+
+
+def test_the_only_script_that_may_run_is_ours(built: ReportPaths) -> None:
+    html = built.html.read_text(encoding="utf-8")
+    (script,) = re.findall(r"<script>(.*?)</script>", html, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html
+    assert script == Path(inspect.getfile(build_report)).with_name("page.js").read_text(encoding="utf-8")
 
 
 def test_headline_is_computed(demo_store: Path, page: Page) -> None:

@@ -203,6 +203,7 @@ def read_recipe(
     plugins: Sequence[str] = (),
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
+    defences: Sequence[str] | None = None,
 ) -> Recipe:
     """A recipe from a TOML file, merged over those that it `extends` (see `bench.inheritance`).
 
@@ -213,6 +214,7 @@ def read_recipe(
         plugins: Plug-ins to load besides (see `registry.load_plugin`); they become part of the recipe.
         changes: `table.key=value` each; see `apply_change`.
         seeds: Replace the recipe's.
+        defences: Replace the recipe's: names, or `package.module:Class`.
 
     Raises:
         ConfigError: A file is missing, no TOML, extends itself, or asks for what is not there.
@@ -220,6 +222,8 @@ def read_recipe(
     tables = inherited(path_of(path), _placed)
     _check_tables(tables)
     tables["plugins"] = [*tables.get("plugins", []), *map(registry.load_plugin, plugins)]
+    if defences is not None:
+        tables["defence"] = [{"name": name} for name in defences]
     for change in changes:
         apply_change(tables, change)
     if seeds is not None:

@@ -310,6 +310,9 @@ def reproduce(
     form: Annotated[Form, typer.Option("--format", help="How tables are printed.")] = Form.table,
     device: DeviceOption = Device.auto,
     out_dir: Annotated[Path, typer.Option("--out", help="Runs and page go to OUT/NAME/SCALE.")] = Path("reproduced"),
+    record: Annotated[
+        Path | None, typer.Option(help="Keep a small JSON file of every run in this folder, such as results.")
+    ] = None,
     threads: ThreadsOption = 0,
     data_root: DataRootOption = None,
     cache: CacheOption = None,
@@ -334,10 +337,60 @@ def reproduce(
             out_dir,
             seeds=_seeds(seeds),
             form=form.value,
+            record=record,
             device=device.value,
             data_root=data_root,
             cache=cache,
         )
+
+
+@app.command()
+@_reports_mistakes
+def leaderboard(
+    added: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Defences to try and add: NAME, or package.module:Class; `all`: the recipe's. None: only the page."
+        ),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="The folder of records.")] = Path("results/leaderboard"),
+    recipe: Annotated[
+        Path | None, typer.Option(help="The attacks that a new defence is tried on; the library's own by default.")
+    ] = None,
+    changes: ChangesOption = None,
+    plugins: PluginsOption = None,
+    seeds: SeedsOption = None,
+    device: DeviceOption = Device.auto,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where page and runs go.")] = Path("leaderboard"),
+    threads: ThreadsOption = 0,
+    data_root: DataRootOption = None,
+    cache: CacheOption = None,
+) -> None:
+    """Build the page of defences against attacks, the worst attack first; and try new defences on all of them.
+
+    A new defence is run against every attack of the recipe, its records are put beside the others, and the page is
+    made anew. With `--set defence.NAME.key=value` it has other settings than its own.
+    """
+    from mithridate.cli.reproduce import add_defences, build_leaderboard
+
+    if added:
+        import torch
+
+        torch.set_num_threads(threads or _cores())
+        with blamed(out_dir):
+            add_defences(
+                added,
+                recipe or _shipped("leaderboard.toml"),
+                results,
+                out_dir,
+                plugins=plugins or [],
+                changes=changes or [],
+                seeds=_seeds(seeds),
+                device=device.value,
+                data_root=data_root,
+                cache=cache,
+            )
+    build_leaderboard(results, out_dir)
 
 
 @app.command(name="list")

@@ -70,6 +70,7 @@ def reproduce_items(
     *,
     seeds: Sequence[int] | None,
     form: str,
+    record: Path | None,
     **options: Any,  # noqa: ANN401
 ) -> None:
     """Run items and print each one's table and verdicts.
@@ -80,8 +81,10 @@ def reproduce_items(
         directory: Where runs and pages go.
         seeds: In place of the recipes'.
         form: `table` for the terminal, or `md`, `csv`, `latex`: that file alone is printed.
+        record: Folder for records of the runs; None keeps none.
         options: Of `reproduce`.
     """
+    from mithridate.reproduce.records import write_records
     from mithridate.reproduce.run import reproduce
 
     for item in items:
@@ -89,6 +92,8 @@ def reproduce_items(
             out.print(f"{item.source}: {item.title}", style="bold", markup=False, highlight=False)
         with Bars() as bars:
             done = reproduce(item, scale, directory, seeds=seeds, watcher=bars if form == "table" else None, **options)
+        if record is not None:
+            write_records(done.runs, record / item.name / scale)
         if form == "table":
             _show(done)
         else:
@@ -114,3 +119,54 @@ def _show(done: "Reproduction") -> None:
                 table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styles, strict=True)))
         out.print(fitted(table, out.width))
     out.print(f"{summary(v.outcome for v in done.verdicts)}; report: {done.report.html}", soft_wrap=True, markup=False)
+
+
+def add_defences(
+    names: Sequence[str],
+    recipe: Path,
+    results: Path,
+    directory: Path,
+    *,
+    plugins: Sequence[str],
+    changes: Sequence[str],
+    seeds: Sequence[int] | None,
+    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
+) -> None:
+    """Run every attack of a recipe against some defences, and keep a record of each run.
+
+    Args:
+        names: Of the defences, or where their classes are; `all` for those of the recipe itself.
+        recipe: Whose attacks, data and model are taken.
+        results: Folder of the records.
+        directory: Where the runs go.
+        plugins: To be loaded before the defences are looked up.
+        changes: Settings, as `--set` takes them.
+        seeds: In place of the recipe's.
+        options: Of `run_recipe`.
+    """
+    from mithridate.bench.engine import run_recipe
+    from mithridate.bench.recipe import read_recipe
+    from mithridate.bench.store import read_runs
+    from mithridate.reproduce.records import write_records
+
+    others = None if list(names) == [ALL] else names
+    wanted = read_recipe(recipe, plugins=plugins, changes=changes, seeds=seeds, defences=others)
+    with Bars() as bars:
+        grid = run_recipe(wanted, directory / "runs", resume=True, watcher=bars, **options)
+    write_records(read_runs(list(grid.directories)), results)
+
+
+def build_leaderboard(results: Path, directory: Path) -> None:
+    """Write the page from records, and say where it is.
+
+    Args:
+        results: Folder of the records.
+        directory: Where the page goes.
+    """
+    from mithridate.reproduce.leaderboard import reported_accuracies, write_leaderboard
+    from mithridate.reproduce.records import read_records
+
+    runs = read_records(results)
+    beside = results.parent / "zhu2023-table1"
+    reported = reported_accuracies(read_records(beside) if beside.is_dir() else [])
+    out.print(f"leaderboard: {write_leaderboard(runs, directory, reported)}", markup=False, soft_wrap=True)

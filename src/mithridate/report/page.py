@@ -1,11 +1,13 @@
 """The page: everything put into one HTML file that loads nothing."""
 
+import base64
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from mithridate.bench.store import Run
@@ -55,21 +57,18 @@ def page(
         unfinished: Names of runs that have not ended, and are not among the rows.
         lead: What stands at the head; the findings alone if None.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    here = files("mithridate.report")
-    template = environment.from_string(here.joinpath("page.html.j2").read_text(encoding="utf-8"))
     answers = examine(rows)
     shown = findings(rows)
     runs = [run for row in rows for run in row.runs]
     events, left_out = _events(rows)
     tables, machines = [settings(run) for run in runs], [flattened(run.environment) for run in runs]
     common_settings, common_environment = shared(tables), shared(machines)
-    return template.render(
+    return _rendered(
+        "page.html.j2",
         title=lead.title if lead else f"Poisoning report: {'; '.join(finding.subject for finding in shown)}",
         lead=lead,
         lead_parts=[part for part in (lead.parts if lead else ()) if not part.empty],
         subtitle=", ".join(dict.fromkeys(one_line(run.config["title"]) for run in runs if run.config.get("title"))),
-        css=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),  # noqa: S704  (our own file)
         findings=shown,
         doubtful=[_doubtful(answer) for answer in answers if answer.doubts],
         passed=[answer for answer in answers if not answer.doubts],
@@ -77,7 +76,6 @@ def page(
         unfinished=[one_line(name) for name in unfinished],
         parts=[part for part in (results_table(rows), *parts) if not part.empty],
         several=len(groups(rows)) > 1,
-        card=_card,
         events=events,
         left_out=left_out,
         common_settings=common_settings,
@@ -86,6 +84,36 @@ def page(
         differing_environment=varying(machines, common_environment),
         run_columns=[with_step_noun(step_noun(rows), name) for name in _RUN_COLUMNS.values()],
         runs=[[_written(record[name]) for name in _RUN_COLUMNS] for record in run_records(rows)],
+    )
+
+
+def board(lead: Lead) -> str:
+    """A page of tables and figures alone.
+
+    Args:
+        lead: All that it shows.
+    """
+    return _rendered("board.html.j2", lead=lead, several=False)
+
+
+def _rendered(template: str, **values: Any) -> str:  # noqa: ANN401  (whatever the template takes)
+    """A page whose style and script are inside it, and which may load or run nothing else."""
+    environment = Environment(
+        loader=PackageLoader("mithridate.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    here = files("mithridate.report")
+    css, js = (here.joinpath(f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    digest = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
+    return environment.get_template(template).render(
+        css=Markup(css),  # noqa: S704  (our own file)
+        js=Markup(js),  # noqa: S704  (our own file)
+        script_hash=Markup(f"sha256-{digest}"),  # noqa: S704  (letters, digits, +, / and =)
+        card=_card,
+        **values,
     )
 
 

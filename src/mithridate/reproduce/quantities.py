@@ -1,7 +1,8 @@
 """Numbers of a run by name: what tables, figures and checks of a reproduced item are about."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest
@@ -112,6 +113,10 @@ OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1}
 """Of a detector of a run, and what they are multiplied by; behind the colon the phase."""
 
 
+KEPT = "detectors"
+"""Where the summary of a record has what its detectors were worth, since it has no single scores."""
+
+
 def known(measure: str) -> None:
     """Refuse a measure that is not there.
 
@@ -148,18 +153,29 @@ def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
     name, _, what = measure.partition(":")
     if name in QUANTITIES:
         return QUANTITIES[name](run, what)
-    info = _detector(run, detector)
-    if info is None:
+    of = qualities(run)
+    if not detector and len(of) > 1:
+        raise ConfigError(f"{len(of)} detectors scored {run.path.name}: say which by `detector = ...`.")
+    label = next((label for label in of if detector in {"", label} or label.startswith(f"{detector}+")), None)
+    if label is None:
         return None
-    of = quality(info, samples(run, info.key, what or PHASES[-1]))
-    value = of["ratio" if name == "score_ratio" else name]
-    # A discrepancy or a loss is stored as a score, whose low values are suspicious: people read its own sign.
-    sign = -1 if name.startswith("score_") and name != "score_ratio" and (info.is_discrepancy or info.is_loss) else 1
-    return None if value is None else sign * OF_DETECTOR[name] * value
+    value = of[label][what or PHASES[-1]]["ratio" if name == "score_ratio" else name]
+    return None if value is None else OF_DETECTOR[name] * value
 
 
-def _detector(run: Run, label: str) -> DetectorInfo | None:
-    there: Sequence[DetectorInfo] = detectors([Row("", "", "", "", (run,))])
-    if not label and len(there) > 1:
-        raise ConfigError(f"{len(there)} detectors scored {run.path.name}: say which by `detector = ...`.")
-    return next((info for info in there if label in {"", info.label} or info.label.startswith(f"{label}+")), None)
+def qualities(run: Run) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
+    """What each detector of a run is worth, by label and phase; of a record, what was kept of that.
+
+    A discrepancy or a loss is stored as a score, whose low values are suspicious; here it has its own sign.
+    """
+    kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
+    return kept or {
+        info.label: {phase: _of_phase(run, info, phase) for phase in PHASES}
+        for info in detectors([Row("", "", "", "", (run,))])
+    }
+
+
+def _of_phase(run: Run, info: DetectorInfo, phase: str) -> dict[str, float | None]:
+    sign = -1 if info.is_discrepancy or info.is_loss else 1
+    values = quality(info, samples(run, info.key, phase))
+    return {name: sign * v if v is not None and name.startswith("score_") else v for name, v in values.items()}
