@@ -11,6 +11,9 @@ from mithridate.reproduce.checks import Interval
 from mithridate.reproduce.item import Item, PublishedCell
 from mithridate.reproduce.selection import by_seed
 
+NEAR = 1.0
+"""Numbers that differ by no more than this, in their own unit (points, of accuracies), are said to agree."""
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -96,7 +99,8 @@ def beside(item: Item, cells: Sequence[Compared], scale: str) -> TableSection:
         id="paper",
         heading=f"{item.source}, and ours at {scale} scale",
         intro="Ours: mean and half of the 95 % interval over seeds (none for a single seed); in brackets what the "
-        "paper prints. Green: the paper's number lies in our interval, or within 1 of our mean; red: it does not.",
+        "paper prints. Green: the two are within 1, or within what the paper gives as its spread; red: the paper's "
+        "number lies outside our interval; else our interval is too wide to tell.",
         head=[*(key.replace("_", " ") for key in down), *(name.replace("_", " ") for name in named)],
         rows={item.title: [[*names, *(line.get(column, "") for column in head)] for names, line in lines.items()]},
         note=f"Not run at this scale, or nothing of ours to compare: {missing} of {len(cells)}." if missing else "",
@@ -115,5 +119,7 @@ def written(c: Compared) -> str:
     ours = decimal(c.interval.mean, digits) + ("" if len(c.seeds) < 2 else f" ± {decimal(half, digits)}")
     if c.difference is None or c.cell.value is None:
         return f"{ours} ({printed})"
+    if abs(c.difference) <= max(NEAR, c.cell.std or 0):
+        return Toned(f"{ours} ({printed})", "near")
     inside = len(c.seeds) > 1 and c.interval.low <= c.cell.value <= c.interval.high
-    return Toned(f"{ours} ({printed})", "near" if inside or abs(c.difference) <= 1 else "apart")
+    return f"{ours} ({printed})" if inside else Toned(f"{ours} ({printed})", "apart")
