@@ -15,7 +15,7 @@ WORKERS ?= auto
 THREADS ?= 1
 PYTEST := OMP_NUM_THREADS=$(THREADS) MITHRIDATE_TEST_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo test test-slow lint types format clean
+.PHONY: install demo reproduce test test-slow lint types format clean
 
 install: $(STAMP)
 
@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/mithridate demo
+
+# Every published table and figure at the scale that only shows that it runs.
+reproduce: install
+	$(BIN)/mithridate reproduce all --scale smoke --out build/reproduced
 
 test: install
 	$(PYTEST)
