@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mithridate import guard as guard
     from mithridate import models as models
     from mithridate import monitors as monitors
+    from mithridate import reproduce as reproduce
     from mithridate import testing as testing
     from mithridate import update_attacks as update_attacks
     from mithridate.bench.engine import run_recipe as run_recipe
