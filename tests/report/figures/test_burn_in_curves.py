@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mithridate.bench.store import Run
+from mithridate.report.figures import FIGURES, figure_sections
 from mithridate.report.figures.burn_in_curves import burn_in_curve, burn_in_curves, burn_in_lines
 from mithridate.report.rows import rows
 
@@ -48,6 +49,7 @@ def test_norms_are_named_where_they_differ_and_what_changes_no_weight_never(make
 def test_it_is_drawn_of_two_ways_at_least_and_says_where_they_end(make: Make, make_run: Make) -> None:
     drawing = burn_in_curves(rows([make(None, 0.7, 0.9), make(0.1, 0.55, 0.6), make_run()]))
     assert drawing is not None
+    assert drawing.subject == "small_cnn on digits"
     assert "clip_norm unset: 90.0 percent after epoch 3." in drawing.alt
     assert "clip_norm 0.1: 60.0 percent after epoch 3." in drawing.alt
     assert burn_in_curves(rows([make(None, 0.9), make_run()])) is None
@@ -57,3 +59,12 @@ def test_epochs_that_gave_no_finite_number_are_left_out(make_run: Make) -> None:
     curve = [{"epoch": 1, "accuracy": None, "loss": None}, {"epoch": 2, "accuracy": 0.4, "loss": 1.0}]
     assert burn_in_curve(make_run(summary={"burn_in_curve": curve})) == {2: pytest.approx(40)}
     assert burn_in_curve(make_run(summary={"burn_in_curve": None})) == {}
+
+
+def test_a_report_has_it_once_however_many_data_sets_its_rows_are_of(make: Make) -> None:
+    found = rows([make(None, 0.9), make(0.1, 0.6), make(1.0, 0.8)])
+    assert len({row.group for row in found}) == 3
+    others = set(FIGURES) - {"burn_in_curves"}
+    (section,) = (section for section in figure_sections(found, left_out=others) if section.id == "burn-in")
+    assert len(section.drawings) == 1
+    assert all(section.empty for section in figure_sections(found, left_out=set(FIGURES)))

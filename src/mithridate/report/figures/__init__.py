@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.figures.accuracy_curves import accuracy_curves
+from mithridate.report.figures.burn_in_curves import burn_in_curves
 from mithridate.report.figures.clean_stream_accuracy import clean_stream_accuracy
 from mithridate.report.figures.convergence import convergence
 from mithridate.report.figures.discrepancy_along_steps import discrepancy_along_steps
@@ -12,6 +13,7 @@ from mithridate.report.figures.discrepancy_and_loss import discrepancy_and_loss
 from mithridate.report.figures.discrepancy_by_budget import discrepancy_by_budget
 from mithridate.report.figures.discrepancy_by_interval import discrepancy_by_interval
 from mithridate.report.figures.drawing import Drawing
+from mithridate.report.figures.images_by_budget import images_by_budget
 from mithridate.report.figures.loss_and_norms import loss_and_norms
 from mithridate.report.figures.poisoned_images import poisoned_images
 from mithridate.report.figures.score_distributions import score_distributions
@@ -63,14 +65,19 @@ FIGURES: Mapping[str, Callable[[Sequence[Row]], Drawing | Sequence[Drawing] | No
         secrecy,
         *SCORES,
         poisoned_images,
+        images_by_budget,
         loss_and_norms,
+        burn_in_curves,
     )
 }
-"""Every figure by name: of rows of one data set and model, what can be drawn of them."""
+"""Every figure by name: what can be drawn of rows of one data set and model; of all rows, if it is in `ACROSS`."""
+
+ACROSS = frozenset({"burn_in_curves"})
+"""The figures that compare data sets and models with each other."""
 
 
 def drawn(name: str, rows: Sequence[Row]) -> list[Drawing]:
-    """A figure by name, of every data set and model that it can be drawn of.
+    """A figure by name, of every data set and model that it can be drawn of, or of all together.
 
     Args:
         name: One of `FIGURES`.
@@ -82,7 +89,7 @@ def drawn(name: str, rows: Sequence[Row]) -> list[Drawing]:
     if name not in FIGURES:
         raise ConfigError(f"there is no figure '{name[:80]}': {nearest(name, FIGURES)}")
     several: list[Drawing] = []
-    for members in groups(rows).values():
+    for members in [rows] if name in ACROSS else groups(rows).values():
         drawing = FIGURES[name](members)
         several += [] if drawing is None else [drawing] if isinstance(drawing, Drawing) else drawing
     return several
@@ -110,12 +117,18 @@ def figure_sections(rows: Sequence[Row], left_out: Collection[str] = ()) -> list
             absent="" if left_out else "No run has a trace.",
             subheadings=False,
         ),
+        FigureSection(
+            "burn-in",
+            "Accuracy along the burn-in",
+            [] if "burn_in_curves" in left_out else drawn("burn_in_curves", rows),
+            subheadings=False,
+        ),
         FigureSection("federation", "Rounds of the federation", drawn_of(convergence, secrecy)),
         FigureSection("scores", "What detectors see", drawn_of(*SCORES)),
         FigureSection(
             "images",
             "Images",
-            drawn_of(poisoned_images),
+            drawn_of(poisoned_images, images_by_budget),
             absent="" if left_out or all(row.federated for row in rows) else "No attacked run stored images.",
         ),
         FigureSection(

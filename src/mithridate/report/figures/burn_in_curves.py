@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +20,7 @@ from mithridate.report.figures.drawing import (
 )
 from mithridate.report.rows import Row, seed
 from mithridate.report.settings import config_table, flattened, shared, varying
-from mithridate.report.wording import decimal, number
+from mithridate.report.wording import decimal, listed, number
 
 NOT_NAMED = ("burn_in.seed", "burn_in.evaluate_every", "burn_in.checkpoints")
 """Settings of a burn-in that change nothing about how it learns, or that lines are means over."""
@@ -55,11 +56,12 @@ def burn_in_curves(rows: Sequence[Row]) -> Drawing | None:
     ends = {name: (max(line), line[max(line)][0]) for name, line in lines.items()}
     return saved(
         figure,
-        next(row for row in rows if any(burn_in_curve(run) for run in row.runs)),
+        _subject(rows),
         "burn-in-curves",
         heading="Accuracy along the burn-in",
         caption="Nothing is attacked here: a line that rises more slowly, or ends lower, is what that way of training "
-        "costs. Mean over seeds at epochs that all have; band: from the lowest to the highest.",
+        "costs. clip_norm is the length that longer gradients are shortened to (unset: none is). Mean over seeds at "
+        "epochs that all have; band: from the lowest to the highest.",
         alt="Line chart of test accuracy by epoch of the burn-in. "
         + " ".join(f"{name}: {decimal(end)} percent after epoch {epoch:g}." for name, (epoch, end) in ends.items()),
     )
@@ -87,6 +89,13 @@ def burn_in_curve(run: Run) -> dict[float, float]:
     points = run.summary.get("burn_in_curve") or []
     measured = {number(point.get("epoch")): number(point.get("accuracy")) for point in points}
     return {epoch: 100 * value for epoch, value in measured.items() if epoch is not None and value is not None}
+
+
+def _subject(rows: Sequence[Row]) -> Row:
+    """A row that stands for all that were measured: their data sets by name, without the settings that lines tell."""
+    shown = [row for row in rows if any(burn_in_curve(run) for run in row.runs)]
+    names = dict.fromkeys(str(config_table(row.runs[0], "data").get("name")) for row in shown)
+    return replace(shown[0], dataset=listed(list(names)))
 
 
 def _way(run: Run) -> dict[str, str]:
