@@ -131,7 +131,7 @@ def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
         return _lines_of(s.y[0], s, runs)
     named = ((measure, _lines_of(measure, s, runs)) for measure in s.y)
     return {
-        ", ".join(filter(None, [_words(measure), line])): points
+        ", ".join(filter(None, [_words(measure.partition(":")[0]), line])): points
         for measure, lines in named
         for line, points in lines.items()
     }
@@ -195,6 +195,8 @@ WORDS: Mapping[str, str] = {
     "score_clean": "score of clean samples",
     "score_poisoned": "score of poisoned samples",
     "score_ratio": "poisoned over clean score",
+    "burn_in.epochs": "epochs of the burn-in",
+    "attack.eps": "eps",
 }
 
 
