@@ -53,3 +53,19 @@ def test_a_checkpoint_that_was_not_kept_is_an_error_in_the_name_of_who_asks(worl
     with pytest.raises(ConfigError, match="it looks back at burn-in epoch 7, which is not kept"):
         detector.score(world.fresh, world.view(detector, HISTORY=History()), {})
     assert Discrepancy().lookback == 0
+
+
+def test_moved_answers_are_kl_from_the_poisoned_answer_to_the_clean_one_now_and_then(world: "World") -> None:
+    weight = world.model.get_parameter("1.weight").detach()
+    past = History(checkpoints={5: Weights({"1.weight": 0.2 * weight}, {})})
+    received = world.fresh._replace(x=(world.fresh.x + 0.3 * world.fresh.x.flip(0)).clamp(0, 1))
+    detector = Discrepancy(epoch=5, moved_answers=True)
+    view = world.view(detector, HISTORY=past)
+    moved = detector.moved(world.fresh, received, view)
+    clean, poisoned = (x.flatten(1).double().numpy() for x in (world.fresh.x, received.x))
+    for name, w in (("moved_now", weight.double().numpy()), ("moved_then", 0.2 * weight.double().numpy())):
+        p, q = log_softmax(poisoned @ w.T, axis=1), log_softmax(clean @ w.T, axis=1)
+        assert moved[name].numpy() == pytest.approx((np.exp(p) * (p - q)).sum(1), rel=1e-4, abs=2e-5)
+    assert float((moved["moved_now"] - moved["moved_then"]).abs().max()) > 0.1
+    assert float(detector.moved(world.fresh, world.fresh, view)["moved_now"].abs().max()) < 1e-6
+    assert Discrepancy(epoch=5).moved(world.fresh, received, view) == {}

@@ -81,6 +81,21 @@ class Detector(Component, ABC):
             (n,); lower is more suspicious.
         """
 
+    def moved(self, clean: Batch, received: Batch, view: View) -> Mapping[str, Tensor]:
+        """How far poisoning moved samples in what the detector looks at; for measurement only.
+
+        A deployed system never sees samples as they were before they were poisoned, so nothing may act on this.
+
+        Args:
+            clean: The samples before anyone poisoned them.
+            received: The same samples as received.
+            view: What the detector declared.
+
+        Returns:
+            Distances (n,) by name; none by default.
+        """
+        return {}
+
 
 class Reading(NamedTuple):
     """What a service can watch after a step: fractions and mean losses.

@@ -47,4 +47,4 @@ def quantile_line(m: Tensor, values: Tensor, rate: float) -> tuple[float, float]
         mu, tau = float(fit.intercept_), float(fit.coef_[0])
         if mu >= 0 and tau >= 0:
             return mu, tau
-    return float(np.quantile(d, 1 - rate)), 0.0
+    return max(0.0, float(np.quantile(d, 1 - rate))), 0.0  # a distance of zero may come out below it by rounding

@@ -11,6 +11,7 @@ from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
+from mithridate.maths.divergence import divergence
 
 
 @register("detector", "discrepancy")
@@ -21,6 +22,8 @@ class Discrepancy(LookingBack, Detector):
     With the epoch before the last as the old model it is the "static" information of Fig. 1 of the paper.
 
     Args:
+        moved_answers: Store besides, for measurement only, how far poisoning moved the answer to each sample: under the
+            current model (alpha of the paper's Fig. 3) and under the old one (alpha').
         on_missing: While the stream is younger than `back` updates: `pass` scores every sample 0, as if nothing had
             moved; `closed` scores every sample -inf. Leave those steps out of any figure: nothing was measured there.
 
@@ -28,12 +31,14 @@ class Discrepancy(LookingBack, Detector):
         ConfigError: (from `score`) the wanted checkpoint was not kept.
 
     Source:
-        Zhu et al., ICML 2023, Definition 3.3, Eq. (5); Fig. 1 for `static`.
+        Zhu et al., ICML 2023, Definition 3.3, Eq. (5); Fig. 1 for `static`; Eq. (3) and Fig. 3 for the answers that
+        poisoning moved.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.HISTORY})
     fits: ClassVar[bool] = False
 
+    moved_answers: bool = False
     on_missing: Literal["pass", "closed"] = "pass"
 
     def check_inputs(self, batch: AnyBatch) -> None:
@@ -45,3 +50,21 @@ class Discrepancy(LookingBack, Detector):
         if old is None:
             return torch.full((batch.size,), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.y.device)
         return -memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)
+
+    @torch.no_grad()
+    def moved(self, clean: AnyBatch, received: AnyBatch, view: View) -> Mapping[str, Tensor]:
+        """D(answer to the poisoned sample, answer to the clean one), (n,): `moved_now` and `moved_then`; no score.
+
+        Source:
+            Zhu et al., ICML 2023, Eq. (3): both sides of the inequality.
+        """
+        old = self.old_model(view) if self.moved_answers else None
+        if old is None:
+            return {}
+        box = view.model
+        return {
+            "moved_now": divergence(box.logits(received.x), box.logits(clean.x), self.divergence),
+            "moved_then": divergence(
+                old.logits(box.module, received.x), old.logits(box.module, clean.x), self.divergence
+            ),
+        }

@@ -21,6 +21,9 @@ from mithridate.report.wording import number, one_line
 CLEAN, POISONED, OOD = "clean", "poisoned", "ood"
 """The three kinds of samples: before poisoning; changed, as received; of another image set."""
 
+MOVED_NOW, MOVED_THEN = "moved_now", "moved_then"
+"""Not scores, but how far poisoning moved the answers of the current, and of the old model."""
+
 KINDS = {CLEAN: "clean", POISONED: "poisoned", OOD: "other images"}
 """The kinds of samples in words."""
 
@@ -71,8 +74,12 @@ def samples(run: Run, key: str, phase: str = BOTH) -> ScoredSamples:
     Returns:
         Empty arrays where there is nothing; NaN counts as -inf.
     """
+    return samples_of(run, key, _steps_of(run, phase))
+
+
+def _steps_of(run: Run, phase: str) -> list[int]:
     phases = {ACCUMULATIVE, TRIGGER} if phase == BOTH else {phase}
-    return samples_of(run, key, [int(step["step"]) for step in run.trace if step["phase"] in phases])
+    return [int(step["step"]) for step in run.trace if step["phase"] in phases]
 
 
 def samples_of(run: Run, key: str, steps: Sequence[int]) -> ScoredSamples:
@@ -88,6 +95,25 @@ def samples_of(run: Run, key: str, steps: Sequence[int]) -> ScoredSamples:
         poisoned=scores[mask & (source == "received") & columns["poisoned"].astype(bool)],
         ood=scores[mask & (source == "ood")],
     )
+
+
+def mean_moved(run: Run, key: str, which: str, phase: str = BOTH) -> float | None:
+    """How far poisoning moved the answers to the samples that it changed, on the mean.
+
+    Args:
+        run: The run.
+        key: What the store calls the detector, a discrepancy with `moved_answers`.
+        which: `moved_now`: those of the current model; `moved_then`: those of the detector's old model.
+        phase: `accumulative`, `trigger` or `both`.
+
+    Returns:
+        None if the run did not store it.
+    """
+    if not run.scores:
+        return None
+    columns, steps = run.scores, _steps_of(run, phase)
+    mask = np.isin(columns["step"], steps) & (columns["detector"] == key) & (columns["source"] == which)
+    return finite_mean(columns["score"][mask & columns["poisoned"].astype(bool)])
 
 
 def finite_mean(scores: Scores) -> float | None:

@@ -13,6 +13,7 @@ from mithridate.bench.inheritance import merged
 from mithridate.bench.recipe import Recipe, make_recipe
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.reproduce.checks import Check
+from mithridate.reproduce.quantities import known
 from mithridate.reproduce.selection import Selection
 
 Scale = Literal["smoke", "small", "paper"]
@@ -27,7 +28,8 @@ PACKAGE = files("mithridate.reproduce")
 DEEPEST = 8
 """Bases above each other, at most."""
 
-_KEYS = ("title", "source", "claim", "extends", "recipe", *SCALES, "table", "figure", "check", "cost")
+_KEYS = ("title", "source", "claim", "extends", "recipe", *SCALES, "table", "figure", "check", "cost", "also")
+SERIES = ("x", "y", "line", "where", "title", "unit")
 _OF_RECIPE = (*TABLES, "grid", "plugins")
 
 
@@ -82,17 +84,19 @@ class Series:
 
     Args:
         x: Path of a setting, or a measure.
-        y: A measure.
+        y: Measures; of several, each has its own lines.
         line: `attack`, `defence`, `variant` or the path of a setting; empty for a single line.
         where: Which runs.
         title: Of the panel.
+        unit: What goes up, in words; unset: the measure's.
     """
 
     x: str
-    y: str
+    y: Sequence[str]
     line: str = ""
     where: Selection = field(default_factory=Selection)
     title: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class Item:
         series: Lines that redraw it.
         checks: The claims.
         cost: Seconds of processor time on two shared cores that it took us, by scale.
+        also: Items whose runs it shows besides its own.
     """
 
     name: str
@@ -122,6 +127,12 @@ class Item:
     series: Sequence[Series]
     checks: Sequence[Check]
     cost: Mapping[str, float]
+    also: Sequence["Item"] = ()
+
+    @property
+    def parts(self) -> "Sequence[Item]":
+        """The items whose runs it shows: itself, if it has a recipe, and others."""
+        return [*([self] if any(self.tables.values()) else []), *self.also]
 
     def recipe(self, scale: Scale) -> Recipe:
         """What is run at a scale.
@@ -185,6 +196,7 @@ def read_item(name: str, folder: Traversable = PACKAGE) -> Item:
         series=[_series(s, f"items/{name}.toml") for s in (series if isinstance(series, list) else [series])],
         checks=[Check.of(check, where=f"items/{name}.toml") for check in tables.get("check", [])],
         cost=tables.get("cost", {}),
+        also=[read_item(other, folder) for other in tables.get("also", [])],
     )
 
 
@@ -217,11 +229,14 @@ def _toml(folder: Traversable, place: str) -> dict[str, Any]:
 
 def _series(table: Mapping[str, Any], where: str) -> Series:
     values = dict(table)
-    if unknown := next((key for key in values if key not in ("x", "y", "line", "where", "title")), None):
-        raise ConfigError(f"{where}: series has '{unknown}'; it takes x, y, line, where and title.")
+    if unknown := next((key for key in values if key not in SERIES), None):
+        raise ConfigError(f"{where}: series has '{unknown}'; it takes {', '.join(SERIES)}.")
     if not {"x", "y"} <= values.keys():
         raise ConfigError(f"{where}: series needs x and y.")
-    return Series(**{**values, "where": Selection.of(values.get("where", {}), where=where)})
+    several = values["y"] if isinstance(values["y"], list) else [values["y"]]
+    for measure in several:
+        known(measure)
+    return Series(**{**values, "y": several, "where": Selection.of(values.get("where", {}), where=where)})
 
 
 def _paper_table(table: Mapping[str, Any], folder: Traversable, where: str) -> PaperTable:

@@ -114,7 +114,11 @@ def check_records(found: Sequence[Verdict]) -> list[Record]:
 def _series(item: Item, rows: Sequence[Row]) -> list[Drawing]:
     """The lines of an item, all panels in one figure; nothing if no run has a point of them."""
     runs = [run for row in rows for run in row.runs]
-    shown = [Panel(s.title, _words(s.x), _words(s.y), lines) for s in item.series if (lines := _lines(s, runs))]
+    shown = [
+        Panel(s.title, _words(s.x), s.unit or listed(list(map(_words, s.y))), lines)
+        for s in item.series
+        if (lines := _lines(s, runs))
+    ]
     if not shown:
         return []
     caption = "Mean over seeds and its 95 % interval (none for a single seed)."
@@ -122,11 +126,23 @@ def _series(item: Item, rows: Sequence[Row]) -> list[Drawing]:
 
 
 def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
+    """The lines of each measure; of several, named by it."""
+    if len(s.y) == 1:
+        return _lines_of(s.y[0], s, runs)
+    named = ((measure, _lines_of(measure, s, runs)) for measure in s.y)
+    return {
+        ", ".join(filter(None, [_words(measure.partition(":")[0]), line])): points
+        for measure, lines in named
+        for line, points in lines.items()
+    }
+
+
+def _lines_of(measure: str, s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
     """At each place of each line the values of its seeds, as a mean with its interval."""
     values: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
     across: dict[tuple[str, str], list[float]] = defaultdict(list)
     for run in s.where.runs(runs):
-        y = quantity(run, s.y, detector=s.where.detector)
+        y = quantity(run, measure, detector=s.where.detector)
         x = _across(s, run)
         if y is None or x is None:
             continue
@@ -179,6 +195,8 @@ WORDS: Mapping[str, str] = {
     "score_clean": "score of clean samples",
     "score_poisoned": "score of poisoned samples",
     "score_ratio": "poisoned over clean score",
+    "burn_in.epochs": "epochs of the burn-in",
+    "attack.eps": "eps",
 }
 
 

@@ -8,7 +8,16 @@ from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.detectors import DetectorInfo, detectors
 from mithridate.report.rows import Row
-from mithridate.report.scores import PHASES, quality, samples
+from mithridate.report.scores import (
+    MOVED_NOW,
+    MOVED_THEN,
+    PHASES,
+    finite_mean,
+    mean_moved,
+    quality,
+    samples,
+    samples_of,
+)
 from mithridate.report.steadiness import mean_accuracy
 from mithridate.report.wording import number
 
@@ -40,6 +49,10 @@ def _mean_accuracy(run: Run, _: str) -> float | None:
 
 
 def _accuracy_at(run: Run, step: str) -> float | None:
+    """After a step, or after a share of the steps that the run was given."""
+    if step.endswith("%"):
+        loop = run.config.get("federated") or run.config.get("run") or {}
+        step = str(round(float(step[:-1]) / 100 * loop.get("rounds", loop.get("steps", 0))))
     value = _in_trace(run, f"accuracy:{step}")
     return None if value is None else 100 * value
 
@@ -109,10 +122,13 @@ QUANTITIES: Mapping[str, Quantity] = {
 """Of a run. Accuracies in percent, drops in points, times in seconds."""
 
 OF_DETECTOR = {"auroc": 1, "auroc_ood": 1, "tpr_at_1": 100, "tpr_at_5": 100, "score_clean": 1, "score_poisoned": 1}
-OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1}
-"""Of a detector of a run, and what they are multiplied by; behind the colon the phase."""
+OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1, "score_gap": 1, MOVED_NOW: 1, MOVED_THEN: 1, "score_clean_at": 1}
+"""Of a detector of a run, and what they are multiplied by; behind the colon the phase, of `score_clean_at` the step.
+
+`score_gap`: poisoned minus clean; `moved_now`, `moved_then`: how far poisoning moved answers, see `Discrepancy`."""
 
 
+STEPS = "steps"
 KEPT = "detectors"
 """Where the summary of a record has what its detectors were worth, since it has no single scores."""
 
@@ -129,9 +145,9 @@ def known(measure: str) -> None:
     name, _, what = measure.partition(":")
     if name not in {*QUANTITIES, *OF_DETECTOR}:
         raise ConfigError(f"unknown measure '{name}': {nearest(name, [*QUANTITIES, *OF_DETECTOR])}")
-    if name in OF_DETECTOR and what and what not in PHASES:
+    if name in OF_DETECTOR and name != "score_clean_at" and what and what not in PHASES:
         raise ConfigError(f"{measure}: unknown phase '{what}': {nearest(what, PHASES)}")
-    if name in {"accuracy_at", "trace", "summary", "burn_in_accuracy"} and not what:
+    if name in {"accuracy_at", "trace", "summary", "burn_in_accuracy", "score_clean_at"} and not what:
         raise ConfigError(f"{measure}: say of what, as in accuracy_at:10, trace:loss:last or summary:alarms.")
 
 
@@ -159,23 +175,39 @@ def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
     label = next((label for label in of if detector in {"", label} or label.startswith(f"{detector}+")), None)
     if label is None:
         return None
-    value = of[label][what or PHASES[-1]]["ratio" if name == "score_ratio" else name]
+    if name == "score_clean_at":
+        return of[label][STEPS].get(what)
+    value = of[label][what or PHASES[-1]].get("ratio" if name == "score_ratio" else name)
     return None if value is None else OF_DETECTOR[name] * value
 
 
 def qualities(run: Run) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
     """What each detector of a run is worth, by label and phase; of a record, what was kept of that.
 
+    Beside the phases stands the mean score of each step's clean samples.
+
     A discrepancy or a loss is stored as a score, whose low values are suspicious; here it has its own sign.
     """
     kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
     return kept or {
-        info.label: {phase: _of_phase(run, info, phase) for phase in PHASES}
+        info.label: {phase: _of_phase(run, info, phase) for phase in PHASES} | {STEPS: _by_step(run, info)}
         for info in detectors([Row("", "", "", "", (run,))])
     }
 
 
 def _of_phase(run: Run, info: DetectorInfo, phase: str) -> dict[str, float | None]:
-    sign = -1 if info.is_discrepancy or info.is_loss else 1
     values = quality(info, samples(run, info.key, phase))
-    return {name: sign * v if v is not None and name.startswith("score_") else v for name, v in values.items()}
+    signed = {name: _sign(info) * v if v is not None and name.startswith("score_") else v for name, v in values.items()}
+    clean, poisoned = signed["score_clean"], signed["score_poisoned"]
+    gap = None if clean is None or poisoned is None else poisoned - clean
+    moved = {which: mean_moved(run, info.key, which, phase) for which in (MOVED_NOW, MOVED_THEN)}
+    return {**signed, "score_gap": gap, **moved}
+
+
+def _by_step(run: Run, info: DetectorInfo) -> dict[str, float | None]:
+    means = {str(s["step"]): finite_mean(samples_of(run, info.key, [int(s["step"])]).clean) for s in run.trace[1:]}
+    return {step: None if mean is None else _sign(info) * mean for step, mean in means.items()}
+
+
+def _sign(info: DetectorInfo) -> int:
+    return -1 if info.is_discrepancy or info.is_loss else 1

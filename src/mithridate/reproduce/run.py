@@ -66,6 +66,8 @@ def reproduce(
 ) -> Reproduction:
     """Run what an item needs, as far as it has not been run, and write its page.
 
+    Runs of another item that it shows are made where that item has them.
+
     Args:
         item: The table or figure.
         scale: At which size.
@@ -76,9 +78,11 @@ def reproduce(
     Raises:
         UserError: Anything in the item, the data, the device or the store that cannot work.
     """
-    directory = directory_of(out, item, scale)
-    grid = run_recipe(wanted(item, scale, seeds), directory, resume=True, **options)
-    return written(item, scale, directory, grid.directories)
+    runs: list[Path] = []
+    for part in item.parts:
+        grid = run_recipe(wanted(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
+        runs += grid.directories
+    return written(item, scale, directory_of(out, item, scale), runs)
 
 
 def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | None = None) -> Reproduction:
@@ -113,9 +117,13 @@ def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | No
 
 def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
     """How many of an item's runs are finished, and how many there are."""
-    names = [cell.run_id for variant in item.recipe(scale).each() for cell in variant.cells()]
-    directory = directory_of(out, item, scale)
-    return sum(finished(directory / name) for name in names), len(names)
+    places = [
+        directory_of(out, part, scale) / cell.run_id
+        for part in item.parts
+        for variant in part.recipe(scale).each()
+        for cell in variant.cells()
+    ]
+    return sum(map(finished, places)), len(places)
 
 
 def _write(path: Path, content: str) -> Path:

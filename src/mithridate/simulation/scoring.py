@@ -38,12 +38,19 @@ class Scorer:
 
     def score(self, batch: Batch, learner: Learner) -> Tensor:
         """(n,) float64 on the CPU, lower for the more suspicious; what is not finite becomes -inf."""
+        scores = self.detector.score(batch, self._view(learner), self.fitted).detach().double().cpu()
+        return torch.where(scores.isnan(), -torch.inf, scores)
+
+    def moved(self, clean: Batch, received: Batch, learner: Learner) -> dict[str, Tensor]:
+        """What `Detector.moved` says, each (n,) float64 on the CPU."""
+        distances = self.detector.moved(clean, received, self._view(learner))
+        return {name: values.detach().double().cpu() for name, values in distances.items()}
+
+    def _view(self, learner: Learner) -> View:
         available: dict[Need, Any] = {Need.MODEL: learner.white_box}
         if learner.history is not None:
             available[Need.HISTORY] = learner.history
-        view = View(learner.step, {}, available, self.detector.needs, self.label)
-        scores = self.detector.score(batch, view, self.fitted).detach().double().cpu()
-        return torch.where(scores.isnan(), -torch.inf, scores)
+        return View(learner.step, {}, available, self.detector.needs, self.label)
 
 
 def fit_scorers(
@@ -75,21 +82,27 @@ def fit_scorers(
 def score_batches(
     scorers: Sequence[Scorer], learner: Learner, step: int, sources: Mapping[str, Batch]
 ) -> dict[str, Tensor]:
-    """Scores of one step's batches by `step/source/detector`.
+    """Scores of one step's batches by `step/source/detector`, and distances that poisoning moved its samples.
 
     Args:
         scorers: The detectors.
         learner: As it is before it learns from the batch.
         step: Which step.
-        sources: Batches by where they come from.
+        sources: Batches by where they come from; `CLEAN` and `RECEIVED` are among them.
     """
     if learner.history is not None:  # as the learner does before its update: both then look equally far back
         learner.history.record(learner.step, learner.model)
-    return {
+    scores = {
         f"{step}/{source}/{scorer.label}": scorer.score(batch, learner)
         for source, batch in sources.items()
         for scorer in scorers
     }
+    distances = {
+        f"{step}/{name}/{scorer.label}": values
+        for scorer in scorers
+        for name, values in scorer.moved(sources[CLEAN], sources[RECEIVED], learner).items()
+    }
+    return scores | distances
 
 
 def score_columns(scores: Mapping[str, Tensor], changed: Mapping[int, Tensor]) -> dict[str, NDArray[Any]]:
@@ -97,7 +110,7 @@ def score_columns(scores: Mapping[str, Tensor], changed: Mapping[int, Tensor]) -
 
     Args:
         scores: From `score_batches`, of every step.
-        changed: By step, (n,) bool: which received samples had been poisoned.
+        changed: By step, (n,) bool: which received samples had been poisoned; those that moved are of these.
 
     Returns:
         `step`, `source`, `detector`, `sample` (position in its batch), `poisoned`, `score`.
@@ -108,7 +121,7 @@ def score_columns(scores: Mapping[str, Tensor], changed: Mapping[int, Tensor]) -
     for key, values in scores.items():
         step, source, detector = key.split("/", 2)
         n = len(values)
-        poisoned = changed[int(step)].cpu().numpy() if source == RECEIVED else np.zeros(n, dtype=bool)
+        poisoned = np.zeros(n, dtype=bool) if source in {CLEAN, OOD} else changed[int(step)].cpu().numpy()
         parts["step"].append(np.full(n, int(step)))
         parts["source"].append(np.full(n, source, dtype=object))
         parts["detector"].append(np.full(n, detector, dtype=object))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.figures.accuracy_curves import accuracy_curves
+from mithridate.report.figures.answers_moved import answers_moved
 from mithridate.report.figures.burn_in_curves import burn_in_curves
 from mithridate.report.figures.clean_stream_accuracy import clean_stream_accuracy
 from mithridate.report.figures.convergence import convergence
@@ -24,6 +25,7 @@ from mithridate.report.rows import Row, groups
 SCORES = (
     score_distributions,
     discrepancy_by_interval,
+    answers_moved,
     discrepancy_by_budget,
     discrepancy_and_loss,
     scores_by_budget,
