@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from mithridate.core.errors import ConfigError
+from mithridate.report.rows import rows
 from mithridate.report.tables.section import Toned
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import SCALES, read_item
 from mithridate.reproduce.latex import latex
+from mithridate.reproduce.outcome import series_drawings
+from mithridate.reproduce.run import progress
 from tests.reproduce.made import run_of
 
 NAME = "some2020-table1"
@@ -55,6 +58,27 @@ def test_an_unknown_item_and_a_wrong_recipe_are_named(folder: Path) -> None:
     change(folder, "items/some2020-table1.toml", "lr = 0.01", "lrr = 0.01")
     with pytest.raises(ConfigError, match=r"some2020-table1 at scale small.*lrr"):
         read_item(NAME, folder).recipe("small")
+
+
+def test_an_item_may_show_the_runs_of_another(folder: Path, tmp_path: Path) -> None:
+    other = folder / "items" / "some2020-figure1.toml"
+    head = 'title = "The same"\nsource = "Somebody et al., Figure 1"\nclaim = "the same"\nalso = ["some2020-table1"]\n'
+    other.write_text(head, encoding="utf-8")
+    table, figure = read_item(NAME, folder), read_item("some2020-figure1", folder)
+    assert [part.name for part in figure.parts] == [NAME]
+    assert progress(figure, "smoke", tmp_path) == progress(table, "smoke", tmp_path) == (0, 8)
+    other.write_text(head + 'extends = "digits"\n[recipe.attack]\nname = "clean"\n', encoding="utf-8")
+    assert [part.name for part in read_item("some2020-figure1", folder).parts] == ["some2020-figure1", NAME]
+    assert progress(read_item("some2020-figure1", folder), "smoke", tmp_path) == (0, 10)
+
+
+def test_a_panel_has_a_line_of_each_measure(folder: Path) -> None:
+    change(folder, f"items/{NAME}.toml", 'y = "after", line = "attack"', 'y = ["before", "after"], unit = "accuracy"')
+    (drawing,) = series_drawings(read_item(NAME, folder), rows(RUNS))
+    assert drawing.alt.count("accuracy before the trigger") == drawing.alt.count("accuracy after the trigger") == 1
+    change(folder, f"items/{NAME}.toml", '["before", "after"]', '["before", "afterr"]')
+    with pytest.raises(ConfigError, match="unknown measure 'afterr'"):
+        read_item(NAME, folder)
 
 
 RUNS = [

@@ -80,14 +80,14 @@ def test_each_row_and_column_is_there_once(number: int) -> None:
 
 
 def test_empty_are_only_the_dashes_of_the_paper_and_what_our_copy_does_not_show() -> None:
-    empty = {
+    empty: set[tuple[str | int, ...]] = {
         (number, *c.keys.values(), c.measure) for number in range(1, 14) for c in published(number) if c.value is None
     }
-    dashes = {(1, s, "Clean Oracle", d, m) for s, d, m in product(SETS, DEFENCES, ("batches", "change"))}
-    dashes |= {(11, "CIFAR-10 (Clean Oracle)", "-", m) for m in ("batches", "change")}
+    dashes: set[tuple[str | int, ...]] = {(11, "CIFAR-10 (Clean Oracle)", "-", m) for m in ("batches", "change")}
+    dashes |= {(1, s, "Clean Oracle", d, m) for s, d, m in product(SETS, DEFENCES, ("batches", "change"))}
     ends = dict(zip(THRESHOLDS, (4, 5, 5, 5, 5), strict=True))
     dashes |= {(7, "CIFAR-10", "Poison", p, str(m), "accuracy") for p, end in ends.items() for m in range(end + 1, 9)}
-    unreadable = {(1, "CIFAR-10", "Clean Oracle", "GC", m) for m in ("before", "after")}
+    unreadable: set[tuple[str | int, ...]] = {(1, "CIFAR-10", "Clean Oracle", "GC", m) for m in ("before", "after")}
     unreadable |= {(4, "CIFAR-10", "SmallCNN", k, "discrepancy_poisoned") for k in ("4", "8")}
     unreadable |= {(4, "CIFAR-10", "SmallCNN", "8", "discrepancy_clean")}
     unreadable |= {(9, epoch, "adjusted", "batches") for epoch in ("10", "20", "30")}
@@ -144,7 +144,7 @@ NAMES = [name for name in item_names() if name.startswith("zhu2023-")]
 
 
 def test_each_table_and_figure_is_an_item() -> None:
-    assert NAMES == [*(f"zhu2023-table{n}" for n in range(1, 14)), *(f"zhu2023-figure{n}" for n in range(1, 13))]
+    assert [*(f"zhu2023-table{n}" for n in range(1, 14)), *(f"zhu2023-figure{n}" for n in range(1, 13))] == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -156,10 +156,7 @@ def test_every_printed_value_and_every_claim_is_about_some_runs(name: str) -> No
         for c in item.table.cells:
             assert all(value in named[key] for key, value in c.keys.items())
             assert item.table.selection(c) is not None
-    recipes = {
-        scale: [part.recipe(scale) for part in ([item] if item.runs_itself else []) + list(map(read_item, item.also))]
-        for scale in SCALES
-    }
+    recipes = {scale: [part.recipe(scale) for part in item.parts] for scale in SCALES}
     for check in item.checks:
         for selection in (s for part in check.parts for s in part.selections):
             for label in ("attack", "defence", "variant"):

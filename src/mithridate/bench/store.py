@@ -76,8 +76,8 @@ TRACE_SCHEMA = _trace_schema()
 SCORES_SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # as in the trace: 1 is the first batch
-        # clean: before poisoning; received: what the learner got; ood: another image set; moved_now, moved_then: no score, but
-        # the distance that poisoning moved the answer of the current, and of the old model
+        # clean: before poisoning; received: what the learner got; ood: another image set; moved_now, moved_then: no
+        # score, but the distance that poisoning moved the answer of the current, and of the old model
         ("source", pa.string()),
         ("detector", pa.string()),  # its label
         ("sample", pa.int64()),  # position in its batch

@@ -51,7 +51,7 @@ def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
         runs = [run for row in rows for run in row.runs]
         found = verdicts(item, runs)
         drawings = [drawing for name in item.draw for drawing in drawn(name, rows)]
-        drawings += _series(item, rows)
+        drawings += series_drawings(item, rows)
         of_runs = f"{len(runs)} runs at {scale} scale, seeds {listed(sorted({str(seed(run)) for run in runs}))}"
         parts: list[TableSection | FigureSection] = [
             FigureSection("redrawn", f"{item.source}, redrawn", drawings),
@@ -111,7 +111,7 @@ def check_records(found: Sequence[Verdict]) -> list[Record]:
     ]
 
 
-def _series(item: Item, rows: Sequence[Row]) -> list[Drawing]:
+def series_drawings(item: Item, rows: Sequence[Row]) -> list[Drawing]:
     """The lines of an item, all panels in one figure; nothing if no run has a point of them."""
     runs = [run for row in rows for run in row.runs]
     shown = [

@@ -129,6 +129,8 @@ OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1, "score_gap": 1, MOVED_NOW: 1, 
 
 
 STEPS = "steps"
+"""Where the mean score of each step's clean samples stands, beside the phases."""
+
 KEPT = "detectors"
 """Where the summary of a record has what its detectors were worth, since it has no single scores."""
 
@@ -169,30 +171,37 @@ def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
     name, _, what = measure.partition(":")
     if name in QUANTITIES:
         return QUANTITIES[name](run, what)
-    of = qualities(run)
+    kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
+    of = kept or _scored(run)
     if not detector and len(of) > 1:
         raise ConfigError(f"{len(of)} detectors scored {run.path.name}: say which by `detector = ...`.")
     label = next((label for label in of if detector in {"", label} or label.startswith(f"{detector}+")), None)
     if label is None:
         return None
     if name == "score_clean_at":
-        return of[label][STEPS].get(what)
-    value = of[label][what or PHASES[-1]].get("ratio" if name == "score_ratio" else name)
+        return (kept[label][STEPS] if kept else _by_step(run, of[label])).get(what)
+    phase = what or PHASES[-1]
+    values = kept[label][phase] if kept else _of_phase(run, of[label], phase)
+    value = values.get("ratio" if name == "score_ratio" else name)
     return None if value is None else OF_DETECTOR[name] * value
 
 
 def qualities(run: Run) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
     """What each detector of a run is worth, by label and phase; of a record, what was kept of that.
 
-    Beside the phases stands the mean score of each step's clean samples.
-
-    A discrepancy or a loss is stored as a score, whose low values are suspicious; here it has its own sign.
+    Beside the phases stands the mean score of each step's clean samples. A discrepancy or a
+    loss is stored as a score, whose low values are suspicious; here it has its own sign.
     """
     kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
     return kept or {
-        info.label: {phase: _of_phase(run, info, phase) for phase in PHASES} | {STEPS: _by_step(run, info)}
-        for info in detectors([Row("", "", "", "", (run,))])
+        label: {phase: _of_phase(run, info, phase) for phase in PHASES} | {STEPS: _by_step(run, info)}
+        for label, info in _scored(run).items()
     }
+
+
+def _scored(run: Run) -> dict[str, DetectorInfo]:
+    """The detectors that scored anything, by label."""
+    return {info.label: info for info in detectors([Row("", "", "", "", (run,))])}
 
 
 def _of_phase(run: Run, info: DetectorInfo, phase: str) -> dict[str, float | None]:

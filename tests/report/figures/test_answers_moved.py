@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mithridate.bench.store import Run
@@ -21,10 +23,9 @@ def runs(make_run: Callable[..., Run], with_scores: Callable[..., Run], *, moved
             distances = {MOVED_NOW: [3.0 + seed], MOVED_THEN: [1.0 + away + seed]} if moved else {}
             said[label] = {1: kinds | distances}
         run = with_scores(make_run(seed=seed, after=0.5), said, TABLES)
-        run.config["burn_in"] = {"epochs": 12, "checkpoints": [4, 8]}
-        for kind in (MOVED_NOW, MOVED_THEN):
-            run.scores["poisoned"][run.scores["source"] == kind] = True
-        made.append(run)
+        of_poison = np.isin(run.scores["source"], ["received", MOVED_NOW, MOVED_THEN])
+        config = {**run.config, "burn_in": {"epochs": 12, "checkpoints": [4, 8]}}
+        made.append(replace(run, config=config, scores={**run.scores, "poisoned": of_poison}))
     return made
 
 
@@ -43,9 +44,7 @@ def test_each_line_is_the_mean_of_its_kind_by_interval(
     assert lines[MOVED_NOW][4][1:] == (3, 5)
 
 
-def test_it_is_drawn_only_where_it_was_measured(
-    make_run: Callable[..., Run], with_scores: Callable[..., Run]
-) -> None:
+def test_it_is_drawn_only_where_it_was_measured(make_run: Callable[..., Run], with_scores: Callable[..., Run]) -> None:
     drawing = answers_moved(rows(runs(make_run, with_scores)))
     assert drawing is not None
     assert "model then (\u03b1\u2032): 4 at k 8" not in drawing.alt

@@ -79,10 +79,10 @@ def answers_moved(rows: Sequence[Row]) -> Drawing | None:
         row,
         "answers-moved",
         heading="Answers moved by poison, and by time",
-        caption=f"{cell_of(row)}, {WHERE[phase]}. Left: distance between a model's answers to a poisoned sample and to the "
-        "same sample before, for the current model, which the poison was made on, and for that of k epochs before the end "
-        "of the burn-in. Right: distance between these two models' answers to one sample. Line: mean over seeds; band: "
-        "from the lowest to the highest. Only who poisoned the samples can measure the left.",
+        caption=f"{cell_of(row)}, {WHERE[phase]}. Left: distance between a model's answers to a poisoned sample and to "
+        "the same sample before, for the current model, which the poison was made on, and for that of k epochs before "
+        "the end of the burn-in. Right: distance between these two models' answers to one sample. Line: mean over "
+        "seeds; band: from the lowest to the highest. Only who poisoned the samples can measure the left.",
         alt="Line charts by backtracking interval. "
         + " ".join(
             f"{NAMES[kind]}: {line[first][0]:.3g} at k {first:g}, {line[last][0]:.3g} at k {last:g}."
