@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mithridate.core.errors import ConfigError
-from mithridate.reproduce.checks import Check, Interval, Outcome
+from mithridate.reproduce.checks import Check, Interval, Ruling
 from tests.reproduce.made import run_of
 
 NONE = {"defence": "none", "measure": "after"}
@@ -43,7 +43,7 @@ ONE = runs(none=[60], clip=[90], at=[95])
 def test_a_claim_is_judged_by_its_whole_interval(check: dict[str, Any], outcomes: tuple[str, ...]) -> None:
     made = Check.of({"says": "so", **check}, where="here")
     assert tuple(made.verdict(of).outcome.value for of in (CLEAR, NOISY, ONE)) == outcomes
-    assert made.verdict(runs(some=[1.0])).outcome is Outcome.ABSENT
+    assert made.verdict(runs(some=[1.0])).outcome is Ruling.ABSENT
     assert made.verdict([]).n == 0
 
 
@@ -60,14 +60,14 @@ def test_seeds_are_compared_with_themselves() -> None:
     found = Check.of({"says": "so", "greater": [CLIP, NONE]}, where="").verdict(
         runs(none=[50, 60, 70], clip=[51.1, 61, 70.9])
     )
-    assert (found.outcome, found.n) == (Outcome.HOLDS, 3)
+    assert (found.outcome, found.n) == (Ruling.HOLDS, 3)
     assert found.intervals[0] is not None
     assert found.intervals[0].mean == pytest.approx(1.0)
 
 
 def test_equal_numbers_are_not_more() -> None:
     same = runs(none=[60, 60], clip=[60, 60])
-    assert Check.of({"says": "so", "greater": [CLIP, NONE]}, where="").verdict(same).outcome is Outcome.FAILS
+    assert Check.of({"says": "so", "greater": [CLIP, NONE]}, where="").verdict(same).outcome is Ruling.FAILS
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mithridate.reproduce.selection import Selection, paired
 CONFIDENCE = 0.95
 
 
-class Outcome(StrEnum):
+class Ruling(StrEnum):
     """What the runs say to a claim."""
 
     HOLDS = "holds"
@@ -51,7 +51,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Part:
+class RangeTest:
     """One quantity that must lie in a range.
 
     Args:
@@ -74,20 +74,20 @@ class Part:
         values = [value for row in rows if math.isfinite(value := self.quantity(row))]
         return Interval.of(values) if values else None
 
-    def outcome(self, interval: Interval | None) -> Outcome:
+    def outcome(self, interval: Interval | None) -> Ruling:
         """Whether the whole interval is inside the range, outside, or neither."""
         if interval is None:
-            return Outcome.ABSENT
+            return Ruling.ABSENT
         low, high = interval.low, interval.high
         if (self.low < low and high < self.high) or (not self.strict and self.low <= low and high <= self.high):
-            return Outcome.HOLDS
+            return Ruling.HOLDS
         if high < self.low or low > self.high or (self.strict and (high <= self.low or low >= self.high)):
-            return Outcome.FAILS
-        return Outcome.UNDECIDED
+            return Ruling.FAILS
+        return Ruling.UNDECIDED
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What the runs say to one claim.
 
     Args:
@@ -98,7 +98,7 @@ class Verdict:
     """
 
     says: str
-    outcome: Outcome
+    outcome: Ruling
     intervals: Sequence[Interval | None]
     unit: str
 
@@ -120,7 +120,7 @@ class Check:
 
     says: str
     unit: str
-    parts: Sequence[Part]
+    parts: Sequence[RangeTest]
 
     @classmethod
     def of(cls, table: Mapping[str, Any], *, where: str) -> "Check":
@@ -157,12 +157,12 @@ class Check:
             raise ConfigError(f"{where} '{says}': close needs {missing[0]}.")
         return cls(says, {"within": "value", "ratio": "ratio"}.get(kind, "difference"), make(selections, **values))
 
-    def verdict(self, runs: Sequence[Run]) -> Verdict:
+    def verdict(self, runs: Sequence[Run]) -> Judgement:
         """What some runs say to it."""
         intervals = [part.interval(runs) for part in self.parts]
         outcomes = [part.outcome(interval) for part, interval in zip(self.parts, intervals, strict=True)]
-        order = (Outcome.FAILS, Outcome.ABSENT, Outcome.UNDECIDED, Outcome.HOLDS)  # the first of them that occurs
-        return Verdict(self.says, min(outcomes, key=order.index), intervals, self.unit)
+        order = (Ruling.FAILS, Ruling.ABSENT, Ruling.UNDECIDED, Ruling.HOLDS)  # the first of them that occurs
+        return Judgement(self.says, min(outcomes, key=order.index), intervals, self.unit)
 
 
 def _difference(row: Sequence[float]) -> float:
@@ -173,27 +173,29 @@ def _ratio(row: Sequence[float]) -> float:
     return row[0] / row[1] if row[1] else math.nan
 
 
-def _greater(selections: Sequence[Selection], by: float = 0) -> list[Part]:
-    return [Part(selections, _difference, by, math.inf, strict=True)]
+def _greater(selections: Sequence[Selection], by: float = 0) -> list[RangeTest]:
+    return [RangeTest(selections, _difference, by, math.inf, strict=True)]
 
 
-def _increasing(selections: Sequence[Selection], by: float = 0) -> list[Part]:
-    return [Part((above, below), _difference, by, math.inf, strict=True) for below, above in pairwise(selections)]
+def _increasing(selections: Sequence[Selection], by: float = 0) -> list[RangeTest]:
+    return [RangeTest((above, below), _difference, by, math.inf, strict=True) for below, above in pairwise(selections)]
 
 
-def _in_ratio(selections: Sequence[Selection], at_least: float = -math.inf, at_most: float = math.inf) -> list[Part]:
-    return [Part(selections, _ratio, at_least, at_most)]
+def _in_ratio(
+    selections: Sequence[Selection], at_least: float = -math.inf, at_most: float = math.inf
+) -> list[RangeTest]:
+    return [RangeTest(selections, _ratio, at_least, at_most)]
 
 
-def _within(selections: Sequence[Selection], low: float = -math.inf, high: float = math.inf) -> list[Part]:
-    return [Part(selections, lambda row: row[0], low, high)]
+def _within(selections: Sequence[Selection], low: float = -math.inf, high: float = math.inf) -> list[RangeTest]:
+    return [RangeTest(selections, lambda row: row[0], low, high)]
 
 
-def _close(selections: Sequence[Selection], by: float) -> list[Part]:
-    return [Part(selections, _difference, -by, by)]
+def _close(selections: Sequence[Selection], by: float) -> list[RangeTest]:
+    return [RangeTest(selections, _difference, -by, by)]
 
 
-KINDS: Mapping[str, tuple[Sequence[str], Callable[..., list[Part]]]] = {
+KINDS: Mapping[str, tuple[Sequence[str], Callable[..., list[RangeTest]]]] = {
     "greater": (("by",), _greater),
     "increasing": (("by",), _increasing),
     "ratio": (("at_least", "at_most"), _in_ratio),

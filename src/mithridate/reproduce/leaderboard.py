@@ -25,7 +25,7 @@ LOCK = ".leaderboard.lock"
 
 
 @dataclass(frozen=True)
-class Standing:
+class Ranked:
     """One defence on one model and data set.
 
     Args:
@@ -46,7 +46,7 @@ class Standing:
         return self.attacked[self.worst].accuracy_after_trigger.mean or 0.0
 
 
-def standings(members: Sequence[Row]) -> list[Standing]:
+def standings(members: Sequence[Row]) -> list[Ranked]:
     """Every defence that was attacked, the one that its worst attack leaves the highest first.
 
     Args:
@@ -61,7 +61,7 @@ def standings(members: Sequence[Row]) -> list[Standing]:
             continue
         worst = min(attacked, key=lambda attack: attacked[attack].accuracy_after_trigger.mean or 0.0)
         clean = [cell for cell in cells if not cell.row.attacking]
-        found.append(Standing(defence, attacked, clean[0] if clean else None, worst))
+        found.append(Ranked(defence, attacked, clean[0] if clean else None, worst))
     return sorted(found, key=lambda s: -s.left)
 
 
@@ -108,7 +108,7 @@ def board_of(members: Sequence[Row], reported: dict[str, str], number: int) -> T
     ).filled([("", line) for line in cells])
 
 
-def _after(s: Standing, attack: str) -> str:
+def _after(s: Ranked, attack: str) -> str:
     return spread(s.attacked[attack].accuracy_after_trigger) if attack in s.attacked else MISSING
 
 
@@ -121,7 +121,7 @@ def _largest(several: Sequence[Statistic]) -> str:
     return points(max(means)) if means else MISSING
 
 
-def _against_none(s: Standing, members: Sequence[Row]) -> str:
+def _against_none(s: Ranked, members: Sequence[Row]) -> str:
     if s.clean is None:
         return MISSING
     none = undefended(s.clean.row, members)

@@ -13,29 +13,29 @@ from mithridate.report.records import Record
 from mithridate.report.rows import Row, seed
 from mithridate.report.tables.section import TableSection, Toned
 from mithridate.report.wording import MISSING, listed
-from mithridate.reproduce.checks import Interval, Outcome, Verdict
+from mithridate.reproduce.checks import Interval, Judgement, Ruling
 from mithridate.reproduce.comparison import beside, compared
 from mithridate.reproduce.item import Item, Scale, Series
 from mithridate.reproduce.quantities import OF_DETECTOR, QUANTITIES, quantity
 from mithridate.reproduce.selection import LABELS, setting_of
 
-TONES = {Outcome.HOLDS: "near", Outcome.FAILS: "apart", Outcome.UNDECIDED: "", Outcome.ABSENT: "absent"}
+TONES = {Ruling.HOLDS: "near", Ruling.FAILS: "apart", Ruling.UNDECIDED: "", Ruling.ABSENT: "absent"}
 
 
-def verdicts(item: Item, runs: Sequence[Run]) -> list[Verdict]:
+def verdicts(item: Item, runs: Sequence[Run]) -> list[Judgement]:
     """What runs say to each claim of an item."""
     return [check.verdict(runs) for check in item.checks]
 
 
-def summary(outcomes: Iterable[Outcome]) -> str:
+def summary(outcomes: Iterable[Ruling]) -> str:
     """How many claims hold, in words.
 
-    >>> summary([Outcome.HOLDS, Outcome.HOLDS, Outcome.UNDECIDED])
+    >>> summary([Ruling.HOLDS, Ruling.HOLDS, Ruling.UNDECIDED])
     '2 of 3 checks hold, 1 not decided'
     """
     count = Counter(outcomes)
-    total, holding = count.total(), count[Outcome.HOLDS]
-    others = [f"{count[o]} {o.value}" for o in (Outcome.FAILS, Outcome.UNDECIDED, Outcome.ABSENT) if count[o]]
+    total, holding = count.total(), count[Ruling.HOLDS]
+    others = [f"{count[o]} {o.value}" for o in (Ruling.FAILS, Ruling.UNDECIDED, Ruling.ABSENT) if count[o]]
     return ", ".join([f"{holding} of {total} checks hold", *others]) if total else "no check"
 
 
@@ -69,7 +69,7 @@ def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
     return lead
 
 
-def checks_table(found: Sequence[Verdict]) -> TableSection:
+def checks_table(found: Sequence[Judgement]) -> TableSection:
     """The verdict on each claim, with the numbers behind it."""
     return TableSection(
         id="claims",
@@ -82,7 +82,7 @@ def checks_table(found: Sequence[Verdict]) -> TableSection:
     )
 
 
-def _line(verdict: Verdict) -> list[str]:
+def _line(verdict: Judgement) -> list[str]:
     numbers = "; ".join(MISSING if i is None else _interval(i) for i in verdict.intervals)
     outcome = Toned(verdict.outcome.value, TONES[verdict.outcome])
     return [verdict.says, outcome, f"{verdict.unit} {numbers}", str(verdict.n)]
@@ -93,7 +93,7 @@ def _interval(interval: Interval) -> str:
     return f"{interval.mean:.3g}{ends}"
 
 
-def check_records(found: Sequence[Verdict]) -> list[Record]:
+def check_records(found: Sequence[Judgement]) -> list[Record]:
     """One record a part of a claim, for files."""
     return [
         {

@@ -12,7 +12,7 @@ from mithridate.core.files import path_of, write_atomically
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.records import to_csv
 from mithridate.report.tables.section import TableSection
-from mithridate.reproduce.checks import Verdict
+from mithridate.reproduce.checks import Judgement
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import Item, Scale
 from mithridate.reproduce.latex import latex
@@ -36,7 +36,7 @@ class Reproduction:
     item: Item
     scale: Scale
     runs: Sequence[Run]
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[Judgement]
     report: ReportPaths
     tables: Sequence[TableSection]
     files: Sequence[Path]
