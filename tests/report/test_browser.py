@@ -1,0 +1,72 @@
+"""The page in a browser: nothing is asked for, nothing complains, tables sort, and it fits a phone."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mithridate.report import build_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+
+
+@pytest.fixture(scope="module")
+def html(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_report([demo_store], tmp_path_factory.mktemp("page")).html
+
+
+def opened(browser: Any, html: Path, **context: Any) -> tuple[Any, list[str], list[str]]:
+    """The page, what it asked for besides itself, and what its console said."""
+    page = browser.new_context(**context).new_page()
+    asked: list[str] = []
+    said: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(html.as_uri())
+    return page, [url for url in asked if url != html.as_uri()], said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1300])
+def test_it_loads_nothing_complains_of_nothing_and_fits(browser: Any, html: Path, scheme: str, width: int) -> None:
+    page, asked, said = opened(browser, html, viewport={"width": width, "height": 900}, color_scheme=scheme)
+    assert (asked, said) == ([], [])
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("figure svg[role=img]").count() >= 2
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (dark == "rgb(255, 255, 255)") is (scheme == "light")
+
+
+def test_tables_sort_by_number_and_by_text_both_ways(browser: Any, html: Path) -> None:
+    page, _, said = opened(browser, html)
+    table = page.locator("#results ~ div table").first
+    headings = [text.strip() for text in table.locator("thead th").all_inner_texts()]
+    column = next(i for i, text in enumerate(headings) if text.startswith("drop"))
+
+    def cells(number: int) -> list[str]:
+        return [row.locator("th, td").nth(number).inner_text() for row in table.locator("tbody tr").all()]
+
+    for down in (False, True):
+        table.locator("thead th button").nth(column).click()
+        drops = [float(text.split()[0]) for text in cells(column)]
+        assert drops == sorted(drops, reverse=down)
+        assert len(set(drops)) > 2
+    table.locator("thead th button").nth(0).click()
+    assert cells(0) == sorted(cells(0))
+    assert said == []
