@@ -29,4 +29,4 @@ def test_moved_answers_are_stored_for_the_samples_that_were_poisoned_and_change_
         poisoned, distance = beside["poisoned"][mask], beside["score"][mask]
         assert 0 < poisoned.mean() < 1
         assert np.abs(distance[~poisoned]).max() < 1e-6
-        assert distance[poisoned].mean() > 1e-3
+        assert distance[poisoned].mean() > 5 * np.abs(distance[~poisoned]).max()
