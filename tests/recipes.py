@@ -143,7 +143,7 @@ class Log(Watcher):
             raise KeyboardInterrupt
         self.then()
 
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+    def burn_in(self, cell: Cell, seed: int, done: int, epochs: int) -> None:
         self.epochs.append((seed, done))
         if done == self.at_epoch:
             self._there()

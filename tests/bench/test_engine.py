@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mithridate.bench.engine import deterministic, run_recipe
+from mithridate.bench.engine import run_recipe
 from mithridate.bench.prepare import choose_device
 from mithridate.bench.recipe import Labelled
+from mithridate.bench.running import deterministic
 from mithridate.bench.store import TRACE_SCHEMA, read_run, read_runs
 from mithridate.core import registry
 from mithridate.core.attack import Attack
@@ -74,9 +75,9 @@ def grid(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 
 def test_every_cell_has_its_directory_with_the_stores_files(grid: Path) -> None:
-    directories = sorted(p.name for p in grid.iterdir())
-    assert directories == [f"{a}__{d}__seed0" for a in ("accu", "noise") for d in ("clip", "none")]
-    for directory in grid.iterdir():
+    names = [f"{a}__{d}__seed0" for a in ("accu", "noise") for d in ("clip", "none")]
+    assert sorted(p.name for p in grid.iterdir()) == sorted([*names, "grid.json"])
+    for directory in (grid / name for name in names):
         assert {p.name for p in directory.iterdir()} == {
             "config.toml",
             "trace.parquet",
@@ -253,7 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(
     recipe = recipe_of(attacks=name, defences="clip")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, tmp_path, device="cpu", cache=cache, watcher=Log(kill_at))
-    (directory,) = tmp_path.iterdir()
+    (directory,) = tmp_path.glob("*/")
     assert {p.name for p in directory.iterdir()} == {
         "config.toml",
         "environment.json",
@@ -328,7 +329,7 @@ def test_a_grid_killed_in_its_burn_in_goes_on_there(tmp_path: Path, grid: Path) 
     runs, own = tmp_path / "runs", tmp_path / "cache"
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe, runs, device="cpu", cache=own, watcher=Log(at_epoch=1))
-    assert not runs.exists()
+    assert [p.name for p in runs.iterdir()] == ["grid.json"]
     log = Log()
     run_recipe(recipe, runs, device="cpu", resume=True, cache=own, watcher=log)
     assert log.epochs == [(0, 2)]

@@ -259,7 +259,7 @@ def test_an_interrupt_says_how_to_go_on(recipe: Path, cache: Path, monkeypatch: 
             raise KeyboardInterrupt
         return run_online(*args, **options)
 
-    monkeypatch.setattr("mithridate.bench.engine.run_online", interrupted)
+    monkeypatch.setattr("mithridate.bench.running.run_online", interrupted)
     call = ("run", recipe, "--device", "cpu", "--cache", cache, "--out", "runs")
     first = invoke(*call)
     assert first.code == 130

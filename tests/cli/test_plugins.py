@@ -1,5 +1,6 @@
 """Components from elsewhere on the command line: an installed package, `--plugin`, and `package.module:Class`."""
 
+import json
 import re
 import shutil
 import sys
@@ -17,7 +18,7 @@ from mithridate.core import registry
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.registry import KINDS, config_of, entries
-from tests.command import invoke, started
+from tests.command import Result, invoke, started
 from tests.recipes import tiny_text
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plugin"
@@ -276,46 +277,65 @@ class Half(nn.Module):
 """
 
 
+def tell(text: str, tmp_path: Path) -> Result:
+    """Run a recipe with the broken parts."""
+    (tmp_path / "parts.py").write_text(BROKEN, encoding="utf-8")
+    whole = tiny_text(f'plugins = ["parts.py"]\n[attack]\nname = "clean"\n{text}\n')
+    (tmp_path / "small.toml").write_text(whole, encoding="utf-8")
+    done = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    assert "Traceback" not in done.err
+    assert "\x1b" not in done.stdout + done.stderr
+    return done
+
+
 @pytest.mark.parametrize(
     ("recipe", "message", "line"),
     [
         ('[defence]\nname = "broken"\nwhere = "begin"', "Broken.begin .* ZeroDivisionError: division by zero", "x / 0"),
         ('[defence]\nname = "broken"\nwhere = "screen"', "Broken.screen .* RuntimeError: .*many", "raise RuntimeError"),
         ('[defence]\nname = "broken"\nwhere = "file"', "Broken.bound .* FileNotFoundError: .*nowhere", "open("),
-        ('[defence]\nname = "broken"\nwhere = "check"', "Broken.check_inputs .* KeyError: 'early'", "raise KeyError"),
         ('[monitor]\nname = "parts:Loud"', "Loud.alarm .* AssertionError: no more than one", "assert len"),
         ('[model]\nname = "parts:Half"', "Half.forward .* NotImplementedError: training", "raise NotImplementedError"),
     ],
-    ids=["a step", "words of any kind", "a file", "before the run", "a monitor", "a model"],
+    ids=["a step", "words of any kind", "a file", "a monitor", "a model"],
 )
 def test_an_error_of_a_components_own_is_a_sentence_and_its_traceback_is_kept(
     recipe: str, message: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "parts.py").write_text(BROKEN, encoding="utf-8")
-    text = tiny_text(f'plugins = ["parts.py"]\n[attack]\nname = "clean"\n{recipe}\n')
-    (tmp_path / "small.toml").write_text(text, encoding="utf-8")
-    done = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
-    code, err = done.code, done.err
-    assert code == 2
-    assert "Traceback" not in err
-    assert "\x1b" not in err
-    assert len(err) < 620
-    found = re.fullmatch(rf"error: {message}.* Its traceback is in (\S+)\. Mend it, or leave it out\.", err)
-    assert found, err
-    kept = Path(found[1]).read_text(encoding="utf-8")
-    assert line in kept
-    assert "parts.py" in kept
+    done = tell(recipe, tmp_path)
+    assert done.code == 1
+    start = r"error: 1 of 1 runs failed\. Mend what is wrong, and go on with --resume\."
+    told = re.fullmatch(rf"{start} (\S+): {message}.* \[(\S+)\]", done.err)
+    assert told, done.err
+    assert len(done.err) < 620
+    assert f"{told[1]} failed: " in done.out
+    record = tmp_path / "out" / told[1] / "error.json"
+    assert tmp_path / told[2] == record
+    text = json.loads(record.read_text(encoding="utf-8"))["traceback"]
+    assert line in text
+    assert "parts.py" in text
 
 
-def test_an_error_that_is_nobody_elses_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_before_the_first_run_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = tell('[defence]\nname = "broken"\nwhere = "check"', tmp_path)
+    assert done.code == 2
+    end = r"Its traceback is in (\S+)\. Mend it, or leave it out\."
+    told = re.fullmatch(rf"error: Broken.check_inputs .* KeyError: 'early'\. {end}", done.err)
+    assert told, done.err
+    assert "raise KeyError" in Path(told[1]).read_text(encoding="utf-8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_is_nobody_elses_is_told_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "small.toml").write_text(tiny_text('[attack]\nname = "clean"'), encoding="utf-8")
-    monkeypatch.setattr("mithridate.bench.engine.prepare", lambda *_: None)
-    monkeypatch.setattr("mithridate.bench.engine._run_cell", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
-    assert not list(tmp_path.rglob("traceback.txt"))
+    monkeypatch.setattr("mithridate.bench.workplace.prepare", lambda *_: None)
+    monkeypatch.setattr("mithridate.bench.workplace.run_cell", lambda *_: 1 / 0)
+    done = invoke("run", "small.toml", "--threads", "1", "--out", "out", "--cache", "cache")
+    assert done.code == 1
+    assert "clean__none__seed0: ZeroDivisionError: division by zero." in done.err
+    assert "1 / 0" in (tmp_path / "out" / "clean__none__seed0" / "error.json").read_text(encoding="utf-8")
 
 
 def test_what_is_told_already_stays_what_it_is_and_names_the_traceback(tmp_path: Path) -> None:

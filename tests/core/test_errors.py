@@ -20,6 +20,7 @@ def test_every_error_is_a_users_error_with_a_docstring() -> None:
         "WriteError",
         "BusyError",
         "ComponentError",
+        "EngineError",
         "ThreatModelError",
     }
     for error in found.values():

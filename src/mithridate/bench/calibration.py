@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mithridate.bench.engine import deterministic
 from mithridate.bench.prepare import RunContext, burned_in_learner, choose_device, prepare
 from mithridate.bench.recipe import Cell, Labelled, Recipe
+from mithridate.bench.running import deterministic
 from mithridate.bench.watcher import Watcher
 from mithridate.core.defence import Calibration, Defence
 from mithridate.core.errors import ConfigError, DataError, nearest

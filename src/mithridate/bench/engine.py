@@ -1,48 +1,29 @@
-"""Run a recipe's grid on this machine: burn in once, run every cell, write the store, go on where it was killed."""
+"""Run a recipe's grid: check all of it, run every cell, in this process or in others, and say what failed."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import Any, Literal
 
 from mithridate.bench import store
-from mithridate.bench.journal import RunJournal
-from mithridate.bench.origin import Origin, inputs_key, samples_key, settings_key
+from mithridate.bench.failure import Failure
 from mithridate.bench.place import Place, Standing
-from mithridate.bench.prepare import (
-    Prepared,
-    RunContext,
-    burned_in_learner,
-    choose_device,
-    other_images,
-    prepare,
-    with_surrogate,
-)
+from mithridate.bench.plan import Plan, Work, write_plan
+from mithridate.bench.prepare import choose_device
 from mithridate.bench.recipe import Cell, Recipe
+from mithridate.bench.running import deterministic
+from mithridate.bench.tasks import Task
 from mithridate.bench.watcher import Watcher
-from mithridate.core.attack import Attack
-from mithridate.core.defence import Calibration
-from mithridate.core.environment import differing, environment
-from mithridate.core.errors import CheckpointError, DataError, StoreError
-from mithridate.core.files import cache_directory, locked, path_of, remove_parts
-from mithridate.core.registry import config_of
-from mithridate.core.update_attack import UpdateAttack
-from mithridate.core.view import Need
-from mithridate.data.stream import Stream, open_stream
-from mithridate.models import build_model
-from mithridate.simulation.clients import FederatedRun, federate
-from mithridate.simulation.evaluation import require_evaluation
-from mithridate.simulation.federated import run_federated
-from mithridate.simulation.online import OnlineRun, run_online
-from mithridate.simulation.run import Outcome, Progress
-from mithridate.training.burn_in import BurnInResult
-from mithridate.training.calibrate import calibrated
-from mithridate.training.checkpoint import load_snapshot, save_snapshot
-from mithridate.training.learner import Learner
+from mithridate.bench.workplace import Ended, Terms, Workplace, burn_in_shared, prepared_key
+from mithridate.core.errors import ConfigError, StoreError
+from mithridate.core.files import cache_directory, path_of
+
+Engine = Literal["local", "ray"]
+"""Where cells are run: on this machine, or on a Ray cluster."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 @dataclass(frozen=True)
@@ -51,13 +32,15 @@ class Grid:
 
     Args:
         directories: One a cell, in the order of the recipe.
-        ran: Cells that were run now, wholly or from where they had been killed.
+        ran: Cells that were run now to their end, wholly or from where they had been killed.
         skipped: Cells that were finished already.
+        failed: Why other cells were not finished, by run id; empty if all were.
     """
 
     directories: Sequence[Path]
     ran: int
     skipped: int
+    failed: Mapping[str, Failure] = field(default_factory=dict)
 
 
 def run_recipe(
@@ -69,300 +52,154 @@ def run_recipe(
     data_root: str | Path | None = None,
     cache: str | Path | None = None,
     watcher: Watcher | None = None,
+    jobs: int | None = 1,
+    engine: Engine = "local",
 ) -> Grid:
-    """Run every cell of a recipe and write each to `out/<run id>/`.
+    """Run every cell of a recipe and write each to `out/<run id>/`. A cell that fails is told of in `Grid.failed`.
+
+    The same cells have the same bits with every engine and number of jobs, if each process has the same number of
+    threads: they get that of `torch.get_num_threads()` here.
 
     Args:
         recipe: What to run.
-        out: Directory of the store; made if missing.
+        out: Directory of the store; made if missing. With `ray`, every machine sees it by this path.
         device: `auto`, `cpu` or `cuda`.
-        resume: Skip finished cells and continue killed ones. Without it a cell's directory must not exist.
+        resume: Skip finished cells, continue killed ones and try failed ones again. Without it a cell's directory
+            must not exist.
         data_root: A local mirror of the hub's image sets; see `data.load_images`.
         cache: Directory for decoded images and burn-ins; the user's cache by default.
         watcher: Follows progress.
+        jobs: Cells that are run at a time, >= 1. With more than one each has a process of its own, and a script that
+            calls this needs the guard `if __name__ == "__main__"`. None, with `ray`: as many as the cluster takes.
+        engine: Where.
 
     Raises:
-        UserError: Anything in the recipe, the data, the device or the store that cannot work; found before the first
-            directory is made, wherever it can be found then.
+        UserError: Anything in the recipe, the data, the device or the store that cannot work; found before anything is
+            written, wherever it can be found then. Later: the file system refuses, or the engine itself fails.
     """
-    watcher, out = watcher or Watcher(), path_of(out)
-    chosen, variants = choose_device(device), recipe.each()
+    watcher, out = watcher or Watcher(), path_of(out).absolute()
     _check_place(out)
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs = {jobs}: give at least 1.")
+    where = choose_device(device).type
+    terms = Terms(out, where, cache_directory(cache).absolute(), data_root, resume)
+    workplace = Workplace(terms, watcher)
+    places: list[tuple[Place, bool]] = []
+    for variant in recipe.each():  # all are checked before the first is run
+        places += [(place, place.standing() is Standing.FINISHED) for place in workplace.places(variant)]
+    if not places:
+        raise ConfigError("the recipe's grid has no cell: it names no attack, no defence or no seed.")
+    works = [_work(place.cell) for place, _ in places]
+    write_plan(out, Plan(works, jobs or 1))
+    watcher.planned(works, jobs or 1, "GPU" if where == "cuda" else "CPU")
+    heard = _Heard(watcher, places)
+    tasks = [_task(place) for place, finished in places if not heard.skips(place, finished=finished)]
+    if engine == "ray":
+        from mithridate.bench.ray import run_on_ray
 
-    @lru_cache(maxsize=1)  # one variant's samples in memory
-    def opened(number: int) -> tuple[list[Place], RunContext]:
-        """Where the runs of one variant are written, and what they share, checked."""
-        variant = variants[number]
-        stream = open_stream(variant.data, data_root=data_root, cache=cache)
-        variant = replace(variant, data=stream.settings)  # sizes as numbers of samples
-        cells = list(variant.cells())
-        _check_runs(cells, stream)
-        ood = other_images(variant, stream, chosen, data_root, cache)
-        _check_needs(cells, stream)
-        build_model(variant.model, stream.info, seed=0)
-        samples = samples_key(stream, ood)
-        places = [
-            Place(cell, out / cell.run_id, Origin(settings_key(config), samples, inputs_key(samples, config)), resume)
-            for cell in cells
-            for config in [cell.config()]
-        ]
-        for place in places:
-            place.standing()
-        return places, RunContext(stream, ood, chosen, cache_directory(cache), watcher)
+        del workplace  # and with it the samples in memory
+        run_on_ray(tasks, terms, jobs, heard)
+    elif jobs is None or jobs > 1:
+        from mithridate.bench.local import run_in_processes
 
-    of = sum(len(opened(number)[0]) for number in range(len(variants)))  # all are checked before the first is run
-    directories: list[Path] = []
-    skipped = 0
+        del workplace
+        run_in_processes(tasks, terms, jobs or 1, heard)
+    else:
+        _run_here(tasks, {place.cell.run_id: place.cell for place, _ in places}, workplace, heard)
+    return heard.grid()
+
+
+def _run_here(tasks: Sequence[Task], cells: Mapping[str, Cell], workplace: Workplace, heard: "_Heard") -> None:
+    """One after the other, in this process and in the order of the recipe."""
+    left = list(tasks)
     with deterministic():
-        for number in range(len(variants)):
-            places, context = opened(number)
-            prepared: dict[int, Prepared] = {}
-            for place in places:
-                cell = place.cell
-                watcher.cell(cell, len(directories), of)
-                directories.append(place.directory)
-                if place.standing() is Standing.FINISHED:
-                    store.tidy(place.directory)
-                    skipped += 1
-                    watcher.finished(cell, place.summary(), skipped=True)
-                    continue
-                if cell.seed not in prepared:
-                    prepared = {cell.seed: prepare(cell, context)}
-                with locked(place.directory / store.LOCK, timeout=0):
-                    kept = place.standing() is Standing.FINISHED  # by another process, while this one prepared
-                    ready = with_surrogate(prepared[cell.seed], cell, context)
-                    summary = place.summary() if kept else _run_cell(place, ready, context)
-                skipped += kept
-                watcher.finished(cell, summary, skipped=kept)
-    return Grid(directories, len(directories) - skipped, skipped)
+        for again in (False, True):
+            busy: list[Task] = []
+            for task in left:
+                heard.begun(task)
+                ended = workplace.run(task.run, partial(cells.__getitem__, task.run), task.origin)
+                if ended.failure is not None and ended.failure.busy and not again:
+                    busy.append(task)  # perhaps the other process has finished it when the others are done
+                else:
+                    heard.ended(task, ended)
+            left = busy
 
 
-class deterministic:
-    """Ask torch for algorithms that give the same bits twice, and give the setting back afterwards."""
+class _Heard:
+    """Tells the watcher what is heard of cells, and keeps how they ended.
 
-    def __enter__(self) -> None:
-        self.before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        self.benchmark = torch.backends.cudnn.benchmark
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
+    Args:
+        watcher: Whom to tell.
+        places: Those of all cells, in order, each with whether it was finished.
+    """
 
-    def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self.before[0], warn_only=self.before[1])
-        torch.backends.cudnn.benchmark = self.benchmark
+    def __init__(self, watcher: Watcher, places: Sequence[tuple[Place, bool]]) -> None:
+        self.watcher = watcher
+        self.places = {place.cell.run_id: place for place, _ in places}
+        self.numbers = {run: number for number, run in enumerate(self.places)}
+        self.ran, self.skipped = 0, 0
+        self.failed: dict[str, Failure] = {}
 
+    def skips(self, place: Place, *, finished: bool) -> bool:
+        """Whether a cell needs not be run; it is then told of."""
+        if finished:
+            store.tidy(place.directory)
+            self._ended(place.cell, Ended(place.summary(), skipped=True))
+        return finished
 
-def _check_place(out: Path) -> None:
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise StoreError(f"{nearest} is not a directory; choose another --out.")
+    def begun(self, task: Task) -> None:
+        """A process has got it."""
+        self.watcher.cell(self._cell(task), self.numbers[task.run], len(self.places))
 
+    def event(self, task: Task, name: str, values: Sequence[Any]) -> None:
+        """A method of `Watcher`, with what comes after the cell."""
+        getattr(self.watcher, name)(self._cell(task), *values)
 
-def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
-    """Refuse components that need a part of the stream that the recipe leaves empty."""
-    empty = {
-        need for need, part in ((Need.VALIDATION, stream.validation), (Need.TRUSTED, stream.trusted)) if not len(part)
-    }
-    for cell in cells:
-        for label, needs in (
-            (cell.attack.label, cell.attack.component.needs),
-            (cell.defence.label, cell.defence.component.needs),
-        ):
-            for need in needs & empty:
-                raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
+    def ended(self, task: Task, ended: Ended) -> None:
+        """It has ended."""
+        self._ended(self._cell(task), ended)
 
+    def grid(self) -> Grid:
+        """How all ended."""
+        failed = {run: self.failed[run] for run in self.places if run in self.failed}
+        return Grid([place.directory for place in self.places.values()], self.ran, self.skipped, failed)
 
-def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:
-    """Refuse a stream that is too short, inputs that a component cannot work on, and what a federation cannot do."""
-    sample = stream.victim.batch(slice(1))
-    for cell in cells:
-        run, clients = cell.recipe.run, cell.recipe.clients
-        require_evaluation(stream.test, run)
-        for component in (cell.attack.component, cell.defence.component, *(d.component for d in cell.recipe.detectors)):
-            component.check_inputs(sample)
-        if isinstance(run, OnlineRun):
-            stream.require(run.steps)
-        elif clients is not None:
-            federate(stream, clients, seed=cell.seed).require(run)
-            run.check(run.per_round or clients.clients, len(stream.trusted) > 0)
-            cell.defence.component.check_federation(run, run.per_round or clients.clients)
+    def _cell(self, task: Task) -> Cell:
+        return self.places[task.run].cell
 
-
-def _run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str, Any]:
-    """Run a cell, or go on with it; its directory is locked."""
-    cell, directory, run = place.cell, place.directory, place.cell.recipe.run
-    here = environment(context.device, code=_foreign_code(cell))
-    learner = burned_in_learner(cell, cell.defence.component, prepared.burned, context)
-    calibrations = calibrated(learner, context.stream.batch_size)
-    journal, state = RunJournal(directory / store.JOURNAL), directory / store.STATE
-    resumed = _resumed(place, learner, journal, state, here, context.watcher)
-    if resumed is None:
-        store.clear(directory)
-        journal.begin(place.origin)
-        resumed = Progress(), _with_burn_ins(here, prepared)
-    progress, record = resumed
-    remove_parts(directory)
-    sums = {
-        store.CONFIG: store.write_toml(directory / store.CONFIG, cell.config()),
-        store.ENVIRONMENT: store.write_json(directory / store.ENVIRONMENT, record),
-    }
-
-    def on_step(progress: Progress) -> None:
-        done = len(progress.rows) - 1
-        if done % run.save_every == 0:
-            _save_progress(state, learner, progress, {"mark": journal.keep(progress), "environment": record})
-        context.watcher.step(cell, done, run.steps, progress.newest.accuracy)
-
-    outcome = _outcome(cell, learner, prepared, context, progress, on_step)
-    summary = _summary(place, outcome, prepared.burned, calibrations)
-    sums[store.TRACE] = store.write_trace(directory / store.TRACE, outcome.trace)
-    if outcome.images:
-        images = {n: t.float().numpy() for n, t in outcome.images.items()}
-        sums[store.IMAGES] = store.write_arrays(directory / store.IMAGES, images)
-    if prepared.scorers:
-        sums[store.SCORES] = store.write_scores(directory / store.SCORES, outcome.scores)
-    sums[store.SUMMARY] = store.write_json(directory / store.SUMMARY, summary)
-    store.seal(directory, sums)
-    store.tidy(directory)
-    return summary
+    def _ended(self, cell: Cell, ended: Ended) -> None:
+        if ended.failure is not None:
+            self.failed[cell.run_id] = ended.failure
+            self.watcher.failed(cell, ended.failure)
+        elif ended.summary is not None:
+            self.skipped += ended.skipped
+            self.ran += not ended.skipped
+            self.watcher.finished(cell, ended.summary, skipped=ended.skipped)
 
 
-def _foreign_code(cell: Cell) -> list[str]:
-    """The plug-ins of the recipe, and the modules of components that the cell names by where they are."""
-    return [*cell.recipe.plugins, *_modules(cell.config())]
+def _task(place: Place) -> Task:
+    cell = place.cell
+    return Task(cell.run_id, cell.config(), place.origin, prepared_key(cell), burn_in_shared(cell))
 
 
-def _modules(value: object) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        name = value.get("name")
-        if isinstance(name, str) and ":" in name:
-            yield name.partition(":")[0]
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _modules(item)
-
-
-def _with_burn_ins(here: Mapping[str, Any], prepared: Prepared) -> dict[str, Any]:
-    """The environment of a run, and what was another when its burn-in, or that of its surrogate, was trained."""
-    record = dict(here)
-    for key, burned in (("burn_in", prepared.burned), ("surrogate", prepared.surrogate_burned)):
-        there: dict[str, str] = {}
-        for environment_then in burned.environments if burned is not None else ():
-            there |= {k: v for k, v in differing(here, environment_then).items() if not k.startswith("code.")}
-        record |= {key: there} if there else {}
-    return record
-
-
-def _resumed(
-    place: Place, learner: Learner, journal: RunJournal, state: Path, here: Mapping[str, Any], watcher: Watcher
-) -> tuple[Progress, dict[str, Any]] | None:
-    """Where a killed run stood, with the learner put there, and its environment; None if it must begin anew."""
-    standing = place.standing()
-    if standing is not Standing.UNFINISHED or not state.exists():
-        if standing is Standing.DAMAGED and (reason := place.damage()) is not None:
-            watcher.redone(place.cell, reason)
-        return None
-    try:
-        progress, record = _load_progress(state, learner, journal)
-    except CheckpointError as error:
-        watcher.redone(place.cell, str(error))
-        return None
-    if changed := differing(here, {k: v for k, v in record.items() if k not in {"burn_in", "surrogate", "resumed"}}):
-        entry = {"after_step": len(progress.rows) - 1, **changed}
-        record["resumed"] = [*record.get("resumed", []), entry]
-    return progress, record
-
-
-def _outcome(
-    cell: Cell,
-    learner: Learner,
-    prepared: Prepared,
-    context: RunContext,
-    progress: Progress,
-    on_step: Callable[[Progress], None],
-) -> Outcome:
-    """The cell's loop, online or federated."""
-    recipe, attack = cell.recipe, cell.attack.component
-    options: dict[str, Any] = {
-        "monitors": [m.component for m in recipe.monitors],
-        "progress": progress,
-        "on_step": on_step,
-    }
-    if recipe.clients is not None:
-        federation = federate(context.stream, recipe.clients, seed=cell.seed)
-        return run_federated(
-            learner, federation, cast("UpdateAttack", attack), cast("FederatedRun", recipe.run), **options
-        )
-    return run_online(
-        learner,
-        context.stream,
-        cast("Attack", attack),
-        cast("OnlineRun", recipe.run),
-        seed=cell.seed,
-        scorers=prepared.scorers,
-        ood=context.ood,
-        surrogate=prepared.surrogate,
-        **options,
+def _work(cell: Cell) -> Work:
+    burn_in = cell.recipe.burn_in
+    return Work(
+        cell.run_id,
+        cell.attack.label,
+        cell.defence.label,
+        cell.recipe.run.steps + 1,
+        0 if burn_in.checkpoint else burn_in.epochs,
+        burn_in_shared(cell),
     )
 
 
-def _summary(
-    place: Place, outcome: Outcome, burned: BurnInResult, calibrations: Sequence[Calibration]
-) -> dict[str, Any]:
-    cell = place.cell
-    values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.summary().items()}
-    return {
-        **values,
-        "seed": cell.seed,
-        "attack": cell.attack.label,
-        "defence": cell.defence.label,
-        "dataset": cell.recipe.data.label,
-        "model": config_of(cell.recipe.model)["name"],
-        "settings_key": place.origin.settings,
-        "samples_key": place.origin.samples,
-        "inputs_key": place.origin.inputs,
-        "burn_in_key": burned.key,
-        "burn_in_seconds": burned.seconds,
-        "burn_in_curve": [measured._asdict() for measured in burned.curve],
-        "calibrations": [c.summary() for c in calibrations],
-    }
-
-
-def _save_progress(path: Path, learner: Learner, progress: Progress, note: Mapping[str, Any]) -> None:
-    """Keep the state of model, optimiser, attack and defence: as large after the last step as after the first."""
-    extra = {f"attack.{k}": v for k, v in progress.memory.items()}
-    extra |= {f"defence.{k}": v for k, v in learner.memory.items()}
-    extra |= {f"rule.{k}": v for k, v in progress.rule.items()}
-    extra |= {f"image.{k}": v for k, v in progress.images.items()}
-    if learner.history is not None:
-        extra |= {f"history.{k}": v for k, v in learner.history.tensors().items()}
-    on_cpu = [name for name, t in extra.items() if t.device.type == "cpu"]
-    save_snapshot(path, learner.snapshot(), extra=extra, note={**note, "on_cpu": on_cpu})
-
-
-def _load_progress(path: Path, learner: Learner, journal: RunJournal) -> tuple[Progress, dict[str, Any]]:
-    """What `_save_progress` kept, the learner put there, and the environment of then.
-
-    Raises:
-        CheckpointError: A file is missing or damaged; the learner is then as it was.
-    """
-    snapshot, extra, note = load_snapshot(path)
-    kinds = ("attack", "defence", "rule", "image", "history")
-    parts: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
-    try:
-        for name, tensor in extra.items():
-            kind, _, key = name.partition(".")
-            parts[kind][key] = tensor if name in note["on_cpu"] else tensor.to(learner.device)
-        progress = Progress(memory=parts["attack"], rule=parts["rule"], images=parts["image"])
-        journal.take_back(progress, note["mark"])
-        record = dict(note["environment"])
-    except (KeyError, TypeError) as error:  # a whole snapshot, of something else
-        raise CheckpointError(f"{path} is no state of a run ({type(error).__name__}: {error}).") from error
-    learner.restore(snapshot)
-    learner.memory.update(parts["defence"])
-    if learner.history is not None:
-        learner.history.load(parts["history"])
-    return progress, record
+def _check_place(out: Path) -> None:
+    if _URL.match(str(out)):
+        raise StoreError(
+            f"{out} is a URL, and a store is a directory: runs are locked and written in one move, which object "
+            "stores do not offer. Give a path, on a file system that all machines share if there are several."
+        )
+    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise StoreError(f"{nearest} is not a directory; choose another --out.")

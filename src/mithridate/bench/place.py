@@ -1,6 +1,5 @@
 """Where a run is written, and whether what stands there already is the same run."""
 
-import json
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -67,8 +66,7 @@ class Place:
 
     def summary(self) -> dict[str, Any]:
         """The outcome of the finished run."""
-        summary: dict[str, Any] = json.loads((self.directory / store.SUMMARY).read_text(encoding="utf-8"))
-        return summary
+        return store.read_summary(self.directory)
 
     def _compare(self) -> None:
         """Refuse a run of other settings or samples; a file that cannot be read says nothing either way."""

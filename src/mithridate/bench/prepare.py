@@ -131,7 +131,7 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         seed=cell.seed,
         model_config=config_of(recipe.model),
         cache=context.cache,
-        on_epoch=lambda done, epochs: context.watcher.burn_in(cell.seed, done, epochs),
+        on_epoch=lambda done, epochs: context.watcher.burn_in(cell, cell.seed, done, epochs),
     )
     scorers: list[Scorer] = []
     if recipe.detectors:
@@ -173,7 +173,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[W
         seed=seed,
         model_config=config_of(config),
         cache=context.cache,
-        on_epoch=lambda done, epochs: context.watcher.burn_in(seed, done, epochs),
+        on_epoch=lambda done, epochs: context.watcher.burn_in(cell, seed, done, epochs),
     )
     return WhiteBox(model, F.cross_entropy), own
 

@@ -13,6 +13,7 @@ Layout of `DIR/<run id>/`:
   `<phase>.poisoned` for the phases `accumulative` and `trigger`.
 - `SHA256SUMS`: a checksum a file, as `sha256sum -c` reads them; written last: a run without it is unfinished.
 - `state.safetensors`, `journal.jsonl`: where a killed run goes on; removed when it has finished.
+- `error.json`: why a run failed (see `bench.failure`), with a checksum of its own; removed when the run goes on.
 - `.lock`: held by the process that writes here.
 """
 
@@ -49,7 +50,7 @@ CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
     "scores.parquet",
 )
 SUMS = "SHA256SUMS"
-STATE, JOURNAL, LOCK = "state.safetensors", "journal.jsonl", ".lock"
+STATE, JOURNAL, ERROR, LOCK = "state.safetensors", "journal.jsonl", "error.json", ".lock"
 
 ALWAYS = (CONFIG, TRACE, SUMMARY, ENVIRONMENT)
 """The files that every finished run has."""
@@ -307,6 +308,11 @@ def finished(path: Path) -> bool:
     return (path / SUMS).is_file()
 
 
+def read_summary(path: Path) -> dict[str, Any]:
+    """The outcome of a finished run as it stands there, without a look at its checksum."""
+    return _json_object((path / SUMMARY).read_bytes())
+
+
 def holds_run(path: Path) -> bool:
     """Whether this directory holds files of a run, finished or not."""
     return any((path / name).exists() for name in (*FILES, SUMS, STATE, JOURNAL))
@@ -325,7 +331,7 @@ def clear(directory: Path) -> None:
         WriteError: The file system refuses.
     """
     with writing(directory):
-        for name in (SUMS, *FILES, STATE, JOURNAL):  # without the first, the others are of no finished run
+        for name in (SUMS, *FILES, STATE, JOURNAL, ERROR):  # without the first, the others are of no finished run
             (directory / name).unlink(missing_ok=True)
     remove_parts(directory)
 
@@ -333,7 +339,7 @@ def clear(directory: Path) -> None:
 def tidy(directory: Path) -> None:
     """Remove what a finished run no longer needs, where that can be."""
     with suppress(OSError):
-        for name in (STATE, JOURNAL):
+        for name in (STATE, JOURNAL, ERROR):
             (directory / name).unlink(missing_ok=True)
     remove_parts(directory)
 
@@ -344,9 +350,22 @@ def _ended(path: Path) -> bool:
 
 
 def unfinished(directories: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The runs in some directories (as in `read_runs`) that have begun and not ended, ordered by name."""
+    """The runs in some directories (as in `read_runs`) that have begun and not ended, ordered by name.
+
+    Those that failed are not among them; see `failed`.
+    """
+    begun = (path for path in _candidates(directories) if holds_run(path) and not _ended(path))
+    return [path for path in begun if not (path / ERROR).exists()]
+
+
+def failed(directories: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The runs in some directories (as in `read_runs`) that failed and have not been finished since, by name."""
+    return [path for path in _candidates(directories) if (path / ERROR).exists() and not _ended(path)]
+
+
+def _candidates(directories: str | Path | Sequence[str | Path]) -> list[Path]:
     paths = [path for folder in _folders(directories) for path in (folder, *sorted(folder.glob("*/")))]
-    return [path for path in dict.fromkeys(paths) if holds_run(path) and not _ended(path)]
+    return list(dict.fromkeys(paths))
 
 
 def _folders(directories: str | Path | Sequence[str | Path]) -> list[Path]:

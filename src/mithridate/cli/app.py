@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mithridate.cli.blame import blamed
 from mithridate.cli.progress import Bars
-from mithridate.cli.results import report_on
+from mithridate.cli.results import report_on, told_failures
 from mithridate.cli.terminal import err, out, print_mistake, take_any_text
 from mithridate.core.errors import ConfigError, UserError
 
@@ -54,8 +54,11 @@ def _before_commands(
 
 P = ParamSpec("P")
 
+FAILED = 1
 USER_MISTAKE = 2
 INTERRUPTED = 130
+
+MOST_JOBS = 1024
 
 MOST_THREADS = 1024
 """Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
@@ -97,6 +100,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Engine(StrEnum):
+    """Where runs are made."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Shelf(StrEnum):
     """What `list` can show."""
 
@@ -113,7 +123,11 @@ class Shelf(StrEnum):
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
 ThreadsOption = Annotated[
     int,
-    typer.Option(min=0, max=MOST_THREADS, help="CPU threads of torch; 0 takes every core that this process may use."),
+    typer.Option(
+        min=0,
+        max=MOST_THREADS,
+        help="CPU threads of torch, of each process; 0 shares the cores that this process may use among --jobs.",
+    ),
 ]
 DataRootOption = Annotated[
     Path | None,
@@ -184,7 +198,21 @@ def run(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where runs and report go; `runs/RECIPE` by default.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Skip finished runs and continue killed ones.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip finished runs, continue killed ones and try failed ones again.")
+    ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_JOBS,
+            help="Runs at a time, each in its own process; by default 1, or all that a Ray cluster takes.",
+        ),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Where runs are made: on this machine, or on a Ray cluster that sees --out, too.")
+    ] = Engine.local,
+    yes: Annotated[bool, typer.Option("--yes", help="Run a grid of any size without asking.")] = False,
     threads: ThreadsOption = 0,
     data_root: DataRootOption = None,
     cache: CacheOption = None,
@@ -192,7 +220,8 @@ def run(
     """Run a recipe: every attack against every defence with every seed, then the report.
 
     Each run gets a directory in the run store with its settings, one row a step and its outcome. The burn-in is trained
-    once and shared by all runs that agree on it.
+    once and shared by all runs that agree on it. A run that fails is told of at the end, with exit code 1; the others
+    go on.
     """
     _run(
         recipe,
@@ -205,6 +234,9 @@ def run(
         cache=cache,
         device=device,
         resume=resume,
+        jobs=jobs,
+        engine=engine,
+        yes=yes,
     )
 
 
@@ -446,20 +478,32 @@ def _run(
     cache: Path | None,
     device: Device,
     resume: bool,
+    jobs: int | None = None,
+    engine: Engine = Engine.local,
+    yes: bool = False,
 ) -> None:
     import torch
 
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
 
-    torch.set_num_threads(threads or _cores())
+    jobs = jobs or (1 if engine is Engine.local else None)
+    torch.set_num_threads(threads or max(1, _cores() // jobs if jobs else 1))
     with blamed(out_dir):
         recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     if recipe.title:
         out.print(recipe.title, style="bold", markup=False, highlight=False)
     with blamed(out_dir), Bars() as bars:
         grid = run_recipe(
-            recipe, out_dir, device=device.value, resume=resume, data_root=data_root, cache=cache, watcher=bars
+            recipe,
+            out_dir,
+            device=device.value,
+            resume=resume,
+            data_root=data_root,
+            cache=cache,
+            watcher=bars,
+            jobs=jobs,
+            engine=engine.value,
         )
     if grid.skipped:
         out.print(
@@ -468,7 +512,11 @@ def _run(
             markup=False,
             soft_wrap=True,
         )
-    report_on(list(grid.directories), out_dir)
+    if grid.ran + grid.skipped:
+        report_on(list(grid.directories), out_dir)
+    if grid.failed:
+        print_mistake(told_failures(grid.failed, len(grid.directories), out_dir))
+        raise typer.Exit(FAILED)
 
 
 def _share(share: "Calibration | Share") -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mithridate.core.errors import ComponentError, UserError, shown
+from mithridate.core.errors import ComponentError, UserError, said
 
 TRACEBACK = "traceback.txt"
 """What the file is called; a later traceback comes after the earlier ones."""
@@ -40,17 +40,8 @@ def blamed(folder: Path | None = None) -> Iterator[None]:
         if isinstance(error, UserError):  # what it says is right, and its author wants to know the line
             raise type(error)(f"{error} {where}") from error
         raise ComponentError(
-            f"{whose} raised {type(error).__name__}: {_said(error)}. {where} Mend it, or leave it out."
+            f"{whose} raised {type(error).__name__}: {said(error)}. {where} Mend it, or leave it out."
         ) from error
-
-
-def _said(error: BaseException) -> str:
-    """What an error says, on one line, cut if it is long."""
-    try:
-        text = " ".join(str(error).split())
-    except Exception:  # an error that cannot say what it is
-        return shown(error)
-    return f"{text[:300]}..." if len(text) > 300 else text.rstrip(".") or "it says no more"
 
 
 def _kept(error: BaseException, folder: Path | None) -> str:

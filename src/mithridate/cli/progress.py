@@ -10,6 +10,7 @@ from mithridate.bench.watcher import Watcher
 from mithridate.cli.terminal import out
 
 if TYPE_CHECKING:
+    from mithridate.bench.failure import Failure
     from mithridate.bench.recipe import Cell
 
 
@@ -43,7 +44,7 @@ class Bars(Watcher):
             self.runs = self.progress.add_task("runs", total=of, note="")
         self.progress.update(self.runs, completed=number, note=cell.run_id)
 
-    def burn_in(self, seed: int, done: int, epochs: int) -> None:
+    def burn_in(self, cell: "Cell", seed: int, done: int, epochs: int) -> None:
         """An epoch has ended."""
         self._show(f"burn-in, seed {seed}", done, epochs, "epochs")
 
@@ -63,9 +64,17 @@ class Bars(Watcher):
             soft_wrap=True,
             highlight=False,
         )
+        self._gone()
+
+    def _gone(self) -> None:
         if self.now is not None:
             self.progress.remove_task(self.now)
             self.now = None
+
+    def failed(self, cell: "Cell", failure: "Failure") -> None:
+        """A run has failed."""
+        self.progress.console.print(f"{cell.run_id} failed: {failure.message}", soft_wrap=True, markup=False)
+        self._gone()
 
     def redone(self, cell: "Cell", reason: str) -> None:
         """A damaged run is made anew."""

@@ -1,10 +1,38 @@
 """What is shown once runs have ended: the report, in files and in the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mithridate.bench.failure import Failure
+
+ERROR = "error.json"
+"""Holds the traceback of a run that failed; `bench.store` names it, which is imported late."""
+
+
+MOST = 10
+"""Runs that failed of which each is told why."""
+
+
+def told_failures(failed: Mapping[str, "Failure"], of: int, out_dir: Path) -> str:
+    """What to print of runs that failed.
+
+    Args:
+        failed: Why, by run id; one at least.
+        of: Runs in all.
+        out_dir: Directory of the store.
+    """
+    others = "; the others are kept" if of > len(failed) else ""
+    lines = [f"{len(failed)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
+    for run, failure in list(failed.items())[:MOST]:
+        where = f" [{out_dir / run / ERROR}]" if failure.recorded else ""
+        lines.append(f"  {run}: {failure.message}{where}")
+    lines += [f"  and {len(failed) - MOST} more"] if len(failed) > MOST else []
+    return "\n".join(lines)
 
 
 def report_on(directories: Sequence[Path], out_dir: Path) -> None:
@@ -17,6 +45,7 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
     Raises:
         UserError: matplotlib cannot be loaded, a run is damaged or there is none, or the report cannot be written.
     """
+    from mithridate.bench.failure import read_failures
     from mithridate.bench.store import read_runs, unfinished
 
     try:
@@ -36,6 +65,8 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
         out.print(finding.headline, markup=False, style="bold")
     for line in doubt_lines(table):
         out.print(line, markup=False, highlight=False)
+    if failed := read_failures(directories):
+        out.print(f"left out, for they failed: {', '.join(failed)}; try again with --resume.", markup=False)
     if missing := unfinished(directories):
         names = ", ".join(path.name for path in missing)
         out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)

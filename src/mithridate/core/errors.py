@@ -55,6 +55,10 @@ class ComponentError(UserError):
     """A component from elsewhere raised an error of its own."""
 
 
+class EngineError(UserError):
+    """The processes or machines that runs are handed to cannot be had."""
+
+
 class ThreatModelError(UserError):
     """A component looked at something that it does not declare in its `needs`."""
 
@@ -74,6 +78,19 @@ def shown(value: object, most: int = 100) -> str:
     except Exception:  # a number too long to be written, nesting too deep, an object that cannot say what it is
         return f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def said(error: BaseException) -> str:
+    r"""What an error says, on one line and without its last full stop, cut if it is long.
+
+    >>> said(ValueError("why\nnot.")), said(ValueError())
+    ('why not', 'it says no more')
+    """
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error that cannot say what it is
+        return shown(error)
+    return f"{text[:300]}..." if len(text) > 300 else text.rstrip(".") or "it says no more"
 
 
 def nearest(name: str, known: "Iterable[str]") -> str:

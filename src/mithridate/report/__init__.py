@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mithridate.bench.failure import read_failures
 from mithridate.bench.store import read_runs, unfinished
 from mithridate.core.files import locked, path_of, remove_parts, write_atomically
 from mithridate.report.figures import FigureSection, figure_sections
@@ -75,7 +76,8 @@ def build_report(
     score_files = {"scores.csv": to_csv(scores), "scores_runs.csv": to_csv(scored)} if scored else {}
     score_files |= {"scores.md": markdown(of_detectors)} if of_detectors else {}
     parts: list[TableSection | FigureSection] = [clipping_table(cells), *of_defences, *of_detectors, *sections]
-    whole_page = page(cells, parts, [path.name for path in unfinished(directories)], head)
+    left_out = [path.name for path in unfinished(directories)]
+    whole_page = page(cells, parts, left_out, head, failed=read_failures(directories))
     with locked(out / LOCK):  # what lies half-written there is then of a report that was killed
         for folder in (out, out / "figures"):
             remove_parts(folder)

@@ -48,6 +48,7 @@ def page(
     parts: Sequence[FigureSection | TableSection],
     unfinished: Sequence[str] = (),
     lead: Lead | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> str:
     """The whole report as HTML. Every value from the store is escaped.
 
@@ -56,6 +57,7 @@ def page(
         parts: What stands between the results and the alarms, in order; empty ones are left out.
         unfinished: Names of runs that have not ended, and are not among the rows.
         lead: What stands at the head; the findings alone if None.
+        failed: Why others failed, by name.
     """
     answers = examine(rows)
     shown = findings(rows)
@@ -74,6 +76,7 @@ def page(
         passed=[answer for answer in answers if not answer.doubts],
         tally=tally(answers),
         unfinished=[one_line(name) for name in unfinished],
+        failed=[(one_line(name), one_line(message)) for name, message in (failed or {}).items()],
         parts=[part for part in (results_table(rows), *parts) if not part.empty],
         several=len(groups(rows)) > 1,
         events=events,
