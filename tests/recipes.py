@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tomli_w
 
+from mithridate.bench.failure import Failure
 from mithridate.bench.recipe import Cell, Recipe, apply_change, make_recipe
 from mithridate.bench.store import Run
 from mithridate.bench.watcher import Watcher
@@ -137,6 +138,7 @@ class Log(Watcher):
         self.steps: list[int] = []
         self.reasons: list[str] = []
         self.ended: list[tuple[str, bool]] = []
+        self.failed_runs: list[str] = []
 
     def _there(self) -> None:
         if self.then is None:
@@ -158,6 +160,9 @@ class Log(Watcher):
 
     def redone(self, cell: Cell, reason: str) -> None:
         self.reasons.append(reason)
+
+    def failed(self, cell: Cell, failure: Failure) -> None:
+        self.failed_runs.append(cell.run_id)
 
     def finished(self, cell: Cell, summary: Mapping[str, Any], *, skipped: bool) -> None:
         self.ended.append((cell.run_id, skipped))

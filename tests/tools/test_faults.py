@@ -38,13 +38,26 @@ def counts(output: str, kind: str) -> dict[str, int]:
     return dict(zip(("cases", *OUTCOMES), map(int, row[1:7]), strict=True))
 
 
-COUNTS = {"kills": (9, 6), "files": (30, 10), "recipes": (100, 10), "batches": (100, 4), "flower": (22, 6)}
+COUNTS = {
+    "kills": (9, 6),
+    "grids": (20, 3),
+    "files": (30, 10),
+    "recipes": (100, 10),
+    "batches": (100, 4),
+    "flower": (22, 6),
+}
 """Cases of each kind: in the library as it is, and with a fault of its own."""
 
 PLANTED = {
     "kills": (
         "from mithridate.training.learner import Learner; restore = Learner.restore\n"
         "Learner.restore = lambda self, snapshot: None if 0 < snapshot.step < 3 else restore(self, snapshot)"
+    ),
+    "grids": (
+        "import tools.faults.grids as g\n"  # a command that goes on, in one process, draws from another seed
+        "g.START = g.START.replace('if __name__', 'if Path(sys.argv[2]).exists() and sys.argv[4] == str(1):\\n'\n"
+        "    '    import mithridate.bench.running as r; run_online = r.run_online\\n'\n"
+        "    '    r.run_online = lambda *a, **o: run_online(*a, **{**o, \"seed\": 99})\\nif __name__', 1)"
     ),
     "files": (
         "import mithridate.bench.store as s, dataclasses, random; read = s.read_run\n"

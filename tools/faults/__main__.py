@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tools.faults.case import BAD, OUTCOMES, Fault, Outcome, Result, UnpreparedError
 
-KINDS = ("kills", "files", "recipes", "batches", "flower")
-CHUNKS = {"kills": 8, "files": 16, "recipes": 200, "batches": 100, "flower": 20}
+KINDS = ("kills", "grids", "files", "recipes", "batches", "flower")
+CHUNKS = {"kills": 8, "grids": 2, "files": 16, "recipes": 200, "batches": 100, "flower": 20}
 """Cases a process."""
 
 SECONDS = 300

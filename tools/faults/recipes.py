@@ -141,7 +141,7 @@ class Recipes:
             return
 
     def _start(self, recipe: Recipe, folder: Path, watcher: Watcher) -> None:
-        run_recipe(
+        grid = run_recipe(
             recipe,
             folder / "runs",
             device="cpu",
@@ -149,6 +149,7 @@ class Recipes:
             data_root=self.shared / "no mirror",
             watcher=watcher,
         )
+        runs.raise_failure(grid)
 
     def _run_tiny(self, path: Path, written: "Written", folder: Path) -> None:
         federated = "clients" in path.read_text(encoding="utf-8", errors="replace")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mithridate.bench.engine import run_recipe
+from mithridate.bench.engine import Grid, run_recipe
 from mithridate.bench.recipe import make_recipe
 from mithridate.bench.store import Run, read_runs
 from mithridate.bench.watcher import Watcher
@@ -72,9 +72,26 @@ def start(
         grid = run_recipe(
             make_recipe(tables), out, device="cpu", resume=resume, cache=cache, watcher=watcher, data_root=data_root
         )
+        raise_failure(grid)
     except UserError as error:
         return {"refused": str(error)}
     return {"ran": grid.ran, "skipped": grid.skipped}
+
+
+def raise_failure(grid: Grid) -> None:
+    """Raise what the first failed run of a grid met.
+
+    Args:
+        grid: How it ended.
+
+    Raises:
+        UserError: It was told in words.
+        RuntimeError: It was not.
+    """
+    for failure in grid.failed.values():
+        if failure.told:
+            raise UserError(failure.message)
+        raise RuntimeError(f"{failure.message} {failure.traceback[-400:]}")
 
 
 def contents(out: Path) -> dict[str, Any]:

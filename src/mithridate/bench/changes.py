@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mithridate.bench.surrogate import Surrogate
@@ -162,6 +163,43 @@ def _one_by_one(now: object, table: str, value: object) -> str:
     return f"Write --set {example}, change the recipe's file, or take the table out by --set {table}={UNSET}."
 
 
+class LargeGridError(ConfigError):
+    """A grid has so many runs that somebody may have made a mistake; if not, `most` says so."""
+
+
+def check_size(tables: Mapping[str, Any], most: int) -> None:
+    """Refuse a grid of too many runs, before anything is made of it.
+
+    Args:
+        tables: The recipe's tables; not changed.
+        most: Runs at most.
+
+    Raises:
+        LargeGridError: There are more, or may be.
+        ConfigError: The grid crosses a setting that is not there.
+    """
+    size = 0
+    for grid in _grids(tables) or [{}]:
+        copied = copy.deepcopy(dict(tables))
+        fields = {_Field.of(path, where="[grid]"): value for path, value in grid.items()}
+        lengths = {field: len(value) for field, value in fields.items() if isinstance(value, list)}
+        runs = math.prod(length for field, length in lengths.items() if field.table not in CROSSED)
+        for kind in ("attack", "defence", "surrogate"):
+            of_kind = {field: value for field, value in fields.items() if field.table == kind}
+            runs *= sum(
+                math.prod(lengths.get(field, 1) for field in reaching)
+                for _, reaching in _reached(copied, kind, of_kind)
+            )
+        loop = tables.get("federated" if "federated" in tables else "run", {})
+        size += runs * math.prod(len(v) for v in (loop.get("seeds"), loop.get("rule")) if isinstance(v, list))
+    if size > most:
+        runs_in_all = f"{size:,}" if size < 10**12 else "more than 10**12"
+        raise LargeGridError(
+            f"the recipe's grid has {runs_in_all} runs: attacks, defences, seeds and all values crossed. If that is "
+            "meant, say --yes (in Python: most=None)."
+        )
+
+
 def expanded(tables: Table) -> Iterator[tuple[str, Table]]:
     """The variants of a recipe with a grid: what each is called, and its tables, without a grid.
 
@@ -220,13 +258,8 @@ def _variants(base: Table, fields: Mapping[_Field, Any]) -> Iterator[tuple[str, 
 
 def _multiply(tables: Table, kind: str, fields: Mapping[_Field, Any]) -> None:
     """Put a copy for every combination of values in place of each component that has the fields."""
-    reached: dict[int, dict[str, _Field]] = {}
-    for field in sorted(fields, key=lambda f: bool(f.label)):  # what is said of one wins over what is said of all
-        for target in _targets(tables, field, where="[grid]"):
-            reached.setdefault(id(target), {})[field.key] = field
     made: list[Table] = []
-    for table in _parts(tables, kind):
-        chosen = list(reached.get(id(table), {}).values())
+    for table, chosen in _reached(tables, kind, fields):
         for values in itertools.product(*(_named_values(field, fields[field], chosen) for field in chosen)):
             changes = {field.key: copy.deepcopy(value) for field, (_, value) in zip(chosen, values, strict=True)}
             names = [name for name, _ in values if name]
@@ -234,6 +267,15 @@ def _multiply(tables: Table, kind: str, fields: Mapping[_Field, Any]) -> None:
             label = "+".join(filter(None, [base if isinstance(base, str) else "", *names]))
             made.append({**table, **changes, **({"label": label} if names else {})})
     tables[kind] = made
+
+
+def _reached(tables: Table, kind: str, fields: Iterable[_Field]) -> list[tuple[Table, list[_Field]]]:
+    """Each component of a kind, with the fields that are said of it."""
+    reached: dict[int, dict[str, _Field]] = {}
+    for field in sorted(fields, key=lambda f: bool(f.label)):  # what is said of one wins over what is said of all
+        for target in _targets(tables, field, where="[grid]"):
+            reached.setdefault(id(target), {})[field.key] = field
+    return [(table, list(reached.get(id(table), {}).values())) for table in _parts(tables, kind)]
 
 
 def _named_values(field: _Field, value: object, beside: Sequence[_Field]) -> list[tuple[str, Any]]:

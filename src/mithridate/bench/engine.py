@@ -77,8 +77,7 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before anything is
             written, wherever it can be found then. Later: the file system refuses, or the engine itself fails.
     """
-    watcher, out = watcher or Watcher(), path_of(out).absolute()
-    _check_place(out)
+    watcher, out = watcher or Watcher(), _place_of(out)
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs = {jobs}: give at least 1.")
     where = choose_device(device).type
@@ -194,12 +193,15 @@ def _work(cell: Cell) -> Work:
     )
 
 
-def _check_place(out: Path) -> None:
-    if _URL.match(str(out)):
+def _place_of(given: str | Path) -> Path:
+    """Where the store is, absolute."""
+    if _URL.match(str(given)):
         raise StoreError(
-            f"{out} is a URL, and a store is a directory: runs are locked and written in one move, which object "
+            f"{given} is a URL, and a store is a directory: runs are locked and written in one move, which object "
             "stores do not offer. Give a path, on a file system that all machines share if there are several."
         )
-    nearest = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    out = path_of(given).absolute()
+    nearest = next(path for path in (out, *out.parents) if path.exists())
     if not nearest.is_dir():
         raise StoreError(f"{nearest} is not a directory; choose another --out.")
+    return out

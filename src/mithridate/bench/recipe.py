@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, check_depth, expanded, label_of
+from mithridate.bench.changes import ARRAYS, TABLES, Table, apply_change, check_depth, check_size, expanded, label_of
 from mithridate.bench.inheritance import EXTENDS, inherited
 from mithridate.bench.store import run_id
 from mithridate.bench.surrogate import Surrogate
@@ -33,6 +33,9 @@ __all__ = ["TABLES", "Cell", "Labelled", "Recipe", "Surrogate", "Table", "apply_
 
 PATHS = (("data", "path"), ("burn_in", "checkpoint"))
 """Settings that are paths."""
+
+MOST = 1000
+"""Runs of a recipe at most, if nobody says that more are meant."""
 
 LARGEST_FLOAT = 3.4028234e38
 
@@ -204,6 +207,7 @@ def read_recipe(
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     defences: Sequence[str] | None = None,
+    most: int | None = MOST,
 ) -> Recipe:
     """A recipe from a TOML file, merged over those that it `extends` (see `bench.inheritance`).
 
@@ -215,8 +219,10 @@ def read_recipe(
         changes: `table.key=value` each; see `apply_change`.
         seeds: Replace the recipe's.
         defences: Replace the recipe's: names, or `package.module:Class`.
+        most: Runs at most; None: any number.
 
     Raises:
+        LargeGridError: It has more runs than `most`.
         ConfigError: A file is missing, no TOML, extends itself, or asks for what is not there.
     """
     tables = inherited(path_of(path), _placed)
@@ -228,7 +234,7 @@ def read_recipe(
         apply_change(tables, change)
     if seeds is not None:
         tables.setdefault("federated" if "federated" in tables else "run", {})["seeds"] = list(seeds)
-    return make_recipe(tables)
+    return make_recipe(tables, most=most)
 
 
 def _placed(tables: Table, folder: Path) -> Table:
@@ -248,13 +254,20 @@ def _placed(tables: Table, folder: Path) -> Table:
     return tables
 
 
-def make_recipe(tables: Mapping[str, Any]) -> Recipe:
+def make_recipe(tables: Mapping[str, Any], *, most: int | None = MOST) -> Recipe:
     """A recipe from tables; those of attacks, defences, detectors, monitors and surrogates may be arrays of tables.
 
+    Args:
+        tables: By name.
+        most: Runs at most; None: any number.
+
     Raises:
+        LargeGridError: It has more runs than `most`.
         ConfigError: An unknown table, key or component, a value of the wrong type or range, or two equal labels.
     """
     _check_tables(tables)
+    if most is not None:
+        check_size(tables, most)
     variants = [_variant(of_one, label) for label, of_one in expanded(dict(tables))]
     ids = [cell.run_id.lower() for variant in variants for cell in variant.cells()]
     if twice := next((name for name in ids if ids.count(name) > 1), None) if len(set(ids)) < len(ids) else None:

@@ -318,6 +318,11 @@ def holds_run(path: Path) -> bool:
     return any((path / name).exists() for name in (*FILES, SUMS, STATE, JOURNAL))
 
 
+def begun(path: Path) -> bool:
+    """Whether this directory holds a run, or why one failed before it held anything else."""
+    return holds_run(path) or (path / ERROR).exists()
+
+
 def vacant(path: Path) -> bool:
     """Whether a run can be written there without touching anything: nothing is there, or a lock alone."""
     names = [p.name for p in path.iterdir() if p.suffix != ".part"] if path.exists() else [LOCK]

@@ -297,6 +297,21 @@ def calibrate(
 
 @app.command()
 @_reports_mistakes
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a run.")],
+) -> None:
+    """Show how far a grid is: which runs have finished, failed, begun or wait, and how long the rest may take.
+
+    It only looks: a command that is at work in the directory is not disturbed.
+    """
+    from mithridate.bench.status import status as status_of
+    from mithridate.cli.standing import print_status
+
+    print_status(status_of(directory))
+
+
+@app.command()
+@_reports_mistakes
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
     out_dir: Annotated[
@@ -484,13 +499,20 @@ def _run(
 ) -> None:
     import torch
 
+    from mithridate.bench.changes import LargeGridError
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
 
     jobs = jobs or (1 if engine is Engine.local else None)
     torch.set_num_threads(threads or max(1, _cores() // jobs if jobs else 1))
+    read = functools.partial(read_recipe, recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     with blamed(out_dir):
-        recipe = read_recipe(recipe_path, plugins=plugins, changes=changes, seeds=seeds)
+        try:
+            recipe = read(most=None) if yes else read()
+        except LargeGridError as error:
+            if not (sys.stdin.isatty() and typer.confirm(f"{error}\nGo on?")):
+                raise
+            recipe = read(most=None)
     if recipe.title:
         out.print(recipe.title, style="bold", markup=False, highlight=False)
     with blamed(out_dir), Bars() as bars:
