@@ -28,7 +28,7 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=1500,  # of a busy machine, too
     )
 
 

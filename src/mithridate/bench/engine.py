@@ -78,6 +78,10 @@ def run_recipe(
             written, wherever it can be found then. Later: the file system refuses, or the engine itself fails.
     """
     watcher, out = watcher or Watcher(), _place_of(out)
+    if engine == "ray":
+        from mithridate.bench.ray import installed_ray, run_on_ray
+
+        installed_ray()
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs = {jobs}: give at least 1.")
     where = choose_device(device).type
@@ -94,8 +98,6 @@ def run_recipe(
     heard = _Heard(watcher, places)
     tasks = [_task(place) for place, finished in places if not heard.skips(place, finished=finished)]
     if engine == "ray":
-        from mithridate.bench.ray import run_on_ray
-
         del workplace  # and with it the samples in memory
         run_on_ray(tasks, terms, jobs, heard)
     elif jobs is None or jobs > 1:

@@ -47,7 +47,7 @@ def run_on_ray(tasks: Sequence[Task], terms: Terms, jobs: int | None, hears: Hea
         WriteError: A machine's file system refuses.
         EngineError: Ray is not installed, or too old; there is no cluster, or it is lost.
     """
-    ray = _ray()
+    ray = installed_ray()
     ours = not ray.is_initialized()
     try:
         if ours:
@@ -63,7 +63,12 @@ def run_on_ray(tasks: Sequence[Task], terms: Terms, jobs: int | None, hears: Hea
             ray.shutdown()
 
 
-def _ray() -> Any:  # noqa: ANN401  (a module that need not be installed)
+def installed_ray() -> Any:  # noqa: ANN401  (a module that need not be there)
+    """The module `ray`.
+
+    Raises:
+        EngineError: It is not installed, or too old.
+    """
     try:
         import ray
         import ray.util.queue

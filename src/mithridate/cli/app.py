@@ -510,7 +510,7 @@ def _run(
         try:
             recipe = read(most=None) if yes else read()
         except LargeGridError as error:
-            if not (sys.stdin.isatty() and typer.confirm(f"{error}\nGo on?")):
+            if not (_at_a_terminal() and typer.confirm(f"{error}\nGo on?")):
                 raise
             recipe = read(most=None)
     if recipe.title:
@@ -558,6 +558,11 @@ def _shipped(name: str) -> Path:
 def _cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _at_a_terminal() -> bool:
+    """Whether somebody can be asked."""
+    return sys.stdin.isatty()
 
 
 def _seeds(text: str | None) -> list[int] | None:
