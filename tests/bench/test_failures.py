@@ -91,7 +91,7 @@ def test_a_failed_run_is_recorded_and_the_others_go_on(tmp_path: Path, cache: Pa
 
     assert (store.failed(tmp_path), store.unfinished(tmp_path)) == ([tmp_path / FRAIL], [])
     assert [run.path.name for run in store.read_runs(tmp_path)] == ["noise__clip__seed0", "noise__none__seed0"]
-    html = page(rows(store.read_runs(tmp_path)), [], [], read_failures(tmp_path))
+    html = page(rows(store.read_runs(tmp_path)), [], failed=read_failures(tmp_path))
     assert "Left out, for they failed" in html
     assert "raised RuntimeError: out of order" in html
     states = {cell.run: (cell.state, cell.step, cell.reason) for cell in status(tmp_path).cells}

@@ -42,6 +42,11 @@ class Grid:
     skipped: int
     failed: Mapping[str, Failure] = field(default_factory=dict)
 
+    @property
+    def failures(self) -> dict[Path, Failure]:
+        """Why cells were not finished, by directory."""
+        return {path: self.failed[path.name] for path in self.directories if path.name in self.failed}
+
 
 def run_recipe(
     recipe: Recipe,
@@ -77,7 +82,7 @@ def run_recipe(
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before anything is
             written, wherever it can be found then. Later: the file system refuses, or the engine itself fails.
     """
-    watcher, out = watcher or Watcher(), _place_of(out)
+    watcher, place = watcher or Watcher(), _place_of(out)
     if engine == "ray":
         from mithridate.bench.ray import installed_ray, run_on_ray
 
@@ -85,7 +90,7 @@ def run_recipe(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs = {jobs}: give at least 1.")
     where = choose_device(device).type
-    terms = Terms(out, where, cache_directory(cache).absolute(), data_root, resume)
+    terms = Terms(place, where, cache_directory(cache).absolute(), data_root, resume)
     workplace = Workplace(terms, watcher)
     places: list[tuple[Place, bool]] = []
     for variant in recipe.each():  # all are checked before the first is run
@@ -93,7 +98,7 @@ def run_recipe(
     if not places:
         raise ConfigError("the recipe's grid has no cell: it names no attack, no defence or no seed.")
     works = [_work(place.cell) for place, _ in places]
-    write_plan(out, Plan(works, jobs or 1))
+    write_plan(place, Plan(works, jobs or 1))
     watcher.planned(works, jobs or 1, "GPU" if where == "cuda" else "CPU")
     heard = _Heard(watcher, places)
     tasks = [_task(place) for place, finished in places if not heard.skips(place, finished=finished)]
@@ -107,7 +112,7 @@ def run_recipe(
         run_in_processes(tasks, terms, jobs or 1, heard)
     else:
         _run_here(tasks, {place.cell.run_id: place.cell for place, _ in places}, workplace, heard)
-    return heard.grid()
+    return heard.grid(path_of(out))
 
 
 def _run_here(tasks: Sequence[Task], cells: Mapping[str, Cell], workplace: Workplace, heard: "_Heard") -> None:
@@ -160,10 +165,10 @@ class _Heard:
         """It has ended."""
         self._ended(self._cell(task), ended)
 
-    def grid(self) -> Grid:
-        """How all ended."""
+    def grid(self, out: Path) -> Grid:
+        """How all ended in a store."""
         failed = {run: self.failed[run] for run in self.places if run in self.failed}
-        return Grid([place.directory for place in self.places.values()], self.ran, self.skipped, failed)
+        return Grid([out / run for run in self.places], self.ran, self.skipped, failed)
 
     def _cell(self, task: Task) -> Cell:
         return self.places[task.run].cell

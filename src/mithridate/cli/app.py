@@ -4,7 +4,7 @@ import errno
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from mithridate.cli.terminal import err, out, print_mistake, take_any_text
 from mithridate.core.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from mithridate.bench.failure import Failure
     from mithridate.core.defence import Calibration
     from mithridate.defences.threshold import Share
 
@@ -129,6 +130,17 @@ ThreadsOption = Annotated[
         help="CPU threads of torch, of each process; 0 shares the cores that this process may use among --jobs.",
     ),
 ]
+JobsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MOST_JOBS,
+        help="Runs at a time, each in its own process; by default 1, or as many as Ray takes.",
+    ),
+]
+EngineOption = Annotated[
+    Engine, typer.Option(help="Where runs are made: on this machine, or on a Ray cluster that sees --out, too.")
+]
 DataRootOption = Annotated[
     Path | None,
     typer.Option(
@@ -201,17 +213,8 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip finished runs, continue killed ones and try failed ones again.")
     ] = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MOST_JOBS,
-            help="Runs at a time, each in its own process; by default 1, or all that a Ray cluster takes.",
-        ),
-    ] = None,
-    engine: Annotated[
-        Engine, typer.Option(help="Where runs are made: on this machine, or on a Ray cluster that sees --out, too.")
-    ] = Engine.local,
+    jobs: JobsOption = None,
+    engine: EngineOption = Engine.local,
     yes: Annotated[bool, typer.Option("--yes", help="Run a grid of any size without asking.")] = False,
     threads: ThreadsOption = 0,
     data_root: DataRootOption = None,
@@ -360,6 +363,8 @@ def reproduce(
     record: Annotated[
         Path | None, typer.Option(help="Keep a small JSON file of every run in this folder, such as results.")
     ] = None,
+    jobs: JobsOption = None,
+    engine: EngineOption = Engine.local,
     threads: ThreadsOption = 0,
     data_root: DataRootOption = None,
     cache: CacheOption = None,
@@ -376,9 +381,10 @@ def reproduce(
     items = chosen_items(names or [])
     import torch
 
-    torch.set_num_threads(threads or _cores())
+    jobs = jobs or _jobs(engine)
+    torch.set_num_threads(threads or _threads(jobs))
     with blamed(out_dir):
-        reproduce_items(
+        failures, of = reproduce_items(
             items,
             scale.value,
             out_dir,
@@ -388,7 +394,10 @@ def reproduce(
             device=device.value,
             data_root=data_root,
             cache=cache,
+            jobs=jobs,
+            engine=engine.value,
         )
+    _end_with(failures, of)
 
 
 @app.command()
@@ -409,6 +418,8 @@ def leaderboard(
     seeds: SeedsOption = None,
     device: DeviceOption = Device.auto,
     out_dir: Annotated[Path, typer.Option("--out", help="Where page and runs go.")] = Path("leaderboard"),
+    jobs: JobsOption = None,
+    engine: EngineOption = Engine.local,
     threads: ThreadsOption = 0,
     data_root: DataRootOption = None,
     cache: CacheOption = None,
@@ -423,9 +434,10 @@ def leaderboard(
     if added:
         import torch
 
-        torch.set_num_threads(threads or _cores())
+        jobs = jobs or _jobs(engine)
+        torch.set_num_threads(threads or _threads(jobs))
         with blamed(out_dir):
-            add_defences(
+            failures, of = add_defences(
                 added,
                 recipe or _shipped("leaderboard.toml"),
                 results,
@@ -436,7 +448,10 @@ def leaderboard(
                 device=device.value,
                 data_root=data_root,
                 cache=cache,
+                jobs=jobs,
+                engine=engine.value,
             )
+        _end_with(failures, of)
     build_leaderboard(results, out_dir)
 
 
@@ -503,8 +518,8 @@ def _run(
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
 
-    jobs = jobs or (1 if engine is Engine.local else None)
-    torch.set_num_threads(threads or max(1, _cores() // jobs if jobs else 1))
+    jobs = jobs or _jobs(engine)
+    torch.set_num_threads(threads or _threads(jobs))
     read = functools.partial(read_recipe, recipe_path, plugins=plugins, changes=changes, seeds=seeds)
     with blamed(out_dir):
         try:
@@ -536,8 +551,13 @@ def _run(
         )
     if grid.ran + grid.skipped:
         report_on(list(grid.directories), out_dir)
-    if grid.failed:
-        print_mistake(told_failures(grid.failed, len(grid.directories), out_dir))
+    _end_with(grid.failures, len(grid.directories))
+
+
+def _end_with(failures: "Mapping[Path, Failure]", of: int) -> None:
+    """End the command if runs failed, and say which."""
+    if failures:
+        print_mistake(told_failures(failures, of))
         raise typer.Exit(FAILED)
 
 
@@ -563,6 +583,16 @@ def _cores() -> int:
 def _at_a_terminal() -> bool:
     """Whether somebody can be asked."""
     return sys.stdin.isatty()
+
+
+def _jobs(engine: Engine) -> int | None:
+    """Runs at a time, if nobody says it; None: as many as the cluster takes."""
+    return 1 if engine is Engine.local else None
+
+
+def _threads(jobs: int | None) -> int:
+    """Threads of a process, if nobody says it."""
+    return max(1, _cores() // jobs) if jobs else 1
 
 
 def _seeds(text: str | None) -> list[int] | None:

@@ -65,7 +65,10 @@ class Bars(Watcher):
 
     def planned(self, works: Sequence["Work"], jobs: int, processor: str) -> None:
         """All checks are passed."""
-        self.pace, self.processor = Pace(works, jobs), processor
+        if self.runs is not None:  # those of another recipe
+            self.progress.remove_task(self.runs)
+        self.pace, self.processor, self.ended = Pace(works, jobs), processor, 0
+        self.said.clear()
         self.runs = self.progress.add_task("runs", total=len(works), note="")
 
     def cell(self, cell: "Cell", number: int, of: int) -> None:

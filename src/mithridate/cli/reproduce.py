@@ -12,6 +12,7 @@ from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mithridate.bench.failure import Failure
     from mithridate.reproduce.item import Item, Scale
     from mithridate.reproduce.run import Reproduction
 
@@ -72,7 +73,7 @@ def reproduce_items(
     form: str,
     record: Path | None,
     **options: Any,  # noqa: ANN401
-) -> None:
+) -> tuple[dict[Path, "Failure"], int]:
     """Run items and print each one's table and verdicts.
 
     Args:
@@ -83,15 +84,22 @@ def reproduce_items(
         form: `table` for the terminal, or `md`, `csv`, `latex`: that file alone is printed.
         record: Folder for records of the runs; None keeps none.
         options: Of `reproduce`.
+
+    Returns:
+        Why runs failed, by directory, and how many runs there are in all.
     """
     from mithridate.reproduce.records import write_records
     from mithridate.reproduce.run import reproduce
 
+    failures: dict[Path, Failure] = {}
+    of = 0
     for item in items:
         if form == "table":
             out.print(f"{item.source}: {item.title}", style="bold", markup=False, highlight=False)
         with Bars() as bars:
             done = reproduce(item, scale, directory, seeds=seeds, watcher=bars if form == "table" else None, **options)
+        failures |= done.failures
+        of += len(done.runs) + len(done.failures)
         if record is not None:
             write_records(done.runs, record / item.name / scale)
         if form == "table":
@@ -101,6 +109,7 @@ def reproduce_items(
             for path in done.files:
                 if path.suffix == endings[form]:
                     print(path.read_text(encoding="utf-8"), end="")
+    return failures, of
 
 
 def _show(done: "Reproduction") -> None:
@@ -131,7 +140,7 @@ def add_defences(
     changes: Sequence[str],
     seeds: Sequence[int] | None,
     **options: Any,  # noqa: ANN401  (those of `run_recipe`)
-) -> None:
+) -> tuple[dict[Path, "Failure"], int]:
     """Run every attack of a recipe against some defences, and keep a record of each run.
 
     Args:
@@ -143,6 +152,9 @@ def add_defences(
         changes: Settings, as `--set` takes them.
         seeds: In place of the recipe's.
         options: Of `run_recipe`.
+
+    Returns:
+        Why runs failed, by directory, and how many runs there are in all.
     """
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
@@ -153,7 +165,9 @@ def add_defences(
     wanted = read_recipe(recipe, plugins=plugins, changes=changes, seeds=seeds, defences=others)
     with Bars() as bars:
         grid = run_recipe(wanted, directory / "runs", resume=True, watcher=bars, **options)
-    write_records(read_runs(list(grid.directories)), results)
+    if grid.ran + grid.skipped:
+        write_records(read_runs(list(grid.directories)), results)
+    return grid.failures, len(grid.directories)
 
 
 def build_leaderboard(results: Path, directory: Path) -> None:

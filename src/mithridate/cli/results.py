@@ -18,20 +18,19 @@ MOST = 10
 """Runs that failed of which each is told why."""
 
 
-def told_failures(failed: Mapping[str, "Failure"], of: int, out_dir: Path) -> str:
+def told_failures(failures: Mapping[Path, "Failure"], of: int) -> str:
     """What to print of runs that failed.
 
     Args:
-        failed: Why, by run id; one at least.
+        failures: Why, by directory; one at least.
         of: Runs in all.
-        out_dir: Directory of the store.
     """
-    others = "; the others are kept" if of > len(failed) else ""
-    lines = [f"{len(failed)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
-    for run, failure in list(failed.items())[:MOST]:
-        where = f" [{out_dir / run / ERROR}]" if failure.recorded else ""
-        lines.append(f"  {run}: {failure.message}{where}")
-    lines += [f"  and {len(failed) - MOST} more"] if len(failed) > MOST else []
+    others = "; the others are kept" if of > len(failures) else ""
+    lines = [f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
+    for directory, failure in list(failures.items())[:MOST]:
+        where = f" [{directory / ERROR}]" if failure.recorded else ""
+        lines.append(f"  {directory.name}: {failure.message}{where}")
+    lines += [f"  and {len(failures) - MOST} more"] if len(failures) > MOST else []
     return "\n".join(lines)
 
 

@@ -1,13 +1,15 @@
 """Reproduce a table or figure: run its recipe, read the runs, and write the page."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mithridate.bench.engine import run_recipe
+from mithridate.bench.failure import Failure
 from mithridate.bench.recipe import Recipe
 from mithridate.bench.store import Run, finished, read_runs
+from mithridate.core.errors import StoreError
 from mithridate.core.files import path_of, write_atomically
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.records import to_csv
@@ -31,6 +33,7 @@ class Reproduction:
         report: The files of the page.
         tables: The paper's numbers beside ours, and the claims.
         files: The same, as CSV, Markdown and LaTeX.
+        failures: Why other runs of the item failed, by directory.
     """
 
     item: Item
@@ -40,6 +43,7 @@ class Reproduction:
     report: ReportPaths
     tables: Sequence[TableSection]
     files: Sequence[Path]
+    failures: Mapping[Path, Failure] = field(default_factory=dict)
 
 
 def directory_of(out: str | Path, item: Item, scale: Scale) -> Path:
@@ -73,16 +77,20 @@ def reproduce(
         scale: At which size.
         out: Runs and page go to `out/<item>/<scale>/`.
         seeds: In place of the recipe's.
-        options: Of `bench.engine.run_recipe`: device, data_root, cache, watcher.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, watcher, jobs, engine.
 
     Raises:
-        UserError: Anything in the item, the data, the device or the store that cannot work.
+        UserError: Anything in the item, the data, the device or the store that cannot work; or no run was finished.
     """
     runs: list[Path] = []
+    failures: dict[Path, Failure] = {}
     for part in item.parts:
         grid = run_recipe(wanted(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
         runs += grid.directories
-    return written(item, scale, directory_of(out, item, scale), runs)
+        failures |= grid.failures
+    if len(failures) == len(runs):
+        raise StoreError(f"every run of {item.name} failed: {next(iter(failures.values())).message}")
+    return replace(written(item, scale, directory_of(out, item, scale), runs), failures=failures)
 
 
 def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | None = None) -> Reproduction:
