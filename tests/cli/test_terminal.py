@@ -35,7 +35,7 @@ ODD = "out [bold] [x] :smile: [/red]"
 @pytest.fixture(scope="module", autouse=True)
 def _no_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mithridate.report.figure_sections", lambda _: [])
+        patch.setattr("mithridate.report.figure_sections", lambda *_: [])
         yield
 
 
