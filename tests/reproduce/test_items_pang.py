@@ -33,7 +33,7 @@ def planned(name: str, scale: Scale) -> Sequence[Run]:
 
 
 def picked(selection: Selection, name: str, scale: Scale) -> list[str]:
-    return [run.path.name for run in selection.runs(planned(name, scale))]
+    return [run.path.name for run in selection.runs(read_item(name).where.runs(planned(name, scale)))]
 
 
 def test_all_of_the_paper_is_there() -> None:
