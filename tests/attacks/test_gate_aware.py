@@ -1,6 +1,7 @@
 """The attacker who knows of the gate: its rehearsal is the victim's step, and what it sends passes."""
 
 import copy
+import math
 from statistics import median
 from typing import Any
 
@@ -122,13 +123,22 @@ def test_what_is_measured_is_the_loss_and_the_worst_class() -> None:
 # Against the gate.
 
 
+PAIRED: dict[str, Any] = {"max_loss_rise": math.inf, "max_accuracy_drop": math.inf, "level": 0.1, "test": "chances"}
+
+
 @pytest.mark.parametrize(
-    "reference",
-    [pytest.param("previous", marks=pytest.mark.slow), "best", pytest.param("start", marks=pytest.mark.slow)],
+    "limits",
+    [
+        pytest.param({"reference": "previous"}, marks=pytest.mark.slow),
+        {"reference": "best"},
+        pytest.param({"reference": "start"}, marks=pytest.mark.slow),
+        pytest.param({"reference": "best", **PAIRED}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_what_it_sends_passes_the_gate_that_refuses_the_inner_attack(reference: Any) -> None:
+def test_what_it_sends_passes_the_gate_that_refuses_the_inner_attack(limits: dict[str, Any]) -> None:
     """Every poisoned step is kept; what is refused is a clean batch, where nothing else was left to send."""
-    tolerance = {"max_loss_rise": 0.1, "max_accuracy_drop": 0.2, "reference": reference}
+    tolerance = {"max_loss_rise": 0.1, "max_accuracy_drop": 0.2, **limits}
     passed, sent, largest = [], [], []
     for seed in range(5):
         stream = toy_stream(seed)
@@ -147,6 +157,18 @@ def test_what_it_sends_passes_the_gate_that_refuses_the_inner_attack(reference: 
     assert median(passed) == 0
     assert median(sent) >= 1
     assert median(largest) < 0.19  # it had to hold back
+
+
+def test_it_measures_on_as_many_samples_as_the_gate_is_believed_to_trust() -> None:
+    """Six samples can never show a loss of seven, so against them it need not hold back."""
+    limits = {**PAIRED, "test": "flips", "level": 0.01, "inner": {"name": "pgd", "steps": 2}, "victim_lr": 0.5}
+    batch, sent = STREAM.victim_batch(0, 0), {}
+    for size in (None, 6):
+        attack = GateAware(**{**SHARED, **limits}, trusted_size=size)
+        poisoned = attack.poison(batch, view_of(toy_learner(STREAM), attack), rng=rng())
+        sent[size] = float((poisoned.x - batch.x).abs().max())
+    assert sent[6] == pytest.approx(0.2)
+    assert sent[None] < 0.19
 
 
 def without(table: dict[str, Any]) -> dict[str, Any]:

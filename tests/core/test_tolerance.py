@@ -1,18 +1,31 @@
 """One rule of how much worse a model may become: what is measured, what it is compared with, which limits break."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_rel
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.errors import DataError
+from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import IGNORED, WhiteBox, check_labels
 from mithridate.core.past import Weights
-from mithridate.core.tolerance import BEST, START, Quality, Tolerance, quality
+from mithridate.core.tolerance import (
+    BEST,
+    START,
+    PairedTest,
+    Quality,
+    Tolerance,
+    chances,
+    flips,
+    in_equal_parts,
+    quality,
+)
 
 STATES = [Quality(1.0, 0.5), Quality(0.8, 0.4), Quality(0.9, 0.7), Quality(math.nan, 0.1), Quality(2.0, 0.2)]
 
@@ -20,7 +33,7 @@ STATES = [Quality(1.0, 0.5), Quality(0.8, 0.4), Quality(0.9, 0.7), Quality(math.
 def test_the_best_loss_and_the_best_worst_class_are_kept_each_for_itself() -> None:
     tolerance = Tolerance(reference="best")
     memory: dict[str, Tensor] = {}
-    assert [tolerance.compared_with(memory, kept) for kept in STATES] == [
+    assert [tolerance.compared_with(memory, kept)[:2] for kept in STATES] == [
         (1.0, 0.5),
         (0.8, 0.5),
         (0.8, 0.7),
@@ -34,12 +47,12 @@ def test_a_best_that_is_no_number_gives_way() -> None:
     memory: dict[str, Tensor] = {}
     tolerance = Tolerance(reference="best")
     assert math.isnan(tolerance.compared_with(memory, Quality(math.nan, 0.2)).loss)
-    assert tolerance.compared_with(memory, Quality(3.0, 0.1)) == (3.0, 0.2)
+    assert tolerance.compared_with(memory, Quality(3.0, 0.1))[:2] == (3.0, 0.2)
 
 
 def test_the_start_stays_and_the_previous_one_is_not_noted() -> None:
     memory: dict[str, Tensor] = {}
-    assert [Tolerance(reference="start").compared_with(memory, kept) for kept in STATES] == [(1.0, 0.5)] * 5
+    assert [Tolerance(reference="start").compared_with(memory, kept) for kept in STATES] == [Quality(1.0, 0.5)] * 5
     assert memory.keys() == {START}
     memory = {}
     assert [Tolerance().compared_with(memory, kept) for kept in STATES[:3]] == STATES[:3]
@@ -81,12 +94,137 @@ def test_fractions_of_counts_are_not_exact_and_pass_at_the_limit() -> None:
 
 
 def test_a_quality_is_noted_in_full() -> None:
-    for state in (Quality(1 / 3, 2 / 7), Quality(math.inf, 0.0)):
+    for state in (Quality(1 / 3, 2 / 7), Quality(math.inf, 0.0), Quality(0.1, 0.5, (True, False), (0.9, 0.3))):
         assert Quality.read(state.note()) == state
         assert state.note().dtype == torch.float64
 
 
+# The paired test.
+
+
+def paired(level: float, test: PairedTest = "flips", **fields: Any) -> Tolerance:
+    return Tolerance(max_loss_rise=math.inf, max_accuracy_drop=math.inf, level=level, test=test, **fields)
+
+
+def of(right: Sequence[bool], chance: Sequence[float] | None = None, groups: Sequence[int] | None = None) -> Quality:
+    """A quality with so many samples; the chances say by default what is right."""
+    chance = [float(hit) for hit in right] if chance is None else chance
+    return Quality(0.0, 0.0, tuple(right), tuple(chance), tuple(groups or [0] * len(right)))
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (5, 0), (7, 0), (9, 2), (12, 12), (3, 8), (40, 25)])
+def test_flips_are_tested_as_coins(lost: int, won: int) -> None:
+    """The p-value is the share of all ways in which the samples that differ can fall that lose as many, or more."""
+    n = lost + won
+    expected = sum(math.comb(n, k) for k in range(lost, n + 1)) / 2**n if lost > won else 1.0
+    p, words = flips([-1] * lost + [1] * won + [0] * 50)
+    assert p == pytest.approx(expected, rel=1e-12)
+    assert words == f"{lost} lost, {won} won"
+
+
+def test_chances_are_tested_by_students_t() -> None:
+    rng = np.random.default_rng(0)
+    for n in (2, 10, 97):
+        before = rng.random(n)
+        now = (before - 0.1 * rng.random(n)).clip(0, 1)
+        expected = ttest_rel(before, now, alternative="greater").pvalue
+        assert chances(list(now - before))[0] == pytest.approx(expected, rel=1e-9)
+    assert chances([0.1, 0.2, -0.1])[0] == 1.0  # nothing to refuse
+    assert chances([0.0, 0.0])[0] == 1.0
+    assert chances([-0.1, -0.1])[0] == 0.0
+    assert chances([-0.5])[0] == 1.0  # one sample shows nothing
+
+
+@pytest.mark.parametrize("test", ["flips", "chances"])
+def test_equally_good_models_are_refused_as_rarely_as_the_level_says(test: PairedTest) -> None:
+    """Over many pairs of models that are right on each sample equally often; all tests together: twice the level."""
+    rng, n, trials, level = np.random.default_rng(1), 200, 400, 0.05
+    groups = [i % 4 for i in range(n)]
+    refused = 0
+    for _ in range(trials):
+        chance = rng.random(n)
+        one, other = (of((rng.random(n) < chance).tolist(), list(rng.normal(chance, 0.1)), groups) for _ in range(2))
+        refused += bool(paired(level, test).faults(one, other))
+    assert refused / trials <= 2 * level + 3 * math.sqrt(2 * level / trials)
+    assert refused > 0
+
+
+@pytest.mark.parametrize("test", ["flips", "chances"])
+def test_what_passes_shrinks_with_the_number_of_samples(test: PairedTest) -> None:
+    """Two samples lost of a hundred may be chance; the same share of a thousand is not."""
+    for n, refused in ((100, False), (1000, True)):
+        now = [i % 50 > 0 for i in range(n)]
+        assert bool(paired(0.01, test).faults(of([True] * n), of(now))) is refused
+
+
+def test_seven_lost_and_none_won_are_refused_at_one_in_a_hundred() -> None:
+    for lost, refused in ((6, False), (7, True)):
+        faults = paired(0.01).faults(of([True] * 100), of([i >= lost for i in range(100)]))
+        assert bool(faults) is refused
+    assert faults == [
+        "trusted samples: 7 lost, 0 won, p = 0.0078, level 0.01",
+        "trusted samples of class 0: 7 lost, 0 won, p = 0.0078, level 0.01",
+    ]
+
+
+def test_a_class_that_pays_for_another_is_found() -> None:
+    groups = [i % 4 for i in range(200)]
+    before, now = [group != 1 for group in groups], [group != 3 for group in groups]
+    (fault,) = paired(0.01).faults(of(before, groups=groups), of(now, groups=groups))
+    assert "of class 3: 50 lost, 0 won" in fault
+
+
+@pytest.mark.parametrize(("test", "kept"), [("flips", 1), ("chances", 2)])
+def test_the_best_state_of_a_paired_test_is_the_one_that_was_most_right_or_most_sure(
+    test: PairedTest, kept: int
+) -> None:
+    states = [
+        of([True, False, False], [0.6, 0.4, 0.4]),
+        of([True, True, False], [0.6, 0.6, 0.1]),
+        of([False, True, False], [0.4, 0.9, 0.4]),
+        of([True, False, True], [0.5, 0.1, 0.6]),
+    ]
+    memory: dict[str, Tensor] = {}
+    for state in states:
+        best = paired(0.1, test, reference="best").compared_with(memory, state)
+    assert (best.right, best.chances) == (states[kept].right, states[kept].chances)
+
+
+def test_a_level_alone_is_a_limit_and_needs_targets_that_can_be_hit() -> None:
+    assert not paired(0.01).off
+    assert paired(0.0).off
+    paired(0.01).check_targets(torch.tensor([0, 3]))
+    paired(0.01).check_targets(torch.tensor([[0.0, 1.0]]))
+    paired(0.0).check_targets(torch.tensor([0.5]))
+    with pytest.raises(ConfigError, match=r"level = 0\.01.*set level = 0"):
+        paired(0.01).check_targets(torch.tensor([0.5]))
+
+
 # What is measured.
+
+
+def test_chances_are_the_probabilities_of_the_right_answers() -> None:
+    box, x = box_of(F.cross_entropy), inputs(30)
+    y = torch.arange(30) % 3
+    y[4] = IGNORED
+    logits = box.logits(x)
+    found = quality(box, Batch(x, y))
+    expected = [float(logits[i].softmax(0)[y[i]]) for i in range(30) if i != 4]
+    assert found.chances == pytest.approx(expected, rel=1e-5)
+    assert found.right == tuple(bool(logits[i].argmax() == y[i]) for i in range(30) if i != 4)
+    many = (x[:, :3] > 0).float()
+    found = quality(box_of(F.binary_cross_entropy_with_logits), Batch(x, many))
+    assert found.chances == pytest.approx(
+        (many * logits.sigmoid() + (1 - many) * (-logits).sigmoid()).flatten().tolist()
+    )
+    assert found.groups == tuple([0, 1, 2] * 30)
+
+
+def test_equal_parts_are_always_the_same() -> None:
+    samples = Batch(inputs(12), torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 0]))
+    assert in_equal_parts(samples, 7).y.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert in_equal_parts(samples, None) is samples
+    assert in_equal_parts(samples, 12) is samples
 
 
 def box_of(criterion: Any, features: int = 3, outputs: int = 3) -> WhiteBox:

@@ -11,8 +11,9 @@ from torch.optim import SGD, AdamW
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Verdict
-from mithridate.core.errors import DataError
+from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.past import Weights
+from mithridate.core.registry import build
 from mithridate.core.view import View
 from mithridate.data.stream import Stream
 from mithridate.defences.gate import KEPT, Gate
@@ -69,7 +70,7 @@ def test_what_was_measured_is_what_evaluate_measures(stream: Stream) -> None:
     learner = toy_learner(stream, defence=Gate(max_loss_rise=10.0, max_accuracy_drop=1.0))
     learner.update(stream.victim_batch(0, 0))
     trusted = stream.trusted.all()
-    loss, worst = learner.memory[KEPT].tolist()
+    loss, worst = learner.memory[KEPT].tolist()[:2]
     assert loss == pytest.approx(learner.evaluate([trusted]).loss, rel=1e-6)
     accuracies = [
         learner.evaluate([Batch(trusted.x[trusted.y == label], trusted.y[trusted.y == label])]).accuracy
@@ -162,6 +163,37 @@ def test_slow_drift_passes_the_previous_state_and_not_the_best_or_the_first(stre
     assert -0.2 < rise["start"] <= 0.1
 
 
+def test_the_paired_test_refuses_what_shows_and_with_a_fixed_reference_bounds_a_slow_slide(stream: Stream) -> None:
+    """No single step of the slide loses as many samples as the test would notice."""
+    slid = {}
+    for reference in ("previous", "best"):
+        paired = build("defence", {"name": "gate", "preset": "paired", "reference": reference})
+        learner = toy_learner(stream, defence=paired, lr=0.5)
+        assert learner.update(stream.victim_batch(0, 0)).verdict.admit
+        refused = learner.update(wrong(stream.victim_batch(1, 0))).verdict
+        assert not refused.admit
+        assert "trusted samples: " in refused.reason
+        assert " lost, " in refused.reason
+        learner = toy_learner(stream, defence=paired)
+        learner.optimiser = SGD(learner.model.parameters(), lr=0.002)
+        start = learner.evaluate([stream.trusted.all()]).accuracy
+        for i in range(60):
+            learner.update(wrong(stream.victim_batch(i % 5, 0)))
+        slid[reference] = start - learner.evaluate([stream.trusted.all()]).accuracy
+    assert slid["previous"] > 0.5
+    assert slid["best"] <= 0.2
+
+
+def test_targets_that_are_never_hit_are_refused_where_hits_are_tested(stream: Stream) -> None:
+    learner = toy_learner(stream, defence=Gate(level=0.01))
+    trusted = stream.trusted.all()
+    learner.trusted = Batch(trusted.x, torch.full((len(trusted.y), 4), 0.3))
+    before = learner.snapshot()
+    with pytest.raises(ConfigError, match="never hit"):
+        learner.update(stream.victim_batch(0, 0))
+    assert same(learner.snapshot(), before)
+
+
 def test_trusted_samples_of_one_class_are_refused_before_any_step(stream: Stream) -> None:
     trusted = stream.trusted.all()
     learner = toy_learner(stream, defence=Gate())
@@ -221,9 +253,9 @@ def test_a_model_that_diverges_is_refused(stream: Stream) -> None:
     assert same(learner.snapshot(), before)
 
 
-@pytest.mark.parametrize("reference", ["previous", "best", "start"])
-def test_a_resumed_learner_goes_on_with_the_same_bits(stream: Stream, reference: Any) -> None:
-    gate = Gate(max_loss_rise=0.02, reference=reference)
+@pytest.mark.parametrize(("reference", "level"), [("previous", 0.0), ("best", 0.0), ("start", 0.0), ("best", 0.2)])
+def test_a_resumed_learner_goes_on_with_the_same_bits(stream: Stream, reference: Any, level: float) -> None:
+    gate = Gate(max_loss_rise=0.02, reference=reference, level=level, test="chances")
     batches = [stream.victim_batch(i, 0) for i in range(5)]
     batches[1] = wrong(batches[1])
     batches[4] = wrong(batches[4])

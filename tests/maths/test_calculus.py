@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from mithridate.core.model import BatchNormMode, WhiteBox
 from mithridate.maths import calculus
-from mithridate.maths.alignment import alignment, turn_towards
+from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
 from mithridate.maths.calculus import Normalise, Objective, Parameters
 
 NORMALISATIONS: tuple[Normalise, ...] = ("none", "global", "tensor")
@@ -445,6 +445,21 @@ def test_turning_towards_a_direction(
     assert_close(value, expected.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_coming_near_a_gradient(chunk: int | None, eval_objective: Objective, parameters: Parameters) -> None:
+    """Both ways, with the samples at once or in pieces, against a squared distance differentiated as it is written."""
+    (x, y), wanted = batch(5), direction(parameters)
+    leaf, p = x.clone().requires_grad_(), tracked(parameters)
+    g = backward(eval_objective(p, leaf, y), p)
+    expected = -torch.stack([(g[name] - wanted[name]).square().sum() for name in g]).sum()
+    slope = torch.autograd.grad(expected, leaf)[0]
+    found = approach(eval_objective, parameters, x, y, wanted, chunk=chunk)
+    assert found.value is not None
+    assert_close(found.gradient, slope, rtol=1e-9, atol=1e-12)
+    for value in (found.value, nearness(eval_objective, parameters, x, y, wanted, chunk=chunk)):
+        assert_close(value, expected.detach(), rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_a_parameter_without_gradient_gives_zeros(
     normalise: Normalise, eval_objective: Objective, parameters: Parameters
@@ -565,6 +580,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "hessian_vector_product": lambda f, p, b, v: calculus.hessian_vector_product(f, p, *b, v, chunk=2),
     "input_gradient": lambda f, p, b, v: calculus.input_gradient(f, p, *b).gradient,
     "turn_towards": lambda f, p, b, v: turn_towards(f, p, *b, v, normalise="tensor").gradient,
+    "approach": lambda f, p, b, v: approach(f, p, *b, v).gradient,
     "curvature": lambda f, p, b, v: calculus.curved(f, p, *b).curvature(v),
     "mixed_partial": lambda f, p, b, v: calculus.mixed_partial(f, p, *b, v),
     "mixed_partial_of_curvature": lambda f, p, b, v: calculus.mixed_partial_of_curvature(f, p, *b, v, v),

@@ -20,7 +20,7 @@ EXPECTED: dict[Kind, set[str]] = {
         "norm_bounding",
         "trimmed_mean",
     },
-    "attack": {"accumulative", "clean", "fgsm", "gate_aware", "mim", "noise", "pgd", "vanilla"},
+    "attack": {"accumulative", "clean", "fgsm", "gate_aware", "gradient_inversion", "mim", "noise", "pgd", "vanilla"},
     "defence": {
         "at",
         "bound_update",

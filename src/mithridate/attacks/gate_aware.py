@@ -19,7 +19,7 @@ from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import no_draws
 from mithridate.core.sgd import LearningRate, Momentum
-from mithridate.core.tolerance import Tolerance, quality
+from mithridate.core.tolerance import Tolerance, in_equal_parts, quality
 from mithridate.core.view import Need, View
 from mithridate.maths.norms import Ball
 
@@ -56,8 +56,11 @@ class GateAware(Tolerance, Budgeted):
             `inf` is off.
         max_accuracy_drop: By how much the accuracy of the worst class of S_val may fall, a fraction, >= 0; `inf` is
             off.
-        reference: Compared with what: the `previous` state, the `best` loss and worst-class accuracy so far, or the
-            state at the `start`.
+        level: Of the paired test that the gate is believed to make, in [0, 1); 0 is off.
+        test: Which one: `flips` or `chances`.
+        reference: Compared with what: the `previous` state, the `best` so far, or the state at the `start`.
+        trusted_size: Samples of S_val that are measured, as many as the gate is believed to trust, >= 2: a test sees
+            more in more samples. Unset: all.
         halvings: Steps of the bisection, >= 0: the share is found to within 2^-halvings; 0: all or nothing.
         victim_lr: Learning rate that the victim is believed to use, in (0, 1e6).
         victim_momentum: Its momentum factor, in [0, 1); a `weight_momentum` of the inner attack takes its place in the
@@ -81,6 +84,7 @@ class GateAware(Tolerance, Budgeted):
     """It may well send less than its budget allows, or nothing."""
 
     inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
+    trusted_size: Annotated[int, Field(ge=2)] | None = None
     halvings: Annotated[int, Field(ge=0)] = 4
     victim_lr: LearningRate = 0.1
     victim_momentum: Momentum = 0.9
@@ -103,7 +107,7 @@ class GateAware(Tolerance, Budgeted):
 
     def __hash__(self) -> int:
         """Equal attacks have equal hashes; the inner table itself has none."""
-        return hash((self.built, self.max_loss_rise, self.max_accuracy_drop, self.reference, self.halvings))
+        return hash((self.built, self.max_loss_rise, self.max_accuracy_drop, self.level, self.reference, self.halvings))
 
     @property
     def built(self) -> Attack:
@@ -178,7 +182,8 @@ class GateAware(Tolerance, Budgeted):
     def _shrunk(self, batch: Batch, x: Tensor, view: View, factor: float) -> Tensor:
         """As much of the perturbation as passes."""
         box, buffer = view.model, self._momentum(view)
-        limit = self.compared_with(view.memory, quality(box, view.validation))
+        samples = in_equal_parts(view.validation, self.trusted_size)
+        limit = self.compared_with(view.memory, quality(box, samples))
 
         def passes(x: Tensor) -> bool:
             twin = rehearsed(
@@ -190,7 +195,7 @@ class GateAware(Tolerance, Budgeted):
                 weight_decay=self.victim_weight_decay,
                 mode=self.update_mode,
             )
-            return not self.faults(limit, quality(WhiteBox(twin, box.criterion), view.validation))
+            return not self.faults(limit, quality(WhiteBox(twin, box.criterion), samples))
 
         if passes(x):
             return x

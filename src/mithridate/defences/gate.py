@@ -1,26 +1,25 @@
 """A gate after the step: measure on trusted samples, then commit or roll back."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
-from mithridate.core.errors import DataError
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
-from mithridate.core.tolerance import Quality, Tolerance, quality
+from mithridate.core.tolerance import Quality, Tolerance, check_trusted, in_equal_parts, quality
 from mithridate.core.view import Need, View
 
 KEPT, REACHED = "kept", "reached"
 """Notes: the quality of the committed state, and of the one that the last step reached."""
 
 
-@register("defence", "gate")
+@register(
+    "defence", "gate", presets={"paired": {"max_loss_rise": math.inf, "max_accuracy_drop": math.inf, "level": 0.01}}
+)
 @settings
 class Gate(Tolerance, Defence):
     """Keep a step only if the model is still good on a trusted set; else roll all of it back, momentum and buffers too.
@@ -29,6 +28,10 @@ class Gate(Tolerance, Defence):
     measured once: what the kept one measured is the next step's start. A step after which the
     loss is NaN or infinite is refused, unless both limits are off. In a chain, put the gate last, so that it measures
     the step that will be kept.
+
+    Preset `paired` has no fixed limits: it refuses what the trusted samples show (`level`), of 100 samples a loss of 7
+    points at once, of 1000 one of less than one. As long as steps are small, a test of `flips` refuses hardly any clean
+    one; that of `chances` sees more, also that a clean stream makes a model slightly worse, where it does.
 
     What breaks it: poison that stays inside the tolerance step by step (choose `reference`: with `previous` the losses
     add up without end, with `best` and `start` they cannot); damage that the trusted set does not show, such as a
@@ -42,6 +45,7 @@ class Gate(Tolerance, Defence):
 
     Raises:
         DataError: The trusted samples are of one class, or their labels do not fit the model; before any step is made.
+        ConfigError: `level` is set, and targets are neither class numbers nor many labels.
 
     Source:
         Engineering practice (validation before deployment). Close published relatives: RONI ("reject on negative
@@ -54,10 +58,17 @@ class Gate(Tolerance, Defence):
 
     trusted_size: Annotated[int, Field(ge=2)] = 100
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse targets that the paired test says nothing about, if it is asked for."""
+        self.check_targets(batch.y)
+
     def begin(self, view: View) -> None:
         """Before the first step, trusted set and model are tried together."""
         if not self.off and KEPT not in view.memory:
-            view.memory[KEPT] = quality(view.model, self._trusted(view)).note()
+            trusted = self._trusted(view)
+            check_trusted(trusted, who="gate")
+            self.check_targets(trusted.y)
+            view.memory[KEPT] = quality(view.model, trusted).note()
 
     def admit(self, before: Weights, view: View) -> Verdict:
         """Admit the step if neither limit is broken."""
@@ -79,19 +90,4 @@ class Gate(Tolerance, Defence):
 
     def _trusted(self, view: View) -> AnyBatch:
         """The trusted samples that are used."""
-        trusted = view.trusted
-        labelled = trusted.y.ndim == 1 and trusted.y.dtype == torch.int64
-        if self.trusted_size < trusted.size:
-            seen: Counter[int] = Counter()
-            turns = []  # how many of its class come before each sample
-            for label in trusted.y.tolist() if labelled else [0] * trusted.size:
-                turns.append(seen[label])
-                seen[label] += 1
-            chosen = sorted(sorted(range(len(turns)), key=turns.__getitem__)[: self.trusted_size])
-            trusted = trusted.take(torch.tensor(chosen))
-        if labelled and bool((trusted.y == trusted.y[:1]).all()):
-            raise DataError(
-                f"gate: the {trusted.size} trusted samples are of one class, so a model that forgets all others would "
-                "pass; give trusted samples of at least two classes, better of all."
-            )
-        return trusted
+        return in_equal_parts(view.trusted, self.trusted_size)

@@ -134,8 +134,8 @@ def take(step: DefendedStep, arrays: ArrayRecord, phase: Phase) -> tuple[str, di
     put(step, state)
     measures = {}
     if step.trusted is not None:
-        loss, worst = quality(step.white_box, step.trusted)
-        measures = {"loss": loss, "worst-accuracy": worst}
+        now = quality(step.white_box, step.trusted)
+        measures = {"loss": now.loss, "worst-accuracy": now.worst}
     verdict, _ = step.advance()
     if not verdict.admit:
         return verdict.reason or "the defence refused the step", measures

@@ -72,6 +72,44 @@ def alignment(
     return inner(unit(gradient(objective, parameters, x, y, chunk=chunk), normalise), w)
 
 
+def approach(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, wanted: Parameters, *, chunk: int | None = None
+) -> Slope:
+    """-|grad_theta L(x) - wanted|^2 and its gradient: follow it upwards and the batch's gradient comes to `wanted`.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: Where to differentiate.
+        x: Pixels (n, c, h, w).
+        y: Labels (n,).
+        wanted: A gradient, shaped like the parameters.
+        chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper. See
+            `calculus.gradient`.
+
+    Source:
+        Inversion of a gradient: Bouaziz, El-Mhamdi and Usunier, arXiv:2410.21453.
+    """
+    if chunk is None or len(x) <= chunk:
+        found = slope_of_gradient(objective, parameters, x, y, lambda g: _nearness(g, wanted))
+        if found is not None:
+            return found
+    g = gradient(objective, parameters, x, y, chunk=chunk)
+    v = {name: 2 * t for name, t in add(wanted, g, scale=-1.0).items()}
+    return Slope(mixed_partial(objective, parameters, x, y, v, chunk=chunk), _nearness(g, wanted))
+
+
+def nearness(
+    objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, wanted: Parameters, *, chunk: int | None = None
+) -> Tensor:
+    """-|grad_theta L(x) - wanted|^2 alone, a scalar; arguments as in `approach`."""
+    return _nearness(gradient(objective, parameters, x, y, chunk=chunk), wanted)
+
+
+def _nearness(g: Parameters, wanted: Parameters) -> Tensor:
+    apart = add(g, wanted, scale=-1.0)
+    return -inner(apart, apart)
+
+
 def trigger_ascent(
     objective: Objective,
     parameters: Parameters,
