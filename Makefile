@@ -13,6 +13,7 @@ TORCH_INDEX ?= $(shell sh tools/torch-index.sh $(TORCH_CPU))
 # Tests run on every core, each worker with so many threads of its own.
 WORKERS ?= auto
 THREADS ?= 1
+JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=$(THREADS) MITHRIDATE_TEST_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: install demo reproduce test test-slow lint types format clean
@@ -31,7 +32,7 @@ demo: install
 
 # Every published table and figure at the scale that only shows that it runs.
 reproduce: install
-	$(BIN)/mithridate reproduce all --scale smoke --out build/reproduced
+	$(BIN)/mithridate reproduce all --scale smoke --out build/reproduced --jobs $(JOBS) --threads 1
 
 test: install
 	$(PYTEST)
