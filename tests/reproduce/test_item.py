@@ -1,5 +1,6 @@
 """Items: read, merged over their bases, refused where they are wrong; and the paper's table beside ours."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,11 @@ import pytest
 from mithridate.core.errors import ConfigError
 from mithridate.report.rows import rows
 from mithridate.report.tables.section import Toned
+from mithridate.reproduce.checks import Ruling
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import SCALES, read_item
 from mithridate.reproduce.latex import latex
-from mithridate.reproduce.outcome import series_drawings
+from mithridate.reproduce.outcome import series_drawings, verdicts
 from mithridate.reproduce.run import progress
 from tests.reproduce.made import run_of
 
@@ -103,6 +105,18 @@ def test_each_printed_number_stands_beside_ours(folder: Path) -> None:
     tones = [cell.tone for line in lines for cell in line if isinstance(cell, Toned)]
     assert tones == ["near", "absent", "apart", "absent", "absent"]
     assert "3 of 5" in table.note
+
+
+def test_table_and_claims_may_be_about_some_runs_only(folder: Path) -> None:
+    others = [replace(run, config={**run.config, "variant": "lr-0.1"}) for run in RUNS[:4]]
+    change(folder, f"items/{NAME}.toml", "[recipe]", 'where = { variant = ["none", "lr-0.03"] }\n\n[recipe]')
+    item, seeds = read_item(NAME, folder), {0: 81.0, 1: 85.0}
+    assert compared(item, [*RUNS, *others])[0].seeds == pytest.approx(seeds)
+    assert compared(item, others)[0].interval is None
+    assert [v.outcome for v in verdicts(item, others)] == [Ruling.ABSENT]
+    change(folder, f"items/{NAME}.toml", "variant =", "variants =")
+    with pytest.raises(ConfigError, match=r"\[where\].*variants"):
+        read_item(NAME, folder)
 
 
 def test_latex_prints_the_table_and_escapes_it(folder: Path) -> None:

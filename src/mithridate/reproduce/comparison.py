@@ -45,6 +45,7 @@ def compared(item: Item, runs: Sequence[Run]) -> list[Compared]:
     if item.table is None:
         return []
     result = []
+    runs = item.where.runs(runs)
     for cell in item.table.cells:
         chosen = item.table.selection(cell)
         seeds = {} if chosen is None else by_seed(chosen.by_place(runs))

@@ -28,7 +28,7 @@ PACKAGE = files("mithridate.reproduce")
 DEEPEST = 8
 """Bases above each other, at most."""
 
-_KEYS = ("title", "source", "claim", "extends", "recipe", *SCALES, "table", "figure", "check", "cost", "also")
+_KEYS = ("title", "source", "claim", "extends", "recipe", *SCALES, "table", "figure", "check", "cost", "also", "where")
 SERIES = ("x", "y", "line", "where", "title", "unit")
 _OF_RECIPE = (*TABLES, "grid", "plugins")
 
@@ -115,6 +115,7 @@ class Item:
         checks: The claims.
         cost: Seconds of processor time on two shared cores that it took us, by scale.
         also: Items whose runs it shows besides its own.
+        where: Which runs the table and the claims are about; figures show all.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Item:
     checks: Sequence[Check]
     cost: Mapping[str, float]
     also: Sequence["Item"] = ()
+    where: Selection = field(default_factory=Selection)
 
     @property
     def parts(self) -> "Sequence[Item]":
@@ -197,6 +199,7 @@ def read_item(name: str, folder: Traversable = PACKAGE) -> Item:
         checks=[Check.of(check, where=f"items/{name}.toml") for check in tables.get("check", [])],
         cost=tables.get("cost", {}),
         also=[read_item(other, folder) for other in tables.get("also", [])],
+        where=Selection.of(tables.get("where", {}), where=f"items/{name}.toml: [where]"),
     )
 
 

@@ -24,7 +24,8 @@ TONES = {Ruling.HOLDS: "near", Ruling.FAILS: "apart", Ruling.UNDECIDED: "", Ruli
 
 def verdicts(item: Item, runs: Sequence[Run]) -> list[Judgement]:
     """What runs say to each claim of an item."""
-    return [check.verdict(runs) for check in item.checks]
+    chosen = item.where.runs(runs)
+    return [check.verdict(chosen) for check in item.checks]
 
 
 def summary(outcomes: Iterable[Ruling]) -> str:
