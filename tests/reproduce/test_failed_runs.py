@@ -14,6 +14,7 @@ from mithridate.reproduce.run import reproduce
 NAME = "some2020-table1"
 
 
+@pytest.mark.slow
 def test_runs_that_fail_are_named_and_the_others_shown(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
