@@ -115,7 +115,7 @@ def fitted(table: Table, width: int) -> RenderableType:
     rows = (zip(*(column[1:] for column in cells), strict=True)) if cells else ()
     headings = [column[0] for column in cells]
     lines = [", ".join(f"{head} {cell}" for head, cell in zip(headings, row, strict=True)) for row in rows]
-    return Text("\n".join([*lines, str(table.caption)]))
+    return Text("\n".join([*lines, *([str(table.caption)] if table.caption else [])]))
 
 
 def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:
