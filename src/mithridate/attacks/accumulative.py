@@ -102,7 +102,7 @@ class Accumulative(Secrecy, TriggerPoisoner):
 
             def of_batch(x: Tensor, g: Parameters) -> Slope:
                 """H_t, and its gradient in the pixels of the accumulative batch."""
-                slope = self.turned(at, x, y, wanted(x, g))
+                slope = self.turned_at(at, x, y, wanted(x, g))
                 return self.hidden_slope(slope, at.box, at.old, x, chunk=self.pieces)
 
             def value(x: Tensor, g: Parameters) -> Tensor:

@@ -10,12 +10,14 @@ from torch import Generator, Tensor
 
 from mithridate.attacks.losses import Loss, nudged
 from mithridate.core.attack import ASCENT, Attack
+from mithridate.core.compiling import turn_towards_compiled
 from mithridate.core.domain import Domain
-from mithridate.core.model import BatchNormMode, Precision, WhiteBox
+from mithridate.core.model import BatchNormMode, Precision, PureLoss, WhiteBox
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
+from mithridate.maths.alignment import turn_towards
 from mithridate.maths.ascent import Keep, Optimiser, StepSchedule, climb
-from mithridate.maths.calculus import Slope
+from mithridate.maths.calculus import Normalise, Parameters, Slope
 from mithridate.maths.norms import Ball, Norm
 
 Eps = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -110,6 +112,9 @@ class Iterated(Sighted, ABC):
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.
         decay: Momentum factor of `mim`.
         random_start: Begin at a uniform draw from the ball.
+        compile: Trace the second-order slope of an inner step into one graph, once, and compile it (`torch.compile`; on
+            a GPU it is recorded and played as a CUDA graph): the same slope, to rounding, after minutes of compiling.
+            The slope in the pixels of a jointly poisoned trigger, a third derivative, is left as it is.
     """
 
     optimiser: Optimiser = "pgd"
@@ -119,11 +124,27 @@ class Iterated(Sighted, ABC):
     decay: Factor = 1.0
     keep: Keep = "last"
     random_start: bool = False
+    compile: bool = False
 
     @property
     def keeps_best(self) -> bool:
         """Whether an ascent needs the value of what it climbs, and not its slope alone."""
         return self.keep == "best" or self.optimiser == "apgd"
+
+    def turned(
+        self,
+        loss: PureLoss,
+        parameters: Parameters,
+        x: Tensor,
+        y: Tensor,
+        w: Parameters,
+        *,
+        normalise: Normalise,
+        chunk: int | None,
+    ) -> Slope:
+        """How pixels turn their parameter gradient towards `w` (see `maths.alignment.turn_towards`)."""
+        turn = turn_towards_compiled if self.compile else turn_towards
+        return turn(loss, parameters, x, y, w, normalise=normalise, chunk=chunk)
 
     def beginning(self, x: Tensor, mask: Tensor, domain: Domain, rng: Generator) -> Tensor:
         """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""

@@ -1,6 +1,6 @@
 """Losses that crafting may differentiate in place of the victim's own, told apart by the form of the targets."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from mithridate.core.batch import Batch
 from mithridate.core.domain import Domain
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import BatchNormMode, Criterion, WhiteBox
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 
@@ -20,20 +20,30 @@ NUDGE = 1e-3
 """Standard deviation of the noise that `kl` begins with, in pixel units, as in TRADES."""
 
 
-def by_targets(box: WhiteBox) -> WhiteBox:
-    """The same model under a criterion that reads from the targets which loss a sample is under.
+@dataclass(frozen=True)
+class ByTargets:
+    """A criterion that reads from the targets which loss a sample is under; equal if the victim's own is the same.
 
     Labels (n,) are under the victim's own criterion, bit for bit; a column of labels (n, 1) under the margin;
     probabilities (n, classes) under cross-entropy, whose gradients are those of KL(targets || answer), since the
     targets' entropy is a constant. So one objective serves clean and poisoned samples alike.
+
+    Args:
+        criterion: The victim's own.
     """
 
-    def criterion(logits: Tensor, y: Tensor) -> Tensor:
+    criterion: Criterion
+
+    def __call__(self, logits: Tensor, y: Tensor) -> Tensor:
+        """The mean loss."""
         if y.ndim == 1:
-            return box.criterion(logits, y)
+            return self.criterion(logits, y)
         return F.cross_entropy(logits, y) if y.is_floating_point() else margin(logits, y.squeeze(1))
 
-    return replace(box, criterion=criterion)
+
+def by_targets(box: WhiteBox) -> WhiteBox:
+    """The same model under a criterion that reads from the targets which loss a sample is under (`ByTargets`)."""
+    return replace(box, criterion=ByTargets(box.criterion))
 
 
 def targets(loss: Loss, box: WhiteBox, batch: Batch, mode: BatchNormMode) -> Tensor:

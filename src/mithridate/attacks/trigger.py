@@ -17,15 +17,14 @@ from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import WhiteBox
+from mithridate.core.model import PureLoss, WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite, turn_towards
+from mithridate.maths.alignment import alignment, opposite
 from mithridate.maths.calculus import (
     Curved,
     Normalise,
-    Objective,
     Parameters,
     Slope,
     curved,
@@ -54,7 +53,7 @@ class CraftingRound:
     """
 
     box: WhiteBox
-    objective: Objective
+    objective: PureLoss
     parameters: Parameters
     samples: tuple[Batch, Batch]
     pieces: int | None
@@ -180,9 +179,9 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             return whole, whole
         return whole, whole.take(torch.randperm(size, generator=rng)[: self.validation_batch])
 
-    def turned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Slope:
+    def turned_at(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Slope:
         """How pixels turn their parameter gradient towards `w`."""
-        return turn_towards(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
+        return self.turned(at.objective, at.parameters, x, y, w, normalise=self.normalise, chunk=self.pieces)
 
     def aligned(self, at: CraftingRound, x: Tensor, y: Tensor, w: Parameters) -> Tensor:
         """How far the parameter gradient of pixels is turned towards `w`, a scalar."""
@@ -219,7 +218,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
         w = opposite(unit(at.validation.gradient, self.normalise))
 
         def slope_at(x: Tensor) -> Slope:
-            slope = self.turned(at, x, at.trigger_y, w)
+            slope = self.turned_at(at, x, at.trigger_y, w)
             return self.hidden_slope(slope, at.box, at.old, x, chunk=self.pieces, trigger=True)
 
         def value_at(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite, turn_towards
+from mithridate.maths.alignment import alignment, opposite
 from mithridate.maths.calculus import Normalise, Slope, gradient, unit
 
 
@@ -53,7 +53,7 @@ class Vanilla(Iterated):
             w = opposite(unit(g_validation, self.normalise))
 
             def slope_at(x: Tensor) -> Slope:
-                return turn_towards(objective, parameters, x, y, w, normalise=self.normalise, chunk=chunk)
+                return self.turned(objective, parameters, x, y, w, normalise=self.normalise, chunk=chunk)
 
             def value_at(x: Tensor) -> Tensor:
                 return alignment(objective, parameters, x, y, w, normalise=self.normalise, chunk=chunk)

@@ -18,7 +18,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.folding import folded
 from mithridate.core.seeding import no_draws
 from mithridate.core.soft_targets import improbable
-from mithridate.maths.calculus import NoDerivativeError, Objective, Parameters, refuse_once_differentiable
+from mithridate.maths.calculus import NoDerivativeError, Parameters, refuse_once_differentiable
 
 BatchNormMode = Literal["eval", "train"]
 """`eval`: running statistics; `train`: the statistics of the batch."""
@@ -334,7 +334,7 @@ class WhiteBox:
         return logits.float() if precision == "bfloat16" else logits
 
     @contextmanager
-    def objective(self, mode: BatchNormMode = "eval", precision: Precision = "float32") -> Iterator[Objective]:
+    def objective(self, mode: BatchNormMode = "eval", precision: Precision = "float32") -> Iterator["PureLoss"]:
         """The loss as a pure function, with BatchNorm in the given mode; flags and statistics come back untouched.
 
         Equal arguments give equal values inside the block: dropout draws the same numbers, and what a layer would
@@ -342,36 +342,76 @@ class WhiteBox:
 
         Args:
             mode: `eval` uses the running statistics. `train` uses those of the batch and records nothing.
-            precision: Of the passes; the loss is computed in float32.
+            precision: Of the passes, and of the backward passes made inside the block; the loss is computed in float32.
 
         Raises:
             DataError: (from the function) targets do not fit the model or the criterion.
             ConfigError: (from the block) a layer has no second derivative, and one was asked for.
         """
-        looked_at: dict[tuple[int, torch.Size, int], Tensor] = {}  # by place; kept, so that no other can take it
-
-        def objective(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
-            with no_draws(self.module), passes_in(precision, x.device):
-                logits = answer(self.module, x, parameters)
-            logits = logits.float() if precision == "bfloat16" else logits
-            place = (y.data_ptr(), y.shape, y._version)
-            if place not in looked_at:  # once: an ascent asks again and again, and each look waits for the device
-                check_labels(logits, y, where="targets that a gradient was asked of")
-                _check_probabilities(self.criterion, y, where="targets that a gradient was asked of")
-                looked_at[place] = y
-            inputs[:] = [x]
-            return _compared(self.criterion, logits, y, where="targets that a gradient was asked of")
-
-        inputs: list[Tensor] = []
-        with frozen_statistics(self.module, mode), _eager():
+        loss = PureLoss(self, precision)
+        device = next(self.module.parameters(), torch.empty(0)).device
+        rounding = nullcontext() if device.type != "cuda" else _tensor_float(precision == "tf32")
+        with frozen_statistics(self.module, mode), eager(), rounding:
             try:
-                yield objective
+                yield loss
             except NoDerivativeError as error:
                 raise ConfigError(
-                    f"{_without_second_derivative(self.module, inputs[0].detach())} has no second derivative, which "
+                    f"{_without_second_derivative(self.module, loss.inputs.detach())} has no second derivative, which "
                     f"this needs ({error}); put another layer in its place, or take an attack that follows gradients "
                     "of the loss alone (pgd)."
                 ) from error
+
+
+class PureLoss:
+    """The loss of a model as a pure function: an `Objective`, that of `WhiteBox.objective`.
+
+    Args:
+        box: The model, and the criterion.
+        precision: Of the passes; the loss is computed in float32.
+    """
+
+    inputs: Tensor
+    """Those of the last pass."""
+
+    def __init__(self, box: WhiteBox, precision: Precision) -> None:
+        self.box = box
+        self.precision = precision
+        self._looked_at: dict[tuple[int, torch.Size, int], Tensor] = {}  # by place; kept, so that no other can take it
+
+    def __call__(self, parameters: Parameters, x: Tensor, y: Tensor, *, look: bool = True) -> Tensor:
+        """The mean loss.
+
+        Args:
+            parameters: By name; buffers may stand among them.
+            x: Inputs (n, ...).
+            y: Targets (n, ...).
+            look: Refuse targets that do not fit, if they have not been looked at yet; a value is read for it.
+        """
+        with no_draws(self.box.module), passes_in(self.precision, x.device):
+            logits = answer(self.box.module, x, parameters)
+        logits = logits.float() if self.precision == "bfloat16" else logits
+        if look and not self._has_seen(y):  # once: an ascent asks again and again, and each look waits for the device
+            check_labels(logits, y, where=_ASKED)
+            _check_probabilities(self.box.criterion, y, where=_ASKED)
+            self._looked_at[_place(y)] = y
+        self.inputs = x
+        return _compared(self.box.criterion, logits, y, where=_ASKED)
+
+    @torch.no_grad()
+    def look_at(self, parameters: Parameters, x: Tensor, y: Tensor) -> None:
+        """Refuse targets that do not fit the model or the criterion, if they have not been looked at yet."""
+        if not self._has_seen(y):
+            self(parameters, x, y)
+
+    def _has_seen(self, y: Tensor) -> bool:
+        return _place(y) in self._looked_at
+
+
+_ASKED = "targets that a gradient was asked of"
+
+
+def _place(t: Tensor) -> tuple[int, torch.Size, int]:
+    return t.data_ptr(), t.shape, t._version
 
 
 def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
@@ -396,7 +436,7 @@ def _tensor_float(allowed: bool) -> Iterator[None]:
             backend.allow_tf32 = flag
 
 
-def _eager() -> AbstractContextManager[None]:
+def eager() -> AbstractContextManager[None]:
     """Compiled models as they were before: what the compiler makes can be differentiated only once."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
         return nullcontext()

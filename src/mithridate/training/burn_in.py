@@ -5,7 +5,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -15,9 +16,11 @@ from pydantic import BeforeValidator, Field
 from torch import nn
 from torch.optim import SGD
 
+from mithridate.core.compiling import asked_of_compiler, compiling
 from mithridate.core.environment import environment
 from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.core.files import AbsolutePath, locked, path_of, remove_parts
+from mithridate.core.model import Precision, passes_in
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -68,6 +71,12 @@ class BurnIn:
             keeps (`burn_in_curve`); unset: none. They change no weight.
         checkpoints: Epochs whose model is kept besides the last, for those who look back (DSC, discrepancy): they never
             look at the last one, which is the model that the stream starts with.
+        precision: Of the passes: `float32`; `tf32` of a GPU (elsewhere the same as `float32`); or `bfloat16` by
+            autocast, which is faster where the processor has it, and many times slower where it has not. Weights,
+            gradients and the optimiser stay in single precision.
+        compile: Compile the model (`torch.compile`; on a GPU its passes are recorded and played as CUDA graphs) for
+            the steps of the training: the same ones to rounding, but for dropout, which draws other numbers. They are
+            faster after minutes of compiling.
         seed: Decides initialisation, order and augmentation. If it is set, all runs share one burn-in; unset: the
             run's seed.
         checkpoint: Path of a finished model (`.safetensors`, or `.pt` with tensors only) to start from instead of
@@ -93,6 +102,8 @@ class BurnIn:
     norm: Norm = "l2"
     evaluate_every: Annotated[int, Field(ge=1)] | None = None
     checkpoints: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    precision: Precision = "float32"
+    compile: bool = False
     seed: int | None = None
     checkpoint: AbsolutePath | None = None
     older: Mapping[EpochKey, AbsolutePath] = Field(default_factory=dict)
@@ -198,6 +209,8 @@ def burn_in_key(
     """
     shared = {"checkpoints", "checkpoint", "older", "seed"} | (set() if how.depends_on_length else {"epochs"})
     shared |= (set() if how.lower_after else {"lower_by"}) | (set() if how.clip_norm else {"norm"})  # nothing uses them
+    exact = how.precision != "bfloat16" and device.type != "cuda"  # torch's own default on a GPU is another one
+    shared |= (set() if how.compile else {"compile"}) | ({"precision"} if exact else set())
     plan = {
         "method": METHOD,
         "data": stream.fingerprint,
@@ -412,10 +425,23 @@ def _train_epoch(learner: Learner, stream: Stream, how: BurnIn, seed: int, epoch
     change = generator("burn-in augmentation", seed, epoch)
     lone = len(part) % how.batch_size == 1  # BatchNorm has no variance of one value
     steps = math.ceil(len(part) / how.batch_size) - lone
-    for step, batch in enumerate(part.batches(how.batch_size, rng=order, drop_last=lone, device=learner.device)):
-        _set_rate(learner, how.rate(epoch - 1 + step / steps))
-        learner.update(stream.augmented(batch, change) if stream.settings.augment else batch)
+    with _compiled(learner) if how.compile else nullcontext(), passes_in(how.precision, learner.device):
+        for step, batch in enumerate(part.batches(how.batch_size, rng=order, drop_last=lone, device=learner.device)):
+            _set_rate(learner, how.rate(epoch - 1 + step / steps))
+            learner.update(stream.augmented(batch, change) if stream.settings.augment else batch)
     _set_rate(learner, how.lr)  # whoever restores a snapshot with its optimiser learns at this rate, not at almost 0
+
+
+@contextmanager
+def _compiled(learner: Learner) -> Iterator[None]:
+    """The model's passes compiled in place, so that its tensors keep their names, and as they were after the block."""
+    before = learner.model._compiled_call_impl
+    with compiling("[burn_in]"):
+        try:
+            learner.model.compile(**asked_of_compiler(learner.device))
+            yield
+        finally:
+            learner.model._compiled_call_impl = before
 
 
 def _measured(learner: Learner, stream: Stream, how: BurnIn, epoch: int) -> list[Measured]:

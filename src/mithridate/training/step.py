@@ -18,6 +18,7 @@ from mithridate.core.model import (
     BatchNormMode,
     Criterion,
     WhiteBox,
+    eager,
     in_mode,
     loss_of,
     names_classes,
@@ -249,7 +250,7 @@ class DefendedStep:
             if kinds(batch) == self._taken and not isinstance(error, IndexError):
                 raise
             try:
-                with torch.no_grad():
+                with torch.no_grad(), eager():  # what a compiler stumbles over is no fault of the batch
                     logits = self.white_box.logits(batch.x)
             except UserError:
                 raise
