@@ -16,6 +16,8 @@ of the pairs:
 - the share of pixels that are the same in both, in single precision, and once in double precision at `--check-width`,
   there with noise of 0.01 on the images: in flat regions of 8-bit images the maxima of a pool are equal, and rounding
   decides which one a slope goes through;
+- with `--compile`, the same once more with inner steps that are compiled (`compile = true`), in turns with those that are
+  not, and apart from it what the first batch took, in which they are traced and compiled: minutes at full size;
 - peak memory, each way in a process of its own: after a warm-up on a few images, the kernel's high-water mark of
   resident memory is reset, the batch is made, and the rise of the mark above what was resident before is what it took
   (Linux only. `ru_maxrss` would not do: a child inherits its parent's).
@@ -32,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="inner steps, C")
     parser.add_argument("--chunk", type=int, default=Accumulative().chunk, help="images we compute at a time")
     parser.add_argument("--repeats", type=int, default=5, help="pairs of timings")
+    parser.add_argument("--compile", action="store_true", help="measure compiled inner steps, too")
     parser.add_argument("--check-width", type=int, default=8, help="width for the comparison in double precision")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here")
     parser.add_argument("--memory-of", choices=list(WAYS), default=None, help=argparse.SUPPRESS)
@@ -142,16 +146,17 @@ def released(scene: Scene) -> Tensor:
     return x.detach()
 
 
-def ours(scene: Scene) -> Tensor:
+def ours(scene: Scene, *, compiled: bool = False) -> Tensor:
     """The batch as a run makes it."""
+    attack = replace(scene.attack, compile=compiled)
     available = {
         Need.MODEL: WhiteBox(scene.model, F.cross_entropy),
         Need.VALIDATION: scene.validation,
         Need.TRIGGER: scene.trigger,
         Need.ACCURACY: (1.0, 1.0),
     }
-    view = View(1, {TRIGGER: scene.trigger.x}, available, scene.attack.needs)
-    sent: Tensor = scene.attack.poison(scene.batch, view, rng=torch.Generator().manual_seed(0)).x
+    view = View(1, {TRIGGER: scene.trigger.x}, available, attack.needs)
+    sent: Tensor = attack.poison(scene.batch, view, rng=torch.Generator().manual_seed(0)).x
     return sent
 
 
@@ -224,6 +229,25 @@ def speed(scene: Scene, repeats: int) -> dict[str, Any]:
     }
 
 
+def compiled_speed(scene: Scene, repeats: int) -> dict[str, Any]:
+    """Inner steps that are compiled against those that are not, in turns, after a first batch that is timed apart."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    first = seconds(lambda: ours(scene, compiled=True))
+    for i in range(repeats):
+        for compiled in (False, True) if i % 2 == 0 else (True, False):
+            times[compiled].append(seconds(lambda compiled=compiled: ours(scene, compiled=compiled)))  # type: ignore[misc]
+    ratios = [a / b for a, b in zip(times[False], times[True], strict=True)]
+    return {
+        "first_batch_s": first,
+        "seconds": statistics.median(times[True]),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "same_pixels": float((ours(scene) == ours(scene, compiled=True)).double().mean()),
+        "all": {"compiled": times[True], "not compiled": times[False]},
+    }
+
+
 def memory(args: argparse.Namespace, width: int) -> dict[str, int]:
     """Peak of each way, each in a fresh process."""
     found = {}
@@ -257,6 +281,15 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             )
         ratio = f"{row['ratio']:.2f} times as fast ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
         table.add_row("", "", f"{ratio}; same pixels {100 * row['same_pixels']:.2f} %", end_section=True)
+        if compiled := row.get("compiled"):
+            way = (
+                f"ours, compiled: {compiled['ratio']:.2f} times as fast as not ({compiled['ratio_min']:.2f} to "
+                f"{compiled['ratio_max']:.2f}); same pixels {100 * compiled['same_pixels']:.2f} %; the first batch took "
+                f"{compiled['first_batch_s']:.0f} s"
+            )
+            table.add_row(
+                str(row["width"]), str(row["threads"]), way, f"{compiled['seconds']:.2f}", "", "", "", end_section=True
+            )
     console.print(table)
     console.print(f"Same pixels in double precision: {100 * figures['same_pixels_double']:.4f} %")
 
@@ -277,7 +310,8 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             scene = Scene(args, info, width, torch.float32)
-            rows.append({"width": width, "threads": threads, "memory_bytes": peaks, **speed(scene, args.repeats)})
+            row = {"width": width, "threads": threads, "memory_bytes": peaks, **speed(scene, args.repeats)}
+            rows.append({**row, "compiled": compiled_speed(scene, args.repeats)} if args.compile else row)
     small = Scene(args, info, args.check_width, torch.float64)
     a, b = (way(small) for way in WAYS.values())
     figures = {

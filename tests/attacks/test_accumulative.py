@@ -655,16 +655,71 @@ class Read(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives i
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimiser", ["pgd", "mim", "apgd"])
-@pytest.mark.parametrize("normalise", NORMALISE)
-@pytest.mark.parametrize("mode", ["fixed", "joint"])
-def test_an_inner_step_waits_for_no_gpu(learner: Learner, mode: str, normalise: Normalise, optimiser: Any) -> None:
-    """As many values are read with seven steps as with three."""
-    trigger_mode: Any = "reoptimised" if mode == "joint" else mode
+def as_traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Graphs that are traced from now on, which are run as they are."""
+    graphs: list[Any] = []
+
+    def uncompiled(graph: Any, device: object) -> Any:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr("mithridate.core.compiling._compiled", uncompiled)
+    return graphs
+
+
+@pytest.mark.parametrize(
+    "attack", [attack_of(trigger_mode="fixed"), Vanilla(eps=EPS, steps=2)], ids=["accumulative", "vanilla"]
+)
+def test_traced_inner_steps_send_the_same(attack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch, the trigger, which is smaller, and those of a model that has moved on."""
+    graphs = as_traced(monkeypatch)
+    sent: dict[bool, list[Tensor]] = {False: [], True: []}
+    for traced, images in sent.items():
+        victim = Learner(model := tiny(), SGD(model.parameters(), lr=0.5))
+        one, view = replace(attack, normalise="tensor", compile=traced), view_of(victim)
+        for seed in range(2):
+            batch = one.poison(BATCH, view, rng=rng(seed))
+            victim.update(batch)
+            images += [batch.x, one.trigger(CLEAN_TRIGGER, view, rng=rng()).x]
+        assert len(graphs) == 2 * traced
+    torch.testing.assert_close(sent[True], sent[False], rtol=0, atol=1e-9)
+
+
+def tiny() -> nn.Module:
+    """Traced soon."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(STREAM.info.shape[0], 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.LazyLinear(10)]
+        model = nn.Sequential(*layers).double()
+        model(BATCH.x)
+    return model.eval()
+
+
+def values_read(learner: Learner, **how: Any) -> list[int]:
+    """How many values are read in making a batch, with three and with seven steps."""
     read = []
     for steps in (3, 7):
-        attack = attack_of(normalise=normalise, trigger_mode=trigger_mode, optimiser=optimiser, steps=steps)
+        attack = attack_of(steps=steps, **how)
         with Read() as counted:
             attack.poison(BATCH, view_of(learner), rng=rng())
         read.append(counted.values)
-    assert read[0] == read[1]
+    return read
+
+
+@pytest.mark.parametrize("optimiser", ["pgd", "mim", "apgd"])
+@pytest.mark.parametrize("normalise", NORMALISE)
+@pytest.mark.parametrize("mode", ["fixed", "joint"])
+def test_an_inner_step_waits_for_no_gpu(learner: Learner, mode: str, normalise: Normalise, optimiser: str) -> None:
+    trigger_mode = "reoptimised" if mode == "joint" else mode
+    three, seven = values_read(learner, normalise=normalise, trigger_mode=trigger_mode, optimiser=optimiser)
+    assert three == seven
+
+
+@pytest.mark.parametrize("normalise", ["none", "tensor"])
+def test_nor_does_a_traced_one(normalise: Normalise, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, victim = as_traced(monkeypatch), Learner(model := tiny(), SGD(model.parameters(), lr=0.05))
+    how: dict[str, Any] = {"normalise": normalise, "trigger_mode": "clean", "compile": True}
+    values_read(victim, **how)  # tracing reads values
+    three, seven = values_read(victim, **how)
+    assert three == seven
+    assert len(graphs) == 1

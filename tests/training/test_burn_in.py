@@ -1,5 +1,6 @@
 """Burn-in: trained once for all that agree on it, and the same bits however often it is killed."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR
 
+from mithridate.core import compiling
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError, WriteError
+from mithridate.core.model import Precision, passes_in
 from mithridate.core.past import Snapshot, Weights
-from mithridate.data.stream import Part, Stream
+from mithridate.data.stream import Part, Stream, StreamSettings, open_stream
 from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
@@ -24,6 +27,8 @@ from mithridate.training.checkpoint import load_snapshot
 from mithridate.training.history import History
 from mithridate.training.learner import Learner, Update
 from mithridate.training.rollback import put_weights
+from tests.command import started
+from tests.recipes import TINY
 
 CONFIG = {"name": "small_cnn", "width": 4}
 HOW = BurnIn(epochs=3, batch_size=40, lr=0.05, checkpoints=(0, 2))
@@ -231,6 +236,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "momentum": {"how": replace(HOW, momentum=0.8)},
     "weight decay": {"how": replace(HOW, weight_decay=0.0)},
     "batch size": {"how": replace(HOW, batch_size=60)},
+    "precision": {"how": replace(HOW, precision="bfloat16")},
     "seed": {"seed": 1},
     "width": {"config": {**CONFIG, "width": 2}},
     "norm": {"config": {**CONFIG, "norm": "none"}},
@@ -553,3 +559,151 @@ def test_a_curve_has_a_point_every_so_many_epochs_and_none_if_nobody_asks(
 ) -> None:
     assert [p.epoch for p in train(stream, None, replace(HOW, evaluate_every=2)).curve] == [2]
     assert list(unkilled.curve) == []
+
+
+# Precision, and compiling.
+
+
+def test_what_came_later_left_the_keys_as_they_were(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU precision always counts: torch's own is another one there."""
+    dumps, plans = json.dumps, list[Any]()
+
+    def spy(plan: Any, **options: Any) -> str:
+        plans.append(plan)
+        return dumps(plan, **options)
+
+    monkeypatch.setattr("mithridate.training.burn_in.json.dumps", spy)
+
+    def key(device: str, how: BurnIn) -> str:
+        return burn_in_key(stream, model_of(stream), CONFIG, how, seed=0, device=torch.device(device))
+
+    cpu, cuda = (
+        [key(device, replace(HOW, precision=precision)) for precision in ("float32", "tf32", "bfloat16")]
+        for device in ("cpu", "cuda")
+    )
+    assert plans[0]["burn_in"].keys() == {"batch_size", "epochs", "lr", "momentum", "schedule", "weight_decay"}
+    assert cpu[0] == cpu[1] != cpu[2]
+    assert len({*cuda}) == 3
+    assert key("cpu", replace(HOW, compile=True)) not in {*cpu, *cuda}
+
+
+def test_only_the_passes_are_in_bfloat16(stream: Stream) -> None:
+    model, passes, gradients = model_of(stream), set[torch.dtype](), set[torch.dtype]()
+    model.register_forward_hook(lambda module, args, out: passes.add(out.dtype))
+    for p in model.parameters():
+        p.register_hook(lambda g: gradients.add(g.dtype))  # type: ignore[no-untyped-call]  # torch gives it no types
+    final = burn_in(model, stream, replace(HOW, precision="bfloat16"), seed=0).final
+    assert passes == {torch.bfloat16}
+    assert gradients == {torch.float32}
+    assert {t.dtype for t in tensors(final).values() if t.is_floating_point()} == {torch.float32}
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(final.parameters, train(stream, None).final.parameters)
+
+
+def test_on_a_gpu_the_passes_of_a_burn_in_round_as_they_may(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The flags are torch's own, and can be set without a GPU: the learner is taken for one that is on it."""
+    allowed: list[bool] = []
+    update = Learner.update
+
+    def spy(self: Learner, batch: Any) -> Update:
+        allowed.append(torch.backends.cudnn.allow_tf32)
+        return update(self, batch)
+
+    monkeypatch.setattr(Learner, "update", spy)
+    monkeypatch.setattr(
+        "mithridate.training.burn_in.passes_in", lambda precision, _: passes_in(precision, torch.device("cuda"))
+    )
+    precision: Precision
+    for precision in ("float32", "tf32"):
+        train(stream, None, BurnIn(epochs=1, batch_size=120, precision=precision))
+    assert allowed == [False, True]
+
+
+@pytest.mark.slow
+def test_a_burn_in_in_bfloat16_comes_as_far() -> None:
+    """Ten times as slow on a processor without it."""
+    accuracies: dict[Precision, list[float]] = {"float32": [], "bfloat16": []}
+    for seed in range(5):
+        stream = open_stream(StreamSettings(name="digits", seed=seed))
+        for precision, found in accuracies.items():
+            model = model_of(stream, seed, {"name": "small_cnn", "width": 8})
+            burn_in(model, stream, BurnIn(epochs=4, batch_size=50, lr=0.05, precision=precision), seed=seed)
+            learner = Learner(model, SGD(model.parameters(), lr=0.05))
+            found.append(learner.evaluate(stream.test.batches(500)).accuracy)
+    assert abs(median(accuracies["bfloat16"]) - median(accuracies["float32"])) < 0.015
+
+
+def resumed(stream: Stream, how: BurnIn, tmp_path: Path) -> tuple[BurnInResult, BurnInResult]:
+    """A burn-in that was killed and resumed, and the same one that was not."""
+    with pytest.raises(KeyboardInterrupt):
+        train(stream, tmp_path / "killed", how, kill_after=1)
+    done: list[int] = []
+    again = train(stream, tmp_path / "killed", how, epochs=done)
+    assert done == [2, 3]
+    return again, train(stream, tmp_path / "whole", how)
+
+
+def test_a_burn_in_in_bfloat16_is_resumed_with_the_same_bits(stream: Stream, tmp_path: Path) -> None:
+    again, whole = resumed(stream, replace(HOW, precision="bfloat16"), tmp_path)
+    assert differing(again.final, whole.final) == []
+
+
+def test_steps_of_a_compiled_burn_in_are_compiled_once_and_nothing_else_is(
+    stream: Stream, tmp_path: Path, unkilled: BurnInResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a compiler that leaves things as they are, so that it has the bits of the other, and all its names."""
+    graphs = 0
+
+    def backend(graph: Any, examples: object) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    again, whole = resumed(stream, replace(HOW, compile=True, evaluate_every=1), tmp_path)
+    assert graphs == 1  # three burn-ins, whose batches are of one size; those that measure are of another
+    for final in (again.final, whole.final):
+        assert differing(final, unkilled.final) == []
+        assert list(final.parameters) == list(unkilled.final.parameters)
+    model = model_of(stream)
+    burn_in(model, stream, replace(HOW, compile=True), seed=0)
+    assert model._compiled_call_impl is None
+    assert graphs == 1
+
+
+def test_a_burn_in_that_cannot_be_compiled_says_so(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(graph: Any, examples: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    with pytest.raises(ConfigError, match=r"^\[burn_in\] compile = true: .*no compiler"):
+        train(stream, tmp_path, replace(HOW, compile=True, checkpoints=()))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where it loads its compiler
+def test_compiled_for_real_it_has_the_same_weights(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "torch"))
+    again, whole = resumed(stream, replace(HOW, compile=True), tmp_path)
+    assert differing(again.final, whole.final) == []
+    one = replace(HOW, epochs=1, checkpoints=())
+    plain, fast = (train(stream, None, replace(one, compile=flag)).final for flag in (False, True))
+    torch.testing.assert_close(fast.parameters, plain.parameters, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fast.buffers, plain.buffers, rtol=1e-4, atol=1e-5)
+    assert differing(fast, plain) != []  # another order of sums: it was compiled
+
+
+@pytest.mark.slow
+def test_a_machine_without_a_compiler_gets_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(TINY, encoding="utf-8")
+    env = {"CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
+    command = ["run", "r.toml", "--out", "out", "--cache", "cache", "--set", "burn_in.compile=true"]
+    done = started(*command, folder=tmp_path, env=env)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "compile = true: torch cannot compile here" in " ".join(done.stderr.split())

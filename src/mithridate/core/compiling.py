@@ -52,7 +52,7 @@ def compiling(where: str) -> Iterator[None]:
         with config.patch(recompile_limit=MODELS):
             yield
     except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).strip().partition("\n\n")[0].split())
         raise ConfigError(
             f"{where} compile = true: torch cannot compile here ({reason}); it needs a C++ compiler, on a GPU Triton, "
             "and a model without branches on its data: mend that, or set compile = false."
