@@ -16,8 +16,8 @@ of the pairs:
 - the share of pixels that are the same in both, in single precision, and once in double precision at `--check-width`,
   there with noise of 0.01 on the images: in flat regions of 8-bit images the maxima of a pool are equal, and rounding
   decides which one a slope goes through;
-- with `--compile`, the same once more with inner steps that are compiled (`compile = true`), in turns with those that are
-  not, and apart from it what the first batch took, in which they are traced and compiled: minutes at full size;
+- with `--compile`, ours once more with compiled inner steps (`compile = true`), in turns with ours without, and apart
+  from it what the first batch took, in which they are traced and compiled: minutes at full size;
 - peak memory, each way in a process of its own: after a warm-up on a few images, the kernel's high-water mark of
   resident memory is reset, the batch is made, and the rise of the mark above what was resident before is what it took
   (Linux only. `ru_maxrss` would not do: a child inherits its parent's).
@@ -281,16 +281,15 @@ def show(figures: Mapping[str, Any], console: Console) -> None:
             )
         ratio = f"{row['ratio']:.2f} times as fast ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})"
         table.add_row("", "", f"{ratio}; same pixels {100 * row['same_pixels']:.2f} %", end_section=True)
-        if compiled := row.get("compiled"):
-            way = (
-                f"ours, compiled: {compiled['ratio']:.2f} times as fast as not ({compiled['ratio_min']:.2f} to "
-                f"{compiled['ratio_max']:.2f}); same pixels {100 * compiled['same_pixels']:.2f} %; the first batch took "
-                f"{compiled['first_batch_s']:.0f} s"
-            )
-            table.add_row(
-                str(row["width"]), str(row["threads"]), way, f"{compiled['seconds']:.2f}", "", "", "", end_section=True
-            )
     console.print(table)
+    for row in figures["rows"]:
+        if compiled := row.get("compiled"):
+            console.print(
+                f"width {row['width']}, threads {row['threads']}, ours compiled: {compiled['seconds']:.2f} s, "
+                f"{compiled['ratio']:.2f} times as fast as not compiled ({compiled['ratio_min']:.2f} to "
+                f"{compiled['ratio_max']:.2f}); same pixels {100 * compiled['same_pixels']:.2f} %; the first batch, in "
+                f"which it is compiled: {compiled['first_batch_s']:.0f} s"
+            )
     console.print(f"Same pixels in double precision: {100 * figures['same_pixels_double']:.4f} %")
 
 
