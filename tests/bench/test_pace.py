@@ -91,13 +91,18 @@ def test_a_plan_is_added_to_what_the_store_was_to_hold_before(tmp_path: Path) ->
         ("{", r"grid\.json is damaged \(JSONDecodeError"),
         ("[]", r"grid\.json is damaged"),
         ('{"format": 1, "jobs": 1, "cells": [{"run": "a"}]}', r"grid\.json is damaged"),
-        ('{"format": 99, "jobs": 1, "cells": []}', r"grid\.json is of a newer version"),
+        ('{"format": 99, "jobs": 1, "cells": []}', "was made by a newer version"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_told(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / GRID).write_text(text, encoding="utf-8")
     with pytest.raises(StoreError, match=message):
         status(tmp_path)
+    if "newer" in message:
+        with pytest.raises(StoreError, match=message):
+            run_recipe(tiny_recipe(), tmp_path, device="cpu", cache=tmp_path / "cache", resume=True)
+        assert [p.name for p in tmp_path.iterdir()] == [GRID]
+        assert (tmp_path / GRID).read_text(encoding="utf-8") == text
 
 
 def test_the_status_of_a_grid_from_its_start_to_its_end(tmp_path: Path, cache: Path) -> None:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mithridate.bench import store
 from mithridate.bench.engine import run_recipe
 from mithridate.bench.recipe import Recipe, read_recipe
 from mithridate.bench.store import read_runs
@@ -134,6 +136,22 @@ def test_a_cell_that_fails_on_a_cluster_is_named_and_one_whose_process_is_lost_i
     grid = run_recipe(recipe, tmp_path, device="cpu", cache=folder / "cache", engine="ray", jobs=2, resume=True)
     assert (grid.ran, grid.skipped, dict(grid.failed)) == (4, 4, {})
     assert not (folder / "how").exists()  # a process has died
+    assert_whole(tmp_path, whole)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_interrupt_leaves_no_task_on_a_cluster_and_cells_to_be_resumed(
+    folder: Path, tmp_path: Path, cluster: Any, recipe: Recipe, whole: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path, device="cpu", cache=folder / "cache", engine="ray", jobs=1, watcher=Log(2))
+    deadline = time.monotonic() + 60
+    while cluster.available_resources().get("CPU") != 2:
+        assert time.monotonic() < deadline, "a task is still at work"
+        time.sleep(0.1)
+    assert not store.failed(tmp_path)
+    assert run_recipe(recipe, tmp_path, device="cpu", cache=folder / "cache", resume=True).failed == {}
     assert_whole(tmp_path, whole)
 
 

@@ -57,11 +57,12 @@ def write_plan(out: Path, plan: Plan) -> None:
         plan: Of one recipe.
 
     Raises:
+        StoreError: A newer version of this library has made the store.
         WriteError: The file system refuses.
     """
     try:
-        before = read_plan(out)
-    except StoreError:  # no run depends on it
+        before = _read(out / GRID)
+    except _DAMAGES:  # no run depends on it
         before = None
     works = {work.run: work for work in [*(before.works if before else ()), *plan.works]}
     both = Plan(list(works.values()), plan.jobs)
@@ -76,16 +77,25 @@ def read_plan(out: Path) -> Plan | None:
     Raises:
         StoreError: The file is damaged, or of a newer version.
     """
-    path = out / GRID
     try:
-        content = json.loads(path.read_bytes())
-        if content["format"] > FORMAT:
-            raise StoreError(f"{path} is of a newer version of this library; install that.")
-        return Plan([Work(**cell) for cell in content["cells"]], int(content["jobs"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        return _read(out / GRID)
+    except _DAMAGES as error:
         raise StoreError(
-            f"{path} is damaged ({type(error).__name__}: {said(error)}); delete it: it only says which runs were "
+            f"{out / GRID} is damaged ({type(error).__name__}: {said(error)}); delete it: it only says which runs were "
             "planned, and `run --resume` writes it again."
         ) from error
+
+
+_DAMAGES = (OSError, ValueError, TypeError, KeyError, RecursionError)
+
+
+def _read(path: Path) -> Plan | None:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    if content["format"] > FORMAT:
+        raise StoreError(
+            f"{path.parent} was made by a newer version of this library; install that, or choose another --out."
+        )
+    return Plan([Work(**cell) for cell in content["cells"]], int(content["jobs"]))

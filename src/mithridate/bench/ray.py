@@ -100,19 +100,25 @@ def _drive(ray: Any, tasks: Sequence[Task], terms: Terms, jobs: int | None, hear
                 queue.trained(by_run[run])
             hears.event(by_run[run], name, values)
 
-    while len(queue) or at_work:
-        most = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
-        while len(at_work) < most and (task := queue.take()) is not None:
-            hears.begun(task)
-            at_work[remote.remote(task, terms, threads, events)] = task
-        ended, _ = ray.wait(list(at_work), timeout=SECONDS)
-        listen()
-        for reference in ended:
-            task = at_work.pop(reference)
-            queue.over(task)
-            how = _told(ray, reference)
-            if not (how.failure is not None and how.failure.busy and queue.put_back(task)):
-                hears.ended(task, how)
+    try:
+        while len(queue) or at_work:
+            most = jobs or max(1, int(ray.cluster_resources().get("CPU", 1)) // threads)
+            while len(at_work) < most and (task := queue.take()) is not None:
+                hears.begun(task)
+                at_work[remote.remote(task, terms, threads, events)] = task
+            ended, _ = ray.wait(list(at_work), timeout=SECONDS)
+            listen()
+            for reference in ended:
+                task = at_work.pop(reference)
+                queue.over(task)
+                how = _told(ray, reference)
+                if not (how.failure is not None and how.failure.busy and queue.put_back(task)):
+                    hears.ended(task, how)
+    finally:
+        with suppress(ray.exceptions.RayError, ValueError):  # a cluster that goes on without us, after an interrupt
+            for reference in at_work:
+                ray.cancel(reference, force=True)
+            events.shutdown(force=True)
 
 
 def _told(ray: Any, reference: Any) -> Ended:  # noqa: ANN401
