@@ -61,14 +61,14 @@ def gated(stream: Stream = STREAM, *, momentum: float = 0.9, lr: float = LR, **t
 # The rehearsal.
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(("weight_decay", "forget"), [(0.0, False), (0.01, True)])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_the_rehearsed_step_is_the_victims(mode: Any, weight_decay: float) -> None:
+def test_the_rehearsed_step_is_the_victims(mode: Any, weight_decay: float, forget: bool) -> None:
     """Parameters and buffers, with a momentum that is only inferred, and across a step that was rolled back."""
     learner = toy_learner(STREAM, dtype=torch.float64)
     learner.optimiser = SGD(learner.model.parameters(), lr=LR, momentum=0.9, weight_decay=weight_decay)
     learner.update_mode = mode
-    attack = GateAware(**SHARED, victim_weight_decay=weight_decay, update_mode=mode)
+    attack = GateAware(**SHARED, victim_weight_decay=weight_decay, update_mode=mode, forget_momentum=forget)
     view = view_of(learner, attack)
     apart = []
     for i in range(5):
@@ -91,7 +91,10 @@ def test_the_rehearsed_step_is_the_victims(mode: Any, weight_decay: float) -> No
         )
         if i == 2:
             learner.restore(before)  # as a gate does
+            if forget:
+                learner.optimiser.state.clear()
     assert apart[0] < 1e-12  # a fresh optimiser has no momentum
+    assert (apart.pop(3) < 1e-12) is forget
     assert min(apart[1:]) > 1e-4  # and later it matters
 
 

@@ -184,6 +184,24 @@ def test_the_paired_test_refuses_what_shows_and_with_a_fixed_reference_bounds_a_
     assert slid["best"] <= 0.2
 
 
+def test_a_refusal_may_empty_the_optimiser_so_that_poison_does_not_refuse_clean_steps(stream: Stream) -> None:
+    """The momentum of one poisoned step is far longer than a clean gradient: taken back with each step, it stays."""
+    admitted = {}
+    for forget in (False, True):
+        gate = Gate(max_loss_rise=0.3, max_accuracy_drop=math.inf, forget_momentum=forget)
+        learner = toy_learner(stream, defence=gate)
+        learner.update(stream.victim_batch(0, 0))
+        for state in learner.optimiser.state.values():
+            state["momentum_buffer"] = 300 * state["momentum_buffer"].sign()
+        before = learner.snapshot()
+        verdicts = [learner.update(stream.victim_batch(i, 0)).verdict for i in range(1, 5)]
+        assert not verdicts[0].admit
+        admitted[forget] = [verdict.admit for verdict in verdicts]
+        if not forget:
+            assert same(learner.snapshot(), before)
+    assert admitted == {False: [False] * 4, True: [False, True, True, True]}
+
+
 def test_targets_that_are_never_hit_are_refused_where_hits_are_tested(stream: Stream) -> None:
     learner = toy_learner(stream, defence=Gate(level=0.01))
     trusted = stream.trusted.all()

@@ -36,6 +36,7 @@ EXPECTED: dict[Kind, set[str]] = {
         "median_bn",
         "mma",
         "none",
+        "promote",
         "skip",
         "trades",
     },

@@ -61,6 +61,7 @@ class GateAware(Tolerance, Budgeted):
         reference: Compared with what: the `previous` state, the `best` so far, or the state at the `start`.
         trusted_size: Samples of S_val that are measured, as many as the gate is believed to trust, >= 2: a test sees
             more in more samples. Unset: all.
+        forget_momentum: The gate is believed to empty the optimiser's state when it refuses a step.
         halvings: Steps of the bisection, >= 0: the share is found to within 2^-halvings; 0: all or nothing.
         victim_lr: Learning rate that the victim is believed to use, in (0, 1e6).
         victim_momentum: Its momentum factor, in [0, 1); a `weight_momentum` of the inner attack takes its place in the
@@ -85,6 +86,7 @@ class GateAware(Tolerance, Budgeted):
 
     inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
     trusted_size: Annotated[int, Field(ge=2)] | None = None
+    forget_momentum: bool = False
     halvings: Annotated[int, Field(ge=0)] = 4
     victim_lr: LearningRate = 0.1
     victim_momentum: Momentum = 0.9
@@ -210,12 +212,15 @@ class GateAware(Tolerance, Budgeted):
     def _momentum(self, view: View) -> dict[str, Tensor]:
         """The victim's momentum buffer, from the model now and as it was before the last step; none at first.
 
-        A model that has not moved was rolled back, its momentum too: what was inferred before still holds.
+        A model that has not moved was rolled back, its momentum too, unless the gate forgets it: what was inferred
+        before still holds.
         """
         now = view.model.parameters
         seen = {name: view.memory[SEEN + name] for name in now if SEEN + name in view.memory}
         if seen and any(not torch.equal(p, seen[name]) for name, p in now.items()):
             view.memory.update({BUFFER + name: (seen[name] - p) / self.victim_lr for name, p in now.items()})
+        elif seen and self.forget_momentum:
+            view.memory.update({BUFFER + name: torch.zeros_like(p) for name, p in now.items()})
         view.memory.update({SEEN + name: p.clone() for name, p in now.items()})
         return {name: view.memory[BUFFER + name] for name in now if BUFFER + name in view.memory}
 

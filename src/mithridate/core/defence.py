@@ -38,11 +38,13 @@ class Verdict(NamedTuple):
         admit: Whether the step stays; False rolls back parameters, buffers and optimiser state.
         reason: Why, for the trace.
         parameters: Take the place of those that the step gave (a shorter step, say); None keeps the latter.
+        forget: With a refusal: the optimiser begins anew, so that no momentum of earlier steps pushes the next one.
     """
 
     admit: bool
     reason: str = ""
     parameters: Mapping[str, Tensor] | None = None
+    forget: bool = False
 
 
 ADMITTED = Verdict(admit=True)

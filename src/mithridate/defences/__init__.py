@@ -15,6 +15,7 @@ from mithridate.defences.mart import Mart as Mart
 from mithridate.defences.median_bn import MedianBn as MedianBn
 from mithridate.defences.mma import Mma as Mma
 from mithridate.defences.none import Standard as Standard
+from mithridate.defences.promote import Promote as Promote
 from mithridate.defences.skip import Skip as Skip
 from mithridate.defences.trades import Trades as Trades
 

@@ -3,17 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from mithridate.core.average import moved_along, weights_of
 from mithridate.core.defence import Defence
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
-from mithridate.core.view import Memory, Need, View
-
-PARAMETER, BUFFER = "parameter.", "buffer."
-"""Notes: the average, by name."""
+from mithridate.core.view import Need, View
 
 
 @register("defence", "ema")
@@ -47,39 +43,15 @@ class Ema(Defence):
     def begin(self, view: View) -> None:
         """The average starts at the model as it is before the first update."""
         if self.decay > 0 and not view.memory:
-            view.memory.update(self._average(view))
+            view.memory.update(moved_along({}, view.model.module, self.decay))
 
     def committed(self, view: View) -> None:
         """The average takes in the state that was reached."""
         if self.decay > 0:
-            view.memory.update(self._average(view))
+            view.memory.update(moved_along(view.memory, view.model.module, self.decay))
 
     def serve(self, view: View) -> Weights | None:
         """The average."""
         if self.decay == 0 or not view.memory:
             return None
-        average = {key: view.memory[key].to(tensor.dtype) for key, tensor in _state(view).items()}
-        return Weights(
-            {key.removeprefix(PARAMETER): t for key, t in average.items() if key.startswith(PARAMETER)},
-            {key.removeprefix(BUFFER): t for key, t in average.items() if key.startswith(BUFFER)},
-            f"average with decay {self.decay:g}",
-        )
-
-    @torch.no_grad()
-    def _average(self, view: View) -> Memory:
-        """The average after one more state; without notes, that state itself."""
-        out: Memory = {}
-        for key, tensor in _state(view).items():
-            if not tensor.is_floating_point():
-                out[key] = tensor.detach().clone()
-                continue
-            wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-            old = view.memory.get(key)
-            out[key] = wide if old is None else torch.lerp(old, wide, 1 - self.decay)
-        return out
-
-
-def _state(view: View) -> dict[str, Tensor]:
-    module = view.model.module
-    parameters = {PARAMETER + name: p for name, p in module.named_parameters()}
-    return parameters | {BUFFER + name: b for name, b in module.named_buffers()}
+        return weights_of(view.memory, view.model.module, f"average with decay {self.decay:g}")

@@ -42,6 +42,8 @@ class Gate(Tolerance, Defence):
         trusted_size: Trusted samples that are used, >= 2, always the same, in equal parts from every class; all if
             there are no more. The pass over them is what a gate costs: 100 take about 0.3 of a step on a batch of as
             many. Fewer samples notice less: one of ten in a class is already 0.1 of its accuracy.
+        forget_momentum: A refused step also leaves the optimiser without its state. Otherwise this is taken back with
+            the step, and a momentum that earlier poison left pushes every clean step the wrong way, and has it refused.
 
     Raises:
         DataError: The trusted samples are of one class, or their labels do not fit the model; before any step is made.
@@ -57,6 +59,7 @@ class Gate(Tolerance, Defence):
     active: ClassVar[Mapping[str, Any]] = {"max_loss_rise": 0.0, "max_accuracy_drop": 0.0, "reference": "best"}
 
     trusted_size: Annotated[int, Field(ge=2)] = 100
+    forget_momentum: bool = False
 
     def check_inputs(self, batch: AnyBatch) -> None:
         """Refuse targets that the paired test says nothing about, if it is asked for."""
@@ -78,7 +81,9 @@ class Gate(Tolerance, Defence):
         view.memory[REACHED] = now.note()
         reference = self.compared_with(view.memory, Quality.read(view.memory[KEPT]))
         faults = self.faults(reference, now)
-        return Verdict(admit=False, reason=f"gate: {'; '.join(faults)}") if faults else ADMITTED
+        if not faults:
+            return ADMITTED
+        return Verdict(admit=False, reason=f"gate: {'; '.join(faults)}", forget=self.forget_momentum)
 
     def committed(self, view: View) -> None:
         """The next step starts from what this one reached."""

@@ -368,7 +368,10 @@ class DefendedStep:
         verdict = self.defence.admit(self._rollback.weights, self.view())
         if not verdict.admit:
             self.step -= 1
-            return self.refuse(verdict.reason), self._moved()
+            refused = self.refuse(verdict.reason)
+            if verdict.forget and self.optimiser is not None:
+                self.optimiser.state.clear()
+            return refused, self._moved()
         if verdict.parameters is not None:
             self.put_parameters(verdict.parameters)
             moved = self._moved()

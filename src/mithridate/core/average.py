@@ -1,0 +1,54 @@
+"""An average of a model's states that moves along with it, kept as notes."""
+
+import torch
+from torch import Tensor, nn
+
+from mithridate.core.past import Weights
+from mithridate.core.view import Memory
+
+PARAMETER, BUFFER = "parameter.", "buffer."
+"""Notes: the average, by name."""
+
+
+@torch.no_grad()
+def moved_along(notes: Memory, module: nn.Module, decay: float) -> Memory:
+    """The average after one more state: decay * average + (1 - decay) * state; without notes, that state itself.
+
+    Whole-number buffers are not averaged; the newest is taken.
+
+    Args:
+        notes: The average so far, and perhaps other notes.
+        module: In the state that is taken in.
+        decay: In [0, 1).
+    """
+    out: Memory = {}
+    for key, tensor in state_of(module).items():
+        if not tensor.is_floating_point():
+            out[key] = tensor.detach().clone()
+            continue
+        wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        old = notes.get(key)
+        out[key] = wide if old is None else torch.lerp(old, wide, 1 - decay)
+    return out
+
+
+def weights_of(notes: Memory, module: nn.Module, label: str) -> Weights:
+    """The average as weights of a model, in its own types.
+
+    Args:
+        notes: The average, and perhaps other notes.
+        module: Whose weights they are.
+        label: Says what they are.
+    """
+    average = {key: notes[key].to(tensor.dtype) for key, tensor in state_of(module).items()}
+    return Weights(
+        {key.removeprefix(PARAMETER): t for key, t in average.items() if key.startswith(PARAMETER)},
+        {key.removeprefix(BUFFER): t for key, t in average.items() if key.startswith(BUFFER)},
+        label,
+    )
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by the names of their notes."""
+    parameters = {PARAMETER + name: p for name, p in module.named_parameters()}
+    return parameters | {BUFFER + name: b for name, b in module.named_buffers()}
