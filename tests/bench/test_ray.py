@@ -14,6 +14,7 @@ import pytest
 
 from mithridate.bench import store
 from mithridate.bench.engine import run_recipe
+from mithridate.bench.ray import QUIET
 from mithridate.bench.recipe import Recipe, read_recipe
 from mithridate.bench.store import read_runs
 from mithridate.core.errors import EngineError
@@ -21,6 +22,8 @@ from tests.command import invoke
 from tests.recipes import ACCUMULATIVE, Log, same_runs, tiny_recipe, tiny_text
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra 'ray' is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves files open
 
 PLUGIN = """
 import os, signal
@@ -76,9 +79,11 @@ def test_an_old_ray_is_told(tmp_path: Path, cache: Path, monkeypatch: pytest.Mon
 def cluster() -> Iterator[Any]:
     """A cluster of one machine with two CPUs."""
     ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*QUIET)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")

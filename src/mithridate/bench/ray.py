@@ -1,5 +1,6 @@
 """Cells on a Ray cluster whose machines share a file system: each is a task, and they have the store in common."""
 
+import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,9 @@ from mithridate.core.errors import EngineError, StoreError, WriteError, said
 
 OLDEST = (2, 55)
 """The first version of Ray that this is tested with."""
+
+QUIET = ("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+"""An environment variable without which Ray 2.55 warns of a change that does not concern tasks on CPUs."""
 
 SECONDS = 0.2
 """Between two looks at what tasks say."""
@@ -48,6 +52,7 @@ def run_on_ray(tasks: Sequence[Task], terms: Terms, jobs: int | None, hears: Hea
         EngineError: Ray is not installed, or too old; there is no cluster, or it is lost.
     """
     ray = installed_ray()
+    os.environ.setdefault(*QUIET)
     ours = not ray.is_initialized()
     try:
         if ours:
