@@ -316,3 +316,19 @@ def test_a_gpu_rounds_to_tf32_only_where_it_may(precision: Any, allowed: bool) -
     assert [backend.allow_tf32 for backend in backends] == before
     with passes_in(precision, torch.device("cpu")):
         assert [backend.allow_tf32 for backend in backends] == before
+
+
+class OnGPU(nn.Linear):
+    """Taken for a model on a GPU."""
+
+    def parameters(self, recurse: bool = True) -> Iterator[Any]:
+        yield SimpleNamespace(device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("tf32", True), ("bfloat16", False)])
+def test_so_do_the_backward_passes_of_an_objective(precision: Any, allowed: bool) -> None:
+    """They are made after its forward passes, inside the block."""
+    before = torch.backends.cudnn.allow_tf32
+    with WhiteBox(OnGPU(2, 2), F.cross_entropy).objective("eval", precision):
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -704,6 +704,6 @@ def test_a_machine_without_a_compiler_gets_a_sentence(tmp_path: Path) -> None:
     env = {"CXX": str(tmp_path / "nowhere"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
     command = ["run", "r.toml", "--out", "out", "--cache", "cache", "--set", "burn_in.compile=true"]
     done = started(*command, folder=tmp_path, env=env)
-    assert done.returncode == 2
+    assert done.returncode == 1  # as of any run that failed
     assert "Traceback" not in done.stderr
     assert "compile = true: torch cannot compile here" in " ".join(done.stderr.split())

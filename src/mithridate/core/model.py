@@ -350,8 +350,7 @@ class WhiteBox:
         """
         loss = PureLoss(self, precision)
         device = next(self.module.parameters(), torch.empty(0)).device
-        rounding = nullcontext() if device.type != "cuda" else _tensor_float(precision == "tf32")
-        with frozen_statistics(self.module, mode), eager(), rounding:
+        with frozen_statistics(self.module, mode), eager(), _rounding(precision, device):
             try:
                 yield loss
             except NoDerivativeError as error:
@@ -417,19 +416,22 @@ def _place(t: Tensor) -> tuple[int, torch.Size, int]:
 def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
     """Passes through a model in the given precision, inside the block."""
     if precision != "bfloat16":
-        return nullcontext() if device.type != "cuda" else _tensor_float(precision == "tf32")
+        return _rounding(precision, device)
     # Without a cache: what a parameter was cast to in one pass carries that pass's graph, or its dual part.
     return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
 
 
 @contextmanager
-def _tensor_float(allowed: bool) -> Iterator[None]:
+def _rounding(precision: Precision, device: torch.device) -> Iterator[None]:
     """Whether matrix products and convolutions of a GPU may round to TF32; torch lets convolutions, by default."""
+    if device.type != "cuda":
+        yield
+        return
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
-            backend.allow_tf32 = allowed
+            backend.allow_tf32 = precision == "tf32"
         yield
     finally:
         for backend, flag in zip(backends, before, strict=True):
