@@ -242,6 +242,7 @@ def test_accumulative_offers_that_loss_in_batch_and_trigger(
         assert close(found[len(POINT) :], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalise", NORMALISE)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_trigger_turns_its_gradient_against_validation(loss: Loss, normalise: Normalise) -> None:

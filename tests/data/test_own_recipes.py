@@ -34,6 +34,7 @@ def trace(out: Path) -> dict[str, list[object]]:
     return {k: v for k, v in pq.read_table(path).to_pydict().items() if "seconds" not in k}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_every_source_runs_and_its_config_runs_again_with_the_same_numbers(
     name: str, written: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

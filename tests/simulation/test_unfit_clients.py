@@ -91,6 +91,7 @@ def learn(
     return run_federated(learner, federation, attack, run), model.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nan", "inf", "outside", "label", "nothing counts"])
 @pytest.mark.parametrize(
     ("attack", "run"),

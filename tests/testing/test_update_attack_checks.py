@@ -192,6 +192,7 @@ def test_what_they_are_made_of_passes(cls: type, failing: Callable[..., set[str]
     assert failing("update_attack", cls) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", BROKEN, ids=lambda cls: cls.__name__)
 def test_who_breaks_a_rule_fails_its_check_and_no_other(cls: type, failing: Callable[..., set[str]]) -> None:
     assert failing("update_attack", cls) == BROKEN[cls]

@@ -64,6 +64,7 @@ WISHES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", [math.inf, 0.05], ids=["C.1", "C.2"])
 @pytest.mark.parametrize("attack", WISHES, ids=lambda a: "-".join(map(str, a.values())))
 def test_one_client_of_a_hundred_makes_the_update_of_all(
