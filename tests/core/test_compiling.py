@@ -192,7 +192,7 @@ class Counting(Small):
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
-        (Looking, "data-dependent"),
+        (Looking, "looks at its data"),
         (Dropping, "draws random numbers"),
         (Hiding, "neither a parameter nor a buffer"),
         (Counting, "write numbers to its layers"),

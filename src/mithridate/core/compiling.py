@@ -160,7 +160,9 @@ def _traced(
     except (UserError, NoDerivativeError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model says that is given no values
-        raise ConfigError(_untraceable(module, str(error).strip().partition("\n")[0])) from error
+        said = str(error).strip().partition("\n")[0]
+        why = "it looks at its data to decide what it computes" if "tracing tensor" in said else said
+        raise ConfigError(_untraceable(module, why)) from error
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
