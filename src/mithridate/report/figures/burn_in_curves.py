@@ -102,4 +102,5 @@ def _way(run: Run) -> dict[str, str]:
     """What decides a burn-in, but for its seed."""
     tables = {key: value for key in ("model", "burn_in") if (value := config_table(run, key))}
     flat = {"data": str(config_table(run, "data").get("name")), **flattened(tables)}
-    return {key: value for key, value in flat.items() if key not in NOT_NAMED}
+    unused = {"burn_in.norm"} if "burn_in.clip_norm" not in flat else set()
+    return {key: value for key, value in flat.items() if key not in {*NOT_NAMED, *unused}}
