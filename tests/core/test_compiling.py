@@ -181,6 +181,23 @@ class Hiding(Small):
         return super().forward(x) * self.factor
 
 
+class Picking(Small):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x[x > 0.5].mean()
+
+
+class Ordering(Small):
+    """Picks by position, which is the same for all data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(5).flip(0))
+        self.order: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, self.order] * torch.tensor(2.0)
+
+
 class Counting(Small):
     passes = 0
 
@@ -193,6 +210,7 @@ class Counting(Small):
     ("cls", "reason"),
     [
         (Looking, "looks at its data"),
+        (Picking, "depends on its data"),
         (Dropping, "draws random numbers"),
         (Hiding, "neither a parameter nor a buffer"),
         (Counting, "write numbers to its layers"),
@@ -209,6 +227,13 @@ def test_a_step_that_is_no_graph_is_refused(cls: type[nn.Module], reason: str, g
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     with box.objective() as loss:
         turn_towards(loss, box.parameters, x, y, direction(box.parameters), normalise="none")
+
+
+def test_positions_and_constants_of_a_pass_are_part_of_a_graph(graphs: list[fx.GraphModule]) -> None:
+    model = net(Ordering)
+    for seed in range(2):
+        same_slope(model, *batch(seed=seed), normalise="none")
+    assert len(graphs) == 1
 
 
 def test_a_loss_with_tensors_of_its_own_is_refused(graphs: list[fx.GraphModule]) -> None:

@@ -165,15 +165,24 @@ def _traced(
         raise ConfigError(_untraceable(module, why)) from error
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise ConfigError(_untraceable(module, "it draws random numbers (dropout), in a graph others than outside"))
-        fresh = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
-        if node.op == "get_attr" and not fresh:
-            raise ConfigError(
-                _untraceable(module, "it, or its loss, uses a tensor that is neither a parameter nor a buffer")
-            )
+        if why := _unlike_elsewhere(node):
+            raise ConfigError(_untraceable(module, why))
     traced.recompile()
     return traced
+
+
+def _unlike_elsewhere(node: fx.Node) -> str:
+    """Why an operation would give another result in the graph than outside; empty if it would not."""
+    aten, tags = torch.ops.aten, getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded in tags:
+        return "it draws random numbers (dropout), in a graph others than outside"
+    if node.op == "get_attr" and any(user.target is not aten.lift_fresh_copy.default for user in node.users):
+        return "it, or its loss, uses a tensor that is neither a parameter nor a buffer"
+    if torch.Tag.dynamic_output_shape in tags:
+        masks = [i for i in node.all_input_nodes if i.meta["val"].dtype in {torch.bool, torch.uint8}]
+        if masks or node.target is not aten.index.Tensor:  # which may pick by position, too
+            return "how many numbers it computes with depends on its data"
+    return ""
 
 
 def _untraceable(module: nn.Module, why: str) -> str:
