@@ -39,7 +39,7 @@ def counts(output: str, kind: str) -> dict[str, int]:
 
 
 COUNTS = {
-    "kills": (9, 6),
+    "kills": (9, 14),
     "grids": (20, 3),
     "files": (30, 10),
     "recipes": (100, 10),
@@ -51,7 +51,7 @@ COUNTS = {
 PLANTED = {
     "kills": (
         "from mithridate.training.learner import Learner; restore = Learner.restore\n"
-        "Learner.restore = lambda self, snapshot: None if 0 < snapshot.step < 3 else restore(self, snapshot)"
+        "Learner.restore = lambda self, snapshot: None if 0 < snapshot.step < 5 else restore(self, snapshot)"
     ),
     "grids": (
         "import tools.faults.grids as g\n"  # a command that goes on, in one process, draws from another seed
