@@ -19,11 +19,13 @@ from mithridate.report.figures.drawing import (
     style,
 )
 from mithridate.report.rows import Row, seed
-from mithridate.report.settings import config_table, flattened, shared, varying
+from mithridate.report.settings import config_table, flattened
 from mithridate.report.wording import decimal, listed, number
 
 NOT_NAMED = ("burn_in.seed", "burn_in.evaluate_every", "burn_in.checkpoints")
 """Settings of a burn-in that change nothing about how it learns, or that lines are means over."""
+
+NORM = "burn_in.norm"
 
 MAX_MARKERS = 20
 
@@ -76,10 +78,10 @@ def burn_in_lines(rows: Sequence[Row]) -> dict[str, dict[float, Band]]:
     runs = [run for row in rows for run in row.runs if burn_in_curve(run)]
     runs.sort(key=lambda run: -(number(config_table(run, "burn_in").get("clip_norm")) or math.inf))
     ways = [_way(run) for run in runs]
-    apart = varying(ways, shared(ways)) if ways else {}
+    apart = [key for key in dict.fromkeys(key for way in ways for key in way) if len(_values(key, ways)) > 1]
     curves: dict[str, dict[int | None, Mapping[float, float]]] = {}
     for way, run in zip(ways, runs, strict=True):
-        name = ", ".join(f"{key.removeprefix('burn_in.')} {way.get(key, 'unset')}" for key in apart)
+        name = ", ".join(f"{key.removeprefix('burn_in.')} {value}" for key in apart for value in _values(key, [way]))
         curves.setdefault(name, {})[seed(run)] = burn_in_curve(run)
     return {name: over_seeds(by_seed.values()) for name, by_seed in curves.items()}
 
@@ -102,5 +104,10 @@ def _way(run: Run) -> dict[str, str]:
     """What decides a burn-in, but for its seed."""
     tables = {key: value for key in ("model", "burn_in") if (value := config_table(run, key))}
     flat = {"data": str(config_table(run, "data").get("name")), **flattened(tables)}
-    unused = {"burn_in.norm"} if "burn_in.clip_norm" not in flat else set()
+    unused = set() if "burn_in.clip_norm" in flat else {NORM}
     return {key: value for key, value in flat.items() if key not in {*NOT_NAMED, *unused}}
+
+
+def _values(key: str, ways: Sequence[Mapping[str, str]]) -> set[str]:
+    """What a setting is in some ways; the norm of a bound, only where there is a bound."""
+    return {way.get(key, "unset") for way in ways if key in way or key != NORM}
