@@ -1,6 +1,7 @@
 """Records of runs: read again they say the same; and the leaderboard that is made of them."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,14 @@ def test_a_record_says_what_its_run_says(tmp_path: Path) -> None:
     assert quantity(run, "score_poisoned", detector="mem") == pytest.approx(
         -float(run.scores["score"][(run.scores["detector"] == "mem") & run.scores["poisoned"]].mean())
     )
+
+
+def test_settings_that_are_infinite_are_kept_as_toml_writes_them(tmp_path: Path) -> None:
+    write_records(
+        [run_of(0, 0.4, config={"defence": {"name": "gate", "max_loss_rise": math.inf, "some": [-math.inf]}})], tmp_path
+    )
+    (again,) = read_records(tmp_path)
+    assert again.config["defence"] == {"name": "gate", "max_loss_rise": "inf", "some": ["-inf"]}
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", "nothing", '{"format": 99}'])

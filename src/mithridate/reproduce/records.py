@@ -47,11 +47,20 @@ def record_of(run: Run) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run": run.path.name,
-        "config": run.config,
+        "config": _in_json(run.config),
         "summary": {**run.summary, **({KEPT: of} if (of := qualities(run)) else {})},
         "environment": {key: value for key, value in run.environment.items() if key not in MACHINE},
         "trace": {name: [_short(step.get(name)) for step in steps] for name in COLUMNS},
     }
+
+
+def _in_json(value: Any) -> Any:  # noqa: ANN401  (settings are of any kind)
+    """Settings as JSON can hold them: infinity, which it has not, as TOML writes it."""
+    if isinstance(value, Mapping):
+        return {key: _in_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: object) -> object:
