@@ -66,6 +66,21 @@ def test_harm_is_never_served_and_what_recovers_is(stream: Stream) -> None:
     assert learner.evaluate([stream.test.all()]).accuracy > start - 0.05
 
 
+def test_the_recommended_chain_keeps_the_model_that_learns_from_being_lost(stream: Stream) -> None:
+    """Under the same harm, which alone would teach it the wrong answers; and it serves what is learned afterwards."""
+    recommended = build("defence", {"name": "chain", "preset": "recommended"})
+    learner = toy_learner(stream, defence=recommended, lr=0.1)
+    start = learner.evaluate([stream.test.all()]).accuracy
+    refused = sum(not learner.update(wrong(stream.victim_batch(i % 5, 0))).verdict.admit for i in range(20))
+    assert refused >= 10
+    assert learner.evaluate([stream.test.all()]).accuracy > start - 0.02
+    learner.defence = build("defence", {"name": "none"})
+    assert learner.evaluate([stream.test.all()]).accuracy > start - 0.3
+    learner.defence = recommended
+    for i in range(20):
+        assert learner.update(stream.victim_batch(i % 5, 0)).verdict.admit
+
+
 def served_at_start(learner: Learner, stream: Stream) -> tuple[dict[str, Tensor], float]:
     """The model as it is before its first step, and its accuracy."""
     assert learner.defence.serve(learner.view()) is None

@@ -26,7 +26,18 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 
 
-@register("defence", "chain")
+@register(
+    "defence",
+    "chain",
+    presets={
+        "recommended": {
+            "parts": [
+                {"name": "gate", "preset": "paired", "reference": "start", "forget_momentum": True},
+                {"name": "promote"},
+            ],
+        }
+    },
+)
 @settings
 class Chain(Defence):
     """Several defences in order, each with its own notes and seeing only what it declares itself.
@@ -36,6 +47,14 @@ class Chain(Defence):
     refusal rolls the step back, and the parts after it are not asked. Where a part shortens the step, those that have
     judged the longer one are asked again; each part shortens it once at most. The last part that serves another model
     than the one that learns is the one that answers. A chain among the parts is replaced by its own parts.
+
+    Preset `recommended` needs a trusted set and no setting that belongs to a model: a gate takes back a step that a
+    hundred trusted samples show to be harmful, so that the model that learns is never lost, and `promote` tests an
+    average of what is left on five hundred before anybody is answered by it. On digits (`results/leaderboard`: three
+    seeds, six attacks, one of which knows a gate's limits) none moved what is served by half a point; it has not been
+    tried on larger models. What breaks it: damage that the trusted set does not show, such as a backdoor; a steady
+    attacker, who cannot harm what is served but keeps it from being renewed; and a task that really changes, while the
+    trusted set stays as it was.
 
     What breaks it: whatever breaks all its parts at once; and a bad order: `skip` before `clip`, else it sees clipped
     gradients.

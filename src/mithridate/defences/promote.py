@@ -61,7 +61,7 @@ class Promote(Tolerance, Defence):
 
     max_loss_rise: Annotated[float, Field(ge=0, allow_inf_nan=True)] = math.inf
     max_accuracy_drop: Annotated[float, Field(ge=0, allow_inf_nan=True)] = math.inf
-    level: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    level: Annotated[float, Field(ge=0, lt=1)] = 0.2
     test: PairedTest = "chances"
     reference: Literal["previous", "best", "start"] = "best"
     every: Annotated[int, Field(ge=1)] = 10
