@@ -39,6 +39,7 @@ from mithridate.core.defence import ADMITTED, Defence, Verdict
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
+from mithridate.core.registry import build
 from mithridate.core.seeding import seeded_default
 from mithridate.core.tolerance import Quality, quality
 from mithridate.core.updates import Updates
@@ -52,7 +53,7 @@ from mithridate.defences.ema import Ema
 from mithridate.defences.gate import Gate
 from mithridate.defences.skip import Skip
 from mithridate.guard.flower import GuardedStrategy
-from mithridate.guard.limits import ReplyLimits
+from mithridate.guard.limits import RECOMMENDED, ReplyLimits
 from tests.guard.federation import NODES, STRATEGIES, claiming, honest, pickled, reply_to, start
 
 MakeGrid = Callable[..., Any]
@@ -695,6 +696,17 @@ def test_an_average_is_served_beside_the_model_that_learns(make_grid: MakeGrid) 
     plain = GuardedStrategy(FedAvg())
     result = run(plain, make_grid(client, NODES), rounds=1)
     assert plain.served_arrays(result.arrays) is result.arrays
+
+
+def test_the_recommended_chain_takes_back_a_hostile_round_and_serves_what_it_tested(make_grid: MakeGrid) -> None:
+    """It needs no setting that belongs to a model: the same preset as in a simulation, with the guard's own limits."""
+    recommended = build("defence", {"name": "chain", "preset": "recommended"})
+    guarded = guarding(recommended, limits=RECOMMENDED)
+    result = run(guarded, make_grid(client, NODES, tamper=reversing({2})), rounds=3)
+    assert [event.round for event in guarded.events if event.event == "vetoed"] == [2]
+    served = guarded.served_arrays(result.arrays)
+    np.testing.assert_array_equal(served["bias"].numpy(), start()["bias"].numpy())  # until the first test, in round 11
+    assert not np.array_equal(served["bias"].numpy(), arrays_of(result)["bias"])
 
 
 def shift(message: Message) -> Message:
