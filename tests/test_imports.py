@@ -146,7 +146,7 @@ TORCHLESS = sorted(
         "mithridate.bench.store",
         "mithridate.core.errors",
         "mithridate.core.files",
-        "mithridate.guard.record",
+        "mithridate.guard.quarantine",
     ]
     + [module_of(p) for p in FILES if room_of(module_of(p)) == "report"]
 )

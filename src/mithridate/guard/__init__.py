@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from mithridate.core.errors import UserError
 
 if TYPE_CHECKING:
+    from mithridate.guard.batch_file import read_batch as read_batch
     from mithridate.guard.flower import GuardedStrategy as GuardedStrategy
     from mithridate.guard.flower_attack import attack_mod as attack_mod
     from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from mithridate.guard.hostile_clients import HostileClients as HostileClients
     from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
     from mithridate.guard.limits import ReplyLimits as ReplyLimits
+    from mithridate.guard.quarantine import Quarantine as Quarantine
+    from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
     from mithridate.guard.trackers import Trackers as Trackers
@@ -22,12 +25,15 @@ _HOMES = {
     "GarbageClients": "garbage_clients",
     "GuardedStrategy": "flower",
     "HostileClients": "hostile_clients",
+    "Quarantine": "quarantine",
+    "Quarantined": "quarantine",
     "RECOMMENDED": "limits",
     "ReplyLimits": "limits",
     "StepRecord": "record",
     "Tracker": "record",
     "Trackers": "trackers",
     "attack_mod": "flower_attack",
+    "read_batch": "batch_file",
 }
 """The module of every public name."""
 
