@@ -47,7 +47,7 @@ HEADER, INPUTS, TARGETS = "mithridate", "inputs", "targets"
 WAIT = 10.0
 """Seconds for which a step waits for another process that writes there."""
 
-_ID = re.compile(r"a(\d{1,18})-r(\d{1,9})-[0-9a-f]{16}", re.ASCII)
+_ID = re.compile(r"a(\d{1,18})-r(\d{1,9})-[0-9a-f]{8}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Quarantine:
         content, tensors = packed(batch)
         digest = hashlib.sha256(content).hexdigest()
         entry = Quarantined(
-            id=f"a{record.attempt}-r{record.rank}-{digest[:16]}",
+            id=f"a{record.attempt}-r{record.rank}-{digest[:8]}",
             attempt=record.attempt,
             step=record.step,
             rank=record.rank,
@@ -366,7 +366,7 @@ def verified(folder: Path, entry: Quarantined) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256 or not entry.id.endswith(entry.sha256[:16]):
+    if hashlib.sha256(content).hexdigest() != entry.sha256 or not entry.id.endswith(entry.sha256[:8]):
         raise DataError(f"{path} is not what was put into quarantine: its SHA-256 differs; it can only be dropped.")
     return content
 
@@ -395,7 +395,7 @@ def _checked(id: str) -> str:
     if not isinstance(id, str) or _ID.fullmatch(id) is None:
         raise ConfigError(
             f"{shown(id)} is no id of a batch in quarantine; `mithridate quarantine list` shows them, such as "
-            "a12-r0-0123456789abcdef."
+            "a12-r0-01234567."
         )
     return id
 
