@@ -147,6 +147,8 @@ TORCHLESS = sorted(
         "mithridate.core.errors",
         "mithridate.core.files",
         "mithridate.guard.quarantine",
+        "mithridate.guard.step_log",
+        "mithridate.guard.trackers",
     ]
     + [module_of(p) for p in FILES if room_of(module_of(p)) == "report"]
 )

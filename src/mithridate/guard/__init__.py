@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
+    from mithridate.guard.step_log import StepLog as StepLog
     from mithridate.guard.trackers import Trackers as Trackers
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "Quarantined": "quarantine",
     "RECOMMENDED": "limits",
     "ReplyLimits": "limits",
+    "StepLog": "step_log",
     "StepRecord": "record",
     "Tracker": "record",
     "Trackers": "trackers",
