@@ -296,7 +296,9 @@ def test_a_report_is_turned_over_before_it_fills_the_disk(tmp_path: Path, monkey
         assert path.stat().st_size <= 2_000
     older = path.with_name("guard.jsonl.1")
     assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, older.name]
-    rounds = [json.loads(line)["round"] for file in (older, path) for line in file.read_text().splitlines()]
+    files = [[json.loads(line) for line in file.read_text().splitlines()] for file in (older, path)]
+    assert [first["inner"] for first, *_ in files] == ["FedAvg", "FedAvg"]  # each says whose report it is
+    rounds = [line["round"] for _, *lines in files for line in lines]
     assert rounds == list(range(rounds[0], 500))
 
 

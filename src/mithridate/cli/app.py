@@ -325,6 +325,45 @@ def report(
     report_on(directories, out_dir or directories[0])
 
 
+class Review(StrEnum):
+    """What can be done with batches in quarantine."""
+
+    list = "list"
+    show = "show"
+    release = "release"
+    drop = "drop"
+
+
+@app.command()
+@_reports_mistakes
+def quarantine(
+    action: Annotated[Review, typer.Argument(help="A table of all; all of one; move it out; delete it for good.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A guard's folder, or the quarantine inside it.")],
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which batches, as `list` shows.")] = None,
+    all_of_them: Annotated[bool, typer.Option("--all", help="Every batch, instead of ids.")] = False,
+    to: Annotated[Path | None, typer.Option(help="With `release`: the folder that batches are moved to.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="With `show`: draw the images of the batch.")
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="With `show`: print token ids as text; the function takes a list of them. Modules are also looked for "
+            "in the current directory.",
+        ),
+    ] = None,
+) -> None:
+    """Look through the batches that a guard refused, and release or drop them.
+
+    Nothing leaves the quarantine by itself. What is released lies in a folder of its own, and
+    `mithridate.guard.read_batch` gives it back as it was.
+    """
+    from mithridate.cli.quarantine import Wishes, review
+
+    review(action.value, directory, Wishes(ids or [], all_of_them, to, pictures, decoder))
+
+
 class ScaleName(StrEnum):
     """How large a reproduction is."""
 

@@ -1,41 +1,69 @@
-"""Defences in real training loops. What needs an extra is loaded when it is first used."""
+"""Defences in real training loops. Each name is loaded when it is first used: some need torch, some an extra."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from mithridate.core.errors import UserError
-from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
-from mithridate.guard.hostile_clients import Accomplice as Accomplice
-from mithridate.guard.hostile_clients import HostileClients as HostileClients
-from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
-from mithridate.guard.limits import ReplyLimits as ReplyLimits
 
 if TYPE_CHECKING:
+    from mithridate.guard.batch_file import read_batch as read_batch
     from mithridate.guard.flower import GuardedStrategy as GuardedStrategy
     from mithridate.guard.flower_attack import attack_mod as attack_mod
+    from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
+    from mithridate.guard.hostile_clients import Accomplice as Accomplice
+    from mithridate.guard.hostile_clients import HostileClients as HostileClients
+    from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
+    from mithridate.guard.limits import ReplyLimits as ReplyLimits
+    from mithridate.guard.quarantine import Quarantine as Quarantine
+    from mithridate.guard.quarantine import Quarantined as Quarantined
+    from mithridate.guard.record import StepRecord as StepRecord
+    from mithridate.guard.record import Tracker as Tracker
+    from mithridate.guard.step_log import StepLog as StepLog
+    from mithridate.guard.trackers import Trackers as Trackers
 
-_NEEDS_FLOWER = {"GuardedStrategy": "flower", "attack_mod": "flower_attack"}
+_HOMES = {
+    "Accomplice": "hostile_clients",
+    "GarbageClients": "garbage_clients",
+    "GuardedStrategy": "flower",
+    "HostileClients": "hostile_clients",
+    "Quarantine": "quarantine",
+    "Quarantined": "quarantine",
+    "RECOMMENDED": "limits",
+    "ReplyLimits": "limits",
+    "StepLog": "step_log",
+    "StepRecord": "record",
+    "Tracker": "record",
+    "Trackers": "trackers",
+    "attack_mod": "flower_attack",
+    "read_batch": "batch_file",
+}
+"""The module of every public name."""
+
+_EXTRAS = {"flwr": ("Flower", "flower")}
+"""What names may need: by the module that is imported, what people call it, and the extra that brings it."""
 
 
 def __dir__() -> list[str]:
-    return ["Accomplice", "GarbageClients", "HostileClients", "RECOMMENDED", "ReplyLimits", *_NEEDS_FLOWER]
+    return list(_HOMES)
 
 
 if not TYPE_CHECKING:  # with it, a type checker would take any name for a public one
 
     def __getattr__(name: str) -> object:
-        """Load a name that needs Flower.
+        """Load a name when it is first used.
 
         Raises:
-            UserError: Flower is not installed.
+            UserError: It needs an extra that is not installed.
         """
-        if name not in _NEEDS_FLOWER:
+        if name not in _HOMES:
             raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
         try:
-            return getattr(import_module(f"{__name__}.{_NEEDS_FLOWER[name]}"), name)
+            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] != "flwr":
+            needed = _EXTRAS.get((error.name or "").partition(".")[0])
+            if needed is None:
                 raise
+            called, extra = needed
             raise UserError(
-                f"{name} needs Flower, which is not installed: pip install 'mithridate[flower]'."
+                f"{name} needs {called}, which is not installed: pip install 'mithridate[{extra}]'."
             ) from error

@@ -1,9 +1,6 @@
 """What a guard did in a federation: an event a deed, in memory and in a file; and to whom, how often and why."""
 
-import json
 import logging
-import math
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
@@ -15,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mithridate.core.errors import ConfigError
+from mithridate.guard.json_lines import LARGEST_FILE, JsonLines
 
 log = logging.getLogger("flwr.mithridate")
 """A child of Flower's own logger, so that what was refused stands beside what Flower reports."""
@@ -31,9 +29,6 @@ KEPT_TALLIES = 10_000
 
 KEPT_ROUNDS = 1_000
 """Rounds that a tally names."""
-
-LARGEST_FILE = 2**26
-"""Bytes of a report; with the one before it, a federation takes up twice as many at most."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class Journal:
     Args:
         path: A JSON-lines file that gains one line an event; None keeps them in memory alone. Once it is as large as
             `LARGEST_FILE` it becomes PATH.1, in place of an older one, and a new file begins.
-        opening: What the first line says.
+        opening: What the first line of each file says.
         warning: What the first line and the table say besides.
 
     Raises:
@@ -111,11 +106,11 @@ class Journal:
         self.closed = 0
         self._tallies: dict[tuple[int, int, str, str], _Count] = {}
         self._times = Counter[str]()
-        self._failed = False
+        self._lines: JsonLines | None = None
         if path is not None:
+            first = {"event": "opened", **opening, **({"warning": warning} if warning else {})}
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._append({"event": "opened", **opening, **({"warning": warning} if warning else {})})
+                self._lines = JsonLines(path, first, log=log, largest=LARGEST_FILE, what="federation")
             except OSError as error:
                 raise ConfigError(
                     f"{path} cannot be written ({error.strerror}); choose another report_path."
@@ -130,7 +125,8 @@ class Journal:
         if event.event in {"refused", "vetoed", "skipped"}:
             who = "the round" if event.node is None else f"node {event.node}"
             log.warning("guard: %s %s: %s", event.event, who, event.reason)
-        self._write({key: value for key, value in asdict(event).items() if value not in (None, "", {})})
+        if self._lines is not None:
+            self._lines.write({key: value for key, value in asdict(event).items() if value not in (None, "", {})})
 
     def tallies(self) -> list[Tally]:
         """What was done so far: to whom, in which rounds and why; the gravest first."""
@@ -183,27 +179,6 @@ class Journal:
         if not count.rounds or count.rounds[-1] != event.round:
             count.rounds.append(event.round)
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
-        try:
-            self._append(entry)
-        except OSError as error:
-            if not self._failed:
-                log.warning("guard: %s cannot be written (%s); the federation goes on.", self.path, error.strerror)
-            self._failed = True
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        """Append one line in one write, so that a killed server leaves whole lines."""
-        if self.path is None:
-            return
-        line = (json.dumps(_for_json(entry)) + "\n").encode()
-        if self.path.exists() and self.path.stat().st_size + len(line) > LARGEST_FILE:
-            self.path.replace(self.path.with_name(f"{self.path.name}.1"))
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
-
 
 def _spans(rounds: Sequence[int]) -> str:
     """Rounds in short: 1-3, 5."""
@@ -214,10 +189,3 @@ def _spans(rounds: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def _for_json(value: object) -> object:
-    """JSON knows no infinity and no NaN: they become text."""
-    if isinstance(value, Mapping):
-        return {key: _for_json(v) for key, v in value.items()}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -238,7 +238,7 @@ def legend(figure: Figure, looks: Mapping[str, Look], rows: Sequence[Row] = ()) 
 
 
 def saved(figure: Figure, row: Row, name: str, *, heading: str, caption: str, alt: str, attack: str = "") -> Drawing:
-    """The figure as SVG and PNG, without dates or versions, so that the same runs give the same bytes.
+    """A figure of runs, ready for a page and for files.
 
     Args:
         figure: What was drawn.
@@ -249,18 +249,28 @@ def saved(figure: Figure, row: Row, name: str, *, heading: str, caption: str, al
         alt: What people who do not see it are told.
         attack: What its file name ends with, where each attack has its own figure.
     """
-    vector, raster = io.BytesIO(), io.BytesIO()
-    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    FigureCanvasAgg(figure)
-    figure.savefig(vector, format="svg", metadata=nothing)
-    figure.set_layout_engine("none")
-    figure.savefig(raster, format="png", dpi=160, metadata={"Software": None})
+    svg, png = rendered(figure)
     return Drawing(
         stem=file_stem(name, *row.group, attack),
         subject=row.subject,
         heading=heading,
         caption=caption,
         alt=alt,
-        svg=vector.getvalue().decode("utf-8"),
-        png=raster.getvalue(),
+        svg=svg,
+        png=png,
     )
+
+
+def rendered(figure: Figure) -> tuple[str, bytes]:
+    """A figure as SVG and PNG, without dates or versions, so that the same numbers give the same bytes.
+
+    Args:
+        figure: What was drawn; it is of no use afterwards.
+    """
+    vector, raster = io.BytesIO(), io.BytesIO()
+    nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    FigureCanvasAgg(figure)
+    figure.savefig(vector, format="svg", metadata=nothing)
+    figure.set_layout_engine("none")
+    figure.savefig(raster, format="png", dpi=160, metadata={"Software": None})
+    return vector.getvalue().decode("utf-8"), raster.getvalue()

@@ -1,0 +1,54 @@
+"""What a guard tells others about a step of a user's own loop, and who may listen. Imports no torch."""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Word = Literal["admitted", "shortened", "refused"]
+"""What became of a step: it stayed, it stayed in part, or it was taken back."""
+
+WORDS: tuple[Word, ...] = ("admitted", "shortened", "refused")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step that a loop tried, and what the guard made of it.
+
+    Args:
+        attempt: Steps of the optimiser that the loop has tried, this one among them: from 1.
+        step: Those that stayed, before this one: from 0.
+        verdict: What became of it.
+        reason: Why, where it was not admitted.
+        seconds: What the guard itself took of this step.
+        quarantined: Samples that were shown to nobody: not finite, outside the domain, of an unknown class.
+        flagged: Samples that the defence corrected, dropped or gives less weight.
+        refusals_in_a_row: Refused steps since the last one that stayed, this one among them.
+        trusted_loss: Mean loss on the trusted set of the state that the step reached, where the defence measures it.
+        trusted_worst: Accuracy of the worst class there, a fraction.
+        rank: Of the process, from 0.
+        warm_up: Whether the guard only watched yet.
+        batch: Id of the batch in the quarantine folder; empty where it was not put there.
+    """
+
+    attempt: int
+    step: int
+    verdict: Word
+    reason: str = ""
+    seconds: float
+    quarantined: int = 0
+    flagged: int = 0
+    refusals_in_a_row: int = 0
+    trusted_loss: float | None = None
+    trusted_worst: float | None = None
+    rank: int = 0
+    warm_up: bool = False
+    batch: str = ""
+
+
+class Tracker(Protocol):
+    """Whoever listens to a guard: a log, MLflow, TensorBoard, Prometheus, a user's own."""
+
+    def note(self, record: StepRecord) -> None:
+        """Take in one step."""
+
+    def close(self) -> None:
+        """Write what is not written yet: no step will follow. May be called twice."""
