@@ -1,6 +1,7 @@
 """What stands in a step: between a batch, or clients' updates, and the model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -39,12 +40,14 @@ class Verdict(NamedTuple):
         reason: Why, for the trace.
         parameters: Take the place of those that the step gave (a shorter step, say); None keeps the latter.
         forget: With a refusal: the optimiser begins anew, so that no momentum of earlier steps pushes the next one.
+        measures: What was measured of the state that the step reached, for logs: `trusted_loss`, `trusted_worst`.
     """
 
     admit: bool
     reason: str = ""
     parameters: Mapping[str, Tensor] | None = None
     forget: bool = False
+    measures: Mapping[str, float] = MappingProxyType({})
 
 
 ADMITTED = Verdict(admit=True)
@@ -103,6 +106,10 @@ class Defence(Component):
 
     active: ClassVar[Mapping[str, Any]] = {}
     """Settings under which it acts on every toy stream; equal to `neutral` only for a defence that never acts."""
+
+    def acts(self, moment: str) -> bool:
+        """Whether it does anything of its own at a moment of the step, such as `screen`."""
+        return overrides(self, moment)
 
     def begin(self, view: View) -> None:
         """A step, or a round of a federation, starts: take notes of the model as it is."""

@@ -130,6 +130,10 @@ class Chain(Defence):
                 if not moment or overrides(part, moment)
             ]
 
+    def acts(self, moment: str) -> bool:
+        """Whether any part does anything at a moment of the step."""
+        return any(part.acts(moment) for part in self.built)
+
     def check_inputs(self, batch: AnyBatch) -> None:
         """Refuse what any part refuses."""
         for part in self.built:
@@ -186,6 +190,7 @@ class Chain(Defence):
     def admit(self, before: Weights, view: View) -> Verdict:
         """The first refusal, or the step as every part left it."""
         reasons: dict[int, str] = {}
+        measures: dict[str, float] = {}
         shortened: Mapping[str, Tensor] | None = None
         with self._asked(view, "admit") as asked, ExitStack() as shown:
             waiting, may_shorten = list(range(len(asked))), set(range(len(asked)))
@@ -193,8 +198,9 @@ class Chain(Defence):
                 number = waiting.pop(0)
                 part, inside = asked[number]
                 said = part.admit(before, inside)
+                measures.update(said.measures)
                 if not said.admit:
-                    return said
+                    return said._replace(measures=measures)
                 reasons[number] = said.reason
                 if said.parameters is None or number not in may_shorten:
                     continue
@@ -203,7 +209,8 @@ class Chain(Defence):
                 waiting = [*range(number + 1, len(asked)), *range(number)]  # these have not judged this shorter step
                 if waiting:
                     shown.enter_context(_showing(view.model.module, shortened))
-        return Verdict(admit=True, reason="; ".join(filter(None, reasons.values())), parameters=shortened)
+        reason = "; ".join(filter(None, reasons.values()))
+        return Verdict(admit=True, reason=reason, parameters=shortened, measures=measures)
 
     def committed(self, view: View) -> None:
         """Every part takes notes of the state that was reached."""

@@ -81,9 +81,10 @@ class Gate(Tolerance, Defence):
         view.memory[REACHED] = now.note()
         reference = self.compared_with(view.memory, Quality.read(view.memory[KEPT]))
         faults = self.faults(reference, now)
+        measures = {"trusted_loss": now.loss, "trusted_worst": now.worst}
         if not faults:
-            return ADMITTED
-        return Verdict(admit=False, reason=f"gate: {'; '.join(faults)}", forget=self.forget_momentum)
+            return Verdict(admit=True, measures=measures)
+        return Verdict(False, f"gate: {'; '.join(faults)}", forget=self.forget_momentum, measures=measures)
 
     def committed(self, view: View) -> None:
         """The next step starts from what this one reached."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from mithridate.core.errors import UserError
 
 if TYPE_CHECKING:
+    from mithridate.guard.accelerated import attach_accelerated as attach_accelerated
     from mithridate.guard.batch_file import read_batch as read_batch
     from mithridate.guard.flower import GuardedStrategy as GuardedStrategy
     from mithridate.guard.flower_attack import attack_mod as attack_mod
@@ -14,16 +15,22 @@ if TYPE_CHECKING:
     from mithridate.guard.hostile_clients import HostileClients as HostileClients
     from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
     from mithridate.guard.limits import ReplyLimits as ReplyLimits
+    from mithridate.guard.loop import Guard as Guard
+    from mithridate.guard.loop import GuardStopped as GuardStopped
+    from mithridate.guard.loop import attach as attach
     from mithridate.guard.quarantine import Quarantine as Quarantine
     from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
+    from mithridate.guard.state_file import last_checkpoint as last_checkpoint
     from mithridate.guard.step_log import StepLog as StepLog
     from mithridate.guard.trackers import Trackers as Trackers
 
 _HOMES = {
     "Accomplice": "hostile_clients",
     "GarbageClients": "garbage_clients",
+    "Guard": "loop",
+    "GuardStopped": "loop",
     "GuardedStrategy": "flower",
     "HostileClients": "hostile_clients",
     "Quarantine": "quarantine",
@@ -34,12 +41,15 @@ _HOMES = {
     "StepRecord": "record",
     "Tracker": "record",
     "Trackers": "trackers",
+    "attach": "loop",
     "attack_mod": "flower_attack",
+    "attach_accelerated": "accelerated",
+    "last_checkpoint": "state_file",
     "read_batch": "batch_file",
 }
 """The module of every public name."""
 
-_EXTRAS = {"flwr": ("Flower", "flower")}
+_EXTRAS = {"flwr": ("Flower", "flower"), "accelerate": ("accelerate", "accelerate")}
 """What names may need: by the module that is imported, what people call it, and the extra that brings it."""
 
 

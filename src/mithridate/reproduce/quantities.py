@@ -65,10 +65,8 @@ def _in_trace(run: Run, what: str) -> float | None:
     if not values:
         return None
     match place:
-        case "mean":
-            return statistics.fmean(values.values())
-        case "median":
-            return statistics.median(values.values())
+        case "mean" | "median":
+            return (statistics.fmean if place == "mean" else statistics.median)(values.values())
         case "max":
             return max(values.values())
         case "last":
@@ -78,7 +76,7 @@ def _in_trace(run: Run, what: str) -> float | None:
             return values.get(fired[0]) if fired else None
         case _ if place.isdecimal():
             return values.get(int(place))
-    raise ConfigError(f"trace:{what}: say which step: a number, last, trigger, mean, median or max, as in trace:loss:last.")
+    raise ConfigError(f"trace:{what}: say which step: a number, last, trigger, mean, median, max; as trace:loss:last.")
 
 
 def _trace_column(column: str, place: str = "mean") -> Quantity:

@@ -54,7 +54,11 @@ def check_parts(model: object, optimiser: object, criterion: object, defence: ob
             continue
         got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)[:80]
         raise ConfigError(f"{what} is {got}; give {example}.")
-    if not isinstance(optimiser, Optimizer):
+
+
+def check_steps_on_a_gradient(optimiser: Optimizer | None) -> None:
+    """Refuse an optimiser that cannot step on one dense gradient."""
+    if optimiser is None:
         return
     closure = inspect.signature(type(optimiser).step).parameters.get("closure")
     if isinstance(optimiser, torch.optim.SparseAdam) or (closure and closure.default is inspect.Parameter.empty):

@@ -26,6 +26,8 @@ class Rollback:
 
     def __init__(self) -> None:
         self._parameters: dict[str, Tensor] = {}
+        self._still: frozenset[str] = frozenset()
+        """Names of the parameters that are not copied, since nothing moves them."""
         self._buffers: dict[str, Tensor] = {}
         self._state: dict[Tensor, dict[str, Any]] = {}
         self._groups: list[dict[str, Any]] = []
@@ -45,7 +47,15 @@ class Rollback:
             optimiser: Its optimiser; None where something else makes the steps.
         """
         self.module, self.optimiser = module, optimiser
-        self._parameters = copied(dict(self.module.named_parameters()), self._parameters)
+        parameters = dict(self.module.named_parameters())
+        if optimiser is not None:  # what it has not, and no gradient reaches, stays as it is: no copy
+            its = {id(p) for group in optimiser.param_groups for p in group["params"]}
+            still = {name: p.detach() for name, p in parameters.items() if not p.requires_grad and id(p) not in its}
+            moving = {name: p for name, p in parameters.items() if name not in still}
+            parts = still | copied(moving, {name: p for name, p in self._parameters.items() if name not in self._still})
+            self._parameters, self._still = {name: parts[name] for name in parameters}, frozenset(still)
+        else:
+            self._parameters, self._still = copied(parameters, self._parameters), frozenset()
         self._buffers = copied(dict(self.module.named_buffers()), self._buffers)
         self._flags = [(m, m.training) for m in self.module.modules()]
         if self.optimiser is None:
@@ -62,7 +72,7 @@ class Rollback:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring back what was remembered."""
-        write(dict(self.module.named_parameters()), self._parameters)
+        write({n: p for n, p in self.module.named_parameters() if n not in self._still}, self._parameters)
         self._restore_buffers()
         for m, flag in self._flags:
             m.training = flag

@@ -28,7 +28,15 @@ from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.core.soft_targets import improbable
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
-from mithridate.training.door import TOO_FEW, check_parts, check_trainable, kind, kinds, too_few
+from mithridate.training.door import (
+    TOO_FEW,
+    check_parts,
+    check_steps_on_a_gradient,
+    check_trainable,
+    kind,
+    kinds,
+    too_few,
+)
 from mithridate.training.history import History
 from mithridate.training.rollback import Rollback, copied, fitted, write
 
@@ -71,7 +79,8 @@ class DefendedStep:
     A driver opens `taking`, which remembers where the step starts; then it either has samples (`screen`,
     `backward`, `bound`) or updates that others made (`bound_updates`, `put_gradient`); then `advance` steps the
     optimiser and does what the defence says. If anything raises inside `taking`, model, optimiser and notes are as
-    before.
+    before. A loop that calls its model and its optimiser by itself goes by `start`, `judged` and `conclude`, or
+    `abandon`, which draw nothing and leave gradients alone.
 
     Args:
         model: Trained in place.
@@ -85,6 +94,7 @@ class DefendedStep:
         domain: What a valid input is: samples outside are quarantined, and defences stay inside; None: unknown.
         seed: Of what the model draws in a step (dropout), with the step's number: a learner that goes on from a
             snapshot draws what it would have drawn. torch's own generators are left alone.
+        foreign: Whether somebody else's loop steps the optimiser, so that it may be one that needs a closure.
 
     Raises:
         ConfigError: Something is not what its name says, no parameter of the model is trainable, or the optimiser has
@@ -104,8 +114,11 @@ class DefendedStep:
         training: Iterable[AnyBatch] | None = None,
         domain: Domain | None = None,
         seed: int = 0,
+        foreign: bool = False,
     ) -> None:
         check_parts(model, optimiser, criterion, defence)
+        if not foreign:
+            check_steps_on_a_gradient(optimiser)
         check_trainable(model, optimiser)
         if trusted is not None:
             check_batch(trusted, where="trusted samples")
@@ -161,19 +174,28 @@ class DefendedStep:
             nullcontext() if self.history is None else self.history.recording(self.step, self.model),
             seeded_default(derived_seed("step", self.seed, self.step), self.device),
         ):
-            self._rollback.save(self.model, self.optimiser)
-            self._notes, step = copied(self.memory, self._notes), self.step
+            step = self.step
             try:
-                self.defence.begin(self.view())
+                self.start()
                 yield
             except BaseException:
-                self._rollback.restore()
                 self.step = step
-                self.memory.clear()
-                self.memory.update(copied(self._notes, {}))
+                self.abandon()
                 if self.optimiser is not None:
                     self.optimiser.zero_grad(set_to_none=True)
                 raise
+
+    def start(self) -> None:
+        """Remember where a step starts, and let the defence take notes."""
+        self._rollback.save(self.model, self.optimiser)
+        self._notes = copied(self.memory, self._notes)
+        self.defence.begin(self.view())
+
+    def abandon(self) -> None:
+        """Undo a step as if it had never been tried: model, optimiser and notes are as at its start."""
+        self._rollback.restore()
+        self.memory.clear()
+        self.memory.update(copied(self._notes, {}))
 
     def screen(self, batch: AnyBatch) -> Received:
         """Quarantine the samples that nobody should see, and let the defence screen the rest.
@@ -278,17 +300,29 @@ class DefendedStep:
         """
         for p in self.model.parameters():
             p.grad = None
-        criterion = self._checked_criterion if received.weights is None else self._weighted(received.weights)
         with in_mode(self.model, mode), self._explained(received.batch):
-            loss = self.defence.loss(self.model, received.batch, criterion, self.view())
-            if not loss.requires_grad:
-                raise ConfigError(
-                    "no trainable parameter has a part in the loss, so there is nothing to learn; let some parameters "
-                    "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
-                )
+            loss = self.loss(received)
             torch.autograd.backward(loss)
         self._taken = kinds(received.batch)
         return loss.detach()
+
+    def loss(self, received: Received) -> Tensor:
+        """The defence's loss of what is left of a batch, to be differentiated; the model's mode is the caller's.
+
+        Args:
+            received: From `screen`, with samples in it.
+
+        Raises:
+            ConfigError: The criterion gives no scalar, or one that no trainable parameter has a part in.
+        """
+        criterion = self._checked_criterion if received.weights is None else self._weighted(received.weights)
+        loss = self.defence.loss(self.model, received.batch, criterion, self.view())
+        if not loss.requires_grad:
+            raise ConfigError(
+                "no trainable parameter has a part in the loss, so there is nothing to learn; let some parameters "
+                "require gradients, and use no `torch.no_grad` or `detach` on the way from them to the loss."
+            )
+        return loss
 
     def _checked_criterion(self, logits: Tensor, y: Tensor) -> Tensor:
         if names_classes(logits, y):
@@ -354,29 +388,43 @@ class DefendedStep:
         Args:
             length: Of the gradient, in l2, if it is known.
         """
-        fault = "" if math.isfinite(length) else self._unfit_gradient()
+        fault = "" if math.isfinite(length) else self.unfit_gradient()
         if fault:
             return self.refuse(fault), 0.0
         if self.optimiser is not None:
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
-        moved = self._moved()
-        spoiled = self._rollback.spoiled_buffer() if math.isfinite(moved) else self._rollback.spoiled()
+        verdict = self.judged()
+        return verdict, self.conclude(verdict)
+
+    def judged(self) -> Verdict:
+        """What the defence says of the step that was made; parameters or statistics not finite are refused unasked."""
+        spoiled = self._rollback.spoiled_buffer() if math.isfinite(self._moved()) else self._rollback.spoiled()
         if spoiled:
-            return self.refuse(f"the step would make '{spoiled}' not finite"), 0.0
+            return Verdict(admit=False, reason=f"the step would make '{spoiled}' not finite")
         self.step += 1
-        verdict = self.defence.admit(self._rollback.weights, self.view())
-        if not verdict.admit:
+        try:
+            return self.defence.admit(self._rollback.weights, self.view())
+        finally:
             self.step -= 1
-            refused = self.refuse(verdict.reason)
+
+    def conclude(self, verdict: Verdict) -> float:
+        """Do what was said of the step: how far (l2) the parameters have moved in the end.
+
+        Args:
+            verdict: From `judged`, or a refusal of the loop's own.
+        """
+        if not verdict.admit:
+            self._rollback.restore()
             if verdict.forget and self.optimiser is not None:
                 self.optimiser.state.clear()
-            return refused, self._moved()
+            return 0.0
         if verdict.parameters is not None:
             self.put_parameters(verdict.parameters)
-            moved = self._moved()
+        moved = self._moved()
+        self.step += 1
         self.defence.committed(self.view())
-        return verdict, moved
+        return moved
 
     def refuse(self, reason: str) -> Verdict:
         """Take the step back, inside `taking`: model and optimiser are as they were before it.
@@ -389,7 +437,7 @@ class DefendedStep:
             self.optimiser.zero_grad(set_to_none=True)
         return Verdict(admit=False, reason=reason)
 
-    def _unfit_gradient(self) -> str:
+    def unfit_gradient(self) -> str:
         """Why no optimiser should see the gradient; empty if one may."""
         for name, p in self.model.named_parameters():
             if p.grad is not None and not bool(p.grad.isfinite().all()):

@@ -1,0 +1,87 @@
+"""What a guard asks of a loop before the first step: a model and an optimiser that it can take back."""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from mithridate.core.defence import Defence
+from mithridate.core.errors import ConfigError
+from mithridate.core.registry import build, config_of
+from mithridate.core.view import Need
+from mithridate.guard.surroundings import Stateful
+from mithridate.training.history import History
+
+GUARDED: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
+"""Optimisers that some guard watches."""
+
+
+def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None:
+    """Refuse a loop that cannot be guarded as it is."""
+    wrapped = getattr(optimizer, "optimizer", None)
+    if isinstance(wrapped, Optimizer):
+        raise ConfigError(
+            f"the optimiser is wrapped by {type(optimizer).__name__}, whose steps cannot be judged; give the inner "
+            "one, `optimizer.optimizer`."
+        )
+    if optimizer is None:
+        raise ConfigError("a guard needs the optimiser that the loop steps.")
+    if isinstance(optimizer, Optimizer) and optimizer in GUARDED:
+        raise ConfigError("this optimiser is guarded already; call detach() on the first guard, or chain the defences.")
+    for part in also:
+        if not isinstance(part, Stateful):
+            raise ConfigError(
+                f"`also` holds a {type(part).__name__}, which has no state_dict and load_state_dict; give schedules, "
+                "scalers, averages or the like."
+            )
+    if not isinstance(model, nn.Module):
+        return  # said by the step
+    parameters = list(model.parameters())
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise ConfigError(
+            "the model's parameters are sharded over processes (DTensor), and no rank could judge the model; guard a "
+            "DistributedDataParallel model, or the model before `fully_shard`."
+        )
+    devices = {str(p.device) for p in parameters}
+    if len(devices) > 1:
+        raise ConfigError(f"the model lies on several devices ({', '.join(sorted(devices))}); a guard needs it on one.")
+
+
+def defence_of(defence: Defence | Mapping[str, Any] | str) -> Defence:
+    """A defence by its name, from its table, or as it is."""
+    if defence == "recommended":
+        defence = {"name": "chain", "preset": "recommended"}
+    if isinstance(defence, str):
+        defence = {"name": defence}
+    return build("defence", dict(defence)) if isinstance(defence, Mapping) else defence
+
+
+def described(defence: Defence) -> dict[str, Any]:
+    """A defence's settings for the log; of one that is not registered, what its class is called."""
+    try:
+        return config_of(defence)
+    except ConfigError:
+        return {"name": type(defence).__qualname__}
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module itself, without what compiles it or joins it with other processes."""
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = cast("nn.Module", getattr(model, "_orig_mod", None) or model.module)
+    return model
+
+
+def changes_batches(defence: Defence) -> bool:
+    """Whether a defence has to see each batch before the forward pass."""
+    return defence.acts("screen") or defence.acts("loss")
+
+
+def history_for(defence: Defence) -> History | None:
+    """The past that a defence looks back at, as far as a loop by itself can keep it."""
+    if Need.HISTORY not in defence.needs:
+        return None
+    return History(keep=defence.lookback + 1 if defence.lookback else 0)
