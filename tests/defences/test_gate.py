@@ -288,3 +288,32 @@ def test_a_resumed_learner_goes_on_with_the_same_bits(stream: Stream, reference:
     assert same(whole.snapshot(), resumed.snapshot())
     assert whole.memory.keys() == resumed.memory.keys()
     assert all(torch.equal(whole.memory[key], resumed.memory[key]) for key in whole.memory)
+
+
+def test_room_for_noise_lets_a_noisy_stream_pass_and_not_a_batch_of_wrong_labels() -> None:
+    """A limit of zero refuses half of the steps of any stream; with room for what is usual, the wrong batch alone."""
+    refused: dict[float, list[int]] = {0.0: [], 5.0: []}
+    caught = []
+    for seed in range(5):
+        for noise, counts in refused.items():
+            stream = toy_stream(seed)
+            gate = Gate(max_loss_rise=0.0, max_accuracy_drop=math.inf, noise=noise)
+            learner = toy_learner(stream, defence=gate, lr=0.02)
+            clean = [learner.update(stream.victim_batch(i % 4, i // 4)).verdict.admit for i in range(12)]
+            counts.append(clean.count(False))
+            if noise:
+                learner.optimiser.param_groups[0]["lr"] = 0.5
+                caught.append(not learner.update(wrong(stream.victim_batch(0, 9))).verdict.admit)
+    assert median(refused[5.0]) <= median(refused[0.0])
+    assert sum(refused[5.0]) < sum(refused[0.0])
+    assert sum(caught) >= 4
+
+
+def test_a_trusted_pass_in_bfloat16_says_nearly_the_same(stream: Stream) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        learner = toy_learner(stream, defence=build("defence", {"name": "gate", "precision": precision}))
+        learner.update(stream.victim_batch(0, 0))
+        losses.append(float(learner.memory[KEPT][0]))
+    assert losses[0] != losses[1]
+    assert abs(losses[0] - losses[1]) < 0.05 * losses[0]

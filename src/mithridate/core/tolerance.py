@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import IGNORED, WhiteBox, loss_of, right_answers
+from mithridate.core.model import IGNORED, Precision, WhiteBox, loss_of, right_answers
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Memory
@@ -233,13 +233,16 @@ def _labelled(samples: AnyBatch) -> bool:
 
 
 @torch.no_grad()
-def quality(box: WhiteBox, samples: AnyBatch, weights: Weights | None = None) -> Quality:
+def quality(
+    box: WhiteBox, samples: AnyBatch, weights: Weights | None = None, precision: Precision = "float32"
+) -> Quality:
     """How good a model is on samples, in eval mode.
 
     Args:
         box: The model.
         samples: Any number of them; class numbers, many labels, or other targets, of which only the loss counts.
-        weights: Parameters and buffers to use in place of the model's.
+        weights: Parameters and buffers to use in place of the model's, in float32.
+        precision: Of the model's passes.
 
     Raises:
         DataError: Class numbers do not fit the model.
@@ -247,7 +250,7 @@ def quality(box: WhiteBox, samples: AnyBatch, weights: Weights | None = None) ->
     loss = 0.0
     hits, chances, groups = [], [], []
     for piece in samples.split(CHUNK):
-        logits = box.logits(piece.x) if weights is None else weights.logits(box.module, piece.x)
+        logits = box.logits(piece.x, precision=precision) if weights is None else weights.logits(box.module, piece.x)
         loss += float(loss_of(box.criterion, logits, piece.y, where="trusted samples")) * piece.size
         right = right_answers(logits, piece.y)
         if right is not None:

@@ -4,17 +4,23 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+import torch
 from pydantic import Field
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
+from mithridate.core.model import Precision
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.tolerance import Quality, Tolerance, check_trusted, in_equal_parts, quality
 from mithridate.core.view import Need, View
 
-KEPT, REACHED = "kept", "reached"
-"""Notes: the quality of the committed state, and of the one that the last step reached."""
+KEPT, REACHED, MOVES = "kept", "reached", "moves"
+"""Notes: the quality of the committed state, that of the one that the last step reached, and by how much the trusted
+loss changes in a step that stays, on average over about the last ten."""
+
+REMEMBERED = 0.9
+"""What an earlier step counts in that average, of the next one."""
 
 
 @register(
@@ -38,10 +44,17 @@ class Gate(Tolerance, Defence):
     backdoor, one class that it lacks, or a class of few samples; and with `best` or `start`, a stream whose clean task
     really changes, which is then refused for ever.
 
+    A noisy stream breaks limits by itself, and `noise` makes room for it: then a step must also raise the trusted loss
+    by more than so many times what steps usually change it.
+
     Args:
         trusted_size: Trusted samples that are used, >= 2, always the same, in equal parts from every class; all if
             there are no more. The pass over them is what a gate costs: 100 take about 0.3 of a step on a batch of as
             many. Fewer samples notice less: one of ten in a class is already 0.1 of its accuracy.
+        noise: Of the room for a noisy stream, >= 0; 0 makes none. About 5 lets nearly no clean step be refused, once a
+            few have shown what is usual. An attacker who moves the loss back and forth widens it.
+        precision: Of the pass over the trusted samples: `float32`, `tf32` or `bfloat16`, with which an answer near the
+            border of two classes may turn.
         forget_momentum: A refused step also leaves the optimiser without its state. Otherwise this is taken back with
             the step, and a momentum that earlier poison left pushes every clean step the wrong way, and has it refused.
 
@@ -59,6 +72,8 @@ class Gate(Tolerance, Defence):
     active: ClassVar[Mapping[str, Any]] = {"max_loss_rise": 0.0, "max_accuracy_drop": 0.0, "reference": "best"}
 
     trusted_size: Annotated[int, Field(ge=2)] = 100
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    precision: Precision = "float32"
     forget_momentum: bool = False
 
     def check_inputs(self, batch: AnyBatch) -> None:
@@ -71,16 +86,19 @@ class Gate(Tolerance, Defence):
             trusted = self._trusted(view)
             check_trusted(trusted, who="gate")
             self.check_targets(trusted.y)
-            view.memory[KEPT] = quality(view.model, trusted).note()
+            view.memory[KEPT] = quality(view.model, trusted, precision=self.precision).note()
 
     def admit(self, before: Weights, view: View) -> Verdict:
         """Admit the step if neither limit is broken."""
         if self.off:
             return ADMITTED
-        now = quality(view.model, self._trusted(view))
+        now = quality(view.model, self._trusted(view), precision=self.precision)
         view.memory[REACHED] = now.note()
         reference = self.compared_with(view.memory, Quality.read(view.memory[KEPT]))
         faults = self.faults(reference, now)
+        if self.noise and MOVES in view.memory and math.isfinite(now.loss):
+            usual = float(view.memory[MOVES])
+            faults = faults if now.loss - reference.loss > self.noise * usual else []
         measures = {"trusted_loss": now.loss, "trusted_worst": now.worst}
         if not faults:
             return Verdict(admit=True, measures=measures)
@@ -88,8 +106,13 @@ class Gate(Tolerance, Defence):
 
     def committed(self, view: View) -> None:
         """The next step starts from what this one reached."""
-        if not self.off:
-            view.memory[KEPT] = view.memory.pop(REACHED)
+        if self.off:
+            return
+        if self.noise:
+            moved = abs(float(view.memory[REACHED][0] - view.memory[KEPT][0]))
+            usual = float(view.memory.get(MOVES, moved))
+            view.memory[MOVES] = torch.tensor(REMEMBERED * usual + (1 - REMEMBERED) * moved, dtype=torch.float64)
+        view.memory[KEPT] = view.memory.pop(REACHED)
 
     def check_federation(self, run: Rounds, clients: int) -> None:
         """A gate looks at the model alone, and guards a federation as it is."""
