@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tools.faults.case import BAD, OUTCOMES, Fault, Outcome, Result, UnpreparedError
 
-KINDS = ("kills", "grids", "files", "recipes", "batches", "flower")
-CHUNKS = {"kills": 8, "grids": 2, "files": 16, "recipes": 200, "batches": 100, "flower": 20}
+KINDS = ("kills", "grids", "trainer", "files", "recipes", "batches", "flower")
+CHUNKS = {"kills": 8, "grids": 2, "trainer": 10, "files": 16, "recipes": 200, "batches": 100, "flower": 20}
 """Cases a process."""
 
 SECONDS = 300
@@ -43,7 +43,7 @@ def _run(kind: str, options: argparse.Namespace) -> int:
     try:
         module = import_module(f"tools.faults.{kind}")
     except ModuleNotFoundError as error:
-        print(f"{kind:<9} cannot be run: {error}; install the extra `test`", file=sys.stderr)
+        print(f"{kind:<9} cannot be run: {error}; install the extras `test` and `loops`", file=sys.stderr)
         return 2
     import torch
 

@@ -426,7 +426,8 @@ class Guard:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not gradients:
             return
-        if not bool(torch.isfinite(get_total_norm(gradients, math.inf))):
+        finite = math.isfinite(get_total_norm(gradients)) or all(bool(g.isfinite().all()) for g in gradients)
+        if not finite:
             self._try.fault = self._step.unfit_gradient() or "a gradient is not finite"
             for group in self.optimizer.param_groups:
                 for p in group["params"]:

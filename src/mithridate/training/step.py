@@ -138,6 +138,8 @@ class DefendedStep:
         self.memory: Memory = {}
         self._rollback = Rollback()
         self._notes: Memory = {}
+        self._way = 0.0
+        """How far the step that is judged has moved the parameters, in l2."""
         self._classes: float = min((m.out_features for m in model.modules() if isinstance(m, nn.Linear)), default=0)
         """Class numbers below this have an output of the model's, whichever linear layer is its head; known exactly
         once it has answered, and infinite if targets are no class numbers."""
@@ -399,7 +401,8 @@ class DefendedStep:
 
     def judged(self) -> Verdict:
         """What the defence says of the step that was made; parameters or statistics not finite are refused unasked."""
-        spoiled = self._rollback.spoiled_buffer() if math.isfinite(self._moved()) else self._rollback.spoiled()
+        self._way = self._moved()
+        spoiled = self._rollback.spoiled_buffer() if math.isfinite(self._way) else self._rollback.spoiled()
         if spoiled:
             return Verdict(admit=False, reason=f"the step would make '{spoiled}' not finite")
         self.step += 1
@@ -421,10 +424,10 @@ class DefendedStep:
             return 0.0
         if verdict.parameters is not None:
             self.put_parameters(verdict.parameters)
-        moved = self._moved()
+            self._way = self._moved()
         self.step += 1
         self.defence.committed(self.view())
-        return moved
+        return self._way
 
     def refuse(self, reason: str) -> Verdict:
         """Take the step back, inside `taking`: model and optimiser are as they were before it.
