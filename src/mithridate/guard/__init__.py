@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from mithridate.guard.hostile_clients import HostileClients as HostileClients
     from mithridate.guard.limits import RECOMMENDED as RECOMMENDED
     from mithridate.guard.limits import ReplyLimits as ReplyLimits
+    from mithridate.guard.mlflow_tracker import MLflow as MLflow
+    from mithridate.guard.prometheus_tracker import Prometheus as Prometheus
     from mithridate.guard.quarantine import Quarantine as Quarantine
     from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
     from mithridate.guard.step_log import StepLog as StepLog
+    from mithridate.guard.tensorboard_tracker import TensorBoard as TensorBoard
     from mithridate.guard.trackers import Trackers as Trackers
 
 _HOMES = {
@@ -26,12 +29,15 @@ _HOMES = {
     "GarbageClients": "garbage_clients",
     "GuardedStrategy": "flower",
     "HostileClients": "hostile_clients",
+    "MLflow": "mlflow_tracker",
+    "Prometheus": "prometheus_tracker",
     "Quarantine": "quarantine",
     "Quarantined": "quarantine",
     "RECOMMENDED": "limits",
     "ReplyLimits": "limits",
     "StepLog": "step_log",
     "StepRecord": "record",
+    "TensorBoard": "tensorboard_tracker",
     "Tracker": "record",
     "Trackers": "trackers",
     "attack_mod": "flower_attack",
@@ -39,7 +45,12 @@ _HOMES = {
 }
 """The module of every public name."""
 
-_EXTRAS = {"flwr": ("Flower", "flower")}
+_EXTRAS = {
+    "flwr": ("Flower", "flower"),
+    "mlflow": ("mlflow", "tracking"),
+    "prometheus_client": ("prometheus-client", "tracking"),
+    "tensorboard": ("tensorboard", "tracking"),
+}
 """What names may need: by the module that is imported, what people call it, and the extra that brings it."""
 
 
