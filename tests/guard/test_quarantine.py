@@ -69,7 +69,7 @@ def test_a_batch_comes_out_as_it_went_in(name: str, quarantine: Quarantine, tmp_
 
 def test_it_is_described_in_full(quarantine: Quarantine) -> None:
     scores = torch.tensor([0.25, float("nan"), 1e9, float("-inf")])
-    name = quarantine.put(IMAGES, record=REFUSED, scores=scores.numpy())
+    name = quarantine.put(IMAGES, record=REFUSED, scores=scores)
     (entry,) = quarantine.list()
     content = (quarantine.folder / f"{name}.safetensors").read_bytes()
     assert str(quarantine.show(name)) == str(entry)  # as text, for NaN is not NaN
