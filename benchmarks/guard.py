@@ -42,6 +42,7 @@ from peak_memory import peak_memory
 CIFAR = StreamSettings(name="cifar10", victim=10_000, trusted=1000, test=100)
 GUARDS: dict[str, dict[str, Any]] = {
     "no defence": {"defence": Defence()},
+    "default": {},
     "clip": {"defence": "clip"},
     "gate": {"defence": "gate"},
     "gate, bfloat16": {"defence": {"name": "gate", "precision": "bfloat16"}},

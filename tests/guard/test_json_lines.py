@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from mithridate.guard.json_lines import JsonLines, read_json_lines
 
@@ -63,10 +65,18 @@ def test_it_is_turned_over_and_each_file_says_whose_it_is(tmp_path: Path) -> Non
     assert numbers == list(range(numbers[0], 100))
 
 
-def test_numbers_that_json_lacks_become_text(tmp_path: Path) -> None:
+def test_what_json_lacks_becomes_a_number_or_text(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
-    opened(path).write({"loss": float("nan"), "scores": [1.0, float("inf")]})
-    assert read_json_lines(path)[0][1] == {"loss": "nan", "scores": [1.0, "inf"]}
+    numbers = {"numpy": np.float32(0.5), "torch": torch.tensor(float("inf")), "scores": [1.0, float("-inf")]}
+    opened(path).write({"loss": float("nan"), "where": Path("a"), "type": torch.float32, **numbers})
+    assert read_json_lines(path)[0][1] == {
+        "loss": "nan",
+        "where": "a",
+        "type": "torch.float32",
+        "numpy": 0.5,
+        "torch": "inf",
+        "scores": [1.0, "-inf"],
+    }
 
 
 def test_what_is_no_entry_is_counted(tmp_path: Path) -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mithridate.core.batch import Batch
+from mithridate.guard import Quarantine, StepLog, StepRecord
 from mithridate.report import build_report
+from mithridate.report.guarded import build_guard_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
 
@@ -30,6 +34,17 @@ def html(demo_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report([demo_store], tmp_path_factory.mktemp("page")).html
 
 
+@pytest.fixture(scope="module")
+def guard_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guard")
+    log, quarantine = StepLog(folder, defence={"name": "gate"}, environment={}), Quarantine(folder / "quarantine")
+    for attempt in range(1, 30):
+        record = StepRecord(attempt=attempt, step=0, verdict="refused", reason=40 * "why ", seconds=0, trusted_loss=1.0)
+        log.note(record)
+    quarantine.put(Batch(torch.rand(30, 3, 8, 8), torch.arange(30)), record=record)
+    return build_guard_report(folder).html
+
+
 def opened(browser: Any, html: Path, **context: Any) -> tuple[Any, list[str], list[str]]:
     """The page, what it asked for besides itself, and what its console said."""
     page = browser.new_context(**context).new_page()
@@ -44,8 +59,13 @@ def opened(browser: Any, html: Path, **context: Any) -> tuple[Any, list[str], li
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1300])
-def test_it_loads_nothing_complains_of_nothing_and_fits(browser: Any, html: Path, scheme: str, width: int) -> None:
-    page, asked, said = opened(browser, html, viewport={"width": width, "height": 900}, color_scheme=scheme)
+@pytest.mark.parametrize("which", ["html", "guard_html"])
+def test_it_loads_nothing_complains_of_nothing_and_fits(
+    browser: Any, which: str, scheme: str, width: int, request: pytest.FixtureRequest
+) -> None:
+    page, asked, said = opened(
+        browser, request.getfixturevalue(which), viewport={"width": width, "height": 900}, color_scheme=scheme
+    )
     assert (asked, said) == ([], [])
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("figure svg[role=img]").count() >= 2

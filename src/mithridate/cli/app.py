@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mithridate.cli.blame import blamed
 from mithridate.cli.progress import Bars
-from mithridate.cli.results import report_on, told_failures
+from mithridate.cli.results import report_on, report_on_guard, told_failures
 from mithridate.cli.terminal import err, out, print_mistake, take_any_text
 from mithridate.core.errors import ConfigError, UserError
 
@@ -316,13 +316,25 @@ def status(
 @app.command()
 @_reports_mistakes
 def report(
-    directories: Annotated[list[Path], typer.Argument(help="Run directories, or directories that hold them.")],
+    directories: Annotated[
+        list[Path], typer.Argument(help="Run directories, or directories that hold them; or the folder of a guard.")
+    ],
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where the report goes; the first directory by default.")
     ] = None,
 ) -> None:
-    """Write tables, figures and one self-contained HTML page from finished runs."""
-    report_on(directories, out_dir or directories[0])
+    """Write tables, figures and one self-contained HTML page from finished runs.
+
+    Of the folder that a guard writes in a training of yours: one page that says what was refused, when and why.
+    """
+    from mithridate.guard.step_log import is_guard_folder
+
+    if not any(map(is_guard_folder, directories)):
+        report_on(directories, out_dir or directories[0])
+    elif len(directories) == 1:
+        report_on_guard(directories[0], out_dir)
+    else:
+        raise ConfigError("a guard's folder has a page of its own; give it alone.")
 
 
 class Review(StrEnum):

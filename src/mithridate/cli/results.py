@@ -1,8 +1,12 @@
 """What is shown once runs have ended: the report, in files and in the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
 
 from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
@@ -47,10 +51,8 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.bench.failure import read_failures
     from mithridate.bench.store import read_runs, unfinished
 
-    try:
+    with _matplotlib():
         from mithridate.report import build_report
-    except ValueError as error:
-        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None
     from mithridate.report.findings import findings
     from mithridate.report.rows import rows
     from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
@@ -70,3 +72,43 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
         names = ", ".join(path.name for path in missing)
         out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
+
+
+def report_on_guard(directory: Path, out_dir: Path | None) -> None:
+    """Write the page of a guard's folder, and print what it says first and why steps were refused.
+
+    Args:
+        directory: The guard's folder.
+        out_dir: Where the page goes; the folder itself if None.
+
+    Raises:
+        UserError: As for `report_on`.
+    """
+    with _matplotlib():
+        from mithridate.report.guarded import build_guard_report
+    built = build_guard_report(directory, out_dir)
+    out.print(built.headline, markup=False, style="bold")
+    if not built.reasons.empty:
+        table = Table(box=None, pad_edge=False)
+        several = len(built.reasons.rows) > 1
+        for number, heading in enumerate([*(["rank"] if several else []), *built.reasons.head]):
+            names = built.reasons.names + several
+            table.add_column(heading, justify="left" if number < names else "right", overflow="fold")
+        for rank, rows in built.reasons.rows.items():
+            for row in rows:
+                table.add_row(*map(Text, (*([rank] if several else []), *row)))
+        out.print(table)
+    out.print(f"report: {built.html}", soft_wrap=True, markup=False)
+
+
+@contextmanager
+def _matplotlib() -> Iterator[None]:
+    """Imports that load matplotlib.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"matplotlib cannot be loaded ({error}); mend its matplotlibrc. All runs are kept.") from None

@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from mithridate.guard.loop import Guard as Guard
     from mithridate.guard.loop import GuardStopped as GuardStopped
     from mithridate.guard.loop import attach as attach
+    from mithridate.guard.mlflow_tracker import MLflow as MLflow
+    from mithridate.guard.prometheus_tracker import Prometheus as Prometheus
     from mithridate.guard.quarantine import Quarantine as Quarantine
     from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
     from mithridate.guard.state_file import last_checkpoint as last_checkpoint
     from mithridate.guard.step_log import StepLog as StepLog
+    from mithridate.guard.tensorboard_tracker import TensorBoard as TensorBoard
     from mithridate.guard.trackers import Trackers as Trackers
 
 _HOMES = {
@@ -33,12 +36,15 @@ _HOMES = {
     "GuardStopped": "loop",
     "GuardedStrategy": "flower",
     "HostileClients": "hostile_clients",
+    "MLflow": "mlflow_tracker",
+    "Prometheus": "prometheus_tracker",
     "Quarantine": "quarantine",
     "Quarantined": "quarantine",
     "RECOMMENDED": "limits",
     "ReplyLimits": "limits",
     "StepLog": "step_log",
     "StepRecord": "record",
+    "TensorBoard": "tensorboard_tracker",
     "Tracker": "record",
     "Trackers": "trackers",
     "attach": "loop",
@@ -49,7 +55,13 @@ _HOMES = {
 }
 """The module of every public name."""
 
-_EXTRAS = {"flwr": ("Flower", "flower"), "accelerate": ("accelerate", "accelerate")}
+_EXTRAS = {
+    "accelerate": ("accelerate", "loops"),
+    "flwr": ("Flower", "flower"),
+    "mlflow": ("mlflow", "tracking"),
+    "prometheus_client": ("prometheus-client", "tracking"),
+    "tensorboard": ("tensorboard", "tracking"),
+}
 """What names may need: by the module that is imported, what people call it, and the extra that brings it."""
 
 

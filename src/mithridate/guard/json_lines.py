@@ -106,12 +106,22 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def plain_json(value: object) -> object:
-    """JSON knows no infinity and no NaN: they become text."""
+    """A value as JSON can hold it: infinity, NaN and what is of no type that it knows become text.
+
+    >>> plain_json({"loss": float("nan"), "where": Path("a"), "shape": (1, 2)})
+    {'loss': 'nan', 'where': 'a', 'shape': [1, 2]}
+    """
     if isinstance(value, Mapping):
-        return {key: plain_json(v) for key, v in value.items()}
+        return {str(key): plain_json(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain_json(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+        return plain_json(value.item())  # type: ignore[attr-defined]  # both have it
+    return str(value)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

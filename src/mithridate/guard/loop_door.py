@@ -20,6 +20,13 @@ GUARDED: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 """Optimisers that some guard watches."""
 
 
+PURPOSES: Mapping[str, Mapping[str, Any]] = {
+    "loop": {"name": "gate", "preset": "paired", "trusted_size": 64},
+    "recommended": {"name": "chain", "preset": "recommended"},
+}
+"""Defences by what they are for."""
+
+
 def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None:
     """Refuse a loop that cannot be guarded as it is."""
     wrapped = getattr(optimizer, "optimizer", None)
@@ -53,10 +60,8 @@ def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None
 
 def defence_of(defence: Defence | Mapping[str, Any] | str) -> Defence:
     """A defence by its name, from its table, or as it is."""
-    if defence == "recommended":
-        defence = {"name": "chain", "preset": "recommended"}
     if isinstance(defence, str):
-        defence = {"name": defence}
+        defence = PURPOSES.get(defence, {"name": defence})
     return build("defence", dict(defence)) if isinstance(defence, Mapping) else defence
 
 

@@ -23,8 +23,8 @@ from mithridate.guard.json_lines import JsonLines, plain_json, read_json_lines
 from mithridate.guard.record import StepRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from mithridate.core.batch import AnyBatch
 
@@ -132,14 +132,14 @@ class Quarantine:
         )
 
     def put(
-        self, batch: "AnyBatch", *, record: StepRecord, scores: "Sequence[float] | NDArray[np.floating] | None" = None
+        self, batch: "AnyBatch", *, record: StepRecord, scores: "Sequence[float] | NDArray[Any] | Tensor | None" = None
     ) -> str:
         """Store a batch. What the file system objects to is said once, and stops nothing.
 
         Args:
             batch: As the loop gave it.
             record: The step that it is about.
-            scores: What the defence said of each sample.
+            scores: What the defence said of each sample, (n,).
 
         Returns:
             Its id; empty if it was not stored. One that is there already, from before a training was resumed, stays.
@@ -161,7 +161,7 @@ class Quarantine:
             time=datetime.now(UTC).isoformat(timespec="seconds"),
             size=batch.size,
             shapes={name: _shape(t.dtype, t.shape) for name, t in tensors.items()},
-            scores=None if scores is None else tuple(float(f"{float(score):.6g}") for score in scores),
+            scores=None if scores is None else _floats(scores),
             sha256=digest,
             bytes=len(content),
         )
@@ -460,6 +460,12 @@ def _json(path: Path) -> object:
 
 def _written(entry: Quarantined) -> dict[str, Any]:
     return {"format": FORMAT, **{key: value for key, value in asdict(entry).items() if key != "problem"}}
+
+
+def _floats(scores: "Sequence[float] | NDArray[Any] | Tensor") -> tuple[float, ...]:
+    """Numbers with six digits, which is what a description needs."""
+    plain = scores if isinstance(scores, Sequence) else scores.tolist()
+    return tuple(float(f"{score:.6g}") for score in plain)
 
 
 def _shape(dtype: object, shape: Sequence[int]) -> str:

@@ -131,6 +131,11 @@ class Steps:
     broken: int
 
 
+def is_guard_folder(directory: str | Path) -> bool:
+    """Whether a guard writes its log there."""
+    return (path_of(directory) / STEPS).is_file()
+
+
 def read_steps(folder: str | Path) -> Steps:
     """Read the logs of a guard's folder.
 

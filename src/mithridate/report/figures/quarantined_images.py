@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from mithridate.guard.quarantine import INPUTS, TARGETS, Quarantined
 from mithridate.report.figures.drawing import Drawing, fitting, rendered, style
 from mithridate.report.figures.poisoned_images import stacked
-from mithridate.report.wording import counted, file_stem
+from mithridate.report.wording import counted, file_stem, one_line
 
 COLUMNS = 10
 """Images side by side."""
@@ -55,7 +55,7 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
     lines = -(-len(shown) // COLUMNS)
     columns = min(COLUMNS, len(shown))
     figure = Figure(layout="constrained")
-    figure.set_size_inches(max(1.6, 0.95 * columns), 1.22 * lines + 0.1)
+    figure.set_size_inches(max(1.6, 0.95 * columns), 1.14 * lines + 0.1)
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for number, ax in enumerate(axes):
         ax.set_axis_off()
@@ -66,12 +66,13 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
     above = ["its target" if classes else "", "its score" if entry.scores else ""]
     which = counted(len(shown), "sample") if len(shown) == len(images) else f"the first {len(shown)} of {len(images)}"
     words = " and ".join(filter(None, above))
-    caption = f"{which[0].upper()}{which[1:]} of {entry.id}{f'; above each {words}' if words else ''}. {unit}"
+    why = one_line(f"{entry.verdict}: {entry.reason}").rstrip(".")
+    caption = f"{why}. Shown: {which} of {entry.id}{f'; above each {words}' if words else ''}. {unit}"
     return Drawing(
         stem=file_stem("quarantined", entry.id),
         subject="",
         heading=f"Attempt {entry.attempt}",
-        caption=caption.strip(),
+        caption=f"{caption[:1].upper()}{caption[1:]}".strip(),
         alt=f"{counted(len(shown), 'image')} of the batch that was put into quarantine at attempt {entry.attempt}.",
         svg=svg,
         png=png,
