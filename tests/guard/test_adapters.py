@@ -105,7 +105,7 @@ def trainer(folder: Path, callback: Any, steps: int = 8, accumulate: int = 1) ->
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_refused_step_of_the_trainer_moves_neither_model_nor_schedule(tmp_path: Path, accumulate: int) -> None:
     transformers: Any = pytest.importorskip("transformers")
-    from mithridate.guard.trainer import GuardCallback
+    from mithridate.guard.trainer import TrainerGuard
 
     states: list[Any] = []
 
@@ -116,7 +116,7 @@ def test_a_refused_step_of_the_trainer_moves_neither_model_nor_schedule(tmp_path
             states.append(copy.deepcopy(parts))
 
     keeps = Keeps()
-    guard = GuardCallback(defence=RefusesSome(frozenset({1, 3})), trackers=[keeps])
+    guard = TrainerGuard(defence=RefusesSome(frozenset({1, 3})), trackers=[keeps])
     run = trainer(tmp_path, guard, accumulate=accumulate)
     run.add_callback(Watches())
     before = copy.deepcopy(run.model.state_dict())
@@ -133,10 +133,10 @@ def test_a_trainer_that_resumes_ends_where_the_one_does_that_was_not_stopped(tmp
     from mithridate.guard.state_file import last_checkpoint
 
     pytest.importorskip("transformers")
-    from mithridate.guard.trainer import GuardCallback
+    from mithridate.guard.trainer import TrainerGuard
 
     def train(folder: Path, **more: Any) -> tuple[Any, Any]:
-        callback = GuardCallback(defence={"name": "gate", "reference": "best"}, trusted=texts(40, 9))
+        callback = TrainerGuard(defence={"name": "gate", "reference": "best"}, trusted=texts(40, 9))
         run = trainer(folder, callback)
         run.train(**more)
         return run, callback.guard
@@ -160,7 +160,7 @@ def test_a_refused_step_in_lightning_moves_neither_model_nor_schedule(
     tmp_path: Path, precision: Any, accumulate: int
 ) -> None:
     lightning: Any = pytest.importorskip("lightning.pytorch")
-    from mithridate.guard.lightning import GuardCallback
+    from mithridate.guard.lightning import LightningGuard
 
     states: list[Any] = []
 
@@ -170,7 +170,7 @@ def test_a_refused_step_in_lightning_moves_neither_model_nor_schedule(
             states.append(copy.deepcopy([*parts, run.lr_scheduler_configs[0].scheduler.state_dict()]))
 
     keeps = Keeps()
-    guard = GuardCallback(defence=RefusesSome(frozenset({2})), trackers=[keeps])
+    guard = LightningGuard(defence=RefusesSome(frozenset({2})), trackers=[keeps])
     module = lightning_module()
     run = _lightning(tmp_path, [guard, Watches()], precision, accumulate, epochs=1 if accumulate == 1 else 2)
     run.fit(module, DataLoader(Rows(texts()), 8))
@@ -184,10 +184,10 @@ def test_a_refused_step_in_lightning_moves_neither_model_nor_schedule(
 
 def test_a_lightning_run_that_resumes_goes_on_with_the_guards_account(tmp_path: Path) -> None:
     pytest.importorskip("lightning.pytorch")
-    from mithridate.guard.lightning import GuardCallback
+    from mithridate.guard.lightning import LightningGuard
 
     def train(epochs: int, path: str | None = None) -> tuple[Any, Any, Any]:
-        guard = GuardCallback(defence={"name": "gate", "reference": "best"}, trusted=_trusted())
+        guard = LightningGuard(defence={"name": "gate", "reference": "best"}, trusted=_trusted())
         module = lightning_module()
         lightning: Any = pytest.importorskip("lightning.pytorch")
 
@@ -209,7 +209,7 @@ def test_a_lightning_run_that_resumes_goes_on_with_the_guards_account(tmp_path: 
 
 def test_two_optimisers_in_lightning_are_refused(tmp_path: Path) -> None:
     lightning: Any = pytest.importorskip("lightning.pytorch")
-    from mithridate.guard.lightning import GuardCallback
+    from mithridate.guard.lightning import LightningGuard
 
     class Two(lightning.LightningModule):
         def __init__(self) -> None:
@@ -223,7 +223,7 @@ def test_two_optimisers_in_lightning_are_refused(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
 
-    run = _lightning(tmp_path, [GuardCallback(defence=RefusesSome())], "32-true", 1, epochs=1)
+    run = _lightning(tmp_path, [LightningGuard(defence=RefusesSome())], "32-true", 1, epochs=1)
     with pytest.raises(ConfigError, match="2"):
         run.fit(Two(), DataLoader(Rows(texts()), 8))
 

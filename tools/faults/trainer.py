@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from mithridate.guard.state_file import last_checkpoint
-from mithridate.guard.trainer import GuardCallback
+from mithridate.guard.trainer import TrainerGuard
 from tools.faults.case import Result, UnpreparedError, drawn
 from tools.faults.processes import forked, import_what
 
@@ -95,7 +95,7 @@ def _train(folder: Path, linger: float = 0.0) -> dict[str, Any]:
         max_position_embeddings=LENGTH,
         num_labels=2,
     )
-    callback = GuardCallback(
+    callback = TrainerGuard(
         defence={"name": "gate", "reference": "best", "max_loss_rise": 0.0, "max_accuracy_drop": 1.0},
         trusted=_texts(40, 9),
         folder=folder / "guard",

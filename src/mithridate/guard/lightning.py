@@ -9,8 +9,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.guard.loop import Guard
 
 
-class GuardCallback(Callback):
-    """Guards a `LightningModule`: `Trainer(callbacks=[GuardCallback(trusted=..., defence="recommended")])`.
+class LightningGuard(Callback):
+    """Guards a `LightningModule`: `Trainer(callbacks=[LightningGuard(trusted=..., defence="recommended")])`.
 
     Schedules that move at every step are taken back with a refused one; those of an epoch go on. The guard's state is
     in Lightning's own checkpoints. For a defence that changes batches, let `training_step` pass its batch through

@@ -11,8 +11,8 @@ from mithridate.guard.loop import Guard
 from mithridate.guard.state_file import STATE, read_state, write_state
 
 
-class GuardCallback(TrainerCallback):
-    """Guards a `Trainer`: `Trainer(..., callbacks=[GuardCallback(trusted=..., defence="recommended")])`.
+class TrainerGuard(TrainerCallback):
+    """Guards a `Trainer`: `Trainer(..., callbacks=[TrainerGuard(trusted=..., defence="recommended")])`.
 
     The schedule of the learning rate is taken back with a refused step. The guard's state lies in each checkpoint and
     is taken up when the Trainer resumes: from `last_checkpoint(output_dir)`, after a crash. For a defence that changes
