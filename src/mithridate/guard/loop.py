@@ -68,9 +68,9 @@ class Guard:
         model: As the loop calls it: a module, compiled or wrapped for several processes, if it is.
         optimizer: torch's own over the model's parameters; of a wrapped one, the inner one.
         defence: What judges: the name of one with its defaults (`gate`), a table with `name`, a settings object such as
-            `mi.defences.Gate()`, or one of two by its purpose: `loop`, a gate with a paired test on 64 trusted samples,
-            which costs a third of a step at most; `recommended`, the chain that held best in our runs, for three
-            quarters of a step.
+            `mi.defences.Gate()`, or one of two by its purpose: `recommended`, the chain that held best in our runs, and
+            `light`, the same with half of the trusted samples. Both serve another model than the one that learns: let
+            the one answer that stands in `serving`.
         trusted: Samples that the owner knows to be clean, of every class: as a batch of the loop. What a gate needs.
         criterion: (logits, targets) -> mean loss, a scalar; by it trusted samples are judged.
         also: What a refused step leaves as it was besides: schedules, a GradScaler, averages of the weights. With
@@ -104,7 +104,7 @@ class Guard:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        defence: Defence | Mapping[str, Any] | str = "loop",
+        defence: Defence | Mapping[str, Any] | str = "light",
         trusted: object | None = None,
         criterion: Criterion = functional.cross_entropy,
         also: Sequence[Stateful] = (),

@@ -21,7 +21,7 @@ GUARDED: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 
 
 PURPOSES: Mapping[str, Mapping[str, Any]] = {
-    "loop": {"name": "gate", "preset": "paired", "trusted_size": 64},
+    "light": {"name": "chain", "preset": "light"},
     "recommended": {"name": "chain", "preset": "recommended"},
 }
 """Defences by what they are for."""
