@@ -10,7 +10,7 @@ import pytest
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
 from mithridate.report.rows import groups, rows
-from mithridate.reproduce.leaderboard import board_of, standings, write_leaderboard
+from mithridate.reproduce.leaderboard import Printed, board_of, reported_accuracies, standings, write_leaderboard
 from mithridate.reproduce.quantities import OF_DETECTOR, QUANTITIES, quantity
 from mithridate.reproduce.records import read_records, write_records
 from tests.reproduce.made import run_of
@@ -104,7 +104,7 @@ def test_the_worst_attack_decides_the_place(tmp_path: Path) -> None:
         ("gate", "accumulative"),
         ("none", "accumulative"),
     ]
-    table = board_of(members, {"clip": "57.1"}, 1)
+    table = board_of(members, {"clip": Printed("57.1", "60.2 (n = 3)")}, 1)
     (lines,) = table.rows.values()
     first = dict(zip(table.head, lines[0], strict=True))
     assert (first["left by it (%)"], first["largest trigger drop"], first["largest phase cost"]) == (
@@ -112,13 +112,20 @@ def test_the_worst_attack_decides_the_place(tmp_path: Path) -> None:
         "13.0",
         "2.0",
     )
-    assert (first["clean: against none"], first["time / none"], first["reported"]) == (
-        "-1.0 ± 0.0",
-        "1.5 ± 0.0",
-        "57.1",
-    )
+    assert (first["clean: against none"], first["time / none"]) == ("-1.0 ± 0.0", "1.5 ± 0.0")
+    assert (first["reported"], first["reproduced"]) == ("57.1", "60.2 (n = 3)")
     page = write_leaderboard(RUNS, tmp_path, {}).read_text(encoding="utf-8")
     assert "Best under its worst attack: clip on" in page
+
+
+def test_the_papers_own_methods_are_beside_ours() -> None:
+    printed = reported_accuracies([])
+    assert {name: (p.reported, p.reproduced) for name, p in printed.items()} == {
+        "none": ("50.4", ""),
+        "clip": ("75.1", ""),
+        "at": ("75.3", ""),
+        "dsc": ("77.3", ""),
+    }
 
 
 def test_a_leaderboard_of_nothing_is_refused(tmp_path: Path) -> None:

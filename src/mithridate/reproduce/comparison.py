@@ -91,7 +91,8 @@ def beside(item: Item, cells: Sequence[Compared], scale: str) -> TableSection:
     lines: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
     for c in cells:
         lines.setdefault(place(c.cell, down), {})[place(c.cell, across)] = written(c)
-    told = len({c.cell.measure for c in cells}) > 1  # a single measure is not said at every column
+    # A single measure is not said at every column, but where there is nothing else to say.
+    told = len({c.cell.measure for c in cells}) > 1 or list(across) == ["measure"]
     named = [
         " ".join(part for key, part in zip(across, names, strict=True) if told or key != "measure") for names in head
     ]

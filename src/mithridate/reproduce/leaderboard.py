@@ -1,9 +1,10 @@
 """Defences against every attack that was tried on them: the worst one first, and what a clean stream pays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
+from typing import NamedTuple
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
@@ -22,6 +23,18 @@ PAPERS = {"none": "ST", "clip": "GC", "at": "AT", "dsc": "DSC"}
 """What Zhu et al. call the defences of their Table 1."""
 
 LOCK = ".leaderboard.lock"
+
+
+class Printed(NamedTuple):
+    """A defence in a paper, in percent.
+
+    Args:
+        reported: What the paper prints.
+        reproduced: What our runs gave, and their number; empty without any.
+    """
+
+    reported: str
+    reproduced: str
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,12 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
     return sorted(found, key=lambda s: -s.left)
 
 
-def board_of(members: Sequence[Row], reported: dict[str, str], number: int) -> TableSection:
+def board_of(members: Sequence[Row], reported: Mapping[str, Printed], number: int) -> TableSection:
     """The table of one model and data set.
 
     Args:
         members: Rows of one data set and model.
-        reported: What a paper prints for a defence, by its label.
+        reported: What a paper prints for a defence and we got for it, by its label.
         number: Of the table on its page, from 1.
     """
     order = standings(members)
@@ -91,7 +104,8 @@ def board_of(members: Sequence[Row], reported: dict[str, str], number: int) -> T
                 "clean: steps refused (%)": MISSING if clean is None else spread(clean.refused),
                 "clean: samples touched (%)": MISSING if clean is None else spread(clean.flagged_clean),
                 "time / none": MISSING if clean is None else times(clean.time_ratio),
-                "reported": reported.get(s.defence, ""),
+                "reported": reported[s.defence].reported if s.defence in reported else "",
+                "reproduced": reported[s.defence].reproduced if s.defence in reported else "",
                 "n": str(worst.accuracy_after_trigger.n),
             }
         )
@@ -102,7 +116,8 @@ def board_of(members: Sequence[Row], reported: dict[str, str], number: int) -> T
         "attack decides the place. Largest: mean of the attack for which it is largest, in points. Clean: on the "
         "stream that nobody attacks, final accuracy against that without a defence, in points; share of steps refused "
         "and of samples corrected, dropped or weighed less. Reported: accuracy after accumulative poison in Zhu et "
-        "al., Table 1 (CIFAR-10, ResNet-18 at full width), where the defence is in it.",
+        "al., Table 1 (CIFAR-10, ResNet-18 at full width), where the defence is in it; reproduced: ours of that "
+        "table at the scale that was run.",
         names=3,
         bold=3,
     ).filled([("", line) for line in cells])
@@ -151,13 +166,13 @@ def board_records(members: Sequence[Row]) -> list[Record]:
     ]
 
 
-def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: dict[str, str]) -> Path:
+def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[str, Printed]) -> Path:
     """The page, and its numbers as CSV.
 
     Args:
         runs: From a store or from records.
         out: A folder; made if missing.
-        reported: What a paper prints for a defence, by its label.
+        reported: What a paper prints for a defence and we got for it, by its label.
 
     Raises:
         StoreError: No run attacks a defence.
@@ -187,7 +202,7 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: dict[str, 
     return out / "leaderboard.html"
 
 
-def reported_accuracies(runs: Sequence[Run]) -> dict[str, str]:
+def reported_accuracies(runs: Sequence[Run]) -> dict[str, Printed]:
     """What Zhu et al., Table 1, print for their methods on CIFAR-10, and what our runs of that table gave.
 
     Args:
@@ -201,7 +216,7 @@ def reported_accuracies(runs: Sequence[Run]) -> dict[str, str]:
         names = {label for label, name in PAPERS.items() if name in c.cell.keys.values()}
         if c.cell.value is None or not names or "CIFAR-10" not in c.cell.keys.values():
             continue
-        if "accuracy" in c.cell.measure and any("Accu" in value for value in c.cell.keys.values()):
-            ours = "" if c.interval is None else f"; reproduced {decimal(c.interval.mean)} (n = {len(c.seeds)})"
-            printed[names.pop()] = f"{c.cell.value:g}{ours}"
+        if c.cell.measure == "after" and any("Accu" in value for value in c.cell.keys.values()):
+            ours = "" if c.interval is None else f"{decimal(c.interval.mean)} (n = {len(c.seeds)})"
+            printed[names.pop()] = Printed(f"{c.cell.value:g}", ours)
     return printed
