@@ -4,7 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from mithridate.core.errors import ConfigError, DataError, StoreError, UserError
 from mithridate.core.files import write_atomically
 from mithridate.guard import Quarantine, StepRecord, read_batch
 from mithridate.guard import quarantine as module
+from mithridate.guard.step_log import read_steps
 
 REFUSED = StepRecord(attempt=7, step=5, verdict="refused", reason="worst class fell to 0.1", seconds=0.02, rank=1)
 
@@ -314,3 +318,48 @@ def test_a_safetensors_file_of_somebody_else_is_no_batch(quarantine: Quarantine)
     (quarantine.folder / f"{name}.json").write_text(json.dumps(entry))
     with pytest.raises(DataError, match="no batch of this library"):
         read_batch(quarantine.folder / f"{name}.safetensors")
+
+
+FILLS = """
+import sys, torch
+from mithridate.core.batch import Batch
+from mithridate.guard import Quarantine, StepLog, StepRecord
+folder, rank, life = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+quarantine, log = Quarantine(folder + "/quarantine"), StepLog(folder, defence={}, environment={}, rank=rank)
+print("begun", flush=True)
+for number in range(1, 100_000):
+    record = StepRecord(attempt=1_000_000 * life + number, step=0, verdict="refused", seconds=0.1, rank=rank)
+    quarantine.put(Batch(torch.rand(50, 3, 16, 16), torch.arange(50)), record=record)
+    log.note(record)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_while_they_write_spoil_nothing(tmp_path: Path) -> None:
+    for life in range(2):
+        several = [
+            subprocess.Popen([sys.executable, "-c", FILLS, tmp_path, str(rank), str(life)], stdout=subprocess.PIPE)  # noqa: S603  (our own code)
+            for rank in (0, 1)
+        ]
+        for process in several:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
+        for process in several:
+            time.sleep(0.2)
+            process.kill()
+            process.communicate()
+    quarantine = Quarantine.existing(tmp_path)
+    entries = quarantine.list()
+    cut_short = [entry for entry in entries if entry.problem]
+    assert len(entries) > 20
+    assert len(cut_short) <= 4  # one a kill at most
+    assert all("is missing" in entry.problem for entry in cut_short)
+    for entry in entries:
+        if not entry.problem:
+            assert read_batch(quarantine.folder / f"{entry.id}.safetensors").size == 50
+    assert quarantine.put(IMAGES, record=REFUSED)
+    assert not list(quarantine.folder.glob(".*.part"))
+    steps = read_steps(tmp_path)
+    assert steps.attached == 2
+    assert sum(map(len, steps.by_rank.values())) > 20
+    assert steps.broken <= 4
