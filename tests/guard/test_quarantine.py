@@ -21,6 +21,7 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError, DataError, StoreError, UserError, WriteError
 from mithridate.core.files import write_atomically
+from mithridate.core.model import IGNORED
 from mithridate.guard import Quarantine, StepRecord, read_batch
 from mithridate.guard import quarantine as module
 from mithridate.guard.step_log import read_steps
@@ -91,6 +92,14 @@ def test_arrays_are_those_that_numpy_knows(quarantine: Quarantine) -> None:
     arrays = quarantine.arrays(quarantine.put(BATCHES["sequence"], record=REFUSED))
     assert set(arrays) == {"inputs.0", "targets"}
     np.testing.assert_array_equal(arrays["targets"], [[1, 0], [0, 1]])
+
+
+def test_targets_that_a_guard_did_not_see_are_not_shown_as_targets() -> None:
+    assert module.UNKNOWN == IGNORED
+    assert module.known_targets({"targets": np.array([3, IGNORED, 0])}) == [3, None, 0]
+    assert module.known_targets({"targets": np.full(3, IGNORED)}) is None
+    assert module.known_targets({"targets": np.zeros((3, 2))}) is None
+    assert module.known_targets({"inputs": np.zeros(3)}) is None
 
 
 def test_the_order_is_that_of_the_attempts_and_the_same_batch_again_is_no_second_one(quarantine: Quarantine) -> None:
@@ -323,6 +332,7 @@ def test_a_safetensors_file_of_somebody_else_is_no_batch(quarantine: Quarantine)
 FILLS = """
 import sys, torch
 from mithridate.core.batch import Batch
+from mithridate.core.model import IGNORED
 from mithridate.guard import Quarantine, StepLog, StepRecord
 folder, rank, life = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 quarantine, log = Quarantine(folder + "/quarantine"), StepLog(folder, defence={}, environment={}, rank=rank)

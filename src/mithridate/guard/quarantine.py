@@ -44,6 +44,9 @@ LOCK = ".quarantine.lock"
 HEADER, INPUTS, TARGETS = "mithridate", "inputs", "targets"
 """In a safetensors file of a batch: the key of what describes it, and what its tensors are called."""
 
+UNKNOWN = -100
+"""The target of a sample for which a guard saw none, as with hooks, which see what a model is called with."""
+
 WAIT = 10.0
 """Seconds for which a step waits for another process that writes there."""
 
@@ -332,6 +335,18 @@ class Quarantine:
             lines = JsonLines(self.folder / LEFT_OUT, {"format": FORMAT}, log=log, largest=2**20)
             lines.write({"attempt": entry.attempt, "rank": entry.rank, "bytes": entry.bytes, "why": why})
         return ""
+
+
+def known_targets(arrays: "Mapping[str, NDArray[Any]]") -> Sequence[object] | None:
+    """One target a sample, None for one that is not known; None if no target is a single number that is known.
+
+    Args:
+        arrays: The tensors of a batch.
+    """
+    targets = arrays.get(TARGETS)
+    if targets is None or targets.ndim != 1 or (targets == UNKNOWN).all():
+        return None
+    return [None if target == UNKNOWN else target for target in targets.tolist()]
 
 
 def read_entry(folder: Path, id: str) -> Quarantined:
