@@ -138,6 +138,12 @@ def test_a_full_one_takes_no_more_loses_nothing_and_says_so_once(
     assert quarantine.left_out() == 7 - len(stored)
     quarantine.drop(stored[0])
     assert quarantine.put(IMAGES, record=REFUSED)  # there is room again
+    for path in quarantine.folder.glob(f"{stored[1]}.*"):  # by hand
+        path.unlink()
+    assert quarantine.put(IMAGES, record=replace(REFUSED, attempt=9))
+    for count in ("", "-", "0"):
+        (quarantine.folder / module.COUNT).write_text(count)
+        assert Quarantine(tmp_path / "q", max_bytes=10_000).put(IMAGES, record=replace(REFUSED, attempt=10)) == ""
     with pytest.raises(ConfigError, match="max_bytes = -1"):
         Quarantine(tmp_path / "q", max_bytes=-1)
 
@@ -155,7 +161,7 @@ def test_a_full_disk_stops_nothing_and_leaves_nothing_half_written(
         assert quarantine.put(IMAGES, record=REFUSED) == ""
     monkeypatch.undo()
     assert ["No space left on device" in message for message in caplog.messages] == [True]
-    assert {p.name for p in quarantine.folder.iterdir()} - before <= {module.LEFT_OUT, module.LOCK}
+    assert {p.name for p in quarantine.folder.iterdir()} - before <= {module.LEFT_OUT, module.LOCK, module.COUNT}
     assert quarantine.left_out() == 2
     assert quarantine.put(IMAGES, record=REFUSED)
 
