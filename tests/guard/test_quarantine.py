@@ -4,7 +4,10 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +21,10 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError, DataError, StoreError, UserError, WriteError
 from mithridate.core.files import write_atomically
+from mithridate.core.model import IGNORED
 from mithridate.guard import Quarantine, StepRecord, read_batch
 from mithridate.guard import quarantine as module
+from mithridate.guard.step_log import read_steps
 
 REFUSED = StepRecord(attempt=7, step=5, verdict="refused", reason="worst class fell to 0.1", seconds=0.02, rank=1)
 
@@ -89,6 +94,14 @@ def test_arrays_are_those_that_numpy_knows(quarantine: Quarantine) -> None:
     np.testing.assert_array_equal(arrays["targets"], [[1, 0], [0, 1]])
 
 
+def test_targets_that_a_guard_did_not_see_are_not_shown_as_targets() -> None:
+    assert module.UNKNOWN == IGNORED
+    assert module.known_targets({"targets": np.array([3, IGNORED, 0])}) == [3, None, 0]
+    assert module.known_targets({"targets": np.full(3, IGNORED)}) is None
+    assert module.known_targets({"targets": np.zeros((3, 2))}) is None
+    assert module.known_targets({"inputs": np.zeros(3)}) is None
+
+
 def test_the_order_is_that_of_the_attempts_and_the_same_batch_again_is_no_second_one(quarantine: Quarantine) -> None:
     names = [quarantine.put(IMAGES, record=replace(REFUSED, attempt=n, rank=r)) for n, r in [(10, 0), (9, 1), (9, 0)]]
     assert [entry.id for entry in quarantine.list()] == names[::-1]
@@ -125,6 +138,12 @@ def test_a_full_one_takes_no_more_loses_nothing_and_says_so_once(
     assert quarantine.left_out() == 7 - len(stored)
     quarantine.drop(stored[0])
     assert quarantine.put(IMAGES, record=REFUSED)  # there is room again
+    for path in quarantine.folder.glob(f"{stored[1]}.*"):  # by hand
+        path.unlink()
+    assert quarantine.put(IMAGES, record=replace(REFUSED, attempt=9))
+    for count in ("", "-", "0"):
+        (quarantine.folder / module.COUNT).write_text(count)
+        assert Quarantine(tmp_path / "q", max_bytes=10_000).put(IMAGES, record=replace(REFUSED, attempt=10)) == ""
     with pytest.raises(ConfigError, match="max_bytes = -1"):
         Quarantine(tmp_path / "q", max_bytes=-1)
 
@@ -142,7 +161,7 @@ def test_a_full_disk_stops_nothing_and_leaves_nothing_half_written(
         assert quarantine.put(IMAGES, record=REFUSED) == ""
     monkeypatch.undo()
     assert ["No space left on device" in message for message in caplog.messages] == [True]
-    assert {p.name for p in quarantine.folder.iterdir()} - before <= {module.LEFT_OUT, module.LOCK}
+    assert {p.name for p in quarantine.folder.iterdir()} - before <= {module.LEFT_OUT, module.LOCK, module.COUNT}
     assert quarantine.left_out() == 2
     assert quarantine.put(IMAGES, record=REFUSED)
 
@@ -314,3 +333,49 @@ def test_a_safetensors_file_of_somebody_else_is_no_batch(quarantine: Quarantine)
     (quarantine.folder / f"{name}.json").write_text(json.dumps(entry))
     with pytest.raises(DataError, match="no batch of this library"):
         read_batch(quarantine.folder / f"{name}.safetensors")
+
+
+FILLS = """
+import sys, torch
+from mithridate.core.batch import Batch
+from mithridate.core.model import IGNORED
+from mithridate.guard import Quarantine, StepLog, StepRecord
+folder, rank, life = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+quarantine, log = Quarantine(folder + "/quarantine"), StepLog(folder, defence={}, environment={}, rank=rank)
+print("begun", flush=True)
+for number in range(1, 100_000):
+    record = StepRecord(attempt=1_000_000 * life + number, step=0, verdict="refused", seconds=0.1, rank=rank)
+    quarantine.put(Batch(torch.rand(50, 3, 16, 16), torch.arange(50)), record=record)
+    log.note(record)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_while_they_write_spoil_nothing(tmp_path: Path) -> None:
+    for life in range(2):
+        several = [
+            subprocess.Popen([sys.executable, "-c", FILLS, tmp_path, str(rank), str(life)], stdout=subprocess.PIPE)  # noqa: S603  (our own code)
+            for rank in (0, 1)
+        ]
+        for process in several:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"begun\n"
+        for process in several:
+            time.sleep(0.2)
+            process.kill()
+            process.communicate()
+    quarantine = Quarantine.existing(tmp_path)
+    entries = quarantine.list()
+    cut_short = [entry for entry in entries if entry.problem]
+    assert len(entries) > 20
+    assert len(cut_short) <= 4  # one a kill at most
+    assert all("is missing" in entry.problem for entry in cut_short)
+    for entry in entries:
+        if not entry.problem:
+            assert read_batch(quarantine.folder / f"{entry.id}.safetensors").size == 50
+    assert quarantine.put(IMAGES, record=REFUSED)
+    assert not list(quarantine.folder.glob(".*.part"))
+    steps = read_steps(tmp_path)
+    assert steps.attached == 2
+    assert sum(map(len, steps.by_rank.values())) > 20
+    assert steps.broken <= 4

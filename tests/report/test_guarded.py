@@ -60,7 +60,7 @@ def test_it_tells_what_was_refused_when_and_why(tmp_path: Path) -> None:
     built = build_guard_report(folder)
     page = text(built.html)
     assert built.html == folder / "report.html"
-    assert built.headline == "2 of 20 steps refused (10.0 %), at most 2 in a row; 1 shortened."
+    assert built.headline == "2 refusals in 20 steps, at most 2 in a row; 1 shortened."
     for words in (
         built.headline,
         "Attempted steps 1 to 20,",
@@ -100,10 +100,11 @@ def test_a_guard_that_refuses_everything_says_so_first(tmp_path: Path) -> None:
 
 
 def test_a_quiet_guard_and_one_that_has_not_begun_have_a_page_too(tmp_path: Path) -> None:
-    quiet = build_guard_report(written(tmp_path / "quiet", [STEP, replace(STEP, attempt=900)]))
-    assert quiet.headline == "None of 900 steps refused."
+    quiet = build_guard_report(written(tmp_path / "quiet", [STEP, *(replace(STEP, attempt=n) for n in (450, 900))]))
+    assert quiet.headline == "No refusal in 900 steps."
     assert quiet.reasons.empty
     assert "measures nothing on a trusted set" in text(quiet.html)
+    assert "Steps are judged 449 at a time" in text(quiet.html)
     before = quiet.html.read_bytes()
     assert build_guard_report(tmp_path / "quiet").html.read_bytes() == before
     begun = build_guard_report(written(tmp_path / "begun", []))
@@ -121,7 +122,7 @@ def test_damage_and_resumed_trainings_are_told(tmp_path: Path) -> None:
     content[-1] ^= 1
     (quarantine.folder / f"{name}.safetensors").write_bytes(content)
     page = text(build_guard_report(folder).html)
-    assert "2 of 30 steps refused" in page
+    assert "2 refusals in 30 steps" in page
     assert "attached 2 times; 6 steps that a resumed training took again counted once" in page
     assert "1 line of the log cannot be read" in page
     assert name in page
@@ -205,7 +206,7 @@ def test_the_command_writes_the_page_and_prints_why(tmp_path: Path) -> None:
     folder = written(tmp_path / "guard", records())
     page = invoke("report", folder, "--out", tmp_path / "page")
     assert page.code == 0, page.err
-    assert "2 of 20 steps refused" in page.out
+    assert "2 refusals in 20 steps" in page.out
     assert "worst class fell by 0.10 refused 2 10 11" in page.out
     assert f"report: {tmp_path / 'page' / 'report.html'}" in page.out
     both = invoke("report", folder, tmp_path)

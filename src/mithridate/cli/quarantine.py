@@ -13,7 +13,7 @@ from mithridate.cli.terminal import out
 from mithridate.core.errors import ComponentError, ConfigError, DataError, UserError, said, shown
 from mithridate.core.files import write_atomically
 from mithridate.core.plugins import reason
-from mithridate.guard.quarantine import INPUTS, TARGETS, Quarantine, Quarantined
+from mithridate.guard.quarantine import INPUTS, Quarantine, Quarantined, known_targets
 from mithridate.report.wording import counted, one_line
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _texts(
             "'input_ids' among them; leave out --decoder."
         )
     mask = arrays.get(f"{INPUTS}.attention_mask")
-    targets = arrays.get(TARGETS)
+    targets = known_targets(arrays)
     for number, row in enumerate(ids):
         read = row[mask[number].astype(bool)] if mask is not None and mask.shape == ids.shape else row
         try:
@@ -215,6 +215,6 @@ def _texts(
             raise ComponentError(
                 f"--decoder {name} raised {type(error).__name__}: {said(error)}, for sample {number} of {entry.id}."
             ) from error
-        target = f" target {targets[number]}" if targets is not None and targets.ndim == 1 else ""
+        target = f" target {targets[number]}" if targets and targets[number] is not None else ""
         score = f" score {entry.scores[number]:.4g}" if entry.scores else ""
         yield f"{number}:{target}{score}: {text}"

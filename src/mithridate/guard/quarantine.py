@@ -41,8 +41,14 @@ LEFT_OUT = "left_out.jsonl"
 
 LOCK = ".quarantine.lock"
 
+COUNT = ".quarantine.bytes"
+"""Holds how many bytes there are, or more, so that not every batch has all files counted again."""
+
 HEADER, INPUTS, TARGETS = "mithridate", "inputs", "targets"
 """In a safetensors file of a batch: the key of what describes it, and what its tensors are called."""
+
+UNKNOWN = -100
+"""The target of a sample for which a guard saw none, as with hooks, which see what a model is called with."""
 
 WAIT = 10.0
 """Seconds for which a step waits for another process that writes there."""
@@ -107,7 +113,7 @@ class Quarantine:
             raise ConfigError(f"max_bytes = {max_bytes}: give 0 or more bytes for the quarantine.")
         self.folder = path_of(folder)
         self.max_bytes = max_bytes
-        self._said = False
+        self._said = self._counted = False
         self._check_free()
         if not (self.folder / MARKER).exists():  # to look at one, nothing is written
             with locked(self.folder / LOCK):
@@ -265,7 +271,7 @@ class Quarantine:
         paths = [path for path in files if os.path.lexists(path)]
         if not paths:
             raise _no_such(self.folder, id)
-        for path in paths:
+        for path in (self.folder / COUNT, *paths):
             with writing(path):
                 path.unlink(missing_ok=True)
 
@@ -297,19 +303,32 @@ class Quarantine:
         description = _description_file(self.folder, entry.id)
         if description.exists():
             return entry.id
-        remove_parts(self.folder)
         if not (self.folder / MARKER).exists():  # somebody has cleared the folder
             self._mark()
-        used = self._bytes_used()
-        if used + len(content) + len(described) > self.max_bytes:
+        more = len(content) + len(described)
+        used = self._bytes_used(more)
+        if used + more > self.max_bytes:
             return self._leave_out(
                 entry, f"it holds {used:,} bytes of at most {self.max_bytes:,}, and the batch has {len(content):,}"
             )
+        (self.folder / COUNT).write_text(str(used + more), encoding="utf-8")
         write_atomically(tensors_file(self.folder, entry.id), lambda part: part.write_bytes(content))
         write_atomically(description, lambda part: part.write_bytes(described))
         return entry.id
 
-    def _bytes_used(self) -> int:
+    def _bytes_used(self, more: int) -> int:
+        """Bytes of all batches: never fewer than there are, and counted anew where there seems to be no room for more.
+
+        Whoever ends between counting and writing, or clears files away by hand, leaves a count that is too high.
+        """
+        try:
+            used = int((self.folder / COUNT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # nobody has counted, or was killed while writing it
+            used = self.max_bytes
+        if self._counted and used + more <= self.max_bytes:
+            return used
+        self._counted = True
+        remove_parts(self.folder)
         with os.scandir(self.folder) as files:
             return sum(
                 file.stat(follow_symlinks=False).st_size
@@ -332,6 +351,18 @@ class Quarantine:
             lines = JsonLines(self.folder / LEFT_OUT, {"format": FORMAT}, log=log, largest=2**20)
             lines.write({"attempt": entry.attempt, "rank": entry.rank, "bytes": entry.bytes, "why": why})
         return ""
+
+
+def known_targets(arrays: "Mapping[str, NDArray[Any]]") -> Sequence[object] | None:
+    """One target a sample, None for one that is not known; None if no target is a single number that is known.
+
+    Args:
+        arrays: The tensors of a batch.
+    """
+    targets = arrays.get(TARGETS)
+    if targets is None or targets.ndim != 1 or (targets == UNKNOWN).all():
+        return None
+    return [None if target == UNKNOWN else target for target in targets.tolist()]
 
 
 def read_entry(folder: Path, id: str) -> Quarantined:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,7 @@ from mithridate.report.page import board
 from mithridate.report.settings import flattened
 from mithridate.report.tables.refusals import quarantine_table, reasons_table, steps_table, when
 from mithridate.report.tables.section import TableSection
-from mithridate.report.wording import MISSING, counted, decimal, one_line, points
+from mithridate.report.wording import MISSING, counted, decimal, one_line
 
 LOCK = ".report.lock"
 
@@ -143,11 +144,9 @@ def _headline(steps: Sequence[Logged]) -> str:
     if last.refusals_in_a_row >= STUCK:
         return f"The last {last.refusals_in_a_row:,} steps were all refused: nothing is learned any more."
     longest = max(step.record.refusals_in_a_row for step in steps)
+    refusals = counted(f"{counts['refused']:,}", "refusal") if counts["refused"] else "No refusal"
     said = [
-        f"{counts['refused']:,} of {counted(f'{total:,}', 'step')} refused ({points(counts['refused'] / total)} %)"
-        + (f", at most {longest:,} in a row" if longest > 1 else "")
-        if counts["refused"]
-        else f"None of {counted(f'{total:,}', 'step')} refused",
+        f"{refusals} in {counted(f'{total:,}', 'step')}" + (f", at most {longest:,} in a row" if longest > 1 else ""),
         f"{counts['shortened']:,} shortened" if counts["shortened"] else "",
     ]
     return "; ".join(filter(None, said)) + "."
@@ -171,6 +170,9 @@ def _details(steps: Steps, entries: Sequence[Quarantined]) -> list[str]:
         + (f"; defence {name}." if name else "."),
         f"The guard itself took {_short(median(seconds))} of a step (median), {_short(max(seconds))} at most.",
     ]
+    window = min((b.record.attempt - a.record.attempt for a, b in pairwise(first)), default=1)
+    if window > 1:
+        sentences.append(f"Steps are judged {window} at a time; a refusal takes all of them back.")
     if len(steps.by_rank) > 1:
         sentences.append(f"{len(steps.by_rank)} ranks have a log; numbers above and curves are those of the first.")
     if any(step.record.warm_up for step in first):

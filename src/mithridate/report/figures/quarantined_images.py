@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mithridate.guard.quarantine import INPUTS, TARGETS, Quarantined
+from mithridate.guard.quarantine import INPUTS, Quarantined, known_targets
 from mithridate.report.figures.drawing import Drawing, fitting, rendered, style
 from mithridate.report.figures.poisoned_images import stacked
 from mithridate.report.wording import counted, file_stem, one_line
@@ -50,8 +50,7 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
     if images is None:
         return None
     shown, unit = _as_pixels(images[:most])
-    targets = arrays.get(TARGETS)
-    classes = targets.tolist() if targets is not None and targets.ndim == 1 else None
+    classes = known_targets(arrays)
     lines = -(-len(shown) // COLUMNS)
     columns = min(COLUMNS, len(shown))
     figure = Figure(layout="constrained")
@@ -94,6 +93,6 @@ def _as_pixels(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], str]:
 
 
 def _label(number: int, classes: Sequence[object] | None, scores: Sequence[float] | None) -> str:
-    target = fitting(str(classes[number]))[:8] if classes else ""
+    target = fitting(str(classes[number]))[:8] if classes and classes[number] is not None else ""
     score = f"{scores[number]:.3g}" if scores and number < len(scores) else ""
     return " · ".join(filter(None, (target, score)))
