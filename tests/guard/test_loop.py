@@ -726,3 +726,16 @@ def test_a_block_without_a_step_and_one_with_two_are_refused_and_undone() -> Non
     with pytest.raises(ConfigError, match="inside guard"), guard.step(data()), guard.step(data()):
         pass
     assert same(before[:2], loop.state()[:2])
+
+
+def test_trackers_are_closed_when_the_loop_leaves_and_when_it_is_just_gone() -> None:
+    for leave in (True, False):
+        loop, keeps = Loop(), Keeps([])
+        guard = Guard(loop.model, loop.optimiser, defence=Says((True,)), trackers=[keeps])
+        loop.step(data())
+        if leave:
+            guard.detach()
+        ledger = guard.ledger
+        assert keeps.closed == int(leave)
+        ledger._closing()  # as at the interpreter's end
+        assert keeps.closed == 1

@@ -1,6 +1,7 @@
 """The account that a guard keeps of a loop: what became of each step, for everybody who listens."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -32,6 +33,8 @@ class Ledger:
         self.patience, self.store, self.trackers = patience, store, Trackers(trackers)
         self.refused = 0
         self.in_a_row = 0
+        # A loop that ends without `detach` still has what was told written.
+        self._closing = weakref.finalize(self, self.trackers.close)
 
     @property
     def impatient(self) -> bool:
@@ -69,4 +72,4 @@ class Ledger:
 
     def close(self) -> None:
         """No step will follow."""
-        self.trackers.close()
+        self._closing()
