@@ -16,7 +16,7 @@ THREADS ?= 1
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=$(THREADS) MITHRIDATE_TEST_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo reproduce test test-slow lint types format clean
+.PHONY: install demo reproduce test test-slow lint types dist format clean
 
 install: $(STAMP)
 
@@ -47,9 +47,21 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# What a user gets: wheel and source archive, the wheel made from the archive, installed where nothing else is.
+EMPTY := build/empty
+dist: install
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(EMPTY)/bin/python -m pip install --quiet dist/*.whl
+	cd build && empty/bin/mithridate list defences >/dev/null && empty/bin/mithridate reproduce --list >/dev/null
+	cd build && empty/bin/mithridate demo --out empty/demo && test -s empty/demo/report.html
+	$(EMPTY)/bin/python -c 'import mithridate, pathlib; assert (pathlib.Path(mithridate.__file__).parent / "py.typed").is_file()'
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo-report
+	rm -rf $(VENV) build dist demo-report

@@ -265,13 +265,12 @@ def images(attacked: bool, seed: int, args: argparse.Namespace) -> Task:
         name="cifar10", overlap=True, augment_stream=True, victim=2500, trusted=1000, test=5000, seed=0
     )
     stream = open_stream(settings)
-    burnt = burn_in(
-        {"name": "resnet18", "width": 16},
-        stream,
-        BurnIn(epochs=args.epochs, schedule="steps", lower_after=(max(1, args.epochs * 7 // 10),), seed=0),
-    )
-    model = Answers(build_model({"name": "resnet18", "width": 16}, stream.info, seed=0))
-    model.model.load_state_dict({**burnt.snapshot.parameters, **burnt.snapshot.buffers})
+    table = {"name": "resnet18", "width": 16}
+    inner = build_model(table, stream.info, seed=0)
+    lower = max(1, args.epochs * 7 // 10)
+    how = BurnIn(epochs=args.epochs, schedule="steps", lower_after=(lower,))
+    burn_in(inner, stream, how, seed=0, model_config=table, cache=args.cache)
+    model = Answers(inner)
     batches: list[AnyBatch] = [*stream.victim_batches(args.steps, seed=seed), stream.trigger_batch(args.steps, seed)]
     attack = Accumulative(
         eps=0.1, steps=6, normalise="tensor", trigger_mode="reoptimised", trigger_update="after_step", max_drop=1.0
@@ -415,6 +414,7 @@ def main() -> None:
     parser.add_argument("--bert-epochs", type=int, default=30, help="of the BERT's training before the stream")
     parser.add_argument("--steps", type=int, default=12, help="batches of images before the trigger")
     parser.add_argument("--lr", type=float, default=0.1, help="of the stream of images")
+    parser.add_argument("--cache", type=Path, default=None, help="where the burn-in is kept")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--json", type=Path, default=None, help="write the figures here, a line a run")
     args = parser.parse_args()

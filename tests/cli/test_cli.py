@@ -272,8 +272,16 @@ def test_an_interrupt_says_how_to_go_on(recipe: Path, cache: Path, monkeypatch: 
 
 def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    told: list[Path] = []
+    opened: list[str] = []
     monkeypatch.setattr(cli, "_run", lambda *args, **options: seen.append((args, options)))
-    assert invoke("demo", "--out", "here").code == 0
+    monkeypatch.setattr("mithridate.cli.results.tell_story", told.append)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    done = invoke("demo", "--out", "here", "--open")
+    assert done.code == 0
+    assert told == [Path("here")]
+    assert opened[0].endswith("here/report.html")
+    assert "no browser was found here" in done.out
     (path, out), options = seen[0]
     assert path.name == "demo.toml"
     assert path.is_file()

@@ -74,6 +74,32 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
+def tell_story(directory: Path) -> None:
+    """Print what happened in the runs of a folder, in three lines.
+
+    Args:
+        directory: Of the runs.
+    """
+    from mithridate.bench.store import read_runs
+    from mithridate.report.rows import rows
+    from mithridate.report.story import story
+
+    for number, line in enumerate(story(rows(read_runs([directory]))), start=1):
+        out.print(f"{number}. {line}", style="bold", markup=False, highlight=False)
+
+
+def open_page(page: Path) -> None:
+    """Open a page in a browser, or say where it is.
+
+    Args:
+        page: The HTML file.
+    """
+    import webbrowser
+
+    if not webbrowser.open(page.absolute().as_uri()):
+        out.print(f"no browser was found here; open {page.absolute()} in one.", markup=False, soft_wrap=True)
+
+
 def report_on_guard(directory: Path, out_dir: Path | None) -> None:
     """Write the page of a guard's folder, and print what it says first and why steps were refused.
 
