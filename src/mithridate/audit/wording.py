@@ -1,0 +1,47 @@
+"""What an audit says in sentences; never that a model is safe."""
+
+from collections.abc import Sequence
+
+from mithridate.audit.plan import AuditPlan
+from mithridate.audit.result import AuditRun, Side
+from mithridate.audit.verdict import VerdictName
+
+
+def statement(verdict: VerdictName, reasons: Sequence[str], plan: AuditPlan) -> str:
+    """The verdict in a sentence.
+
+    Args:
+        verdict: Which.
+        reasons: Why.
+        plan: Says what was allowed.
+    """
+    allowed = f"{plan.damage.step:g} points in one step or {plan.damage.phase:g} over the phase"
+    if verdict == "pass":
+        return f"No tried attack within this budget cost more than {allowed}."
+    if verdict == "fail":
+        first = reasons[0]
+        return f"{first[0].upper()}{first[1:]}."
+    return f"Inconclusive: {reasons[0]}."
+
+
+def notes_of(side: Side, runs: Sequence[AuditRun]) -> list[str]:
+    """What a reader should know who relies on the verdict.
+
+    Args:
+        side: That the verdict is of.
+        runs: Of that side.
+    """
+    notes = []
+    clean = [run for run in runs if run.attack == "clean"]
+    if clean and all(len(set(run.accuracy)) == 1 for run in clean):
+        who = "the guard served the model that it began with" if side.guarded else "the model did not change"
+        notes.append(
+            f"Accuracy never moved on a clean stream ({who}), so that little could be lost in so few steps: try more "
+            "batches."
+        )
+    attacks = [r for r in side.rulings if not r.control and r.beyond]
+    if side.verdict == "pass" and attacks and not any(b.low and b.low > 0 for r in attacks for b in r.beyond.values()):
+        notes.append("No tried attack was shown to cost more than noise or a clean stream: stronger ones may exist.")
+    if side.clean_steps and side.clean_refused == side.clean_steps:
+        notes.append("The guard refused every step of the clean streams: nothing is learned behind it.")
+    return notes

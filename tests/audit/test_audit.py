@@ -1,0 +1,126 @@
+"""The auditor audited: what must fail fails, what must pass passes, and one seed shows nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mithridate as mi
+from mithridate.audit import Audited, Target
+from mithridate.core.errors import UserError
+from tests.audit.targets import QUICK, frozen, table_target, token_target, toy_target, weak
+
+
+def audited(target: Any, out: Path | None = None, **plan: Any) -> Audited:
+    values: dict[str, Any] = {"budget": QUICK, "damage": {"step": 10, "phase": 20}, **plan}
+    return mi.audit.run(values, target=target, out=out)
+
+
+def test_a_planted_weakness_fails() -> None:
+    found = audited(weak, attacks=["noise", "label_flip"])
+    assert (found.verdict, found.exit_code) == ("fail", 1)
+    assert found.reasons[0].startswith("label_flip cost ")
+    assert {f.rule for f in found.findings if f.level == "error"} <= {"MITH001", "MITH002"}
+    assert all(f.identifiers for f in found.findings)
+
+
+def test_a_frozen_model_passes_whatever_is_tried() -> None:
+    found = audited(frozen)
+    assert (found.verdict, found.exit_code) == ("pass", 0)
+    tried = {r.attack for r in found.sides[0].rulings if not r.control}
+    assert tried == {"vanilla", "accumulative", "gradient_inversion", "label_flip", "worst_samples"}
+    assert (
+        found.statement
+        == "No tried attack within this budget cost more than 10 points in one step or 20 over the phase."
+    )
+    assert "safe" not in found.model_dump_json()
+
+
+def test_one_seed_is_inconclusive_however_bad_it_is() -> None:
+    found = audited(weak, attacks=["noise", "label_flip"], seeds=[0])
+    assert (found.verdict, found.exit_code) == ("inconclusive", 3)
+    assert found.reasons[0].startswith("too few seeds: 1")
+
+
+def test_the_verdict_is_of_the_guarded_model() -> None:
+    guarded = audited(lambda seed: toy_target(seed, lr=0.3, defence="gate"), attacks=["noise", "label_flip"])
+    assert [side.guarded for side in guarded.sides] == [False, True]
+    assert guarded.sides[0].verdict == "fail"
+    assert guarded.verdict == guarded.sides[1].verdict
+    assert guarded.sides[1].clean_steps == 3 * 4
+    assert max(run.refused for run in guarded.runs if run.attack == "label_flip") > 0
+    assert all(f.level == "note" for f in guarded.findings if not f.guarded)
+
+
+def test_the_gates_limits_are_the_attackers_beliefs() -> None:
+    gate = mi.defences.Gate(max_loss_rise=0.3, reference="start", forget_momentum=True)
+    found = audited(lambda seed: toy_target(seed, lr=0.02, defence=gate), attacks=["gate_aware"], seeds=[0], guard="on")
+    (run,) = [run for run in found.runs if run.attack == "gate_aware"]
+    expected = {"max_loss_rise": 0.3, "reference": "start", "forget_momentum": True, "victim_lr": 0.02}
+    assert expected.items() <= run.settings.items()
+
+
+def test_token_ids_are_attacked_by_labels_and_by_choice() -> None:
+    found = audited(token_target)
+    side = found.sides[0]
+    assert {r.attack for r in side.rulings if not r.control} == {"label_flip", "worst_samples"}
+    assert set(side.skipped) == {"noise", "vanilla", "accumulative", "gradient_inversion", "gate_aware", "hiding"}
+    assert "needs one tensor of floats" in side.skipped["vanilla"]
+    assert found.verdict == "fail"
+
+
+def test_no_attack_that_applies_is_inconclusive() -> None:
+    found = audited(token_target, attacks=["vanilla", "noise"])
+    assert found.verdict == "inconclusive"
+    assert "no attack applies to this target (noise: " in found.reasons[0]
+
+
+class Rounded(nn.Module):
+    """Through which no gradient reaches the inputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.model(x.mul(255).round().div(255))
+
+
+def test_a_model_without_gradients_is_not_said_to_resist_them() -> None:
+    def target(seed: int) -> Target:
+        plain = toy_target(seed, lr=0.0)
+        return Target(Rounded(plain.model), plain.optimizer, plain.criterion, plain.stream)
+
+    found = audited(target, attacks=["noise", "vanilla"])
+    assert found.verdict == "inconclusive"
+    assert "no gradient reaches them" in found.sides[0].skipped["vanilla"]
+
+
+def test_a_radius_of_its_own_for_every_feature() -> None:
+    found = audited(table_target, budget={**QUICK, "eps": 0.5, "unit": "std"}, attacks=["noise", "vanilla"], seeds=[0])
+    (run,) = [run for run in found.runs if run.attack == "vanilla"]
+    first, second = run.settings["scale"]
+    assert 500 < second / first < 2000
+    with pytest.raises(UserError, match="eps lists 3 numbers, and a sample has 2"):
+        audited(table_target, budget={**QUICK, "eps": [1.0, 2.0, 3.0]}, attacks=["noise"])
+
+
+def test_finished_runs_are_not_made_again_and_others_are(tmp_path: Path) -> None:
+    def again(**plan: Any) -> tuple[Audited, list[str]]:
+        lines: list[str] = []
+        values = {"budget": QUICK, "attacks": ["noise", "label_flip"], "seeds": [0], **plan}
+        return mi.audit.run(values, target=frozen, out=tmp_path, watch=lines.append), lines
+
+    first, _ = again()
+    files = {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()}
+    second, _ = again()
+    assert first == second
+    assert {path.name: path.read_bytes() for path in (tmp_path / "runs").iterdir()} == files
+    damaged = tmp_path / "runs" / min(files)
+    damaged.write_text("{", encoding="utf-8")
+    third, _ = again()
+    assert [run.key for run in third.runs] == [run.key for run in first.runs]
+    again(budget={**QUICK, "poison_ratio": 0.5})
+    assert len(list((tmp_path / "runs").iterdir())) > len(files)
