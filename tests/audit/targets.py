@@ -92,10 +92,10 @@ def table_target(seed: int, **others: Any) -> Target:
         x = (2.0 * y.unsqueeze(1) - 1 + torch.randn(samples, 2, generator=rng)) * scale
         return Batch(x, y)
 
-    model = nn.Sequential(nn.Linear(2, 2))
+    model = nn.Linear(2, 2)
     with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[-1.0, -0.001], [1.0, 0.001]]))
-        model[0].bias.zero_()
+        model.weight.copy_(torch.tensor([[-1.0, -0.001], [1.0, 0.001]]))
+        model.bias.zero_()
     optimiser = SGD(model.parameters(), lr=1e-3)
     batches = [rows(20) for _ in range(5)]
     return Target(model, optimiser, F.cross_entropy, batches, test=rows(200), validation=rows(40), **others)

@@ -1,12 +1,13 @@
 """`audit.toml`: what is audited, what an attacker may do, and how much damage is allowed."""
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.files import path_of
@@ -14,7 +15,18 @@ from mithridate.core.settings import make, settings
 from mithridate.maths.norms import Norm
 
 Points = Annotated[float, Field(ge=0, le=100)]
-Radius = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _radii(value: object) -> float | tuple[float, ...]:
+    several = isinstance(value, list | tuple)
+    numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
+    good = [isinstance(n, float | int) and not isinstance(n, bool) and math.isfinite(n) and n >= 0 for n in numbers]
+    if not numbers or not all(good):
+        raise ValueError("give a number >= 0, a fraction as text such as '8/255', or a list with one number a feature")
+    return tuple(map(float, numbers)) if several else float(numbers[0])
+
+
+Radii = Annotated[float | tuple[float, ...], PlainValidator(_radii)]
 
 ATTACKS: Mapping[str, str] = {
     "noise": "random perturbations of the same size, the control",
@@ -57,7 +69,7 @@ class AuditBudget:
         seconds: That an audit may take, > 0; what is finished by then is kept, and the same command goes on.
     """
 
-    eps: Radius | tuple[Radius, ...] = 8 / 255
+    eps: Radii = 8 / 255
     unit: Literal["value", "std"] = "value"
     norm: Norm = "linf"
     poison_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0

@@ -1,5 +1,6 @@
 """What an audit found, as `audit.json` holds it: the truth that every other output follows from."""
 
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -109,3 +110,9 @@ class Audited(Stated):
     def exit_code(self) -> int:
         """What the command ends with."""
         return EXIT[self.verdict]
+
+
+def schema_text() -> str:
+    """The schema of audit.json, as it lies beside the outputs."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Audited.model_json_schema()}
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"

@@ -71,6 +71,10 @@ class GivenBatches:
         """
         return self.batches[step].to(device)
 
+    def trigger_batch(self, steps: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
+        """The batch after the last one of the phase; takes and returns what `victim_batch` does."""
+        return self.victim_batch(steps, seed, device)
+
 
 def _part(name: str, batch: AnyBatch) -> Part:
     return Part(name, each_tensor(batch.x, lambda t: t.cpu().numpy()), batch.y.cpu().numpy())

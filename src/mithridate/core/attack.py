@@ -135,7 +135,7 @@ class Attack(Component, ABC):
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
         poisoned = Batch(x, batch.y)
         check_domain(poisoned, view.domain, where=f"batch made by {name}")
-        if not ball.holds(x - batch.x):
+        if not ball.holds(x - batch.x, batch.x):
             raise AssertionError(f"{name} left its {ball.norm} ball of radius {ball.eps}")
         return poisoned
 

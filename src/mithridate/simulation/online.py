@@ -89,7 +89,16 @@ class Feed(Tested, Protocol):
         """One clean batch, which depends on the arguments alone.
 
         Args:
-            step: Which one, from 0; that after the last accumulative one is the trigger.
+            step: Which one, from 0.
+            seed: Of the run.
+            device: Where the batch goes.
+        """
+
+    def trigger_batch(self, steps: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
+        """The batch after the last accumulative one.
+
+        Args:
+            steps: Accumulative batches before it.
             seed: Of the run.
             device: Where the batch goes.
         """
@@ -115,7 +124,7 @@ class _Online(Simulation):
         ood: Sequence[Batch],
         surrogate: WhiteBox | None,
     ) -> None:
-        trigger = stream.victim_batch(run.steps, seed, learner.device)
+        trigger = stream.trigger_batch(run.steps, seed, learner.device)
         super().__init__(learner, stream, attack, run, trigger, seed=seed, monitors=monitors, progress=progress)
         self.stream, self.images, self.scorers, self.ood = stream, run.images, scorers, ood
         if surrogate is not None:

@@ -157,13 +157,19 @@ def _used(attack: Attack, clean: AnyBatch, sent: AnyBatch) -> float:
     if attack.power == "inputs":
         longest = float(sample_norms(sent.x - clean.x, attack.ball.norm).max())
         return longest / attack.ball.eps if attack.ball.eps else 0.0
-    return float(_changed(clean, sent).float().mean()) / attack.ratio
+    return float(_changed(attack, clean, sent).float().mean()) / attack.ratio
 
 
-def _changed(clean: AnyBatch, sent: AnyBatch) -> torch.Tensor:
-    """(n,) bool, samples that are others, or have another label."""
-    pairs = zip([*tensors_of(clean.x), clean.y], [*tensors_of(sent.x), sent.y], strict=True)
+def _changed(attack: Attack, clean: AnyBatch, sent: AnyBatch) -> torch.Tensor:
+    """(n,) bool, samples of which anything is another that is in the attack's power."""
+    pairs = zip(_in_power(attack, clean), _in_power(attack, sent), strict=True)
     return torch.stack([(a != b).reshape(clean.size, -1).any(1) for a, b in pairs]).any(0)
+
+
+def _in_power(attack: Attack, batch: AnyBatch) -> list[torch.Tensor]:
+    """What of a batch an attack says that it changes."""
+    inputs = [] if attack.power == "labels" else tensors_of(batch.x)
+    return inputs if attack.power == "inputs" else [*inputs, batch.y]
 
 
 def _may_hold_back(attack: Attack) -> bool:
@@ -218,7 +224,7 @@ def _try_other_inputs(attack: Attack) -> None:
 def _try_half(attack: Attack, evidence: Evidence) -> None:
     """The same half of the positions is left clean, batch after batch and in the trigger."""
     play = _Play(attack, None, image_world())
-    changed = [_changed(clean, play.sends(number)) for number, clean in enumerate(play.world.batches)]
+    changed = [_changed(attack, clean, play.sends(number)) for number, clean in enumerate(play.world.batches)]
     limit = int(0.5 * len(changed[0]) + 0.5)
     if int(torch.stack(changed).any(0).sum()) > limit:
         evidence.add("partial ratio", attack, "poisons more than half, or moves about")
@@ -266,7 +272,8 @@ def _check_identity(cls: type, field: str) -> None:
     play = _Play(attack, None, image_world())
     for number in (0, 2):
         clean, sent = play.world.batches[number], play.sends(number)
-        same = (bits(sent.x), bits(sent.y)) == (bits(clean.x), bits(clean.y))
+        pairs = zip(_in_power(attack, clean), _in_power(attack, sent), strict=True)
+        same = all(bits(a) == bits(b) for a, b in pairs)
         assert same, f"{attack} is not the identity at {field} = 0"
 
 
