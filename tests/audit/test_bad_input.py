@@ -169,8 +169,8 @@ def bad(seed):
     ("name", "seeds", "code", "said"),
     [
         ("good", "[0, 1, 2]", 0, "PASS: No tried attack within this budget cost more than 10 points"),
-        ("weak", "[0, 1, 2]", 1, "FAIL: Label_flip cost"),
-        ("weak", "[0]", 3, "INCONCLUSIVE: Inconclusive: too few seeds: 1"),
+        ("weak", "[0, 1, 2]", 1, "FAIL: label_flip cost"),
+        ("weak", "[0]", 3, "INCONCLUSIVE: It cannot be told: too few seeds: 1"),
         ("bad", "[0]", 2, "error: the target function bad raised RuntimeError: no [weights] here"),
         ("goood", "[0]", 2, "has no function 'goood': did you mean 'good'?"),
     ],

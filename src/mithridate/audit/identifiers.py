@@ -137,5 +137,5 @@ def _told(r: Ruled, side: Side, decisive: bool) -> str:
     name = "learning from the clean stream" if r.attack == "clean" else r.attack
     return (
         f"{name} cost {who} {r.cost.mean:.1f} points of accuracy {where} (95 % interval {low} to {high}, "
-        f"{r.cost.seeds} seeds), and {r.allowed:g} are allowed."
+        f"{r.cost.seeds} seeds; {r.allowed:g} allowed)."
     )

@@ -195,16 +195,16 @@ def judged(
 
 def _above(r: Shown) -> str:
     than = " and ".join(f"{_signed(b)} more than {name.replace('_', ' ')}" for name, b in r.beyond.items())
-    return f"{_cost_of(r)}, which is {than}" if than else _cost_of(r)
+    return f"{r.attack} {_cost(r, f', {than}' if than else '')}"
 
 
 def _cost_of(r: Shown) -> str:
     return f"{r.attack} {_cost(r)}"
 
 
-def _cost(r: Shown) -> str:
+def _cost(r: Shown, than: str = "") -> str:
     where = "in one step" if r.measure == "step" else "over the phase"
-    return f"cost {_points(r.cost)} {where}, and {r.allowed:g} are allowed"
+    return f"cost {_points(r.cost)} {where}{than} ({r.allowed:g} allowed)"
 
 
 def _no_better(r: Shown) -> str:

@@ -205,12 +205,14 @@ class Victim:
 
     def facts(self) -> dict[str, Any]:
         """What the target is, in plain words and numbers."""
+        x = self.samples.batches[0].x
         return {
             "model": type(self.target.model).__name__,
             "parameters": sum(p.numel() for p in self.target.model.parameters()),
             "optimiser": type(self.target.optimizer).__name__,
             "lr": self.target.optimizer.param_groups[0].get("lr"),
             "inputs": kind(self.samples.batches[0]),
+            "movable": isinstance(x, Tensor) and x.is_floating_point(),
             "batch_size": self.samples.batches[0].size,
             "test_samples": self.samples.test.size,
             "attackers_samples": self.samples.validation.size,

@@ -19,9 +19,8 @@ def statement(verdict: VerdictName, reasons: Sequence[str], plan: AuditPlan) -> 
     if verdict == "pass":
         return f"No tried attack within this budget cost more than {allowed}."
     if verdict == "fail":
-        first = reasons[0]
-        return f"{first[0].upper()}{first[1:]}."
-    return f"Inconclusive: {reasons[0]}."
+        return f"{reasons[0]}."
+    return f"It cannot be told: {reasons[0]}."
 
 
 def notes_of(side: Side, runs: Sequence[AuditRun]) -> list[str]:

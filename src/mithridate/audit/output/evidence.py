@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from mithridate.audit.identifiers import RULES
 from mithridate.audit.result import Audited, AuditRun, Points, Ruled, Side
 from mithridate.report.tables.section import TableSection, Toned
 from mithridate.report.wording import MISSING
@@ -10,9 +11,11 @@ SAYS: Mapping[str, str] = {
     "above": "too much",
     "below": "within what is allowed",
     "open": "not shown either way",
-    "no_better": "too much, but not shown to be more than noise or a clean stream",
-    "batch_norm": "too much, but not with BatchNorm's statistics frozen",
+    "no_better": "no better than noise",
+    "batch_norm": "BatchNorm alone",
 }
+
+MENDS: Mapping[str, str] = {rule.id: rule.mend for rule in RULES}
 
 TONES: Mapping[str, str] = {"above": "apart", "below": "near"}
 """The colour of a cell, by what is said in it."""
@@ -38,10 +41,12 @@ def lines(audited: Audited) -> list[str]:
             f"{facts['optimiser']}, batches of {facts['batch_size']}, inputs {facts['inputs']}."
         )
     said.append(f"The verdict is of the model {side_name(audited.sides[-1])}.")
+    powers = [f"move inputs by {_eps(budget)}"] if facts.get("movable", True) else []
+    powers += ["change labels"] if budget["labels"] else []
+    powers += ["send other samples"] if budget["samples"] else []
     said.append(
-        f"An attacker may change {100 * budget['poison_ratio']:g} % of each batch, inputs by {_eps(budget)}"
-        f"{', labels' if budget['labels'] else ''}{', or send other samples' if budget['samples'] else ''}; "
-        f"{budget['batches']} batches and a last one."
+        f"In {100 * budget['poison_ratio']:g} % of each batch an attacker may {' or '.join(powers) or 'do nothing'}; "
+        f"there are {budget['batches']} batches and a last one."
     )
     said.append(f"Seeds: {', '.join(map(str, audited.plan['seeds']))}.")
     for side in audited.sides:
@@ -50,12 +55,11 @@ def lines(audited: Audited) -> list[str]:
             where = "in one step" if worst.measure == "step" else "over the phase"
             said.append(
                 f"The worst {side_name(side)}: {worst.attack}, {points(worst.cost)} points {where} "
-                f"({worst.allowed:g} are allowed)."
+                f"({worst.allowed:g} allowed)."
             )
         if side.guarded and side.clean_steps:
             said.append(f"On clean streams the guard refused {side.clean_refused} of {side.clean_steps} steps.")
-    skipped = {name: why for side in audited.sides for name, why in side.skipped.items()}
-    if skipped:
+    if skipped := audited.sides[-1].skipped:
         said.append(f"Not tried: {', '.join(sorted(skipped))} (reasons below).")
     said += audited.notes
     if audited.verdict == "pass":
@@ -71,7 +75,7 @@ def worst_of(side: Side) -> Ruled | None:
 
 def tables(audited: Audited) -> list[TableSection]:
     """The evidence: costs on each side, what was not tried, and every run."""
-    parts = [_costs(side) for side in reversed(audited.sides)]
+    parts = [_findings(audited), *(_costs(side) for side in reversed(audited.sides))]
     skipped = [(side_name(side), name, why) for side in audited.sides for name, why in side.skipped.items()]
     parts.append(
         TableSection(
@@ -80,7 +84,7 @@ def tables(audited: Audited) -> list[TableSection]:
             "Attacks that did not fit the target or the budget, and why.",
             ("attack", "model", "why"),
             {"": [(name, side, Toned(why, "text")) for side, name, why in skipped]} if skipped else {},
-            names=2,
+            names=3,
         )
     )
     parts.append(_identified(audited))
@@ -104,9 +108,11 @@ def _costs(side: Side) -> TableSection:
         "Points of accuracy, mean over paired seeds with its 95 % interval. In one step: the largest fall from one "
         "step to the next. Over the phase: how much lower it ends than on the same stream left clean. "
         f"Verdict: {side.verdict}.",
-        ("attack", "measure", "cost", "allowed", "more than its controls", "statistics frozen", "said"),
+        ("attack", "measure", "said", "cost", "allowed", "statistics frozen", "more than its controls"),
         {"": rows} if rows else {},
-        note="clean and noise are controls: the same stream, left alone or changed at random.",
+        note="clean and noise are controls: the same stream, left alone or changed at random. Statistics frozen: the "
+        "same with BatchNorm in eval mode, tried where an attack cost more than is allowed.",
+        names=3,
     )
 
 
@@ -115,11 +121,23 @@ def _ruled(r: Ruled) -> Sequence[str]:
     return (
         f"{r.attack} (control)" if r.control else r.attack,
         "one step" if r.measure == "step" else "phase",
+        Toned(SAYS[r.says], f"name {TONES.get(r.says, 'absent')}"),
         points(r.cost),
         f"{r.allowed:g}",
-        beyond or MISSING,
         MISSING if r.frozen is None else points(r.frozen),
-        Toned(SAYS[r.says], TONES.get(r.says, "absent")),
+        Toned(beyond or MISSING, "text"),
+    )
+
+
+def _findings(audited: Audited) -> TableSection:
+    rows = [(f.rule, f.level, Toned(f.message, "text"), Toned(MENDS[f.rule], "text")) for f in audited.findings]
+    return TableSection(
+        "findings",
+        "Findings",
+        "What the audit has to tell; a note is of the model that the verdict is not of.",
+        ("rule", "level", "finding", "what to do"),
+        {"": rows} if rows else {},
+        names=4,
     )
 
 

@@ -7,8 +7,6 @@ from mithridate.report.wording import markdown_safe
 
 
 def markdown(audited: Audited) -> str:
-    """The ten lines, the findings and the tables."""
+    """The ten lines and the tables."""
     first = "".join(f"- {markdown_safe(line)}\n" for line in lines(audited))
-    found = "".join(f"- **{f.rule}** ({f.level}): {markdown_safe(f.message)}\n" for f in audited.findings)
-    findings = f"\n## Findings\n\n{found}" if found else ""
-    return f"# {markdown_safe(headline(audited))}\n\n{first}{findings}\n{tables_as_markdown(tables(audited))}"
+    return f"# {markdown_safe(headline(audited))}\n\n{first}\n{tables_as_markdown(tables(audited))}"
