@@ -26,16 +26,6 @@ def toy_target(seed: int, *, lr: float, defence: Any = None, **others: Any) -> T
     return Target(learner.model, optimiser, F.cross_entropy, stream, defence=defence, **others)
 
 
-def weak(seed: int) -> Target:
-    """A large step, and nothing that takes it back."""
-    return toy_target(seed, lr=0.3)
-
-
-def frozen(seed: int) -> Target:
-    """Steps of no length."""
-    return toy_target(seed, lr=0.0)
-
-
 class TokenModel(nn.Module):
     """A bag of words; answers as transformers do, with an object that has `.logits`."""
 
@@ -82,20 +72,62 @@ def token_target(seed: int) -> Target:
     return Target(model, optimiser, F.cross_entropy, batches, test=tokens(200, rng), validation=tokens(60, rng))
 
 
-def table_target(seed: int, **others: Any) -> Target:
+SCALE = torch.tensor([1.0, 1000.0])
+
+
+def rows(samples: int, rng: torch.Generator) -> Batch:
     """Two features, the second a thousand times as large, of two classes."""
-    rng = generator("audit table", seed)
-    scale = torch.tensor([1.0, 1000.0])
+    y = torch.arange(samples) % 2
+    x = (2.0 * y.unsqueeze(1) - 1 + 0.5 * torch.randn(samples, 2, generator=rng)) * SCALE
+    return Batch(x, y)
 
-    def rows(samples: int) -> Batch:
-        y = torch.arange(samples) % 2
-        x = (2.0 * y.unsqueeze(1) - 1 + torch.randn(samples, 2, generator=rng)) * scale
-        return Batch(x, y)
 
-    model = nn.Linear(2, 2)
+class Scaling(nn.Module):
+    """Brings both features to one scale."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / SCALE
+
+
+def _table_model(lr: float) -> tuple[nn.Module, SGD]:
+    head = nn.Linear(2, 2)
     with torch.no_grad():
-        model.weight.copy_(torch.tensor([[-1.0, -0.001], [1.0, 0.001]]))
-        model.bias.zero_()
-    optimiser = SGD(model.parameters(), lr=1e-3)
-    batches = [rows(20) for _ in range(5)]
-    return Target(model, optimiser, F.cross_entropy, batches, test=rows(200), validation=rows(40), **others)
+        head.weight.copy_(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+        head.bias.zero_()
+    model = nn.Sequential(Scaling(), head)
+    return model, SGD(model.parameters(), lr=lr)
+
+
+def table_target(seed: int, *, lr: float = 0.01, **others: Any) -> Target:
+    """A linear model of a table."""
+    rng = generator("audit table", seed)
+    model, optimiser = _table_model(lr)
+    parts = {"stream": [rows(20, rng) for _ in range(5)], "trusted": rows(40, rng), "test": rows(200, rng)}
+    return Target(model, optimiser, F.cross_entropy, **{**parts, "validation": rows(40, rng), **others})
+
+
+def weak(seed: int) -> Target:
+    """A large step, and nothing that takes it back."""
+    return table_target(seed, lr=10.0)
+
+
+def frozen(seed: int) -> Target:
+    """Steps of no length."""
+    return table_target(seed, lr=0.0)
+
+
+def divisible(seed: int) -> Target:
+    """The table as arrays, which a federation can divide; guarded by a gate."""
+    x, y = rows(500, generator("audit arrays", seed))
+    model, optimiser = _table_model(1.0)
+    sizes: dict[str, Any] = {
+        "burn_in": 50,
+        "victim": 200,
+        "validation": 50,
+        "trusted": 50,
+        "test": 150,
+        "batch_size": 20,
+    }
+    return Target.from_arrays(
+        model, optimiser, F.cross_entropy, x.numpy(), y.numpy(), defence="gate", seed=seed, **sizes
+    )

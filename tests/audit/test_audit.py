@@ -1,5 +1,6 @@
 """The auditor audited: what must fail fails, what must pass passes, and one seed shows nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 import mithridate as mi
 from mithridate.audit import Audited, Target
 from mithridate.core.errors import UserError
-from tests.audit.targets import QUICK, frozen, table_target, token_target, toy_target, weak
+from tests.audit.targets import QUICK, divisible, frozen, table_target, token_target, toy_target, weak
 
 
 def audited(target: Any, out: Path | None = None, **plan: Any) -> Audited:
@@ -45,7 +46,7 @@ def test_one_seed_is_inconclusive_however_bad_it_is() -> None:
 
 
 def test_the_verdict_is_of_the_guarded_model() -> None:
-    guarded = audited(lambda seed: toy_target(seed, lr=0.3, defence="gate"), attacks=["noise", "label_flip"])
+    guarded = audited(lambda seed: table_target(seed, lr=10.0, defence="gate"), attacks=["noise", "label_flip"])
     assert [side.guarded for side in guarded.sides] == [False, True]
     assert guarded.sides[0].verdict == "fail"
     assert guarded.verdict == guarded.sides[1].verdict
@@ -56,7 +57,9 @@ def test_the_verdict_is_of_the_guarded_model() -> None:
 
 def test_the_gates_limits_are_the_attackers_beliefs() -> None:
     gate = mi.defences.Gate(max_loss_rise=0.3, reference="start", forget_momentum=True)
-    found = audited(lambda seed: toy_target(seed, lr=0.02, defence=gate), attacks=["gate_aware"], seeds=[0], guard="on")
+    found = audited(
+        lambda seed: table_target(seed, lr=0.02, defence=gate), attacks=["gate_aware"], seeds=[0], guard="on"
+    )
     (run,) = [run for run in found.runs if run.attack == "gate_aware"]
     expected = {"max_loss_rise": 0.3, "reference": "start", "forget_momentum": True, "victim_lr": 0.02}
     assert expected.items() <= run.settings.items()
@@ -90,8 +93,8 @@ class Rounded(nn.Module):
 
 def test_a_model_without_gradients_is_not_said_to_resist_them() -> None:
     def target(seed: int) -> Target:
-        plain = toy_target(seed, lr=0.0)
-        return Target(Rounded(plain.model), plain.optimizer, plain.criterion, plain.stream)
+        plain = table_target(seed, lr=0.0)
+        return replace(plain, model=Rounded(plain.model))
 
     found = audited(target, attacks=["noise", "vanilla"])
     assert found.verdict == "inconclusive"
@@ -124,3 +127,38 @@ def test_finished_runs_are_not_made_again_and_others_are(tmp_path: Path) -> None
     assert [run.key for run in third.runs] == [run.key for run in first.runs]
     again(budget={**QUICK, "poison_ratio": 0.5})
     assert len(list((tmp_path / "runs").iterdir())) > len(files)
+
+
+def test_a_federation_is_attacked_by_updates() -> None:
+    plan: dict[str, Any] = {"federated": {"clients": 5, "hostile": 0.6, "scale": 20}, "attacks": ["noise", "sign_flip"]}
+    found = audited(divisible, **plan)
+    unguarded, guarded = found.sides
+    names = {r.attack for r in unguarded.rulings}
+    assert names == {"clean", "noise", "sign_flip"}
+    assert unguarded.verdict == "fail"
+    assert guarded.verdict == found.verdict
+    (first, *_) = [f for f in found.findings if not f.guarded and f.attack == "sign_flip"]
+    assert "NISTAML.011" in {identifier.id for identifier in first.identifiers}
+
+
+def test_a_federation_needs_samples_that_can_be_divided() -> None:
+    with pytest.raises(UserError, match="stream is a list of batches; give a Stream"):
+        audited(table_target, federated={"clients": 2})
+    with pytest.raises(UserError, match="unknown attack 'vanilla'"):
+        audited(weak, federated={"clients": 2}, attacks=["vanilla"])
+
+
+@pytest.mark.slow
+def test_images_are_tried_by_everything_and_batch_norm_is_told_apart() -> None:
+    """A net with BatchNorm: where an attack cost too much, it is tried with the statistics frozen, too."""
+    found = audited(lambda seed: toy_target(seed, lr=0.3))
+    assert found.verdict == "fail"
+    again = [run for run in found.runs if run.frozen]
+    assert {"clean", "label_flip"} <= {run.attack for run in again}
+    told = {r.attack: r.frozen for r in found.sides[0].rulings if r.measure == "phase"}
+    assert told["label_flip"] is not None
+
+
+@pytest.mark.slow
+def test_a_net_that_does_not_move_passes() -> None:
+    assert audited(lambda seed: toy_target(seed, lr=0.0)).verdict == "pass"

@@ -16,7 +16,7 @@ import mithridate as mi
 from mithridate.audit import Audited, Target, read_plan
 from mithridate.core.batch import Batch
 from mithridate.core.errors import UserError
-from tests.audit.targets import QUICK, table_target, toy_target
+from tests.audit.targets import QUICK, table_target
 from tests.command import invoke
 
 
@@ -82,7 +82,7 @@ BAD: list[tuple[Any, str]] = [
     (part(defence="gait"), "unknown defence 'gait'.*did you mean 'gate'"),
     (part(defence=3), "defence = 3: give a defence"),
     (part(defence={"name": "gate", "trusted": 1}), "unknown key 'trusted'"),
-    (part(defence="gate"), "trusted set"),
+    (part(defence="gate", trusted=None), "trusted set"),
     (part(defence="dsc", trusted=table_target(0).test), "looks back at an older state"),
 ]
 
@@ -100,9 +100,9 @@ def test_a_guard_that_is_asked_for_and_not_there() -> None:
 
 def test_images_outside_their_range_need_a_domain() -> None:
     def target(seed: int) -> Target:
-        toy = toy_target(seed, lr=0.1)
-        batches = [(toy.stream.victim_batch(i, 0).x * 4, toy.stream.victim_batch(i, 0).y) for i in range(4)]
-        return Target(toy.model, toy.optimizer, toy.criterion, batches, test=toy.stream.test.all())
+        images = Batch(4 * torch.rand(8, 1, 4, 4), torch.arange(8) % 2)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        return Target(model, SGD(model.parameters(), lr=0.1), F.cross_entropy, [images] * 5, test=images)
 
     with pytest.raises(UserError, match=r"images leave \[0, 1\]"):
         audited(target)
@@ -152,13 +152,10 @@ def test_a_budget_that_ends_within_a_run_keeps_what_was_finished(tmp_path: Path)
 
 
 TARGET = """
-from tests.audit.targets import table_target, toy_target
+from tests.audit.targets import frozen, weak
 
 def good(seed):
-    return toy_target(seed, lr=0.0)
-
-def weak(seed):
-    return toy_target(seed, lr=0.3)
+    return frozen(seed)
 
 def bad(seed):
     raise RuntimeError("no [weights] here")

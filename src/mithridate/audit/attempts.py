@@ -18,7 +18,7 @@ from mithridate.attacks import (
     WorstSamples,
     WrongLabels,
 )
-from mithridate.audit.plan import ATTACKS, AuditPlan
+from mithridate.audit.plan import ATTACKS, FEDERATED, AuditPlan, FederatedAudit
 from mithridate.audit.scaling import Scaled
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch
@@ -26,7 +26,9 @@ from mithridate.core.component import check_classes, check_moves
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, UserError, said
 from mithridate.core.model import WhiteBox
+from mithridate.core.registry import build, entry
 from mithridate.core.tolerance import Tolerance
+from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
 from mithridate.maths.calculus import NoDerivativeError
 
@@ -46,7 +48,7 @@ class Attempt:
     """
 
     name: str
-    attack: Attack
+    attack: Attack | UpdateAttack
     at_once: bool = False
     guarded_only: bool = False
 
@@ -95,6 +97,29 @@ def attempts(plan: AuditPlan, facts: Facts) -> tuple[list[Attempt], dict[str, st
     else:
         tried = [one for one in tried if one.name != "noise_trigger"]
     return controls + tried, skipped
+
+
+def update_attempts(plan: AuditPlan, federated: FederatedAudit) -> list[Attempt]:
+    """What is tried on a federation, the controls first.
+
+    Args:
+        plan: Which are wanted.
+        federated: How many clients are hostile.
+    """
+
+    def attack(name: str, **values: Any) -> UpdateAttack:  # noqa: ANN401  (of the attack)
+        known = entry("update_attack", name).fields
+        longer: dict[str, Any] = {k: federated.scale for k in ("scale", "trigger_scale") if k in known}
+        built: UpdateAttack = build("update_attack", {"name": name, **longer, **values}, where="[federated]")
+        return built
+
+    wanted = [name for name in FEDERATED if plan.wants(name)]
+    tried = [Attempt("clean", attack("clean"))]
+    if "direct" in wanted:
+        tried.append(Attempt("clean_trigger", attack("clean", phase=False), at_once=True))
+    return tried + [
+        Attempt(name, attack(name, poison_ratio=federated.hostile), at_once=name == "direct") for name in wanted
+    ]
 
 
 def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Attempt]:

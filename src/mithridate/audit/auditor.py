@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 
-from mithridate.audit.attempts import CONTROLS, Attempt, Facts, attempts, records_statistics
+from mithridate.audit.attempts import CONTROLS, Attempt, Facts, attempts, records_statistics, update_attempts
 from mithridate.audit.deadline import BudgetSpentError, Deadline
 from mithridate.audit.identifiers import findings_of
 from mithridate.audit.output import write_outputs
 from mithridate.audit.plan import AuditPlan, plan_of, read_plan
 from mithridate.audit.result import Audited, AuditRun, Points, Ruled, Side
 from mithridate.audit.rows import FinishedRuns, key_of
+from mithridate.audit.scaling import Scaled
 from mithridate.audit.target import Target, called, defence_of, samples_of, target_function
 from mithridate.audit.verdict import Cost, Judged, Measure, Reach, judged
 from mithridate.audit.victim import GivenBatches, Victim
 from mithridate.audit.wording import notes_of, statement
+from mithridate.core.attack import Attack
 from mithridate.core.environment import environment
 from mithridate.core.errors import ConfigError, said
 from mithridate.core.files import path_of
+from mithridate.core.model import BatchNormMode
 from mithridate.core.registry import config_of, fields_of
+from mithridate.simulation.clients import FederatedRun
+from mithridate.simulation.federated import run_federated
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import Outcome, Progress
 
@@ -108,25 +113,33 @@ class _Audit:
         with self.deadline.interrupting():
             target = called(function, seed)
         budget = self.plan.budget
-        samples = samples_of(target, budget.batches + 1, seed)
+        federated = self.plan.federated
+        samples = samples_of(target, 1 if federated else budget.batches + 1, seed)
         victim = Victim(target, samples, defence_of(target), seed)
         self.facts = self.facts or victim.facts()
         for guarded in self._guards(victim):
             side = self.sides.setdefault(guarded, _Side(guarded))
-            facts = Facts(
-                samples.batches[0].to(next(target.model.parameters()).device),
-                victim.learner(guarded=False).white_box,
-                victim.defence if guarded else None,
-                target.optimizer,
-                bool(target.older),
-                victim.scale(budget),
-            )
-            tried, skipped = attempts(self.plan, facts)
+            tried, skipped = self._attempts(victim, guarded)
             side.skipped |= skipped
             for attempt in tried:
                 self._try(victim, side, attempt, frozen=False)
             if records_statistics(target.model):
                 self._freeze(victim, side, tried)
+
+    def _attempts(self, victim: Victim, guarded: bool) -> tuple[list[Attempt], dict[str, str]]:
+        """What is tried, and why the rest is not."""
+        if self.plan.federated:
+            return update_attempts(self.plan, self.plan.federated), {}
+        target, samples = victim.target, victim.samples
+        facts = Facts(
+            samples.batches[0].to(next(target.model.parameters()).device),
+            victim.learner(guarded=False).white_box,
+            victim.defence if guarded else None,
+            target.optimizer,
+            bool(target.older),
+            victim.scale(self.plan.budget),
+        )
+        return attempts(self.plan, facts)
 
     def _guards(self, victim: Victim) -> Sequence[bool]:
         """Without the guard first, then with it."""
@@ -159,9 +172,6 @@ class _Audit:
         how = "guarded" if side.guarded else "unguarded"
         how += ", statistics frozen" if frozen else ""
         self.standing = f"during {attempt.name}, {how}, seed {victim.seed}"
-        run = OnlineRun(
-            steps=self.plan.budget.batches, update_mode="eval" if frozen else "train", images=0, save_every=1
-        )
         settings = _settings(attempt)
         key = key_of(
             {
@@ -171,7 +181,8 @@ class _Audit:
                 "frozen": frozen,
                 "attack": attempt.name,
                 "settings": settings,
-                "batches": run.steps,
+                "batches": self.plan.budget.batches,
+                "federated": self.plan.federated and fields_of(self.plan.federated),
                 "environment": environment(torch.device("cpu")),
             }
         )
@@ -180,16 +191,8 @@ class _Audit:
             outcome: Outcome | None = None
             error = ""
             with self.deadline.interrupting():
-                learner = victim.learner(guarded=side.guarded, mode=run.update_mode)
                 try:
-                    outcome = run_online(
-                        learner,
-                        GivenBatches.of(victim.samples),
-                        attempt.attack,
-                        run,
-                        seed=victim.seed,
-                        on_step=self._on_step,
-                    )
+                    outcome = self._outcome(victim, attempt, guarded=side.guarded, frozen=frozen)
                 except ConfigError as reason:
                     if attempt.name in CONTROLS:  # then it is the user's mistake
                         raise
@@ -217,6 +220,23 @@ class _Audit:
             f"seed {victim.seed}, {how}: {attempt.name}, accuracy {start:.1%} to {end:.1%}, {done.seconds:.1f} s"
         )
 
+    def _outcome(self, victim: Victim, attempt: Attempt, *, guarded: bool, frozen: bool) -> Outcome:
+        """The run itself."""
+        mode: BatchNormMode = "eval" if frozen else "train"
+        learner, attack = victim.learner(guarded=guarded, mode=mode), attempt.attack
+        if isinstance(attack, Attack):
+            run = OnlineRun(steps=self.plan.budget.batches, update_mode=mode, images=0)
+            batches = GivenBatches.of(victim.samples)
+            return run_online(learner, batches, attack, run, seed=victim.seed, on_step=self._on_step)
+        assert self.plan.federated is not None  # noqa: S101  (else there are no update attacks)
+        rounds = FederatedRun(
+            rounds=self.plan.budget.batches,
+            rule=self.plan.federated.rule,
+            batch_norm="frozen" if frozen else "synchronised",
+        )
+        federation = victim.federation(self.plan.federated.clients)
+        return run_federated(learner, federation, attack, rounds, on_step=self._on_step)
+
     def _on_step(self, progress: Progress) -> None:
         self.deadline.check()
 
@@ -239,7 +259,7 @@ class _Audit:
             plan=plan,
             facts=self.facts,
             sides=sides,
-            findings=findings_of(sides),
+            findings=findings_of(sides, federated=self.plan.federated is not None),
             runs=[run for _, side in sorted(self.sides.items()) for run in side.runs],
             seconds=round(self.seconds, 3),
             environment=environment(torch.device("cpu")),
@@ -331,11 +351,11 @@ def _points(cost: Reach) -> Points:
 
 
 def _settings(attempt: Attempt) -> Any:  # noqa: ANN401  (as JSON has it)
-    inner = getattr(attempt.attack, "inner", None)
-    scale = getattr(attempt.attack, "scale", None)
-    if scale is None:
-        return _jsonable(config_of(attempt.attack))
-    return _jsonable({**config_of(inner), "scale": [float(f"{s:.6g}") for s in scale.flatten().tolist()]})
+    attack = attempt.attack
+    if not isinstance(attack, Scaled):
+        return _jsonable(config_of(attack))
+    scale = [float(f"{s:.6g}") for s in attack.scale.flatten().tolist()]
+    return _jsonable({**config_of(attack.inner), "scale": scale})
 
 
 def _plain(plan: AuditPlan) -> Any:  # noqa: ANN401  (as JSON has it)

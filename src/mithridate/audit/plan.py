@@ -45,6 +45,8 @@ FEDERATED: Mapping[str, str] = {
     "label_flip": "honest updates of wrong labels",
     "sign_flip": "updates turned round",
     "alie": "updates a little off, all the same way",
+    "min_max": "updates as far off as the honest ones are from each other",
+    "ipm": "updates against the honest mean",
     "direct": "updates that climb the loss",
     "accumulative": "quiet rounds that prepare for one",
 }
@@ -61,7 +63,7 @@ class AuditBudget:
         unit: `value`: the inputs' own (pixels in [0, 1]); `std`: standard deviations of each feature in the stream,
             for tables whose columns have different scales.
         norm: Of that distance: `linf`, each value alone, or `l2`, all together.
-        poison_ratio: Share of each batch that may be changed, in [0, 1].
+        poison_ratio: Share of each batch that may be changed, in [0, 1]; of a federation, `hostile` says it.
         labels: The attacker may change labels, too.
         samples: The attacker may send samples of the user's in place of others.
         batches: Batches before the last one, >= 1; of a federation, rounds.
@@ -100,11 +102,13 @@ class FederatedAudit:
     Args:
         clients: Among whom the stream's samples are divided, >= 1; all take part in every round.
         hostile: Share of them that is hostile, in [0, 1], rounded up to a whole client.
+        scale: How much longer than an honest update a hostile one may be; 1 is as long.
         rule: The server's robust rule, a table as in a recipe; unset: the mean.
     """
 
     clients: Annotated[int, Field(ge=2)] = 10
     hostile: Annotated[float, Field(ge=0, le=1)] = 0.2
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     rule: dict[str, Any] | None = None
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,9 @@ from mithridate.core.model import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import config_of
 from mithridate.data.part import Part
+from mithridate.data.shards import Shards
+from mithridate.data.stream import Stream
+from mithridate.simulation.clients import Federation, federate
 from mithridate.training.calibrate import calibrated
 from mithridate.training.checkpoint import tensors_digest
 from mithridate.training.door import kind
@@ -168,6 +171,8 @@ class Victim:
         tensors |= {f"buffer.{n}": t for n, t in self.begin.buffers.items()}
         named = {"test": self.samples.test, "validation": self.samples.validation}
         named |= {f"batch{i}": batch for i, batch in enumerate(self.samples.batches)}
+        if isinstance(self.target.stream, Stream):  # of which a federation divides all
+            named["victim"] = self.target.stream.victim.all()
         named |= {} if self.samples.trusted is None else {"trusted": self.samples.trusted}
         for name, batch in named.items():
             tensors |= {f"{name}.{i}": t for i, t in enumerate([*tensors_of(batch.x), batch.y])}
@@ -175,6 +180,26 @@ class Victim:
         criterion = getattr(self.target.criterion, "__qualname__", type(self.target.criterion).__name__)
         text = json.dumps([type(self.target.optimizer).__name__, groups, criterion, _table(self.defence)], default=str)
         return hashlib.sha256(f"{tensors_digest(tensors)} {text}".encode()).hexdigest()[:16]
+
+    def federation(self, clients: int) -> Federation:
+        """The stream's samples, divided among clients.
+
+        Args:
+            clients: How many.
+
+        Raises:
+            ConfigError: The target has batches, and no `Stream`.
+            DataError: There are too few samples.
+        """
+        stream = self.target.stream
+        if not isinstance(stream, Stream):
+            raise ConfigError(
+                "[federated] divides samples among clients, and the target's stream is a list of batches; give a "
+                "Stream, such as mi.Stream.from_arrays(x, y)."
+            )
+        test, validation = (_part(name, getattr(self.samples, name)) for name in ("test", "validation"))
+        whole = replace(stream, domain=self.samples.domain, test=test, validation=validation)
+        return federate(whole, Shards(clients=clients), seed=self.seed)
 
     def scale(self, budget: AuditBudget) -> Tensor | None:
         """By which an attack's inputs are divided, so that the budget is one number; None if it is one.

@@ -33,7 +33,7 @@ def headline(audited: Audited) -> str:
 
 def lines(audited: Audited) -> list[str]:
     """Ten lines at most that say it all."""
-    budget, facts = audited.plan["budget"], audited.facts
+    facts = audited.facts
     said = []
     if facts:
         said.append(
@@ -41,13 +41,7 @@ def lines(audited: Audited) -> list[str]:
             f"{facts['optimiser']}, batches of {facts['batch_size']}, inputs {facts['inputs']}."
         )
     said.append(f"The verdict is of the model {side_name(audited.sides[-1])}.")
-    powers = [f"move inputs by {_eps(budget)}"] if facts.get("movable", True) else []
-    powers += ["change labels"] if budget["labels"] else []
-    powers += ["send other samples"] if budget["samples"] else []
-    said.append(
-        f"In {100 * budget['poison_ratio']:g} % of each batch an attacker may {' or '.join(powers) or 'do nothing'}; "
-        f"there are {budget['batches']} batches and a last one."
-    )
+    said.append(_attacker(audited))
     said.append(f"Seeds: {', '.join(map(str, audited.plan['seeds']))}.")
     for side in audited.sides:
         worst = worst_of(side)
@@ -65,6 +59,24 @@ def lines(audited: Audited) -> list[str]:
     if audited.verdict == "pass":
         said.append("This says what was tried, and nothing about other attacks.")
     return said[:10]
+
+
+def _attacker(audited: Audited) -> str:
+    """What an attacker may do."""
+    budget, federated = audited.plan["budget"], audited.plan.get("federated")
+    if federated:
+        rule = (federated.get("rule") or {"name": "the mean"})["name"]
+        return (
+            f"{100 * federated['hostile']:g} % of {federated['clients']} clients are hostile, and the server takes "
+            f"{rule}; there are {budget['batches']} rounds and a last one."
+        )
+    powers = [f"move inputs by {_eps(budget)}"] if audited.facts.get("movable", True) else []
+    powers += ["change labels"] if budget["labels"] else []
+    powers += ["send other samples"] if budget["samples"] else []
+    return (
+        f"In {100 * budget['poison_ratio']:g} % of each batch an attacker may {' or '.join(powers) or 'do nothing'}; "
+        f"there are {budget['batches']} batches and a last one."
+    )
 
 
 def worst_of(side: Side) -> Ruled | None:
