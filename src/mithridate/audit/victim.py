@@ -129,8 +129,9 @@ class Victim:
         return learner
 
     def _learner(self, defence: Defence | None, mode: BatchNormMode) -> Learner:
-        target, samples = self.target, self.samples
-        history = None
+        target, samples, history = self.target, self.samples, None
+        device = next(target.model.parameters(), torch.empty(0)).device
+        trusted = None if samples.trusted is None else samples.trusted.to(device)
         if (defence is not None and (defence.lookback or defence.old_epochs)) or target.older:
             if defence is not None and defence.old_epochs and not target.older:
                 raise ConfigError(
@@ -143,9 +144,9 @@ class Victim:
             target.optimizer,
             criterion=target.criterion,
             defence=defence,
-            trusted=samples.trusted,
+            trusted=trusted,
             history=history,
-            training=[samples.trusted] if samples.trusted is not None else None,
+            training=None if trusted is None else [trusted],
             domain=samples.domain,
             seed=self.seed,
             update_mode=mode,
