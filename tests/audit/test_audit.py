@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mithridate as mi
 from mithridate.audit import Audited, Target
 from mithridate.core.errors import UserError
-from tests.audit.targets import QUICK, divisible, frozen, table_target, token_target, toy_target, weak
+from mithridate.core.seeding import generator
+from mithridate.models import build_model
+from mithridate.testing.toy import toy_stream
+from tests.audit.targets import QUICK, divisible, frozen, rows, table_target, token_target, toy_target, weak
 
 
 def audited(target: Any, out: Path | None = None, **plan: Any) -> Audited:
@@ -162,3 +166,32 @@ def test_images_are_tried_by_everything_and_batch_norm_is_told_apart() -> None:
 @pytest.mark.slow
 def test_a_net_that_does_not_move_passes() -> None:
     assert audited(lambda seed: toy_target(seed, lr=0.0)).verdict == "pass"
+
+
+@pytest.mark.slow
+def test_a_guard_that_looks_back_is_hidden_from() -> None:
+    def target(seed: int) -> Target:
+        fresh = build_model({"name": "small_cnn", "width": 8}, toy_stream(seed).info, seed=seed)
+        guard = {"name": "dsc", "epoch": 0, "target_rate": 0.2}
+        return toy_target(seed, lr=0.05, defence=guard, older={0: fresh.state_dict()})
+
+    found = audited(target, attacks=["accumulative", "hiding"], seeds=[0], guard="on")
+    (run,) = [run for run in found.runs if run.attack == "hiding" and not run.frozen]
+    assert run.settings["beta"] > 0
+    assert run.settings["hide"] == "pixels"
+
+
+def test_a_loader_of_a_users_own_is_a_stream() -> None:
+    """Shuffled by its generator, its last batch smaller, on a sequence of pairs."""
+
+    def target(seed: int) -> Target:
+        x, y = rows(110, generator("loader", seed))
+        shuffled = torch.Generator().manual_seed(seed)
+        loader = DataLoader(TensorDataset(x, y), batch_size=25, shuffle=True, generator=shuffled)
+        return table_target(seed, lr=10.0, stream=loader)
+
+    found = audited(target, attacks=["noise", "label_flip"], budget={**QUICK, "batches": 4})
+    assert found.verdict == "fail"
+    assert all(len(run.accuracy) == 6 for run in found.runs if run.attack == "label_flip")
+    with pytest.raises(UserError, match="has 5 batches, and a run takes 6"):
+        audited(target, attacks=["label_flip"], budget={**QUICK, "batches": 5})

@@ -52,10 +52,10 @@ class WorstSamples(Substituting):
 
     def substitute(self, batch: AnyBatch, view: View, mask: Tensor, rng: Generator) -> AnyBatch:
         """The samples that harm most, the worst one first, in the places that may be replaced."""
-        box, own = view.model, view.validation
-        if own.size < 2:
+        box, samples = view.model, view.validation
+        if samples.size < 2:
             raise ConfigError("worst_samples: S_val has one sample alone; give two or more, to choose and to look at.")
-        part, pool = own.take(slice(0, None, 2)), own.take(slice(1, None, 2))
+        part, pool = samples.take(slice(0, None, 2)), samples.take(slice(1, None, 2))
         order = aligned(box, pool, slope(box, part)).argsort()
         ranks = torch.zeros(batch.size, dtype=torch.int64)
         ranks[mask] = torch.arange(int(mask.sum()))
@@ -82,13 +82,14 @@ def aligned(box: WhiteBox, samples: AnyBatch, direction: Parameters) -> Tensor:
         samples: Any number of them.
         direction: By parameter. Of zero length, all samples are alike.
     """
-    own = box.parameters
-    length, size = _length(direction), _length(own)
+    parameters = box.parameters
+    length, size = _length(direction), _length(parameters)
     if length == 0 or not math.isfinite(length):
         return torch.zeros(samples.size)
     reach = REACH * max(size, 1.0) / length
     ahead, behind = (
-        _losses(box, samples, {name: p + sign * reach * direction[name] for name, p in own.items()}) for sign in (1, -1)
+        _losses(box, samples, {name: p + sign * reach * direction[name] for name, p in parameters.items()})
+        for sign in (1, -1)
     )
     return (ahead - behind) / (2 * reach)
 

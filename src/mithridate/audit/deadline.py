@@ -57,7 +57,7 @@ class Deadline:
             raise BudgetSpentError
 
         before = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, self.left)
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3))  # zero would switch it off
         try:
             yield
         finally:

@@ -38,8 +38,8 @@ PHASE = AuditRule(
     "MITH002",
     "PhaseCostsTooMuch",
     "A stream of poisoned batches costs more accuracy than is allowed, compared with the same stream left clean.",
-    "Compare with a reference that does not move (a gate with reference = start or best), and hold back samples of "
-    "sources that are not trusted.",
+    "Put a guard into the loop that compares with a state that does not move (a gate with reference = start or best), "
+    "and hold back samples of sources that are not trusted.",
 )
 CLEAN = AuditRule(
     "MITH003",
@@ -102,7 +102,7 @@ def findings_of(sides: Sequence[Side], *, federated: bool = False) -> list[Audit
         sides: The unguarded model, and the guarded one if there is one, which comes last.
         federated: What is poisoned are updates.
     """
-    found: list[AuditFinding] = []
+    findings: list[AuditFinding] = []
     for side in reversed(sides):
         decisive = side is sides[-1]
         above = [r for r in side.rulings if r.says == "above" and not (r.control and r.attack != "clean")]
@@ -110,12 +110,12 @@ def findings_of(sides: Sequence[Side], *, federated: bool = False) -> list[Audit
         for r in attacked or above:
             rule = CLEAN if r.control else STEP if r.measure == "step" else PHASE
             kind: Kind = "none" if r.control else "updates" if federated else KINDS.get(r.attack, "inputs")
-            found.append(_finding(side, rule, r, _told(r, side, decisive), "error" if decisive else "note", kind))
+            findings.append(_finding(side, rule, r, _told(r, side, decisive), "error" if decisive else "note", kind))
         if decisive and side.verdict == "inconclusive":
-            found += [
+            findings += [
                 _finding(side, OPEN, None, f"{text[0].upper()}{text[1:]}.", "warning", "none") for text in side.reasons
             ]
-    return found
+    return findings
 
 
 def _finding(side: Side, rule: AuditRule, r: Ruled | None, message: str, level: Level, kind: Kind) -> AuditFinding:

@@ -123,8 +123,8 @@ def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
     module = module_of(absolute(place, folder))
     function = getattr(module, name, None)
     if not callable(function):
-        own = {key: v for key, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-        inside = [key for key, value in own.items() if callable(value)]
+        defined = {key: v for key, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+        inside = [key for key, value in defined.items() if callable(value)]
         raise ConfigError(f"target = {shown(spelled)}: {place} has no function {shown(name)}: {nearest(name, inside)}")
     return function  # type: ignore[no-any-return]  # a function of the user's
 
@@ -206,12 +206,12 @@ def samples_of(target: Target, batches: int, seed: int) -> TargetSamples:
         raise DataError("the target has no test samples, on which accuracy is measured; give Target(..., test=...).")
     measured = _joined(test, "test samples")
     if validation is None:
-        measured, own = _halved(measured, seed)
+        measured, attackers = _halved(measured, seed)
     else:
-        own = _joined(validation, "validation samples")
+        attackers = _joined(validation, "validation samples")
     known = None if trusted is None else _joined(trusted, "trusted samples")
-    _check_alike(stream[0], {"test samples": measured, "validation samples": own, "trusted samples": known})
-    return TargetSamples(stream, known, measured, own, _domain(domain, stream))
+    _check_alike(stream[0], {"test samples": measured, "validation samples": attackers, "trusted samples": known})
+    return TargetSamples(stream, known, measured, attackers, _domain(domain, stream))
 
 
 def _several(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a user calls a stream)
@@ -265,8 +265,8 @@ def _halved(test: AnyBatch, seed: int) -> tuple[AnyBatch, AnyBatch]:
     if test.size < 4:
         raise DataError(f"{test.size} test samples are too few to give the attacker some; give more, or `validation`.")
     order = torch.randperm(test.size, generator=torch.Generator().manual_seed(derived_seed("audit validation", seed)))
-    own = min(test.size // 2, 500)
-    return test.take(order[own:].sort().values), test.take(order[:own].sort().values)
+    size = min(test.size // 2, 500)
+    return test.take(order[size:].sort().values), test.take(order[:size].sort().values)
 
 
 def _check_alike(first: AnyBatch, others: Mapping[str, AnyBatch | None]) -> None:

@@ -155,13 +155,15 @@ class Victim:
     @cached_property
     def _older(self) -> dict[int, Weights]:
         """The states from before."""
-        names = {name for name, _ in self.target.model.named_parameters()}
+        model = self.target.model
+        parameters, buffers = (dict(named) for named in (model.named_parameters(), model.named_buffers()))
+        derived = {n: b for n, b in buffers.items() if n not in model.state_dict()}  # which no state dict holds
         return {
             epoch: Weights(
-                {n: t.detach().clone() for n, t in state.items() if n in names},
-                {n: t.detach().clone() for n, t in state.items() if n not in names},
+                {n: t for n, t in state.items() if n in parameters},
+                {**derived, **{n: t for n, t in state.items() if n in buffers}},
                 f"the target's epoch {epoch}",
-            )
+            ).copied()
             for epoch, state in self.target.older.items()
         }
 
