@@ -59,6 +59,21 @@ def test_the_verdict_is_of_the_guarded_model() -> None:
     assert all(f.level == "note" for f in guarded.findings if not f.guarded)
 
 
+def test_the_guard_of_the_users_loop_is_tried_and_taken_off_it() -> None:
+    def target(seed: int, *, told: bool = True) -> Target:
+        plain = table_target(seed, lr=10.0)
+        guard = mi.guard.attach(plain.model, plain.optimizer, defence=mi.defences.Gate(), trusted=plain.trusted)
+        return replace(plain, defence=guard if told else None)
+
+    plan: dict[str, Any] = {"attacks": ["label_flip"], "seeds": [0]}
+    by_guard = audited(target, **plan)
+    by_defence = audited(lambda seed: table_target(seed, lr=10.0, defence="gate"), **plan)
+    assert [run.accuracy for run in by_guard.runs] == [run.accuracy for run in by_defence.runs]
+    assert by_guard.sides[0].rulings != by_guard.sides[1].rulings
+    with pytest.raises(UserError, match=r"guarded already; give the guard itself"):
+        audited(lambda seed: target(seed, told=False), **plan)
+
+
 def test_the_gates_limits_are_the_attackers_beliefs() -> None:
     gate = mi.defences.Gate(max_loss_rise=0.3, reference="start", forget_momentum=True)
     found = audited(

@@ -37,7 +37,7 @@ CONTROLS = frozenset({"clean", "clean_trigger", "noise", "noise_trigger"})
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Trial:
     """One attack as it is tried.
 
     Args:
@@ -74,14 +74,14 @@ class Facts:
     scale: Tensor | None
 
 
-def attempts(plan: AuditPlan, facts: Facts) -> tuple[list[Attempt], dict[str, str]]:
+def attempts(plan: AuditPlan, facts: Facts) -> tuple[list[Trial], dict[str, str]]:
     """What is tried, the controls first, and why the rest is not, by name.
 
     Args:
         plan: Which are wanted, and the budget.
         facts: Of the target.
     """
-    tried: list[Attempt] = []
+    tried: list[Trial] = []
     skipped: dict[str, str] = {}
     for name in ATTACKS:
         if not plan.wants(name):
@@ -91,15 +91,15 @@ def attempts(plan: AuditPlan, facts: Facts) -> tuple[list[Attempt], dict[str, st
         except UserError as error:
             skipped[name] = said(error)
     ratio = plan.budget.poison_ratio
-    controls = [Attempt("clean", Clean(poison_ratio=ratio))]
+    controls = [Trial("clean", Clean(poison_ratio=ratio))]
     if any(one.at_once for one in tried if one.name not in CONTROLS):
-        controls.append(Attempt("clean_trigger", Clean(poison_ratio=ratio, phase=False), at_once=True))
+        controls.append(Trial("clean_trigger", Clean(poison_ratio=ratio, phase=False), at_once=True))
     else:
         tried = [one for one in tried if one.name != "noise_trigger"]
     return controls + tried, skipped
 
 
-def update_attempts(plan: AuditPlan, federated: FederatedAudit) -> list[Attempt]:
+def update_attempts(plan: AuditPlan, federated: FederatedAudit) -> list[Trial]:
     """What is tried on a federation, the controls first.
 
     Args:
@@ -114,15 +114,15 @@ def update_attempts(plan: AuditPlan, federated: FederatedAudit) -> list[Attempt]
         return built
 
     wanted = [name for name in FEDERATED if plan.wants(name)]
-    tried = [Attempt("clean", attack("clean"))]
+    tried = [Trial("clean", attack("clean"))]
     if "direct" in wanted:
-        tried.append(Attempt("clean_trigger", attack("clean", phase=False), at_once=True))
+        tried.append(Trial("clean_trigger", attack("clean", phase=False), at_once=True))
     return tried + [
-        Attempt(name, attack(name, poison_ratio=federated.hostile), at_once=name == "direct") for name in wanted
+        Trial(name, attack(name, poison_ratio=federated.hostile), at_once=name == "direct") for name in wanted
     ]
 
 
-def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Attempt]:
+def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Trial]:
     """An attack, as often as it is tried.
 
     Raises:
@@ -135,7 +135,7 @@ def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Attempt]:
             raise ConfigError(f"[budget] {'labels' if name == 'label_flip' else 'samples'} = false")
         if name == "label_flip":
             check_classes(facts.batch, who=name)
-        yield Attempt(name, replacing)
+        yield Trial(name, replacing)
         return
     check_moves(facts.batch, who=name)
     radius = 1.0 if isinstance(budget.eps, tuple) else budget.eps
@@ -143,26 +143,26 @@ def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Attempt]:
     if radius == 0 or budget.poison_ratio == 0:
         raise ConfigError("[budget] leaves inputs as they are")
     if name == "noise":
-        yield Attempt("noise", _scaled(Noise(**ball), facts))
-        yield Attempt("noise_trigger", _scaled(Noise(**ball, phase=False), facts), at_once=True)
+        yield Trial("noise", _scaled(Noise(**ball), facts))
+        yield Trial("noise_trigger", _scaled(Noise(**ball, phase=False), facts), at_once=True)
         return
     check_slope(facts.box, facts.batch)
     crafted: dict[str, Any] = {**ball, "steps": budget.inner_steps}
     quiet: dict[str, Any] = {"trigger_mode": "reoptimised", "trigger_update": "after_step", "normalise": "tensor"}
     if name == "vanilla":
-        yield Attempt(name, _scaled(Vanilla(**crafted, normalise="tensor"), facts), at_once=True)
+        yield Trial(name, _scaled(Vanilla(**crafted, normalise="tensor"), facts), at_once=True)
     elif name == "gradient_inversion":
-        yield Attempt(name, _scaled(GradientInversion(**crafted), facts))
+        yield Trial(name, _scaled(GradientInversion(**crafted), facts))
     elif name == "accumulative":
-        yield Attempt(name, _scaled(Accumulative(**crafted, **quiet), facts))
+        yield Trial(name, _scaled(Accumulative(**crafted, **quiet), facts))
     elif name == "gate_aware":
         knows = _believed(facts)
         inner = {"name": "accumulative", "steps": budget.inner_steps, **quiet}
-        yield Attempt(name, _scaled(GateAware(**ball, inner=inner, **knows), facts), guarded_only=True)
+        yield Trial(name, _scaled(GateAware(**ball, inner=inner, **knows), facts), guarded_only=True)
     elif name == "hiding":
         _check_hiding(facts)
         hides = {"beta": 2.0, "hide": "pixels", "hide_trigger": True}
-        yield Attempt(name, Accumulative(**crafted, **quiet, **hides), guarded_only=True)  # type: ignore[arg-type]
+        yield Trial(name, Accumulative(**crafted, **quiet, **hides), guarded_only=True)  # type: ignore[arg-type]
 
 
 def _scaled(attack: Attack, facts: Facts) -> Attack:

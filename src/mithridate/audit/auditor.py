@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mithridate.audit.attempts import CONTROLS, Attempt, Facts, attempts, records_statistics, update_attempts
+from mithridate.audit.attempts import CONTROLS, Facts, Trial, attempts, records_statistics, update_attempts
 from mithridate.audit.deadline import BudgetSpentError, Deadline
 from mithridate.audit.identifiers import findings_of
 from mithridate.audit.output import write_outputs
@@ -17,7 +17,7 @@ from mithridate.audit.plan import AuditPlan, plan_of, read_plan
 from mithridate.audit.result import Audited, AuditRun, Points, Ruled, Side
 from mithridate.audit.rows import FinishedRuns, key_of
 from mithridate.audit.scaling import Scaled
-from mithridate.audit.target import Target, called, defence_of, samples_of, target_function
+from mithridate.audit.target import Target, called, guard_of, samples_of, target_function
 from mithridate.audit.verdict import Cost, Judged, Measure, Reach, judged
 from mithridate.audit.victim import GivenBatches, Victim
 from mithridate.audit.wording import notes_of, statement
@@ -115,7 +115,7 @@ class _Audit:
         budget = self.plan.budget
         federated = self.plan.federated
         samples = samples_of(target, 1 if federated else budget.batches + 1, seed)
-        victim = Victim(target, samples, defence_of(target), seed)
+        victim = Victim(target, samples, guard_of(target), seed)
         self.facts = self.facts or victim.facts()
         for guarded in self._guards(victim):
             side = self.sides.setdefault(guarded, _Side(guarded))
@@ -126,7 +126,7 @@ class _Audit:
             if records_statistics(target.model):
                 self._freeze(victim, side, tried)
 
-    def _attempts(self, victim: Victim, guarded: bool) -> tuple[list[Attempt], dict[str, str]]:
+    def _attempts(self, victim: Victim, guarded: bool) -> tuple[list[Trial], dict[str, str]]:
         """What is tried, and why the rest is not."""
         if self.plan.federated:
             return update_attempts(self.plan, self.plan.federated), {}
@@ -150,7 +150,7 @@ class _Audit:
             return (False,)
         return {"on": (True,), "off": (False,), "both": (False, True), None: (False, True)}[wanted]
 
-    def _freeze(self, victim: Victim, side: _Side, tried: Sequence[Attempt]) -> None:
+    def _freeze(self, victim: Victim, side: _Side, tried: Sequence[Trial]) -> None:
         """What costs too much is tried again with BatchNorm's statistics frozen, beside the controls of its kind."""
         costs = {(c.attack, c.measure): c.values.get(victim.seed, 0.0) for c in costs_of(side.runs)}
         allowed = self._allowed
@@ -166,7 +166,7 @@ class _Audit:
     def _allowed(self) -> dict[Measure, float]:
         return {"step": self.plan.damage.step, "phase": self.plan.damage.phase}
 
-    def _try(self, victim: Victim, side: _Side, attempt: Attempt, *, frozen: bool) -> None:
+    def _try(self, victim: Victim, side: _Side, attempt: Trial, *, frozen: bool) -> None:
         """One run, unless it has been made."""
         self.deadline.check()
         how = "guarded" if side.guarded else "unguarded"
@@ -220,7 +220,7 @@ class _Audit:
             f"seed {victim.seed}, {how}: {attempt.name}, accuracy {start:.1%} to {end:.1%}, {done.seconds:.1f} s"
         )
 
-    def _outcome(self, victim: Victim, attempt: Attempt, *, guarded: bool, frozen: bool) -> Outcome:
+    def _outcome(self, victim: Victim, attempt: Trial, *, guarded: bool, frozen: bool) -> Outcome:
         """The run itself."""
         mode: BatchNormMode = "eval" if frozen else "train"
         learner, attack = victim.learner(guarded=guarded, mode=mode), attempt.attack
@@ -350,7 +350,7 @@ def _points(cost: Reach) -> Points:
     return Points(mean=number(cost.mean), low=number(cost.low), high=number(cost.high), seeds=cost.n)
 
 
-def _settings(attempt: Attempt) -> Any:  # noqa: ANN401  (as JSON has it)
+def _settings(attempt: Trial) -> Any:  # noqa: ANN401  (as JSON has it)
     attack = attempt.attack
     if not isinstance(attack, Scaled):
         return _jsonable(config_of(attack))

@@ -17,9 +17,10 @@ from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ComponentError, ConfigError, DataError, UserError, nearest, said, shown
 from mithridate.core.model import Criterion
 from mithridate.core.plugins import absolute, module_of
-from mithridate.core.registry import build
 from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.data.stream import Stream
+from mithridate.guard.loop import Guard
+from mithridate.guard.loop_door import GUARDED, defence_of
 
 IMAGE_DIMENSIONS = 4
 
@@ -40,7 +41,8 @@ class Target:
             and targets, or a mapping with its targets under `labels`.
         trusted: Samples that the owner knows to be clean, for defences that want some: a batch, or several.
         test: What accuracy is measured on: a batch, or several.
-        defence: The guard in the user's loop: a defence, its name, or a table as in a recipe.
+        defence: The guard in the user's loop: what `mi.guard.attach` gave, or a defence as that takes it (an object, a
+            name, `recommended`, a table). Of a guard, its defence is tried, not its `warm_up`, `every` and the like.
         domain: What a valid input is. Unset: [0, 1] of images, any number of other inputs.
         validation: Samples that the attacker has. Unset: half of the test samples, 500 at most, on which accuracy is
             then not measured.
@@ -53,7 +55,7 @@ class Target:
     stream: Any
     trusted: Any = None
     test: Any = None
-    defence: Defence | str | Mapping[str, Any] | None = None
+    defence: Guard | Defence | str | Mapping[str, Any] | None = None
     domain: Domain | None = None
     validation: Any = None
     older: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class Target:
         x: object,
         y: object,
         *,
-        defence: Defence | str | Mapping[str, Any] | None = None,
+        defence: Guard | Defence | str | Mapping[str, Any] | None = None,
         older: Mapping[int, Mapping[str, Tensor]] | None = None,
         **settings: object,
     ) -> "Target":
@@ -156,21 +158,25 @@ def called(function: Callable[..., Any], seed: int) -> Target:
     return target
 
 
-def defence_of(target: Target) -> Defence | None:
-    """A target's defence as an object.
+def guard_of(target: Target) -> Defence | None:
+    """A target's defence as an object; a guard is taken off its loop, for the audit takes the steps itself.
 
     Raises:
-        ConfigError: Its name or its settings are wrong.
+        ConfigError: Its name or settings are wrong, or the optimiser is guarded and the target does not say by what.
     """
     given = target.defence
-    if isinstance(given, str):
-        given = {"name": "chain", "preset": "recommended"} if given == "recommended" else {"name": given}
-    if given is None or isinstance(given, Defence):
-        return given
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"defence = {shown(given)}: give a defence, its name, or a table such as {{'name': 'gate'}}.")
-    defence: Defence = build("defence", dict(given), where="defence of the target")
-    return defence
+    if isinstance(given, Guard):
+        given.detach()
+        return given.defence
+    if target.optimizer in GUARDED:
+        raise ConfigError(
+            "the target's optimiser is guarded already; give the guard itself, Target(..., defence=guard)."
+        )
+    if given is not None and not isinstance(given, Defence | Mapping | str):
+        raise ConfigError(
+            f"defence = {shown(given)}: give a guard, a defence, its name, or a table {{'name': 'gate'}}."
+        )
+    return None if given is None else defence_of(given)
 
 
 def samples_of(target: Target, batches: int, seed: int) -> TargetSamples:
