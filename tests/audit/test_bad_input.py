@@ -165,7 +165,10 @@ def bad(seed):
 @pytest.mark.parametrize(
     ("name", "seeds", "code", "said"),
     [
-        ("good", "[0, 1, 2]", 0, "PASS: No tried attack within this budget cost more than 10 points"),
+        pytest.param(
+            *("good", "[0, 1, 2]", 0, "PASS: No tried attack within this budget cost more than 10 points"),
+            marks=pytest.mark.slow,
+        ),
         ("weak", "[0, 1, 2]", 1, "FAIL: label_flip cost"),
         ("weak", "[0]", 3, "INCONCLUSIVE: It cannot be told: too few seeds: 1"),
         ("bad", "[0]", 2, "error: the target function bad raised RuntimeError: no [weights] here"),

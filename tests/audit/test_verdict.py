@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
@@ -102,6 +102,7 @@ def test_nothing_tried_is_no_pass() -> None:
     assert "(vanilla: the model is not differentiable in its inputs)" in verdict.reasons[0]
 
 
+@settings(max_examples=30)
 @given(st.lists(st.floats(-50, 100), min_size=3, max_size=8), st.floats(0, 60))
 def test_a_verdict_is_what_a_t_test_says(values: list[float], allowed: float) -> None:
     """`above` and `below` are the two one-sided t-tests at 2.5 %."""
