@@ -1,5 +1,6 @@
 """The auditor audited: what must fail fails, what must pass passes, and one seed shows nothing."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,21 @@ def test_a_radius_of_its_own_for_every_feature() -> None:
     assert 500 < second / first < 2000
     with pytest.raises(UserError, match="eps lists 3 numbers, and a sample has 2"):
         audited(table_target, budget={**QUICK, "eps": [1.0, 2.0, 3.0]}, attacks=["noise"])
+
+
+def test_one_model_for_all_seeds_begins_anew_and_is_left_as_it_was() -> None:
+    """A function may load a model once, and give it again and again."""
+    once = table_target(0, lr=10.0)
+    before = copy.deepcopy((once.model.state_dict(), once.optimizer.state_dict()))
+    found = audited(lambda seed: once, attacks=["label_flip"])
+    starts = {run.accuracy[0] for run in found.runs}
+    assert len(starts) == 1
+    assert min(run.accuracy[-1] for run in found.runs) < min(starts) - 0.3
+    for name, tensor in before[0].items():
+        assert torch.equal(once.model.state_dict()[name], tensor)
+    assert once.optimizer.state_dict() == before[1]
+    assert "gave the same model and stream in every seed" in found.notes[0]
+    assert "gave the same model" not in str(audited(weak, attacks=["label_flip"]).notes)
 
 
 def test_finished_runs_are_not_made_again_and_others_are(tmp_path: Path) -> None:

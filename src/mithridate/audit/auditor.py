@@ -106,24 +106,33 @@ class _Audit:
         self.facts: dict[str, Any] = {}
         self.standing = "before anything had begun"
         self.seconds = 0.0
+        self.environment = environment(torch.device("cpu"))
+        self.beginnings: list[str] = []
 
     def seed(self, function: Callable[..., Target], seed: int) -> None:
         """Everything that is tried in one seed."""
         self.standing = f"while the target function worked, seed {seed}"
         with self.deadline.interrupting():
             target = called(function, seed)
-        budget = self.plan.budget
-        federated = self.plan.federated
-        samples = samples_of(target, 1 if federated else budget.batches + 1, seed)
-        victim = Victim(target, samples, guard_of(target), seed)
+            samples = samples_of(target, 1 if self.plan.federated else self.plan.budget.batches + 1, seed)
+            victim = Victim(target, samples, guard_of(target), seed)
         self.facts = self.facts or victim.facts()
+        self.environment = environment(victim.device)
+        self.beginnings.append(victim.beginning)
+        try:
+            self._sides(victim)
+        finally:
+            victim.put_back()
+
+    def _sides(self, victim: Victim) -> None:
+        """Everything that is tried, without the guard and with it."""
         for guarded in self._guards(victim):
             side = self.sides.setdefault(guarded, _Side(guarded))
             tried, skipped = self._attempts(victim, guarded)
             side.skipped |= skipped
             for attempt in tried:
                 self._try(victim, side, attempt, frozen=False)
-            if records_statistics(target.model):
+            if records_statistics(victim.target.model):
                 self._freeze(victim, side, tried)
 
     def _attempts(self, victim: Victim, guarded: bool) -> tuple[list[Trial], dict[str, str]]:
@@ -132,7 +141,7 @@ class _Audit:
             return update_attempts(self.plan, self.plan.federated), {}
         target, samples = victim.target, victim.samples
         facts = Facts(
-            samples.batches[0].to(next(target.model.parameters()).device),
+            samples.batches[0].to(victim.device),
             victim.learner(guarded=False).white_box,
             victim.defence if guarded else None,
             target.optimizer,
@@ -183,7 +192,7 @@ class _Audit:
                 "settings": settings,
                 "batches": self.plan.budget.batches,
                 "federated": self.plan.federated and fields_of(self.plan.federated),
-                "environment": environment(torch.device("cpu")),
+                "environment": self.environment,
             }
         )
         done = self.finished.get(key)
@@ -252,7 +261,11 @@ class _Audit:
             verdict=last.verdict,
             statement=statement(last.verdict, last.reasons, self.plan),
             reasons=last.reasons,
-            notes=notes_of(last, self.sides[last.guarded].runs if self.sides else []),
+            notes=notes_of(
+                last,
+                self.sides[last.guarded].runs if self.sides else [],
+                alike=len(self.beginnings) > 1 and len(set(self.beginnings)) == 1,
+            ),
             guarded=last.guarded,
             target=target,
             file=self.plan.file,
@@ -262,7 +275,7 @@ class _Audit:
             findings=findings_of(sides, federated=self.plan.federated is not None),
             runs=[run for _, side in sorted(self.sides.items()) for run in side.runs],
             seconds=round(self.seconds, 3),
-            environment=environment(torch.device("cpu")),
+            environment=self.environment,
         )
 
     def _side(self, side: _Side, spent: str) -> Side:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -111,6 +111,15 @@ class Victim:
             )
         object.__setattr__(self, "begin", learner.snapshot())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.target.model.parameters()).device
+
+    def put_back(self) -> None:
+        """Leave model and optimiser as they were given; a function may give the same ones again."""
+        self._learner(None, "train").restore(self.begin)
+
     def learner(self, *, guarded: bool, mode: BatchNormMode = "train") -> Learner:
         """The model as it was given, with or without its guard.
 
@@ -130,8 +139,9 @@ class Victim:
 
     def _learner(self, defence: Defence | None, mode: BatchNormMode) -> Learner:
         target, samples, history = self.target, self.samples, None
-        device = next(target.model.parameters(), torch.empty(0)).device
-        trusted = None if samples.trusted is None else samples.trusted.to(device)
+        trusted = samples.trusted
+        if trusted is not None and isinstance(target.model, torch.nn.Module):  # what is none, the learner refuses
+            trusted = trusted.to(next(target.model.parameters(), torch.empty(0)).device)
         if (defence is not None and (defence.lookback or defence.old_epochs)) or target.older:
             if defence is not None and defence.old_epochs and not target.older:
                 raise ConfigError(
@@ -168,21 +178,23 @@ class Victim:
         }
 
     @cached_property
-    def fingerprint(self) -> str:
-        """16 hex digits of all that the user's function decides of a run."""
+    def beginning(self) -> str:
+        """A hash of the model and the stream."""
         tensors = {f"parameter.{n}": t for n, t in self.begin.parameters.items()}
         tensors |= {f"buffer.{n}": t for n, t in self.begin.buffers.items()}
+        return tensors_digest(tensors | _tensors({f"batch{i}": b for i, b in enumerate(self.samples.batches)}))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of all that the user's function decides of a run."""
         named = {"test": self.samples.test, "validation": self.samples.validation}
-        named |= {f"batch{i}": batch for i, batch in enumerate(self.samples.batches)}
         if isinstance(self.target.stream, Stream):  # of which a federation divides all
             named["victim"] = self.target.stream.victim.all()
         named |= {} if self.samples.trusted is None else {"trusted": self.samples.trusted}
-        for name, batch in named.items():
-            tensors |= {f"{name}.{i}": t for i, t in enumerate([*tensors_of(batch.x), batch.y])}
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.target.optimizer.param_groups]
         criterion = getattr(self.target.criterion, "__qualname__", type(self.target.criterion).__name__)
         text = json.dumps([type(self.target.optimizer).__name__, groups, criterion, _table(self.defence)], default=str)
-        return hashlib.sha256(f"{tensors_digest(tensors)} {text}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.beginning} {tensors_digest(_tensors(named))} {text}".encode()).hexdigest()[:16]
 
     def federation(self, clients: int) -> Federation:
         """The stream's samples, divided among clients.
@@ -247,6 +259,11 @@ class Victim:
             "trusted_samples": 0 if self.samples.trusted is None else self.samples.trusted.size,
             "defence": _table(self.defence),
         }
+
+
+def _tensors(batches: Mapping[str, AnyBatch]) -> dict[str, Tensor]:
+    """The tensors of several batches, by name."""
+    return {f"{name}.{i}": t for name, batch in batches.items() for i, t in enumerate([*tensors_of(batch.x), batch.y])}
 
 
 def _table(defence: Defence | None) -> Any:  # noqa: ANN401  (a table, or what stands for it)

@@ -23,14 +23,20 @@ def statement(verdict: VerdictName, reasons: Sequence[str], plan: AuditPlan) -> 
     return f"It cannot be told: {reasons[0]}."
 
 
-def notes_of(side: Side, runs: Sequence[AuditRun]) -> list[str]:
+def notes_of(side: Side, runs: Sequence[AuditRun], *, alike: bool) -> list[str]:
     """What a reader should know who relies on the verdict.
 
     Args:
         side: That the verdict is of.
         runs: Of that side.
+        alike: Every seed began with the same model and stream.
     """
     notes = []
+    if alike:
+        notes.append(
+            "The target function gave the same model and stream in every seed, so that the intervals know of the "
+            "attacks' chance alone: train, or at least draw the stream, by the seed."
+        )
     clean = [run for run in runs if run.attack == "clean"]
     if clean and all(len(set(run.accuracy)) == 1 for run in clean):
         who = "the guard served the model that it began with" if side.guarded else "the model did not change"
