@@ -118,8 +118,7 @@ class Scaled(Attack):
                 available[need] = self._divided(available[need])
         if Need.MODEL in available:
             box: WhiteBox = available[Need.MODEL]
-            scale = self._safe.to(available[Need.TRIGGER].x)
-            twin = Rescaled(box.module, scale)
+            twin = Rescaled(box.module, self._safe.to(next(box.module.parameters())))
             twin.training = box.module.training  # not `train`, which sets the flags of the model inside
             available[Need.MODEL] = WhiteBox(twin, box.criterion)
         low, high = (
