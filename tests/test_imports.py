@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"simulation", "guard"},
     {"bench"},
     {"report"},
-    {"reproduce"},
+    {"reproduce", "audit"},
     {"testing"},
     {"mithridate"},
     {"cli"},

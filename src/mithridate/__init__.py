@@ -16,6 +16,7 @@ from mithridate.core.errors import UserError as UserError
 if TYPE_CHECKING:
     from mithridate import aggregators as aggregators
     from mithridate import attacks as attacks
+    from mithridate import audit as audit
     from mithridate import defences as defences
     from mithridate import detectors as detectors
     from mithridate import guard as guard

@@ -22,7 +22,18 @@ from mithridate.simulation.online import run_online
 from tests.command import Result, invoke, python, started
 from tests.recipes import files, tiny_text
 
-COMMANDS = ("demo", "run", "status", "calibrate", "reproduce", "leaderboard", "report", "quarantine", "list")
+COMMANDS = (
+    "demo",
+    "run",
+    "status",
+    "calibrate",
+    "reproduce",
+    "leaderboard",
+    "report",
+    "quarantine",
+    "list",
+    "audit",
+)
 
 
 @pytest.fixture(autouse=True)

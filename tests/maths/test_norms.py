@@ -271,3 +271,14 @@ def test_a_row_too_long_for_float32_squares_is_still_clipped_to_the_bound(norm: 
     expected = torch.tensor([[0.6, -0.8]]) if norm == "l2" else torch.tensor([[0.75, -1.0]])
     assert_close(clipped[:1], expected)
     assert torch.equal(clipped[1], rows[1])
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_large_values_are_rounded_by_more_and_still_held_to_their_ball(norm: Norm) -> None:
+    x = 1000 * torch.randn(50, 30, generator=torch.Generator().manual_seed(1))
+    ball = Ball(norm, 0.15)
+    delta = 0.15 * ball.direction(torch.randn(50, 30, generator=torch.Generator().manual_seed(2)))
+    there_and_back = (x + delta) - x
+    assert not ball.holds(there_and_back)
+    assert ball.holds(there_and_back, x)
+    assert not ball.holds(1.2 * there_and_back, x)

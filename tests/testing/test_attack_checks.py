@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from mithridate.attacks.label_flip import WrongLabels
 from mithridate.attacks.noise import Noise
 from mithridate.attacks.pgd import PGD
 from mithridate.core.batch import AnyBatch, Batch
@@ -44,6 +45,17 @@ class TakesAllForPixels(Noise):
 class ChangesLabels(Noise):
     def poison(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
         return super().poison(batch, view, rng=rng)._replace(y=batch.y.flip(0))
+
+
+class MovesInputsWithTheLabels(WrongLabels):
+    def substitute(self, batch: AnyBatch, view: View, mask: Tensor, rng: Generator) -> AnyBatch:
+        other = batch.take(torch.arange(batch.size).roll(1))
+        return super().substitute(batch, view, mask, rng)._replace(x=other.x)
+
+
+class TurnsNoLabel(WrongLabels):
+    def substitute(self, batch: AnyBatch, view: View, mask: Tensor, rng: Generator) -> AnyBatch:
+        return batch
 
 
 class WritesToItsBatch(Noise):
@@ -214,6 +226,8 @@ BROKEN: dict[type, set[str]] = {
     LeavesTheDomainUnseen: {"stays_in_the_domain"},
     TakesAllForPixels: {"stays_in_the_domain"},
     ChangesLabels: {"keeps_labels"},
+    MovesInputsWithTheLabels: {"keeps_labels", "stays_in_the_ball"},
+    TurnsNoLabel: {"uses_its_budget", "beats_noise"},
     WritesToItsBatch: {"leaves_inputs_alone"},
     WritesToValidation: {"leaves_inputs_alone"},
     WritesToTheTrigger: {"leaves_inputs_alone", "resumes"},

@@ -85,7 +85,7 @@ def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             err.print(
                 "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
-                "same command goes on from there with --resume (demo: without it).",
+                "same command goes on from there with --resume (demo and audit: without it).",
                 soft_wrap=True,
             )
             raise typer.Exit(INTERRUPTED) from None
@@ -391,6 +391,38 @@ class ScaleName(StrEnum):
     smoke = "smoke"
     small = "small"
     paper = "paper"
+
+
+@app.command()
+@_reports_mistakes
+def audit(
+    plan: Annotated[
+        Path, typer.Argument(metavar="AUDIT.toml", help="What is audited, the attacker's budget, the damage allowed.")
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the files go; made if missing.")] = Path("audit"),
+    seeds: SeedsOption = None,
+    threads: ThreadsOption = 0,
+) -> None:
+    """Audit a model of your own: what could one batch, or a stream of them, do to it.
+
+    A function of yours gives model, optimiser, criterion, stream, test samples and perhaps its defence; the attacks
+    that fit are tried on it within the budget, once a seed, beside the clean stream and noise. Ends with 0 if no tried
+    attack cost more than is allowed, 1 if one did, 3 if it cannot be told, and 2 if the plan or the function is wrong.
+    Finished runs are kept: the same command goes on where a killed one was.
+    """
+    import torch
+
+    from mithridate.audit import read_plan
+    from mithridate.cli.audit import audit_and_print
+
+    torch.set_num_threads(threads or _threads(1))
+    wanted = read_plan(plan)
+    if (given := _seeds(seeds)) is not None:
+        wanted = wanted.with_seeds(given)
+    with blamed(out_dir):
+        audited = audit_and_print(wanted, out_dir)
+    if audited.exit_code:
+        raise typer.Exit(audited.exit_code)
 
 
 class Form(StrEnum):

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -12,6 +12,9 @@ from mithridate.core.component import Component, check_moves
 from mithridate.core.domain import check_domain
 from mithridate.core.view import View
 from mithridate.maths.norms import Ball
+
+Power = Literal["inputs", "labels", "samples"]
+"""What of a sample an attack changes: its inputs, within the ball; its label; or all of it, by sending another one."""
 
 ASCENT = "ascent"
 """Where an attack notes its own objective, as the crafting found it and as it left it: a tensor of two numbers."""
@@ -26,6 +29,9 @@ class Attack(Component, ABC):
 
     control: ClassVar[bool] = False
     """Whether it is a control, which is not meant to beat noise."""
+
+    power: ClassVar[Power] = "inputs"
+    """What of a sample it changes. Only inputs have a ball."""
 
     weight_momentum: float | None = None
     """Momentum factor that the attack imposes on the victim's optimiser in the accumulative phase; None leaves it."""
@@ -129,7 +135,7 @@ class Attack(Component, ABC):
         x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
         poisoned = Batch(x, batch.y)
         check_domain(poisoned, view.domain, where=f"batch made by {name}")
-        if not ball.holds(x - batch.x):
+        if not ball.holds(x - batch.x, batch.x):
             raise AssertionError(f"{name} left its {ball.norm} ball of radius {ball.eps}")
         return poisoned
 

@@ -53,9 +53,17 @@ class Ball:
         lengths = sample_norms(delta, "l2")
         return delta * _as_factor(shrink(lengths, self.eps), delta)
 
-    def holds(self, delta: Tensor) -> bool:
-        """Whether every sample's perturbation lies inside, up to rounding."""
+    def holds(self, delta: Tensor, moved: Tensor | None = None) -> bool:
+        """Whether every sample's perturbation lies inside, up to rounding.
+
+        Args:
+            delta: Perturbations (n, ...).
+            moved: What was perturbed: a large value is rounded by more than a pixel is. None: pixels.
+        """
         slack = ROUNDING * max(1.0, self.eps)
+        if moved is not None and moved.numel():
+            rounded = 2 * torch.finfo(moved.dtype).eps * float(moved.abs().max())  # of x + delta, and of - x
+            slack += rounded * (1.0 if self.norm == "linf" else moved[0].numel() ** 0.5)
         return bool((sample_norms(delta, self.norm) <= self.eps + slack).all())
 
     def direction(self, gradient: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -18,9 +18,8 @@ from mithridate.core.registry import settings
 from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.core.view import Need
 from mithridate.core.watch import Monitor
-from mithridate.data.stream import Stream
 from mithridate.maths.norms import sample_norms
-from mithridate.simulation.run import Exchange, OnAlarm, Outcome, Progress, Simulation
+from mithridate.simulation.run import Exchange, OnAlarm, Outcome, Progress, Simulation, Tested
 from mithridate.simulation.scoring import CLEAN, OOD, RECEIVED, Scorer, score_batches
 from mithridate.simulation.trace import Phase, Sent
 from mithridate.training.learner import Learner, Precision, Update
@@ -73,6 +72,38 @@ class OnlineRun:
     ood: str | None = None
 
 
+class Feed(Tested, Protocol):
+    """Where a run's batches come from: a `Stream`, or what else gives the same batch when it is asked again."""
+
+    def require(self, steps: int) -> None:
+        """Refuse a run that is longer.
+
+        Args:
+            steps: Accumulative batches; the trigger batch comes on top.
+
+        Raises:
+            DataError: They do not fit.
+        """
+
+    def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
+        """One clean batch, which depends on the arguments alone.
+
+        Args:
+            step: Which one, from 0.
+            seed: Of the run.
+            device: Where the batch goes.
+        """
+
+    def trigger_batch(self, steps: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
+        """The batch after the last accumulative one.
+
+        Args:
+            steps: Accumulative batches before it.
+            seed: Of the run.
+            device: Where the batch goes.
+        """
+
+
 class _Online(Simulation):
     """Batches of a stream, poisoned before the learner learns from them."""
 
@@ -82,7 +113,7 @@ class _Online(Simulation):
     def __init__(
         self,
         learner: Learner,
-        stream: Stream,
+        stream: Feed,
         attack: Attack,
         run: OnlineRun,
         *,
@@ -138,7 +169,7 @@ class _Online(Simulation):
 
 def run_online(
     learner: Learner,
-    stream: Stream,
+    stream: Feed,
     attack: Attack,
     run: OnlineRun | None = None,
     *,
@@ -189,7 +220,8 @@ def run_online(
 def _changed(clean: AnyBatch, sent: AnyBatch) -> Tensor:
     """(n,) bool, the samples that the attack changed."""
     changed = torch.zeros(clean.size, dtype=torch.bool, device=clean.y.device)
-    for before, after in zip(tensors_of(clean.x), tensors_of(sent.x), strict=True):
+    pairs = zip([*tensors_of(clean.x), clean.y], [*tensors_of(sent.x), sent.y], strict=True)
+    for before, after in pairs:
         changed |= after.ne(before).reshape(clean.size, -1).any(1)
     return changed
 
@@ -201,7 +233,7 @@ def _share(flagged: Tensor | None, among: Tensor) -> float | None:
 def _sent(clean: AnyBatch, sent: AnyBatch, update: Update, ascent: tuple[float, float] | None) -> Sent:
     changed = _changed(clean, sent)
     linf, l2 = 0.0, 0.0
-    if bool(changed.any()):
+    if bool(changed.any()) and isinstance(clean.x, Tensor) and clean.x.is_floating_point():
         delta = sent.x - clean.x
         linf, l2 = float(delta.abs().max()), float(sample_norms(delta[changed], "l2").mean())
     return Sent(

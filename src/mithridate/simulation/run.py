@@ -15,12 +15,13 @@ from torch.optim import SGD, Optimizer
 
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch
+from mithridate.core.domain import Domain
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.seeding import derived_seed, generator, seeded_default
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory, Need, View
 from mithridate.core.watch import Monitor, Reading
-from mithridate.data.stream import Stream
+from mithridate.data.part import Part
 from mithridate.simulation.evaluation import NOT_MEASURED, Evaluation, EvaluationSettings, Measurement
 from mithridate.simulation.scoring import score_columns
 from mithridate.simulation.trace import NOTHING_SENT, Phase, Seconds, Sent, TraceRow
@@ -55,6 +56,22 @@ class RunSettings(EvaluationSettings, Protocol):
     @property
     def evaluate_every(self) -> int:
         """Steps between two measurements of the test part, >= 1."""
+
+
+class Tested(Protocol):
+    """What a run needs of the samples beside those that are learned from."""
+
+    @property
+    def domain(self) -> Domain:
+        """What a valid input is."""
+
+    @property
+    def test(self) -> Part:
+        """What accuracy is reported on."""
+
+    @property
+    def validation(self) -> Part:
+        """The attacker's own samples; perhaps none."""
 
 
 def victim_optimiser(model: torch.nn.Module, run: RunSettings) -> SGD:
@@ -216,7 +233,7 @@ class Simulation(ABC):
     def __init__(
         self,
         learner: Learner,
-        stream: Stream,
+        stream: Tested,
         attack: Attack | UpdateAttack,
         run: RunSettings,
         trigger: AnyBatch,

@@ -11,7 +11,7 @@ import torch
 
 from mithridate.attacks.noise import Noise
 from mithridate.core.attack import Attack
-from mithridate.core.batch import AnyBatch
+from mithridate.core.batch import AnyBatch, tensors_of
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.view import Memory, Need, View
@@ -135,9 +135,9 @@ def _run_and_resume(attack: Attack, evidence: Evidence, begin: Callable[[], Worl
     balls = (attack.ball, attack.ball, attack.trigger_ball)
     for clean, sent, ball in zip(play.world.batches, (first, second, trigger), balls, strict=True):
         _judge(attack, clean, sent, ball, play.world.domain, evidence)
-    whole = sample_norms(first.x - play.world.batches[0].x, attack.ball.norm)
-    if not _may_hold_back(attack) and float(whole.max()) <= 0.5 * attack.ball.eps:
-        evidence.add("use of the budget", attack, f"hardly uses its budget: {float(whole.max()):.3g}")
+    used = _used(attack, play.world.batches[0], first)
+    if not _may_hold_back(attack) and used <= 0.5:
+        evidence.add("use of the budget", attack, f"hardly uses its budget: {used:.3g} of it")
 
     again = _Play(fresh(attack), None, begin())
     if bits(again.sends(0).x) != bits(first.x):
@@ -152,6 +152,26 @@ def _run_and_resume(attack: Attack, evidence: Evidence, begin: Callable[[], Worl
         evidence.add("resumes", attack, "goes on otherwise once its notes were saved")
 
 
+def _used(attack: Attack, clean: AnyBatch, sent: AnyBatch) -> float:
+    """Which part of its budget an attack uses: of the radius, or of the samples where it has none."""
+    if attack.power == "inputs":
+        longest = float(sample_norms(sent.x - clean.x, attack.ball.norm).max())
+        return longest / attack.ball.eps if attack.ball.eps else 0.0
+    return float(_changed(attack, clean, sent).float().mean()) / attack.ratio
+
+
+def _changed(attack: Attack, clean: AnyBatch, sent: AnyBatch) -> torch.Tensor:
+    """(n,) bool, samples of which anything is another that is in the attack's power."""
+    pairs = zip(_in_power(attack, clean), _in_power(attack, sent), strict=True)
+    return torch.stack([(a != b).reshape(clean.size, -1).any(1) for a, b in pairs]).any(0)
+
+
+def _in_power(attack: Attack, batch: AnyBatch) -> list[torch.Tensor]:
+    """What of a batch an attack says that it changes."""
+    inputs = [] if attack.power == "labels" else tensors_of(batch.x)
+    return inputs if attack.power == "inputs" else [*inputs, batch.y]
+
+
 def _may_hold_back(attack: Attack) -> bool:
     """Controls, and attacks that send less than their budget on purpose (`restrained`)."""
     return attack.control or bool(getattr(attack, "restrained", False))
@@ -162,10 +182,12 @@ def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, ball: Ball, domain: 
     if (sent.x.shape, sent.x.dtype, sent.x.device) != (clean.x.shape, clean.x.dtype, clean.x.device):
         evidence.add("dtype", attack, f"made {sent.x.dtype} {tuple(sent.x.shape)} on {sent.x.device}")
         return
-    if bits(sent.y) != bits(clean.y):
+    if attack.power == "inputs" and bits(sent.y) != bits(clean.y):
         evidence.add("labels", attack, "changed labels")
+    if attack.power == "labels" and bits(sent.x) != bits(clean.x):
+        evidence.add("labels", attack, "changed inputs, and says that labels alone are in its power")
     longest = float(sample_norms(sent.x.double() - clean.x.double(), ball.norm).max())
-    if longest > ball.eps + ROUNDING * max(1, ball.eps):
+    if attack.power != "samples" and longest > ball.eps + ROUNDING * max(1, ball.eps):
         evidence.add("budget", attack, f"left its {ball.norm} ball: {longest:.6g}")
     if not domain.holds(sent.x):
         evidence.add("domain", attack, f"left the domain: {float(sent.x.min()):.4g} to {float(sent.x.max()):.4g}")
@@ -202,17 +224,14 @@ def _try_other_inputs(attack: Attack) -> None:
 def _try_half(attack: Attack, evidence: Evidence) -> None:
     """The same half of the positions is left clean, batch after batch and in the trigger."""
     play = _Play(attack, None, image_world())
-    changed = [
-        (play.sends(number).x != play.world.batches[number].x).flatten(1).any(1)
-        for number in range(len(play.world.batches))
-    ]
+    changed = [_changed(attack, clean, play.sends(number)) for number, clean in enumerate(play.world.batches)]
     limit = int(0.5 * len(changed[0]) + 0.5)
     if int(torch.stack(changed).any(0).sum()) > limit:
         evidence.add("partial ratio", attack, "poisons more than half, or moves about")
 
 
 def check_keeps_labels(cls: type) -> None:
-    """Labels are as they were: an attack changes inputs alone."""
+    """What an attack does not say is in its power (`power`) is as it was: labels, of most."""
     exercised(cls).require("labels")
 
 
@@ -252,7 +271,9 @@ def _check_identity(cls: type, field: str) -> None:
     attack: Attack = made(cls, {**_small(cls), field: 0.0})
     play = _Play(attack, None, image_world())
     for number in (0, 2):
-        same = bits(play.sends(number).x) == bits(play.world.batches[number].x)
+        clean, sent = play.world.batches[number], play.sends(number)
+        pairs = zip(_in_power(attack, clean), _in_power(attack, sent), strict=True)
+        same = all(bits(a) == bits(b) for a, b in pairs)
         assert same, f"{attack} is not the identity at {field} = 0"
 
 
@@ -273,6 +294,7 @@ def _losses(attack: Attack, lr: float) -> Sequence[float]:
 def check_beats_noise(cls: type) -> None:
     """The victim's loss ends well above that under noise of the same budget and schedule; controls are exempt.
 
+    What has no ball, since it changes labels or sends other samples, is compared with noise of the toy budget.
     At the median over seeds of the toy stream. An attack that has but one step is given a longer one.
     """
     attack: Attack = made(cls, _small(cls))
@@ -280,7 +302,7 @@ def check_beats_noise(cls: type) -> None:
         return
     at_once = attack.ready(View(available={Need.ACCURACY: (1.0, 1.0)}))
     lr = 0.1 if at_once else 0.05
-    noise = Noise(eps=attack.ball.eps, norm=attack.ball.norm, phase=not at_once)
+    noise = Noise(eps=attack.ball.eps if attack.power == "inputs" else BUDGET, norm=attack.ball.norm, phase=not at_once)
     pairs = zip(_losses(attack, lr), _losses(noise, lr), strict=True)
     worse = median(ours / chance for ours, chance in pairs)
     assert worse > WORSE, (
