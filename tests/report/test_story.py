@@ -27,7 +27,7 @@ def run(attack: str, defence: str, start: float, before: float, after: float, *,
         "defence": {"name": defence},
         "federated": {"rounds": 250},
     }
-    return Run(path=Path(f"{attack}-{defence}"), config=config, trace=trace, summary=summary, environment={}, images=())
+    return Run(path=Path(f"{attack}-{defence}"), config=config, trace=trace, summary=summary, environment={}, images={})
 
 
 QUIET = run("accumulative", "none", 0.98, 0.971, 0.55, steps=250)
