@@ -130,8 +130,8 @@ def test_all_files_are_written(built: ReportPaths) -> None:
         "runs.csv",
         "summary.md",
     ]
-    assert {path.suffix for path in built.figures} == {".svg", ".png"}
-    assert len(built.figures) == 2 * (1 + 4 + 1 + 1)  # accuracy, images, norms, the clean stream
+    assert {path.suffix for path in built.figures} == {".svg", ".png", ".pdf"}
+    assert len(built.figures) == 3 * (1 + 4 + 1 + 1)  # accuracy, images, norms, the clean stream
 
 
 def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
@@ -230,7 +230,7 @@ def test_hostile_names_stay_text(make_run: Make, save_run: Save, tmp_path: Path)
     check_self_contained(page, source)
     assert HOSTILE in page.text
     assert all(path.parent == tmp_path / "out" / "deep" / "figures" for path in built.figures)
-    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png)", path.name) for path in built.figures)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png|pdf)", path.name) for path in built.figures)
     for path in (built.summary_csv, built.runs_csv):
         with path.open(encoding="utf-8", newline="") as handle:
             (record,) = csv.DictReader(handle)
@@ -289,7 +289,7 @@ def test_names_that_look_alike_get_files_of_their_own(make_run: Make, save_run: 
     for i, label in enumerate(("a b", "a/b", "A:b")):
         save_run(replace(make_run(label=label, channels=1), path=tmp_path / "store" / str(i)))
     names = [path.name.lower() for path in build_report([tmp_path / "store"], tmp_path / "out").figures]
-    assert len(set(names)) == len(names) == 2 * (1 + 3 + 1)
+    assert len(set(names)) == len(names) == 3 * (1 + 3 + 1)
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,21 @@ def test_inlined_figures_share_no_ids(make_row: MakeRow) -> None:
     used = {part.partition('"')[0] for part in first.split('xlink:href="#')[1:]}
     assert used
     assert used <= ids[0]
+
+
+def test_inlined_figures_have_the_colours_of_the_page_and_their_names_are_left_alone(make_row: MakeRow) -> None:
+    label = 'a #0072b2: #d55e00 id="b url(#c'
+    drawing = accuracy_curves([make_row(0.2, label=label)])
+    assert drawing is not None
+    svg = inline(drawing, "one")
+    assert ">defence: none</text>" in svg
+    assert f"> {label}</text>" in svg
+    styles = re.findall(r'style="([^"]*)"', svg)
+    assert not [text for text in styles if "#" in text]
+    assert {"var(--ink)", "var(--paper)", "var(--shade)"} <= {
+        name for t in styles for name in re.findall(r"var\(.*?\)", t)
+    }
+    assert "<style" not in svg
 
 
 @pytest.mark.slow

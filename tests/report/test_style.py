@@ -1,16 +1,24 @@
-"""The page's colours can be read: contrast of every text colour with what it stands on, in both modes."""
+"""The page's colours can be read: contrast of every text and every line with what it stands on, in both modes."""
 
 import re
 from importlib.resources import files
 
 import pytest
 
+from mithridate.report.figures.drawing import PALETTE
+
 CSS = files("mithridate.report").joinpath("page.css").read_text(encoding="utf-8")
 BACKGROUNDS = ("paper", "tint")
 TEXTS = ("ink", "soft", "link", "serious", "caution", "note", "good")
 
+LINES = ("ink", "blue", "orange", "red", "green", "pink", "sky", "edge", "faint")
+"""Colours of figures that carry what is shown."""
+
 LEAST = 4.5
 """WCAG 2.2, 1.4.3, for text of normal size."""
+
+LEAST_OF_LINES = 3.0
+"""WCAG 2.2, 1.4.11, for graphical objects."""
 
 
 def palette(mode: str) -> dict[str, tuple[float, ...]]:
@@ -42,3 +50,20 @@ def test_contrast_is_that_of_the_guideline() -> None:
 def test_every_text_can_be_read(mode: str, text: str, background: str) -> None:
     colours = palette(mode)
     assert contrast(colours[text], colours[background]) >= LEAST
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("line", LINES)
+@pytest.mark.parametrize("background", ["paper", "shade"])
+def test_every_line_of_a_figure_stands_out(mode: str, line: str, background: str) -> None:
+    colours = palette(mode)
+    assert contrast(colours[line], colours[background]) >= LEAST_OF_LINES
+
+
+def test_the_page_has_every_colour_of_the_figures_and_their_files_are_the_light_ones() -> None:
+    light, dark = palette("light"), palette("dark")
+    assert {*LINES, "grid", "shade", "paper"} == set(PALETTE)
+    for name, colour in PALETTE.items():
+        assert name in dark
+        if name not in {"ink", "paper"}:  # the page's ink is a little softer than a file's black
+            assert tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)) == light[name]

@@ -26,6 +26,9 @@ __all__ = ["ReportPaths", "build_report"]
 LOCK = ".report.lock"
 """Held by the process that writes a report in a folder."""
 
+FORMATS = ("svg", "png", "pdf")
+"""What a figure is written as: one file each."""
+
 
 @dataclass(frozen=True)
 class ReportPaths:
@@ -36,7 +39,7 @@ class ReportPaths:
         summary_csv: One row a cell: means, standard deviations, n.
         runs_csv: One row a run.
         markdown: The table of the page.
-        figures: Every figure as SVG and as PNG.
+        figures: Every figure as SVG, PNG and PDF.
         measures_csv: One row a defence and attack: what the defence cost and prevented; None if nothing is defended.
         measures_markdown: Tables of the measures; None if nothing is defended.
         scores: Scores of detectors by cell and by run, and tables of them; empty without detectors.
@@ -105,7 +108,7 @@ def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...
         while stem.lower() in taken:
             stem += "_"
         taken.add(stem.lower())
-        paths += [_write(folder / f"{stem}.svg", drawing.svg), _write(folder / f"{stem}.png", drawing.png)]
+        paths += [_write(folder / f"{stem}.{kind}", getattr(drawing, kind)) for kind in FORMATS]
     return tuple(paths)
 
 

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from mithridate.bench.store import Run
 from mithridate.report.doubts import Examined, examine, tally
 from mithridate.report.figures import FigureSection
-from mithridate.report.figures.drawing import Drawing
+from mithridate.report.figures.drawing import PALETTE, Drawing
 from mithridate.report.findings import findings
 from mithridate.report.lead import Lead
 from mithridate.report.records import run_records
@@ -26,6 +26,11 @@ from mithridate.report.wording import MISSING, one_line, with_step_noun
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
 
+_TAG = re.compile(r"<[^>]+>")
+_STYLE_OF_ALL = re.compile(r"<defs>\s*<style.*?</style>\s*</defs>", re.DOTALL)
+_COLOUR = re.compile("|".join(f"(?<=: ){colour}" for colour in PALETTE.values()))
+_PROPERTIES = {colour: name for name, colour in PALETTE.items()}
+"""Names of the page's colours, for those of a figure's file."""
 
 _RUN_COLUMNS = {
     "run": "run",
@@ -132,15 +137,21 @@ def _card(drawing: Drawing, name: str) -> dict[str, Any]:
 
 
 def inline(drawing: Drawing, prefix: str) -> Markup:
-    """A drawing as an element of a page: named for screen readers, its ids its own.
+    """A drawing as an element of a page: named for screen readers, its ids its own, its colours those of the page.
 
     Args:
         drawing: The figure.
         prefix: Put before every id, so that two figures in one page do not share any.
     """
+
+    def adapted(tag: re.Match[str]) -> str:
+        text = re.sub(r'\bid="', f'id="{prefix}-', tag[0])
+        text = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", text)
+        return _COLOUR.sub(lambda colour: f"var(--{_PROPERTIES[colour[0]]})", text)
+
     body = drawing.svg[drawing.svg.index("<svg") :]
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'(href="|url\()#', rf"\g<1>#{prefix}-", body)
+    body = _STYLE_OF_ALL.sub("", body, count=1)  # it would be one of the whole page; the page's own style has it
+    body = _TAG.sub(adapted, body)  # texts are not touched: they are names that could say anything
     return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.alt)}"', 1))  # noqa: S704  (drawn by us, texts escaped)
 
 

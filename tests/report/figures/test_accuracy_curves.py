@@ -39,4 +39,4 @@ def test_many_attacks_get_panels_of_their_own(make_run: Make, attacks: int, pane
     runs = [make_run(label=f"a{i}", defence=d) for i in range(attacks) for d in ("none", "clip")]
     drawing = accuracy_curves(rows(runs))
     assert drawing is not None
-    assert drawing.svg.count("<!-- before -->") == panels
+    assert drawing.svg.count(">before</text>") == panels

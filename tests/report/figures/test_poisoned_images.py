@@ -20,18 +20,19 @@ def test_mosaic_shows_exact_pixels() -> None:
     clean = np.array([[[[0.0, 1.0], [0.5, 0.25]]]], dtype=np.float32)
     poisoned = np.clip(clean + 0.1, 0, 1)
     tiles = mosaic(clean, poisoned, 2, side=4, gap=2)
-    assert tiles.shape == (3 * 4 + 2 * 2, 4, 3)
+    assert tiles.shape == (3 * 4 + 2 * 2, 4, 4)
     assert np.array_equal(tiles[:4, :4, 0], clean[0, 0].repeat(2, 0).repeat(2, 1))
     assert tiles[6:10, :4, 0] == pytest.approx(poisoned[0, 0].repeat(2, 0).repeat(2, 1))
     assert tiles[12:, :, 0] == pytest.approx((0.5 + 2 * (poisoned - clean))[0, 0].repeat(2, 0).repeat(2, 1))
-    assert (tiles[4:6] == 1).all()
+    assert (tiles[4:6, :, 3] == 0).all()  # a page's own background is seen between images
+    assert (tiles[:4, :, 3] == 1).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_mosaic_takes_any_channels(channels: int) -> None:
     images = np.random.default_rng(0).random((2, channels, 5, 7), dtype=np.float32)
     tiles = mosaic(images, images, 1)
-    assert tiles.shape[2] == 3
+    assert tiles.shape[2] == 4
     assert (tiles.min(), tiles.max()) >= (0, 0)
     assert np.array_equal(tiles[..., 0], tiles[..., 1]) is (channels != 3)
 

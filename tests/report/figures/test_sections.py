@@ -1,3 +1,4 @@
+import re
 import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from mithridate.bench.store import Run
 from mithridate.report.figures import SCORES, figure_sections
 from mithridate.report.figures.convergence import convergence
 from mithridate.report.figures.discrepancy_by_interval import discrepancy_by_interval
-from mithridate.report.figures.drawing import Drawing, _characters
+from mithridate.report.figures.drawing import PALETTE, Drawing, _characters
 from mithridate.report.figures.poisoned_images import poisoned_images
 from mithridate.report.figures.score_distributions import distributions, score_distributions
 from mithridate.report.figures.secrecy import secrecy
@@ -49,6 +50,7 @@ def test_every_figure_of_scores_says_where_it_comes_from(scores: list[Drawing]) 
     for drawing in scores:
         assert "seeds 0, 1, 2 (n = 3)" in drawing.caption
         assert len(drawing.alt) > 40
+        assert {*re.findall(r"(?<=: )#[0-9a-f]{6}", drawing.svg)} <= {*PALETTE.values()}  # a page has its own for each
         ET.fromstring(drawing.svg.partition("?>")[2].partition('.dtd">')[2])  # noqa: S314  (written by this test)
     assert "acc-0.2, defence none" in drawings["Discrepancy by backtracking interval"].caption
     assert "poisoned: 5.4 at k 2, 23 at k 10" in drawings["Discrepancy by backtracking interval"].alt
@@ -122,6 +124,8 @@ def test_the_same_runs_give_the_same_bytes_and_leave_no_trace(
     for drawing in chain(first, scores):
         assert "<dc:date>" not in drawing.svg
         assert drawing.png.startswith(b"\x89PNG")
+        assert drawing.pdf.startswith(b"%PDF")
+        assert b"CreationDate" not in drawing.pdf
 
 
 def test_nothing_to_draw(make_run: Make) -> None:

@@ -7,6 +7,7 @@ from matplotlib.axes import Axes
 
 from mithridate.report.figures.drawing import (
     MARKS,
+    PALETTE,
     Drawing,
     Look,
     label_left,
@@ -97,7 +98,7 @@ def _draw_runs(ax: Axes, row: Row, longest: float, look: Look) -> None:
                 color=look.colour,
                 markersize=9,
                 markeredgewidth=1.8 if mark == "x" else 0.5,
-                markeredgecolor=look.colour if mark == "x" else "white",
+                markeredgecolor=look.colour if mark == "x" else PALETTE["paper"],
                 zorder=4,
             )
     line = placed(percent(mean_line(row, "accuracy")), longest)
@@ -114,9 +115,9 @@ def _percent_axis(axes: Sequence[Axes]) -> None:
 def _mark_trigger(ax: Axes, longest: float) -> None:
     """The dashed line before the trigger, the shaded step, and ticks that count down to it."""
     width = trigger_width(longest)
-    ax.axvspan(0, width, color="#f0f0f0", zorder=0)
-    ax.axvline(0, color="#555555", linestyle="--", linewidth=1.2, zorder=1)
-    ax.axvline(width, color="#bbbbbb", linewidth=0.8, zorder=1)
+    ax.axvspan(0, width, color=PALETTE["shade"], zorder=0)
+    ax.axvline(0, color=PALETTE["edge"], linestyle="--", linewidth=1.2, zorder=1)
+    ax.axvline(width, color=PALETTE["faint"], linewidth=0.8, zorder=1)
     early = countdown(longest, 0)
     ax.set_xticks([*(-steps for steps in early), 0, width], [*map(str, early), "before", "after"])
     ax.grid(visible=False, axis="x")
@@ -141,7 +142,7 @@ def _label_changes(ax: Axes, rows: Sequence[Row], longest: float) -> None:
             (width + 0.035 * (longest + width), height),
             va="center",
             fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": PALETTE["faint"], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
         )
 
 

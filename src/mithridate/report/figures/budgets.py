@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mithridate.report.detectors import DetectorInfo
-from mithridate.report.figures.drawing import DASHES, Band, Look, draw_mean, legend, over_seeds
+from mithridate.report.figures.drawing import DASHES, PALETTE, Band, Look, draw_mean, legend, over_seeds
 from mithridate.report.figures.scored import NAMES, mean_shown, seeds_of
 from mithridate.report.rows import Row
 from mithridate.report.scores import ACCUMULATIVE, CLEAN, POISONED, WHERE, poisoned_phase, samples
@@ -83,7 +83,7 @@ def budget_axis(ax: Axes, attacks: Iterable[Mapping[float, Row]]) -> None:
 def budget_legend(figure: Figure, looks: Mapping[str, Look]) -> None:
     """A legend: every look as poisoned samples have it, and the dashes of clean ones."""
     solid = {name: replace(look, dashes=DASHES[0]) for name, look in looks.items()}
-    legend(figure, solid | {NAMES[CLEAN]: Look("#444444", DASHES[1], "")})
+    legend(figure, solid | {NAMES[CLEAN]: Look(PALETTE["edge"], DASHES[1], "")})
 
 
 def sources(attacks: Mapping[str, Mapping[float, Row]]) -> str:

@@ -1,4 +1,4 @@
-"""What every figure is drawn with: looks, panels, mean lines, a legend; and how it becomes SVG and PNG."""
+"""What every figure is drawn with: looks, panels, mean lines, a legend; and how it becomes SVG, PNG and PDF."""
 
 import functools
 import io
@@ -18,8 +18,25 @@ from matplotlib.lines import Line2D
 from mithridate.report.rows import Row
 from mithridate.report.wording import file_stem
 
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-"""Okabe and Ito's colours, told apart by colour-blind readers; their yellow is too pale for lines on white."""
+PALETTE: Mapping[str, str] = {
+    "ink": "#000000",
+    "blue": "#0072b2",
+    "orange": "#b87d00",
+    "red": "#d55e00",
+    "green": "#009e73",
+    "pink": "#c4699a",
+    "sky": "#2889c4",
+    "edge": "#444444",
+    "faint": "#858585",
+    "grid": "#e4e4e4",
+    "shade": "#f0f0f0",
+    "paper": "#ffffff",
+}
+"""Every colour that a figure may have, as its files show it. A page has its own for each name, light and dark."""
+
+COLOURS = tuple(PALETTE[name] for name in ("ink", "blue", "orange", "red", "green", "pink", "sky"))
+"""After Okabe and Ito, told apart by colour-blind readers; the pale ones darker, so that their lines stand out on
+white, and without yellow."""
 
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -40,21 +57,23 @@ Line = Mapping[float, Band]
 """A band at each position."""
 
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#444444",
+    "axes.edgecolor": PALETTE["edge"],
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
+    "grid.color": PALETTE["grid"],
     "grid.linewidth": 0.8,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
     "svg.hashsalt": "mithridate",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "text.parse_math": False,
     "savefig.facecolor": "white",
 }
@@ -70,8 +89,9 @@ class Drawing:
         heading: What the figure shows.
         caption: How to read it.
         alt: What people who do not see it are told.
-        svg: SVG source, self-contained.
+        svg: SVG source, self-contained; its text is text.
         png: PNG bytes.
+        pdf: PDF bytes.
     """
 
     stem: str
@@ -81,6 +101,7 @@ class Drawing:
     alt: str
     svg: str
     png: bytes
+    pdf: bytes
 
 
 @dataclass(frozen=True)
@@ -229,7 +250,7 @@ def legend(figure: Figure, looks: Mapping[str, Look], rows: Sequence[Row] = ()) 
     for status, mark in MARKS.items():
         if any(row.with_status(status) for row in rows):
             handles.append(
-                Line2D([], [], color="#444444", linestyle="", marker=mark, markersize=8, markeredgewidth=1.6)
+                Line2D([], [], color=PALETTE["edge"], linestyle="", marker=mark, markersize=8, markeredgewidth=1.6)
             )
             names.append(f" {status}")
     width = 0.6 + 0.075 * max(map(len, names))
@@ -249,7 +270,7 @@ def saved(figure: Figure, row: Row, name: str, *, heading: str, caption: str, al
         alt: What people who do not see it are told.
         attack: What its file name ends with, where each attack has its own figure.
     """
-    svg, png = rendered(figure)
+    svg, png, pdf = rendered(figure)
     return Drawing(
         stem=file_stem(name, *row.group, attack),
         subject=row.subject,
@@ -258,19 +279,21 @@ def saved(figure: Figure, row: Row, name: str, *, heading: str, caption: str, al
         alt=alt,
         svg=svg,
         png=png,
+        pdf=pdf,
     )
 
 
-def rendered(figure: Figure) -> tuple[str, bytes]:
-    """A figure as SVG and PNG, without dates or versions, so that the same numbers give the same bytes.
+def rendered(figure: Figure) -> tuple[str, bytes, bytes]:
+    """A figure as SVG, PNG and PDF, without dates or versions, so that the same numbers give the same bytes.
 
     Args:
         figure: What was drawn; it is of no use afterwards.
     """
-    vector, raster = io.BytesIO(), io.BytesIO()
+    vector, raster, printed = io.BytesIO(), io.BytesIO(), io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     FigureCanvasAgg(figure)
     figure.savefig(vector, format="svg", metadata=nothing)
     figure.set_layout_engine("none")
     figure.savefig(raster, format="png", dpi=160, metadata={"Software": None})
-    return vector.getvalue().decode("utf-8"), raster.getvalue()
+    figure.savefig(printed, format="pdf", metadata=dict.fromkeys(("Creator", "Producer", "CreationDate")))
+    return vector.getvalue().decode("utf-8"), raster.getvalue(), printed.getvalue()

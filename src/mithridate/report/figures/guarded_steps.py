@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mithridate.guard.record import StepRecord
-from mithridate.report.figures.drawing import COLOURS, Drawing, rendered, style
+from mithridate.report.figures.drawing import COLOURS, PALETTE, Drawing, rendered, style
 from mithridate.report.wording import number
 
 KEPT, REFUSED, SHORTENED = COLOURS[1], COLOURS[3], COLOURS[2]
@@ -60,7 +60,7 @@ def guarded_steps(records: Sequence[StepRecord]) -> Drawing | None:
             _draw(ax, values, refused, shortened, last_of_warm_up)
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         for start, end in _spans(records):
-            ax.axvspan(start - 0.5, end + 0.5, color="#ececec", linewidth=0, zorder=0)
+            ax.axvspan(start - 0.5, end + 0.5, color=PALETTE["shade"], linewidth=0, zorder=0)
     axes[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes[-1].set_xlabel("attempted steps")
     marks = {
@@ -72,7 +72,7 @@ def guarded_steps(records: Sequence[StepRecord]) -> Drawing | None:
     shown = {name: mark for name, mark in marks.items() if there.get(name, True)}
     if curves.keys() - {"refusals_in_a_row"}:
         figure.legend(list(shown.values()), list(shown), loc="outside upper left", ncols=3)
-    svg, png = rendered(figure)
+    svg, png, pdf = rendered(figure)
     warm_up = (
         " Grey: the warm-up, in which the guard only watches; the axes are made for the steps after it."
         if any(r.warm_up for r in records)
@@ -89,6 +89,7 @@ def guarded_steps(records: Sequence[StepRecord]) -> Drawing | None:
         f"{len(refused)} refused steps are marked.",
         svg=svg,
         png=png,
+        pdf=pdf,
     )
 
 
@@ -117,7 +118,7 @@ def _draw(
             linestyle="",
             marker=marker,
             markersize=size,
-            markeredgecolor="white",
+            markeredgecolor=PALETTE["paper"],
             markeredgewidth=0.6,
             zorder=4,
         )

@@ -66,10 +66,10 @@ def mosaic(
         poisoned: (n, c, h, w) in [0, 1], the same images after poisoning.
         factor: Amplification of the difference.
         side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
-        gap: White pixels between images.
+        gap: Transparent pixels between images.
 
     Returns:
-        (height, width, 3) in [0, 1].
+        (height, width, 4) in [0, 1]: red, green, blue and opacity.
     """
     return stacked([clean, poisoned, 0.5 + factor * (poisoned - clean)], side=side, gap=gap)
 
@@ -81,10 +81,10 @@ def stacked(rows: Sequence[NDArray[np.float32]], *, side: int = 64, gap: int = 6
         rows: (n, c, h, w) each, pixels outside [0, 1] shown as the nearest inside; c = 1 or 3; of other images the mean
             over the channels is shown.
         side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
-        gap: White pixels between images.
+        gap: Transparent pixels between images.
 
     Returns:
-        (height, width, 3) in [0, 1].
+        (height, width, 4) in [0, 1]: red, green, blue and opacity.
     """
     strips = []
     for images in rows:
@@ -93,7 +93,8 @@ def stacked(rows: Sequence[NDArray[np.float32]], *, side: int = 64, gap: int = 6
             shown = np.repeat(shown.mean(axis=1, keepdims=True), 3, axis=1)
         times = max(1, -(-side // max(shown.shape[2:])))
         shown = shown.repeat(times, axis=2).repeat(times, axis=3)
-        padded = np.pad(shown, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=1.0)
+        opaque = np.concatenate([shown, np.ones_like(shown[:, :1])], axis=1)
+        padded = np.pad(opaque, ((0, 0), (0, 0), (0, gap), (0, gap)))
         strips.append(np.concatenate(list(padded.transpose(0, 2, 3, 1)), axis=1))
     return np.concatenate(strips, axis=0)[:-gap, :-gap].astype(np.float32)
 
@@ -103,7 +104,7 @@ def draw_tiles(ax: Axes, tiles: NDArray[np.float32], labels: Sequence[str]) -> N
 
     Args:
         ax: Where.
-        tiles: (height, width, 3) in [0, 1].
+        tiles: (height, width, 4) in [0, 1].
         labels: One a row of images, from above.
     """
     ax.imshow(tiles, interpolation="none")

@@ -61,7 +61,7 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
         if number < len(shown):
             ax.imshow(stacked([shown[number : number + 1]]), interpolation="none")
             ax.set_title(_label(number, classes, entry.scores), fontsize=7.5, pad=2)
-    svg, png = rendered(figure)
+    svg, png, pdf = rendered(figure)
     above = ["its target" if classes else "", "its score" if entry.scores else ""]
     which = counted(len(shown), "sample") if len(shown) == len(images) else f"the first {len(shown)} of {len(images)}"
     words = " and ".join(filter(None, above))
@@ -75,6 +75,7 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
         alt=f"{counted(len(shown), 'image')} of the batch that was put into quarantine at attempt {entry.attempt}.",
         svg=svg,
         png=png,
+        pdf=pdf,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from matplotlib.axes import Axes
 
 from mithridate.report.federation import attack_setting, by_bound, by_strength
-from mithridate.report.figures.drawing import Drawing, Look, legend, looks_of, panels, saved, style, title
+from mithridate.report.figures.drawing import PALETTE, Drawing, Look, legend, looks_of, panels, saved, style, title
 from mithridate.report.rows import Row
 from mithridate.report.settings import flattened, shared
 from mithridate.report.statistic import Statistic
@@ -55,7 +55,7 @@ def secrecy(rows: Sequence[Row]) -> Drawing | None:
     axes[0].set_xlim(_limits([row.statistic(BEFORE) for row in every]))
     axes[0].set_ylim(_limits([row.statistic(AFTER) for row in every]))
     for ax in axes:
-        ax.axline((50, 50), slope=1, color="#999999", linestyle=":", linewidth=1.2, zorder=1)
+        ax.axline((50, 50), slope=1, color=PALETTE["faint"], linestyle=":", linewidth=1.2, zorder=1)
     figure.supxlabel("accuracy before the trigger round (%)", fontsize=9)
     figure.supylabel("accuracy after the trigger round (%)", fontsize=9)
     legend(figure, looks)
@@ -144,7 +144,6 @@ def _draw_points(ax: Axes, line: Sequence[Row], look: Look, corner: tuple[int, i
             ha="left" if corner[0] > 0 else "right",
             va="bottom" if corner[1] > 0 else "top",
             fontsize=8,
-            color=look.colour,
         )
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mithridate.bench.store import Run
-from mithridate.report.figures.drawing import COLOURS, Band, Line, Look, draw_mean, over_seeds
+from mithridate.report.figures.drawing import COLOURS, PALETTE, Band, Line, Look, draw_mean, over_seeds
 from mithridate.report.rows import Row
 from mithridate.report.wording import number
 
@@ -112,7 +112,7 @@ def draw_steps(ax: Axes, line: Line, look: Look, *, marked: int | list[int]) -> 
 def mark_batches(ax: Axes, longest: float) -> None:
     """The trigger batch shaded, and ticks that count the batches down to it; for what is measured of a batch."""
     width = trigger_width(longest)
-    ax.axvspan(width / 2, width * 1.5, color="#f0f0f0", zorder=0)
+    ax.axvspan(width / 2, width * 1.5, color=PALETTE["shade"], zorder=0)
     early = countdown(longest, 1)
     ax.set_xticks([*(1 - steps for steps in early), width], [*map(str, early), "trigger"])
     ax.grid(visible=False, axis="x")
