@@ -468,7 +468,7 @@ def test_runs_that_measure_seldom_and_a_burn_in_that_is_measured_reach_store_and
     assert run.summary["burn_in_curve"][-1]["accuracy"] == run.summary["accuracy_start"]
     assert usual.summary["burn_in_curve"] == []
     paths = build_report([directory], tmp_path / "report")
-    assert "Accuracy along the steps" in paths.html.read_text(encoding="utf-8")
+    assert '<div id="chart-1">' in paths.html.read_text(encoding="utf-8")
 
 
 def test_runs_that_measure_a_subset_between_reach_store_and_report(tmp_path: Path, cache: Path, grid: Path) -> None:

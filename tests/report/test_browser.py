@@ -73,6 +73,36 @@ def test_it_loads_nothing_complains_of_nothing_and_fits(
     assert (dark == "rgb(255, 255, 255)") is (scheme == "light")
 
 
+def test_the_chart_is_seen_at_once(browser: Any, html: Path) -> None:
+    page, _, _ = opened(browser, html, viewport={"width": 1300, "height": 900})
+    assert page.locator("figure svg").first.bounding_box()["y"] < 450
+    assert page.locator("dl.numbers dd").first.bounding_box()["y"] < 300
+
+
+def test_names_stay_in_sight_where_a_table_is_wider_than_a_phone(browser: Any, html: Path) -> None:
+    page, _, _ = opened(browser, html, viewport={"width": 390, "height": 900})
+    box = page.locator("#results ~ div.scroll").first
+    box.evaluate("box => { box.scrollLeft = 200 }")
+    name, number = (box.locator(f"tbody tr:first-child > :nth-child({n})").bounding_box() for n in (1, 5))
+    edge = box.bounding_box()["x"]
+    assert box.evaluate("box => box.scrollLeft") == 200
+    assert name["x"] == pytest.approx(edge, abs=1)
+    assert number["x"] < edge + box.bounding_box()["width"]
+
+
+def test_figures_are_drawn_in_the_colours_of_the_mode(browser: Any, html: Path) -> None:
+    colours = {}
+    for scheme in ("light", "dark"):
+        page, _, _ = opened(browser, html, color_scheme=scheme)
+        word = page.locator("figure svg text").first
+        assert word.inner_text()
+        colours[scheme] = word.evaluate("text => getComputedStyle(text).fill")
+        ground = page.locator("figure svg path").first.evaluate("path => getComputedStyle(path).fill")
+        assert ground == page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert colours["light"] == "rgb(28, 30, 33)"
+    assert colours["dark"] == "rgb(230, 231, 233)"
+
+
 def test_tables_sort_by_number_and_by_text_both_ways(browser: Any, html: Path) -> None:
     page, _, said = opened(browser, html)
     table = page.locator("#results ~ div table").first

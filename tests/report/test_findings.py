@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report.findings import findings, headline, setting, strongest
+from mithridate.report.findings import findings, headline, key_numbers, setting, strongest
 from mithridate.report.rows import Row, rows
 
 Make = Callable[..., Run]
@@ -60,6 +60,23 @@ def test_a_shown_attack_is_preferred_to_a_larger_chance(make_row: MakeRow) -> No
     sentence, details = headline([make_row(0.6, 0.0, 0.0, label="wild"), make_row(0.1, 0.11, 0.1, label="steady")])
     assert sentence.startswith("One batch cost 10.3 points")
     assert details[0] == "The attack is steady."
+
+
+def test_two_numbers_say_what_the_attack_cost_and_what_stands_against_it(make_row: MakeRow) -> None:
+    def said(rows: list[Row]) -> list[tuple[str, str]]:
+        return [(number.value, number.says) for number in key_numbers(rows)]
+
+    clean, noise, alone = controls(make_row)
+    attack = make_row(0.18, 0.19, 0.176, accuracies=QUIET)
+    lost = ("18.2 points", "lost in one batch of accumulative, n = 3")
+    assert said([clean, noise, alone, attack]) == [lost, ("0.9 points", "lost in such a batch alone (vanilla), n = 3")]
+    assert said([clean, noise, attack]) == [lost, ("1.0 points", "lost in a batch of noise, n = 3")]
+    assert said([clean, attack]) == [lost, ("0.1 points", "gained in a batch of clean, n = 3")]
+    assert said([attack]) == [lost]
+    assert said([clean]) == [("0.1 points", "gained in the trigger step of clean, n = 3")]
+    (weak,) = key_numbers([make_row(0.5, 0.0, -0.1)])
+    assert "not shown to be more than chance" in weak.says
+    assert key_numbers([make_row(0.1, after=None)]) == ()
 
 
 def test_a_phase_of_unknown_cost_is_not_called_quiet(make_row: MakeRow) -> None:

@@ -87,13 +87,12 @@ def test_every_table_and_file_has_the_settings_as_columns(make_run: Make, save_r
             save_run(make_run(eps=eps, defence=defence, folder=tmp_path / "store" / f"{eps}"))
     folders = [tmp_path / "store" / "0.1", tmp_path / "store" / "0.2"]
     paths = build_report(folders, tmp_path / "report")
-    for path in (paths.summary_csv, paths.runs_csv, paths.measures_csv):
+    for path in (paths.files[f"{name}.csv"] for name in ("summary", "runs", "measures")):
         assert path is not None
         with path.open(encoding="utf-8") as file:
             lines = list(csv.DictReader(file))
         assert [line["attack.eps"] for line in lines] in (["0.1", "0.2"] * 2, ["0.1"] * 2 + ["0.2"] * 2)
-    assert paths.measures_markdown is not None
-    for text in (paths.markdown.read_text(encoding="utf-8"), paths.measures_markdown.read_text(encoding="utf-8")):
+    for text in (paths.files[f"{name}.md"].read_text(encoding="utf-8") for name in ("summary", "measures")):
         assert "| attack.eps |" in text
     page = paths.html.read_text(encoding="utf-8")
     assert "accumulative, eps 0.1" in page

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from mithridate.bench import store
@@ -96,7 +97,7 @@ class Page(HTMLParser):
 
 
 def check_self_contained(page: Page, source: str) -> None:
-    assert all(link.startswith("#") for link in page.links)
+    assert all(re.fullmatch(r"#.+|(figures/)?[A-Za-z0-9_-]+\.[a-z]+", link) for link in page.links)  # beside the page
     assert all(resource.startswith(("data:", "#")) for resource in page.resources)
     assert all(match.startswith(("#", "data:")) for match in re.findall(r"url\(\s*['\"]?([^)]*)", source))
     assert "@import" not in source
@@ -104,7 +105,7 @@ def check_self_contained(page: Page, source: str) -> None:
     assert page.tags.count("script") <= 1  # ours, which the page's policy names by its hash and lets nothing else run
     assert not [name for name in page.attributes if name.startswith("on")]
     assert len(page.ids) == len(set(page.ids))
-    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +120,26 @@ def page(built: ReportPaths) -> Page:
 
 def test_all_files_are_written(built: ReportPaths) -> None:
     out = built.html.parent
-    assert built.measures_csv is not None
-    assert built.measures_markdown is not None
-    measures = {built.measures_csv, built.measures_markdown}
-    expected = {built.html, built.summary_csv, built.runs_csv, built.markdown, *measures, *built.figures}
-    assert {path for path in out.rglob("*") if path.is_file()} - {out / ".report.lock"} == expected
-    assert [path.name for path in (built.html, built.summary_csv, built.runs_csv, built.markdown)] == [
-        "report.html",
-        "summary.csv",
-        "runs.csv",
-        "summary.md",
-    ]
+    written = {path for path in out.rglob("*") if path.is_file()} - {out / ".report.lock"}
+    assert written == {built.html, *built.files.values(), *built.figures}
+    tables = [f"{name}.{kind}" for name in ("summary", "measures") for kind in ("csv", "parquet", "md", "tex")]
+    assert sorted(built.files) == sorted([*tables, "runs.csv", "runs.parquet"])
+    assert all(path == out / name for name, path in built.files.items())
     assert {path.suffix for path in built.figures} == {".svg", ".png", ".pdf"}
     assert len(built.figures) == 3 * (1 + 4 + 1 + 1)  # accuracy, images, norms, the clean stream
+
+
+def test_the_page_links_every_file_beside_it(built: ReportPaths, page: Page) -> None:
+    there = {path.relative_to(built.html.parent).as_posix() for path in (*built.files.values(), *built.figures)}
+    assert {link for link in page.links if not link.startswith("#")} == there
+
+
+def test_parquet_and_csv_hold_the_same_rows(built: ReportPaths) -> None:
+    for name in ("summary", "runs", "measures"):
+        lines = pq.read_table(built.files[f"{name}.parquet"]).to_pylist()
+        with built.files[f"{name}.csv"].open(encoding="utf-8", newline="") as handle:
+            texts = list(csv.DictReader(handle))
+        assert [{key: "" if v is None else str(v) for key, v in line.items()} for line in lines] == texts
 
 
 def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
@@ -139,7 +147,7 @@ def test_page_is_self_contained(built: ReportPaths, page: Page) -> None:
 
 
 def test_page_reads_in_order(page: Page) -> None:
-    wanted = ["doubts", "results", "costs", "holds", "accuracy", "images", "norms", "alarms", "settings", "runs"]
+    wanted = ["chart-1", "doubts", "results", "costs", "holds", "clean-stream", "images", "norms", "alarms", "runs"]
     assert [anchor for anchor in page.ids if anchor in wanted] == wanted
 
 
@@ -184,6 +192,22 @@ def test_table_equals_independent_numbers(demo_store: Path, page: Page) -> None:
             assert float(mean) == pytest.approx(statistics.mean(values), abs=0.051)
             assert float(std) == pytest.approx(statistics.stdev(values), abs=0.051)
     assert [row[-1] for row in table[1:]].count("2 of 3") == 1
+
+
+def test_alarms_are_folded_and_counted(demo_store: Path, built: ReportPaths, page: Page) -> None:
+    alarmed = [[step for step in run.trace if step["alarms"]] for run in read_runs([demo_store])]
+    said = f"{sum(map(len, alarmed))} in {sum(map(bool, alarmed))} of {len(alarmed)} runs"
+    source = built.html.read_text(encoding="utf-8").partition('<h2 id="alarms">')[2]
+    assert re.match(rf".*</h2>\s*<details>\s*<summary>{said}</summary>\s*<div class=\"scroll\"", source)
+
+
+def test_the_chart_stands_under_the_headline_before_anything_else(built: ReportPaths) -> None:
+    source = built.html.read_text(encoding="utf-8")
+    marks = ('class="headline"', 'class="numbers"', "<svg", 'class="setting"', 'class="names"')
+    order = [source.index(mark) for mark in marks]
+    assert order == sorted(order)
+    assert source.count('<dl class="numbers">') == 1
+    assert "Line chart of test accuracy by steps" in source[order[2] : order[2] + 400]
 
 
 def test_doubts_are_named_with_their_cells(page: Page) -> None:
@@ -231,11 +255,11 @@ def test_hostile_names_stay_text(make_run: Make, save_run: Save, tmp_path: Path)
     assert HOSTILE in page.text
     assert all(path.parent == tmp_path / "out" / "deep" / "figures" for path in built.figures)
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(svg|png|pdf)", path.name) for path in built.figures)
-    for path in (built.summary_csv, built.runs_csv):
+    for path in (built.files["summary.csv"], built.files["runs.csv"]):
         with path.open(encoding="utf-8", newline="") as handle:
             (record,) = csv.DictReader(handle)
         assert record["attack"] == f"'{HOSTILE}"
-    assert "<script" not in built.markdown.read_text(encoding="utf-8")
+    assert "<script" not in built.files["summary.md"].read_text(encoding="utf-8")
     assert all("<script" not in p.read_text(encoding="utf-8") for p in built.figures if p.suffix == ".svg")
 
 
@@ -243,7 +267,7 @@ def test_undefended_runs_have_no_measures(make_run: Make, save_run: Save, tmp_pa
     for seed in (0, 1):
         save_run(replace(make_run(seed=seed), path=tmp_path / "store" / str(seed)))
     built = build_report([tmp_path / "store"], tmp_path / "out")
-    assert (built.measures_csv, built.measures_markdown) == (None, None)
+    assert not [name for name in built.files if name.startswith("measures")]
     assert not {"costs", "holds"} & set(Page(built.html.read_text(encoding="utf-8")).ids)
 
 
@@ -317,7 +341,8 @@ def test_several_groups_share_a_page(make_run: Make, save_run: Save, tmp_path: P
     built = build_report([tmp_path / "store"], tmp_path / "out")
     source = built.html.read_text(encoding="utf-8")
     check_self_contained(Page(source), source)
-    assert "small_cnn on mnist: Accuracy along the steps" in source
+    first, second = (source.index(f'<p class="subject">small_cnn on {name}</p>') for name in ("digits", "mnist"))
+    assert first < source.index('id="chart-1"') < second < source.index('id="chart-2"')
 
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from mithridate.bench.store import Run, read_runs
 from mithridate.report.rows import Row, rows
-from mithridate.report.terminal import doubt_lines, measures_table, summary_table
+from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
 
 Make = Callable[..., Run]
 MakeRow = Callable[..., Row]
@@ -17,6 +17,20 @@ def test_terminal_table(demo_store: Path) -> None:
     table = summary_table(made)
     drops = [str(cell) for cell in table.columns[5].cells]
     assert drops[4] == "19.3±2.0"
+
+
+def test_the_terminal_says_what_its_columns_are(demo_store: Path) -> None:
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(fitted(summary_table(rows(read_runs([demo_store]))), 80))
+    lines = capture.get().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("clean "))
+    heads = " ".join(lines[:first])
+    for words in ("Accuracy, mean±std", "start", "before", "after", "trigger", "points", "phase", "batches", "runs"):
+        assert words in heads
+    assert lines[-1].startswith("accumulative")  # no footnote
+    narrow = str(fitted(summary_table(rows(read_runs([demo_store]))), 40))
+    assert "attack clean, defence none, start % 97.6±0.5, before trigger % 98.1±0.5" in narrow
 
 
 def test_terminal_shows_markup_as_text(make_run: Make) -> None:
@@ -34,7 +48,8 @@ def test_terminal_measures(defended_rows: list[Row]) -> None:
     with console.capture() as capture:
         console.print(table)
     lines = [line.split() for line in capture.get().splitlines()]
-    assert lines[1:4] == [
+    assert all(len(line) <= 80 for line in capture.get().splitlines())
+    assert lines[-3:] == [
         ["none", "96.0±1.0", "—", "—", "70.0±0.0", "—", "—", "—"],
         ["dsc", "94.0±2.0", "-2.0±1.0", "5.0", "91.0±1.0", "+21.0±1.0", "20.0", "2.1"],
         ["gate", "96.0±1.0", "0.0±0.0", "—", "95.0±0.0", "+25.0±0.0", "—", "1.2"],

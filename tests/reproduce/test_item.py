@@ -1,5 +1,6 @@
 """Items: read, merged over their bases, refused where they are wrong; and the paper's table beside ours."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,12 @@ import pytest
 
 from mithridate.core.errors import ConfigError
 from mithridate.report.rows import rows
+from mithridate.report.tables.latex import latex
 from mithridate.report.tables.section import Toned
 from mithridate.reproduce.checks import Ruling
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import SCALES, read_item
-from mithridate.reproduce.latex import latex
-from mithridate.reproduce.outcome import series_drawings, verdicts
+from mithridate.reproduce.outcome import panels_of, series_drawings, verdicts
 from mithridate.reproduce.run import progress
 from tests.reproduce.made import run_of
 
@@ -81,6 +82,21 @@ def test_a_panel_has_a_line_of_each_measure(folder: Path) -> None:
     change(folder, f"items/{NAME}.toml", '["before", "after"]', '["before", "afterr"]')
     with pytest.raises(ConfigError, match="unknown measure 'afterr'"):
         read_item(NAME, folder)
+
+
+def test_points_of_a_line_are_its_seeds_and_few_of_them_have_no_bar(folder: Path) -> None:
+    (panel,) = panels_of(read_item(NAME, folder), [*RUNS, run_of(2, 0.92)])
+    two, three = panel.lines["clean-stream"]["none"], panel.lines["vanilla"]["none"]
+    assert (two.values, two.ends) == ([81.0, 85.0], None)
+    assert three.values == [90.0, 91.0, 92.0]
+    assert three.ends == pytest.approx((91 - 2.484, 91 + 2.484), abs=1e-3)  # t of 2 degrees, 4.303, over root 3
+
+
+def test_the_bar_of_two_seeds_does_not_flatten_a_figure(folder: Path) -> None:
+    (drawing,) = series_drawings(read_item(NAME, folder), rows(RUNS))
+    ticks = [float(text) for text in re.findall(r">([\d.]+)</text>", drawing.svg)]
+    assert min(ticks) >= 40  # the interval of (81, 85) alone would reach from 58 to 108
+    assert max(ticks) <= 100
 
 
 RUNS = [

@@ -1,16 +1,18 @@
 """Records of runs: read again they say the same; and the leaderboard that is made of them."""
 
+import csv
 import json
 import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
 from mithridate.report.rows import groups, rows
-from mithridate.reproduce.leaderboard import Printed, board_of, reported_accuracies, standings, write_leaderboard
+from mithridate.reproduce.leaderboard import Printed, boards_of, reported_accuracies, standings, write_leaderboard
 from mithridate.reproduce.quantities import OF_DETECTOR, QUANTITIES, quantity
 from mithridate.reproduce.records import read_records, write_records
 from tests.reproduce.made import run_of
@@ -104,18 +106,25 @@ def test_the_worst_attack_decides_the_place(tmp_path: Path) -> None:
         ("gate", "accumulative"),
         ("none", "accumulative"),
     ]
-    table = board_of(members, {"clip": Printed("57.1", "60.2 (n = 3)")}, 1)
-    (lines,) = table.rows.values()
-    first = dict(zip(table.head, lines[0], strict=True))
-    assert (first["left by it (%)"], first["largest trigger drop"], first["largest phase cost"]) == (
-        "80.0 ± 0.0",
-        "13.0",
-        "2.0",
+    tables = boards_of(members, {"clip": Printed("57.1", "60.2 (n = 3)")}, 1)
+    first, attacks, printed = (
+        dict(zip(table.head, next(iter(table.rows.values()))[0], strict=True)) for table in tables
     )
-    assert (first["clean: against none"], first["time / none"]) == ("-1.0 ± 0.0", "1.5 ± 0.0")
-    assert (first["reported"], first["reproduced"]) == ("57.1", "60.2 (n = 3)")
-    page = write_leaderboard(RUNS, tmp_path, {}).read_text(encoding="utf-8")
+    assert (first["left by it (%)"], first["largest trigger drop (points)"]) == ("80.0 ± 0.0", "13.0")
+    assert (first["place"], first["largest phase cost (points)"]) == ("1", "2.0")
+    assert (first["clean stream: against none (points)"], first["time / none"]) == ("-1.0 ± 0.0", "1.5 ± 0.0")
+    assert (attacks["defence"], attacks["accumulative"]) == ("clip", "80.0 ± 0.0")
+    assert printed == {"defence": "clip", "reported": "57.1", "reproduced": "60.2 (n = 3)"}
+    html = write_leaderboard(RUNS, tmp_path, {})
+    page = html.read_text(encoding="utf-8")
     assert "Best under its worst attack: clip on" in page
+    assert page.index("<dd>80.0 %</dd>") < page.index("<dd>40.0 %</dd>") < page.index("<svg") < page.index("<table")
+    assert "clip: at worst 80.0 percent, by accumulative. gate: at worst 70.0 percent" in page
+    assert "papers-1" not in page  # nothing is said of papers where there is nothing
+    lines = pq.read_table(html.with_suffix(".parquet")).to_pylist()
+    texts = list(csv.DictReader(html.with_suffix(".csv").read_text(encoding="utf-8").splitlines()))
+    assert [line["seeds"] for line in lines] == [text["seeds"] for text in texts]
+    assert [str(line["worst"]) for line in lines] == [text["worst"] for text in texts]
 
 
 def test_the_papers_own_methods_are_beside_ours() -> None:

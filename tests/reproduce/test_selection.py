@@ -40,6 +40,33 @@ def test_conditions_choose_by_label_setting_and_variant(condition: dict[str, Any
     assert selection.runs(RUNS) == [RUNS[i] for i in picked]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "picked"),
+    [
+        ("poisoned", {"poisoned", "poisoned+eps-0.1"}),
+        ("poisoned+accu", {"poisoned+accu", "poisoned+accu+eps-0.1+lam-2"}),
+        ("poisoned+accu+eps-0.1", {"poisoned+accu+eps-0.1+lam-2"}),
+        ("black-box", {"black-box+early"}),
+    ],
+)
+def test_a_label_with_a_plus_of_its_own_is_another_attack(wanted: str, picked: set[str]) -> None:
+    settings = {"attack": {"name": "accumulative", "eps": 0.1, "lam": 2}}
+    labels = ("poisoned", "poisoned+eps-0.1", "poisoned+accu", "poisoned+accu+eps-0.1+lam-2", "black-box+early")
+    runs = [
+        run_of(0, 0.8, attack=label, config={**settings, **({"surrogate": {}} if "black" in label else {})})
+        for label in labels
+    ]
+    assert {run.summary["attack"] for run in Selection.of({"attack": wanted}, where="").runs(runs)} == picked
+
+
+def test_a_label_that_a_rule_of_the_server_was_added_to_is_still_that_defence() -> None:
+    runs = [
+        run_of(0, 0.8, defence=label, config={"federated": {"rule": {"name": "krum"}}})
+        for label in ("clip+krum", "clip+x")
+    ]
+    assert Selection.of({"defence": "clip"}, where="").runs(runs) == runs[:1]
+
+
 def test_two_conditions_of_one_setting_must_both_hold() -> None:
     first = Selection.of({"attack": ["ours", "others"]}, where="")
     assert first.joined(Selection.of({"attack": "others", "measure": "drop"}, where="")).runs(RUNS) == RUNS[2:]

@@ -322,6 +322,15 @@ def status(
     print_status(status_of(directory))
 
 
+class PageForm(StrEnum):
+    """How a report is shown."""
+
+    html = "html"
+    md = "md"
+    csv = "csv"
+    latex = "latex"
+
+
 @app.command()
 @_reports_mistakes
 def report(
@@ -331,17 +340,26 @@ def report(
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Where the report goes; the first directory by default.")
     ] = None,
+    form: Annotated[
+        PageForm,
+        typer.Option(
+            "--format",
+            help="`html`: the page, and its tables in the terminal; `md`, `csv`, `latex`: the table of results is "
+            "printed, and nothing else. All files are written in any case.",
+        ),
+    ] = PageForm.html,
 ) -> None:
     """Write tables, figures and one self-contained HTML page from finished runs.
 
-    Of the folder that a guard writes in a training of yours: one page that says what was refused, when and why.
+    Rows lie beside the page as CSV and Parquet, tables for GitHub and LaTeX, and figures as SVG, PNG and PDF. Of the
+    folder that a guard writes in a training of yours: one page that says what was refused, when and why.
     """
     from mithridate.guard.step_log import is_guard_folder
 
     if not any(map(is_guard_folder, directories)):
-        report_on(directories, out_dir or directories[0])
+        report_on(directories, out_dir or directories[0], form.value)
     elif len(directories) == 1:
-        report_on_guard(directories[0], out_dir)
+        report_on_guard(directories[0], out_dir, form.value)
     else:
         raise ConfigError("a guard's folder has a page of its own; give it alone.")
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mithridate.cli.progress import Bars
+from mithridate.cli.results import print_files
 from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
 
@@ -105,10 +106,7 @@ def reproduce_items(
         if form == "table":
             _show(done)
         else:
-            endings = {"md": ".md", "csv": ".csv", "latex": ".tex"}
-            for path in done.files:
-                if path.suffix == endings[form]:
-                    print(path.read_text(encoding="utf-8"), end="")
+            print_files(done.files, form)
     return failures, of
 
 

@@ -1,6 +1,6 @@
 """What is shown once runs have ended: the report, in files and in the terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,12 +38,29 @@ def told_failures(failures: Mapping[Path, "Failure"], of: int) -> str:
     return "\n".join(lines)
 
 
-def report_on(directories: Sequence[Path], out_dir: Path) -> None:
+ENDINGS = {"md": ".md", "csv": ".csv", "latex": ".tex"}
+"""What a table is printed as, and how the file that holds it ends."""
+
+
+def print_files(paths: Iterable[Path], form: str) -> None:
+    """Print those files that hold tables in a form, as they are.
+
+    Args:
+        paths: Files of any kind.
+        form: One of `ENDINGS`.
+    """
+    for path in paths:
+        if path.suffix == ENDINGS[form]:
+            print(path.read_text(encoding="utf-8"), end="")
+
+
+def report_on(directories: Sequence[Path], out_dir: Path, form: str = "html") -> None:
     """Write the report of finished runs, and print its tables, findings and gravest doubts.
 
     Args:
         directories: Run directories, or directories that hold them.
         out_dir: Where the report goes.
+        form: `html`, or one of `ENDINGS`: the table of results alone is printed then, a row a cell.
 
     Raises:
         UserError: matplotlib cannot be loaded, a run is damaged or there is none, or the report cannot be written.
@@ -58,6 +75,9 @@ def report_on(directories: Sequence[Path], out_dir: Path) -> None:
     from mithridate.report.terminal import doubt_lines, fitted, measures_table, summary_table
 
     paths = build_report(directories, out_dir)
+    if form != "html":
+        print_files([path for name, path in paths.files.items() if name.startswith("summary.")], form)
+        return
     table = rows(read_runs(directories))
     out.print(fitted(summary_table(table), out.width))
     if (measured := measures_table(table)) is not None:
@@ -100,19 +120,27 @@ def open_page(page: Path) -> None:
         out.print(f"no browser was found here; open {page.absolute()} in one.", markup=False, soft_wrap=True)
 
 
-def report_on_guard(directory: Path, out_dir: Path | None) -> None:
+def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -> None:
     """Write the page of a guard's folder, and print what it says first and why steps were refused.
 
     Args:
         directory: The guard's folder.
         out_dir: Where the page goes; the folder itself if None.
+        form: `html`, or one of `ENDINGS`: why steps were refused is printed then, and nothing else.
 
     Raises:
         UserError: As for `report_on`.
     """
     with _matplotlib():
         from mithridate.report.guarded import build_guard_report
+    from mithridate.report.tables.latex import latex
+    from mithridate.report.tables.section import TableSection
+
     built = build_guard_report(directory, out_dir)
+    if form != "html":
+        written = {"md": TableSection.markdown, "csv": TableSection.csv, "latex": latex}
+        print("" if built.reasons.empty else written[form](built.reasons), end="")
+        return
     out.print(built.headline, markup=False, style="bold")
     if not built.reasons.empty:
         table = Table(box=None, pad_edge=False)

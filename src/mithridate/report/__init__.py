@@ -1,33 +1,31 @@
 """Reports: from a run store to tables, figures and one self-contained HTML file. Imports no torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mithridate.bench.failure import read_failures
 from mithridate.bench.store import read_runs, unfinished
 from mithridate.core.files import locked, path_of, remove_parts, write_atomically
-from mithridate.report.figures import FigureSection, figure_sections
-from mithridate.report.figures.drawing import Drawing
+from mithridate.report.figures import CHART, FigureSection, drawn, figure_sections
+from mithridate.report.figures.drawing import FORMATS, Drawing
 from mithridate.report.lead import Lead
 from mithridate.report.measures import measure_records, measures
-from mithridate.report.page import page
-from mithridate.report.records import run_records, summary_records, to_csv
+from mithridate.report.page import FIGURES, page
+from mithridate.report.records import Record, run_records, summary_records, to_csv, to_parquet
 from mithridate.report.rows import Row, rows
 from mithridate.report.scores import averaged, run_score_records
 from mithridate.report.tables.clipping import clipping_table
 from mithridate.report.tables.defences import defence_tables
 from mithridate.report.tables.detectors import detector_tables
-from mithridate.report.tables.results import to_markdown
+from mithridate.report.tables.latex import latex
+from mithridate.report.tables.results import results_table, to_markdown
 from mithridate.report.tables.section import TableSection, markdown
 
 __all__ = ["ReportPaths", "build_report"]
 
 LOCK = ".report.lock"
 """Held by the process that writes a report in a folder."""
-
-FORMATS = ("svg", "png", "pdf")
-"""What a figure is written as: one file each."""
 
 
 @dataclass(frozen=True)
@@ -36,23 +34,15 @@ class ReportPaths:
 
     Args:
         html: The page, self-contained.
-        summary_csv: One row a cell: means, standard deviations, n.
-        runs_csv: One row a run.
-        markdown: The table of the page.
-        figures: Every figure as SVG, PNG and PDF.
-        measures_csv: One row a defence and attack: what the defence cost and prevented; None if nothing is defended.
-        measures_markdown: Tables of the measures; None if nothing is defended.
-        scores: Scores of detectors by cell and by run, and tables of them; empty without detectors.
+        files: The rows and tables beside it, by name: `summary` (a row a cell), `runs` (a row a run), where anything is
+            defended `measures` (a row a defence and attack), and `scores`, `scores_runs` of detectors; rows as `.csv`
+            and `.parquet`, tables as `.md` and `.tex`.
+        figures: Every figure in each of `FORMATS`.
     """
 
     html: Path
-    summary_csv: Path
-    runs_csv: Path
-    markdown: Path
+    files: Mapping[str, Path]
     figures: tuple[Path, ...]
-    measures_csv: Path | None = None
-    measures_markdown: Path | None = None
-    scores: tuple[Path, ...] = ()
 
 
 def build_report(
@@ -75,41 +65,69 @@ def build_report(
     scores = averaged(scored)
     of_defences, of_detectors = defence_tables(measured), detector_tables(cells, scores)
     head = None if lead is None else lead(cells)
+    charts = [] if head is not None and CHART in head.drawn else drawn(CHART, cells)
     sections = figure_sections(cells, () if head is None else head.drawn)
-    score_files = {"scores.csv": to_csv(scores), "scores_runs.csv": to_csv(scored)} if scored else {}
-    score_files |= {"scores.md": markdown(of_detectors)} if of_detectors else {}
+    results = results_table(cells)
     parts: list[TableSection | FigureSection] = [clipping_table(cells), *of_defences, *of_detectors, *sections]
-    left_out = [path.name for path in unfinished(directories)]
-    whole_page = page(cells, parts, left_out, head, failed=read_failures(directories))
+    files: dict[str, str | bytes] = {
+        **_rows_as_files("summary", summary_records(cells)),
+        "summary.md": to_markdown(cells),
+        "summary.tex": latex(results),
+        **_rows_as_files("runs", run_records(cells)),
+        **_rows_as_files("measures", measure_records(measured)),
+        **({"measures.md": markdown(of_defences), "measures.tex": _latex(of_defences)} if measured else {}),
+        **_rows_as_files("scores", scores),
+        **_rows_as_files("scores_runs", scored),
+        **({"scores.md": markdown(of_detectors), "scores.tex": _latex(of_detectors)} if of_detectors else {}),
+    }
+    stems = _stems([*_drawings(head.parts if head else ()), *charts, *_drawings(sections)])
+    whole_page = page(
+        cells,
+        [results, *parts],
+        [path.name for path in unfinished(directories)],
+        head,
+        failed=read_failures(directories),
+        charts=charts,
+        files=[*files, *(head.files if head else ())],
+        stems=stems,
+    )
     with locked(out / LOCK):  # what lies half-written there is then of a report that was killed
-        for folder in (out, out / "figures"):
+        for folder in (out, out / FIGURES):
             remove_parts(folder)
         return ReportPaths(
-            summary_csv=_write(out / "summary.csv", to_csv(summary_records(cells))),
-            runs_csv=_write(out / "runs.csv", to_csv(run_records(cells))),
-            markdown=_write(out / "summary.md", to_markdown(cells)),
-            figures=_write_figures(_drawings([*(head.parts if head else ()), *sections]), out / "figures"),
-            measures_csv=_write(out / "measures.csv", to_csv(measure_records(measured))) if measured else None,
-            measures_markdown=_write(out / "measures.md", markdown(of_defences)) if measured else None,
-            scores=tuple(_write(out / name, text) for name, text in score_files.items()),
+            files={name: _write(out / name, content) for name, content in files.items()},
+            figures=tuple(
+                _write(out / FIGURES / f"{stem}.{kind}", getattr(drawing, kind))
+                for drawing, stem in stems.items()
+                for kind in FORMATS
+            ),
             html=_write(out / "report.html", whole_page),
         )
+
+
+def _rows_as_files(name: str, records: Sequence[Record]) -> dict[str, str | bytes]:
+    return {f"{name}.csv": to_csv(records), f"{name}.parquet": to_parquet(records)} if records else {}
+
+
+def _latex(tables: Sequence[TableSection]) -> str:
+    return "\n".join(latex(table) for table in tables if not table.empty)
 
 
 def _drawings(parts: Sequence[TableSection | FigureSection]) -> list[Drawing]:
     return [drawing for part in parts if isinstance(part, FigureSection) for drawing in part.drawings]
 
 
-def _write_figures(drawings: Sequence[Drawing], folder: Path) -> tuple[Path, ...]:
-    paths: list[Path] = []
+def _stems(drawings: Sequence[Drawing]) -> dict[Drawing, str]:
+    """The names of the drawings' files, all different on every file system."""
+    stems: dict[Drawing, str] = {}
     taken: set[str] = set()
-    for drawing in drawings:
+    for drawing in dict.fromkeys(drawings):
         stem = drawing.stem
         while stem.lower() in taken:
             stem += "_"
         taken.add(stem.lower())
-        paths += [_write(folder / f"{stem}.{kind}", getattr(drawing, kind)) for kind in FORMATS]
-    return tuple(paths)
+        stems[drawing] = stem
+    return stems
 
 
 def _write(path: Path, content: str | bytes) -> Path:

@@ -14,6 +14,19 @@ from mithridate.report.wording import counted, decimal, listed, noun_of, number,
 
 
 @dataclass(frozen=True)
+class KeyNumber:
+    """A number that is seen before anything is read.
+
+    Args:
+        value: With its unit.
+        says: What it is the number of.
+    """
+
+    value: str
+    says: str
+
+
+@dataclass(frozen=True)
 class Finding:
     """What one group of rows shows.
 
@@ -22,17 +35,24 @@ class Finding:
         setting: What was attacked, one or two sentences.
         headline: The result in one sentence.
         details: Further sentences: the baselines, the defences.
+        numbers: At most two: what the attack cost, and what is to be held against it.
+        group: Data set and model, as `Row.group` has them.
     """
 
     subject: str
     setting: str
     headline: str
     details: tuple[str, ...]
+    numbers: tuple[KeyNumber, ...]
+    group: tuple[str, str]
 
 
 def findings(rows: Sequence[Row]) -> list[Finding]:
     """One finding a group of comparable rows."""
-    return [Finding(members[0].subject, setting(members), *headline(members)) for members in groups(rows).values()]
+    return [
+        Finding(members[0].subject, setting(members), *headline(members), key_numbers(members), group)
+        for group, members in groups(rows).items()
+    ]
 
 
 def setting(rows: Sequence[Row]) -> str:
@@ -124,6 +144,36 @@ def headline(rows: Sequence[Row]) -> tuple[str, tuple[str, ...]]:
         same = f"the same kind of {noun}" if _same_kind(best, alone) else f"a {noun}"
         sentence += f"; {same} alone ({alone.attack}) {_effect(alone)}"
     return f"{sentence}.", (f"The attack is {best.attack}.", *_beside(best, bare), *_defended(best, rows))
+
+
+def key_numbers(rows: Sequence[Row]) -> tuple[KeyNumber, ...]:
+    """What the strongest attack cost in its trigger step, and beside it the first of these that there is.
+
+    The same kind of trigger without a phase, random noise, a step that nobody attacks.
+
+    Args:
+        rows: Rows of one data set and model.
+    """
+    bare, best = _undefended(rows), strongest(rows)
+    if best is None:
+        return tuple(
+            _key_number(row, f"in the trigger step of {row.attack}") for row in bare if row.statistic("drop").n
+        )[:2]
+    noun = step_noun([best])
+    alone = _alone(best, bare) if best.poisons_before_trigger else None
+    clean = next((row for row in bare if not row.attacking and row.statistic("drop").n), None)
+    shown = "" if _supported(best, rows) else ", not shown to be more than chance or noise"
+    numbers = [_key_number(best, f"in one {noun} of {best.attack}{shown}")]
+    if alone is not None:
+        numbers.append(_key_number(alone, f"in such a {noun} alone ({alone.attack})"))
+    elif (control := noise_of(best, bare) or clean) is not None and control.statistic("drop").n:
+        numbers.append(_key_number(control, f"in a {noun} of {control.attack}"))
+    return tuple(numbers)
+
+
+def _key_number(row: Row, where: str) -> KeyNumber:
+    drop = row.statistic("drop").mean or 0
+    return KeyNumber(f"{points(abs(drop))} points", f"{'gained' if drop < 0 else 'lost'} {where}, {_n(row)}")
 
 
 def strongest(rows: Sequence[Row]) -> Row | None:

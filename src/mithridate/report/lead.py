@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mithridate.report.figures import FigureSection
+from mithridate.report.findings import KeyNumber
 from mithridate.report.tables.section import TableSection
 
 
@@ -17,6 +18,8 @@ class Lead:
         details: Further sentences.
         parts: Tables and figures that come first.
         drawn: Names of figures that are among them, and are left out below.
+        numbers: Seen before anything is read; at most two.
+        files: Names of files beside the page that belong to it, other than those of every page.
     """
 
     title: str
@@ -24,3 +27,5 @@ class Lead:
     details: Sequence[str]
     parts: Sequence[TableSection | FigureSection]
     drawn: Sequence[str] = ()
+    numbers: Sequence[KeyNumber] = ()
+    files: Sequence[str] = ()

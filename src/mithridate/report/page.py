@@ -13,15 +13,18 @@ from markupsafe import Markup, escape
 from mithridate.bench.store import Run
 from mithridate.report.doubts import Examined, examine, tally
 from mithridate.report.figures import FigureSection
-from mithridate.report.figures.drawing import PALETTE, Drawing
+from mithridate.report.figures.drawing import FORMATS, PALETTE, Drawing
 from mithridate.report.findings import findings
+from mithridate.report.glossary import explained
 from mithridate.report.lead import Lead
 from mithridate.report.records import run_records
 from mithridate.report.rows import Row, groups, seeds, step_noun
 from mithridate.report.settings import flattened, settings, shared, varying
-from mithridate.report.tables.results import results_table
 from mithridate.report.tables.section import TableSection
 from mithridate.report.wording import MISSING, one_line, with_step_noun
+
+FIGURES = "figures"
+"""The folder beside a page that holds its figures as files."""
 
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
@@ -54,20 +57,26 @@ def page(
     unfinished: Sequence[str] = (),
     lead: Lead | None = None,
     failed: Mapping[str, str] | None = None,
+    charts: Sequence[Drawing] = (),
+    files: Sequence[str] = (),
+    stems: Mapping[Drawing, str] | None = None,
 ) -> str:
     """The whole report as HTML. Every value from the store is escaped.
 
     Args:
         rows: All rows.
-        parts: What stands between the results and the alarms, in order; empty ones are left out.
+        parts: What stands between the doubts and the alarms, in order; empty ones are left out.
         unfinished: Names of runs that have not ended, and are not among the rows.
         lead: What stands at the head; the findings alone if None.
         failed: Why others failed, by name.
+        charts: Each stands under the headline of the data set and model that it is of.
+        files: Names of the files beside the page, which it links.
+        stems: Names of the figures' files, without ending; of those that are not there none is linked.
     """
     answers = examine(rows)
     shown = findings(rows)
     runs = [run for row in rows for run in row.runs]
-    events, left_out = _events(rows)
+    events, left_out, eventful = _events(rows)
     tables, machines = [settings(run) for run in runs], [flattened(run.environment) for run in runs]
     common_settings, common_environment = shared(tables), shared(machines)
     return _rendered(
@@ -76,16 +85,20 @@ def page(
         lead=lead,
         lead_parts=[part for part in (lead.parts if lead else ()) if not part.empty],
         subtitle=", ".join(dict.fromkeys(one_line(run.config["title"]) for run in runs if run.config.get("title"))),
-        findings=shown,
+        findings=[(finding, [chart for chart in charts if chart.subject == finding.subject]) for finding in shown],
+        names=explained(rows),
+        files=_by_stem(files),
+        stems=stems or {},
         doubtful=[_doubtful(answer) for answer in answers if answer.doubts],
         passed=[answer for answer in answers if not answer.doubts],
         tally=tally(answers),
         unfinished=[one_line(name) for name in unfinished],
         failed=[(one_line(name), one_line(message)) for name, message in (failed or {}).items()],
-        parts=[part for part in (results_table(rows), *parts) if not part.empty],
+        parts=[part for part in parts if not part.empty],
         several=len(groups(rows)) > 1,
         events=events,
         left_out=left_out,
+        eventful=eventful,
         common_settings=common_settings,
         cell_settings=list(_cell_settings(rows, common_settings)),
         common_environment=common_environment,
@@ -95,13 +108,22 @@ def page(
     )
 
 
-def board(lead: Lead) -> str:
+def board(lead: Lead, names: Mapping[str, str] | None = None) -> str:
     """A page of tables and figures alone.
 
     Args:
         lead: All that it shows.
+        names: Short names on it, and what they mean.
     """
-    return _rendered("board.html.j2", lead=lead, several=False)
+    return _rendered("board.html.j2", lead=lead, several=False, names=names or {}, files=_by_stem(lead.files), stems={})
+
+
+def _by_stem(files: Sequence[str]) -> dict[str, list[str]]:
+    """Names of files by what stands before their ending."""
+    by_stem: dict[str, list[str]] = {}
+    for name in files:
+        by_stem.setdefault(name.rpartition(".")[0], []).append(name)
+    return by_stem
 
 
 def _rendered(template: str, **values: Any) -> str:  # noqa: ANN401  (whatever the template takes)
@@ -121,6 +143,8 @@ def _rendered(template: str, **values: Any) -> str:  # noqa: ANN401  (whatever t
         js=Markup(js),  # noqa: S704  (our own file)
         script_hash=Markup(f"sha256-{digest}"),  # noqa: S704  (letters, digits, +, / and =)
         card=_card,
+        figures=FIGURES,
+        formats=FORMATS,
         **values,
     )
 
@@ -155,16 +179,17 @@ def inline(drawing: Drawing, prefix: str) -> Markup:
     return Markup(body.replace("<svg", f'<svg role="img" aria-label="{escape(drawing.alt)}"', 1))  # noqa: S704  (drawn by us, texts escaped)
 
 
-def _events(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], int]:
-    """Alarms and refused steps, and how many were left out."""
+def _events(rows: Sequence[Row]) -> tuple[list[Mapping[str, Any]], int, int]:
+    """Alarms and refused steps, how many were left out, and how many runs have any."""
     shown: list[Mapping[str, Any]] = []
-    left_out = 0
+    left_out = eventful = 0
     for row in rows:
         for run in row.runs:
             events = [{"cell": row.cell, "seed": seeds([run]), **event} for event in _events_of(run)]
             shown += events[:MAX_EVENTS_A_RUN]
             left_out += len(events[MAX_EVENTS_A_RUN:])
-    return shown, left_out
+            eventful += bool(events)
+    return shown, left_out, eventful
 
 
 def _events_of(run: Run) -> Iterator[Mapping[str, Any]]:

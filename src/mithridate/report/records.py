@@ -4,6 +4,9 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from mithridate.report.rows import Row, seed
 from mithridate.report.statistic import Statistic
 from mithridate.report.wording import number, one_line, spreadsheet_safe
@@ -73,6 +76,21 @@ def run_records(rows: Sequence[Row]) -> list[Record]:
         for row in rows
         for run in row.runs
     ]
+
+
+def to_parquet(records: Sequence[Record]) -> bytes:
+    """Records as Parquet: names as they are, numbers in full precision, null where there is none."""
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    data = io.BytesIO()
+    pq.write_table(pa.table({name: _array(values) for name, values in columns.items()}), data)
+    return data.getvalue()
+
+
+def _array(values: Sequence[str | float | int | None]) -> pa.Array:
+    """A column of whole numbers, of numbers, or of text."""
+    if any(isinstance(value, float) for value in values):
+        return pa.array(values, pa.float64())
+    return pa.array(values)
 
 
 def to_csv(records: Sequence[Record]) -> str:

@@ -22,13 +22,30 @@ GROUP = ("data set", "model")
 LEFT_OUT = {"mean along (%)", "clean stream (%)", "clean steps as bad"}
 """The columns of the results for which 80 characters have no room; settings stand behind the labels."""
 
-HEADINGS = ("attack", "defence", "start", "before", "after", "drop", "batches", "n")
-"""What the other columns of the results are called here."""
+HEADINGS = (
+    "attack",
+    "defence",
+    "start\n%",
+    "before\ntrigger\n%",
+    "after\ntrigger\n%",
+    "drop\nin it\npoints",
+    "phase\nbatches",
+    "runs",
+)
+"""What the other columns of the results are called here, with their units."""
 
 LEAST_NAME = 10
 """Characters of a line that a name must have; a longer one is folded."""
 
-MEASURED = ("clean", "vs none", "fixed", "after", "vs none", "passed", "time")
+MEASURED = (
+    "clean:\naccuracy\n%",
+    "clean:\nagainst\nnone",
+    "clean:\nsamples\nfixed %",
+    "attack:\naccuracy\n%",
+    "attack:\nagainst\nnone",
+    "poison\nlet\npass %",
+    "update\ntime /\nnone's",
+)
 """What is said of each defence: three columns on a clean stream, three under the strongest attack, and time."""
 
 
@@ -40,7 +57,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """
     several = len(groups(rows)) > 1
     table = _empty(
-        "accuracy in % at the start, before and after the trigger; drop in points; mean±std over n seeds",
+        "Accuracy, mean±std over the seeds of the runs",
         (*(GROUP if several else ()), *HEADINGS[:2]),
         [with_step_noun(step_noun(rows), name) for name in HEADINGS[2:]],
     )
@@ -65,9 +82,7 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
     attacks = {group: strongest(members) for group, members in groups(rows).items()}
     names = one_line("; ".join(dict.fromkeys(row.attack for row in attacks.values() if row is not None)))
     table = _empty(
-        "clean, fixed: final accuracy on a clean stream, share of its samples corrected; after, passed: accuracy after "
-        f"the trigger of {names or 'an attack'}, share of poisoned samples let pass; all in %. vs none: points against "
-        "no defence. time: of an update, a multiple of no defence's",
+        f"Each defence at the end of a clean stream, and after the trigger of {names or 'an attack'}",
         (*(GROUP if several else ()), "defence"),
         MEASURED,
     )
@@ -108,14 +123,14 @@ def fitted(table: Table, width: int) -> RenderableType:
         width: Characters in a line of the terminal.
     """
     cells = [[str(cell) for cell in (column.header, *column.cells)] for column in table.columns]
-    widest = [max(map(cell_len, column)) for column in cells]
+    widest = [max(cell_len(line) for cell in column for line in cell.splitlines()) for column in cells]
     needed = [w if column.no_wrap else min(w, LEAST_NAME) for w, column in zip(widest, table.columns, strict=True)]
     if sum(needed) + 2 * (len(needed) - 1) <= width:
         return table
     rows = (zip(*(column[1:] for column in cells), strict=True)) if cells else ()
-    headings = [column[0] for column in cells]
+    headings = [" ".join(column[0].split()) for column in cells]
     lines = [", ".join(f"{head} {cell}" for head, cell in zip(headings, row, strict=True)) for row in rows]
-    return Text("\n".join([*lines, *([str(table.caption)] if table.caption else [])]))
+    return Text("\n".join([*([str(table.title)] if table.title else []), *lines]))
 
 
 def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:
@@ -127,8 +142,8 @@ def _line(clean: Measures | None, attacked: Measures | None) -> tuple[str, ...]:
     return tuple(map(_tight, (*on_clean, *under_attack, ratio)))
 
 
-def _empty(caption: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, caption=Text(caption), caption_justify="left")
+def _empty(title: str, names: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, title=Text(title), title_justify="left")
     for name in names:
         table.add_column(name, overflow="fold")
     for number in numbers:

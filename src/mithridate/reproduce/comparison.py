@@ -14,6 +14,8 @@ from mithridate.reproduce.selection import by_seed
 NEAR = 1.0
 """Numbers that differ by no more than this, in their own unit (points, of accuracies), are said to agree."""
 
+NEAR_IN_WORDS = "are within 1 of the paper's, or within its spread"
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -111,6 +113,11 @@ def beside(item: Item, cells: Sequence[Compared], scale: str) -> TableSection:
     )
 
 
+def near(c: Compared) -> bool:
+    """Whether ours and the paper's number agree."""
+    return c.difference is not None and abs(c.difference) <= max(NEAR, c.cell.std or 0)
+
+
 def written(c: Compared) -> str:
     """Ours and the paper's number as one cell."""
     printed = MISSING if c.cell.value is None else f"{c.cell.value:g}" + (f" ± {c.cell.std:g}" if c.cell.std else "")
@@ -121,7 +128,7 @@ def written(c: Compared) -> str:
     ours = decimal(c.interval.mean, digits) + ("" if len(c.seeds) < 2 else f" ± {decimal(half, digits)}")
     if c.difference is None or c.cell.value is None:
         return f"{ours} ({printed})"
-    if abs(c.difference) <= max(NEAR, c.cell.std or 0):
+    if near(c):
         return Toned(f"{ours} ({printed})", "near")
     inside = len(c.seeds) > 1 and c.interval.low <= c.cell.value <= c.interval.high
     return f"{ours} ({printed})" if inside else Toned(f"{ours} ({printed})", "apart")

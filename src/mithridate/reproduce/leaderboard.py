@@ -10,10 +10,14 @@ from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
 from mithridate.core.files import locked, path_of, write_atomically
 from mithridate.report.comparisons import undefended
+from mithridate.report.figures import FigureSection
+from mithridate.report.figures.worst_cases import worst_cases
+from mithridate.report.findings import KeyNumber
+from mithridate.report.glossary import explained
 from mithridate.report.lead import Lead
 from mithridate.report.measures import Measures, measures
 from mithridate.report.page import board
-from mithridate.report.records import Record, to_csv
+from mithridate.report.records import Record, to_csv, to_parquet
 from mithridate.report.rows import Row, groups, rows
 from mithridate.report.statistic import Statistic, signed, spread, times
 from mithridate.report.tables.section import TableSection
@@ -22,7 +26,10 @@ from mithridate.report.wording import MISSING, counted, decimal, listed, points
 PAPERS = {"none": "ST", "clip": "GC", "at": "AT", "dsc": "DSC"}
 """What Zhu et al. call the defences of their Table 1."""
 
-LOCK = ".leaderboard.lock"
+NAME = "leaderboard"
+"""Of the page and of the files beside it."""
+
+LOCK = f".{NAME}.lock"
 
 
 class Printed(NamedTuple):
@@ -78,49 +85,67 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
     return sorted(found, key=lambda s: -s.left)
 
 
-def board_of(members: Sequence[Row], reported: Mapping[str, Printed], number: int) -> TableSection:
-    """The table of one model and data set.
+def boards_of(members: Sequence[Row], reported: Mapping[str, Printed], number: int) -> list[TableSection]:
+    """The tables of one model and data set: who holds at what cost, and every attack on every defence.
 
     Args:
         members: Rows of one data set and model.
         reported: What a paper prints for a defence and we got for it, by its label.
-        number: Of the table on its page, from 1.
+        number: Of the model and data set on the page, from 1.
     """
     order = standings(members)
     attacks = list(dict.fromkeys(row.attack for row in members if row.claims_drop))
-    cells = []
+    printed = {s.defence: reported[s.defence] for s in order if s.defence in reported}
+    ranks, each = [], []
     for place, s in enumerate(order, start=1):
         worst, clean = s.attacked[s.worst], s.clean
-        cells.append(
+        ranks.append(
             {
-                "": str(place),
                 "defence": s.defence,
+                "place": str(place),
                 "worst attack": s.worst,
                 "left by it (%)": spread(worst.accuracy_after_trigger),
-                "largest trigger drop": _largest([c.drop for c in s.attacked.values()]),
-                "largest phase cost": _largest([_phase_cost(c.row) for c in s.attacked.values()]),
-                **{attack: _after(s, attack) for attack in attacks},
-                "clean: against none": _against_none(s, members),
-                "clean: steps refused (%)": MISSING if clean is None else spread(clean.refused),
-                "clean: samples touched (%)": MISSING if clean is None else spread(clean.flagged_clean),
+                "largest trigger drop (points)": _largest([c.drop for c in s.attacked.values()]),
+                "largest phase cost (points)": _largest([_phase_cost(c.row) for c in s.attacked.values()]),
+                "clean stream: against none (points)": _against_none(s, members),
+                "clean stream: steps refused (%)": MISSING if clean is None else spread(clean.refused),
+                "clean stream: samples touched (%)": MISSING if clean is None else spread(clean.flagged_clean),
                 "time / none": MISSING if clean is None else times(clean.time_ratio),
-                "reported": reported[s.defence].reported if s.defence in reported else "",
-                "reproduced": reported[s.defence].reproduced if s.defence in reported else "",
                 "n": str(worst.accuracy_after_trigger.n),
             }
         )
-    return TableSection(
-        id=f"board-{number}",
-        heading=members[0].subject,
-        intro="Accuracy after the trigger in %, mean ± standard deviation over seeds; of every defence its worst "
-        "attack decides the place. Largest: mean of the attack for which it is largest, in points. Clean: on the "
-        "stream that nobody attacks, final accuracy against that without a defence, in points; share of steps refused "
-        "and of samples corrected, dropped or weighed less. Reported: accuracy after accumulative poison in Zhu et "
-        "al., Table 1 (CIFAR-10, ResNet-18 at full width), where the defence is in it; reproduced: ours of that "
-        "table at the scale that was run.",
-        names=3,
-        bold=3,
-    ).filled([("", line) for line in cells])
+        each.append({"defence": s.defence, "place": str(place), **{a: _after(s, a) for a in attacks}})
+    subject = members[0].subject
+    return [
+        TableSection(
+            id=f"board-{number}",
+            heading=f"Places: {subject}",
+            intro="A defence's place is decided by the attack that leaves it the lowest accuracy after the trigger; "
+            "mean ± standard deviation over n seeds. Largest: mean of the attack for which it is largest. Clean "
+            "stream: nobody attacks; final accuracy against that without a defence; share of steps refused, and of "
+            "samples corrected, dropped or weighed less. Time: of an update, a multiple of that without a defence.",
+            names=3,
+            bold=3,
+        ).filled([("", line) for line in ranks]),
+        TableSection(
+            id=f"attacks-{number}",
+            heading=f"Every attack: {subject}",
+            intro="Accuracy after the trigger (%), mean ± standard deviation over seeds; a column an attack.",
+            names=2,
+        ).filled([("", line) for line in each]),
+        TableSection(
+            id=f"papers-{number}",
+            heading="The papers' own defences",
+            intro="Accuracy after accumulative poison (%). Reported: in Zhu et al., Table 1, on CIFAR-10 with "
+            "ResNet-18 at full width. Reproduced: ours of that table, at the scale that was run.",
+            names=1,
+        ).filled(
+            [
+                ("", {"defence": defence, "reported": p.reported, "reproduced": p.reproduced or MISSING})
+                for defence, p in printed.items()
+            ]
+        ),
+    ]
 
 
 def _after(s: Ranked, attack: str) -> str:
@@ -167,7 +192,7 @@ def board_records(members: Sequence[Row]) -> list[Record]:
 
 
 def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[str, Printed]) -> Path:
-    """The page, and its numbers as CSV.
+    """The page, and its numbers as CSV and Parquet.
 
     Args:
         runs: From a store or from records.
@@ -182,8 +207,23 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
     by_group = [members for members in groups(rows(runs)).values() if standings(members)]
     if not by_group:
         raise StoreError("no run has an attack on anything; a leaderboard needs some.")
-    tables = [board_of(members, reported, number) for number, members in enumerate(by_group, start=1)]
+    tables = [
+        table
+        for i, members in enumerate(by_group, start=1)
+        for table in boards_of(members, reported, i)
+        if not table.empty
+    ]
     best = [f"{standings(members)[0].defence} on {members[0].subject}" for members in by_group]
+    drawings = [
+        worst_cases(
+            {
+                s.defence: {attack: c.accuracy_after_trigger for attack, c in s.attacked.items()}
+                for s in standings(members)
+            },
+            members[0],
+        )
+        for members in by_group
+    ]
     attacks = len({row.attack for members in by_group for row in members if row.claims_drop})
     lead = Lead(
         title="Which defence holds against every attack",
@@ -192,14 +232,25 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
             f"{counted(len(runs), 'run')}, {counted(attacks, 'attack')}. A place is decided by means; where intervals "
             "overlap, neighbours may change places with other seeds."
         ],
-        parts=tables,
+        parts=[FigureSection("chart", "What each attack leaves", drawings, subheadings=False), *tables],
+        numbers=_key_numbers(standings(by_group[0])),
+        files=[f"{NAME}.csv", f"{NAME}.parquet"],
     )
-    page, numbers = board(lead), to_csv([record for members in by_group for record in board_records(members)])
+    page = board(lead, explained([row for members in by_group for row in members]))
+    numbers = [record for members in by_group for record in board_records(members)]
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK):
-        write_atomically(out / "leaderboard.csv", lambda part: part.write_text(numbers, encoding="utf-8"))
-        write_atomically(out / "leaderboard.html", lambda part: part.write_text(page, encoding="utf-8"))
-    return out / "leaderboard.html"
+        write_atomically(out / f"{NAME}.csv", lambda part: part.write_text(to_csv(numbers), encoding="utf-8"))
+        write_atomically(out / f"{NAME}.parquet", lambda part: part.write_bytes(to_parquet(numbers)))
+        write_atomically(out / f"{NAME}.html", lambda part: part.write_text(page, encoding="utf-8"))
+    return out / f"{NAME}.html"
+
+
+def _key_numbers(order: Sequence[Ranked]) -> list[KeyNumber]:
+    """What the worst attack leaves of the best defence, and of none."""
+    none = next((s for s in order if s.attacked[s.worst].row.defence_name == "none"), None)
+    shown = [s for s in (order[0], none) if s is not None]
+    return [KeyNumber(f"{points(s.left)} %", f"left by the worst attack ({s.worst}) under {s.defence}") for s in shown]
 
 
 def reported_accuracies(runs: Sequence[Run]) -> dict[str, Printed]:

@@ -6,20 +6,24 @@ from math import isfinite
 
 from mithridate.bench.store import Run
 from mithridate.report.figures import FigureSection, drawn
-from mithridate.report.figures.drawing import Band, Drawing
-from mithridate.report.figures.series import Panel, Place, series
+from mithridate.report.figures.drawing import Drawing
+from mithridate.report.figures.series import Panel, Place, Point, series
+from mithridate.report.findings import KeyNumber
 from mithridate.report.lead import Lead
 from mithridate.report.records import Record
 from mithridate.report.rows import Row, seed
 from mithridate.report.tables.section import TableSection, Toned
 from mithridate.report.wording import MISSING, listed
 from mithridate.reproduce.checks import Interval, Judgement, Ruling
-from mithridate.reproduce.comparison import beside, compared
+from mithridate.reproduce.comparison import NEAR_IN_WORDS, Compared, beside, compared, near
 from mithridate.reproduce.item import Item, Scale, Series
 from mithridate.reproduce.quantities import OF_DETECTOR, QUANTITIES, quantity
 from mithridate.reproduce.selection import LABELS, setting_of
 
 TONES = {Ruling.HOLDS: "near", Ruling.FAILS: "apart", Ruling.UNDECIDED: "", Ruling.ABSENT: "absent"}
+
+LEAST_SEEDS = 3
+"""Of fewer, Student's interval is so wide that the lines beside it would be flat."""
 
 
 def verdicts(item: Item, runs: Sequence[Run]) -> list[Judgement]:
@@ -58,16 +62,30 @@ def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
             FigureSection("redrawn", f"{item.source}, redrawn", drawings),
             checks_table(found),
         ]
-        parts += [] if item.table is None else [beside(item, compared(item, runs), scale)]
+        cells = compared(item, runs)
+        parts += [] if item.table is None else [beside(item, cells, scale)]
+        files = [*(["claims"] if found else []), *(["table"] if item.table is not None else [])]
         return Lead(
             title=f"{item.source}: {item.title}",
             headline=f"{summary(v.outcome for v in found)} ({of_runs}).",
             details=[f"What the paper says: {item.claim}."],
             parts=parts,
             drawn=item.draw,
+            numbers=_key_numbers(found, cells),
+            files=[*(f"{name}.{kind}" for name in files for kind in ("csv", "parquet")), "table.md", "table.tex"],
         )
 
     return lead
+
+
+def _key_numbers(found: Sequence[Judgement], cells: Sequence[Compared]) -> list[KeyNumber]:
+    """How many claims hold, and how many printed numbers ours are near to."""
+    holding = sum(verdict.outcome is Ruling.HOLDS for verdict in found)
+    ours = [cell for cell in cells if cell.difference is not None]
+    return [
+        *([KeyNumber(f"{holding} of {len(found)}", "of the paper's claims hold in our runs")] if found else []),
+        *([KeyNumber(f"{sum(map(near, ours))} of {len(ours)}", f"of our numbers {NEAR_IN_WORDS}")] if ours else []),
+    ]
 
 
 def checks_table(found: Sequence[Judgement]) -> TableSection:
@@ -112,21 +130,28 @@ def check_records(found: Sequence[Judgement]) -> list[Record]:
     ]
 
 
-def series_drawings(item: Item, rows: Sequence[Row]) -> list[Drawing]:
-    """The lines of an item, all panels in one figure; nothing if no run has a point of them."""
-    runs = [run for row in rows for run in row.runs]
-    shown = [
+def panels_of(item: Item, runs: Sequence[Run]) -> list[Panel]:
+    """The lines of an item, those without any point left out."""
+    return [
         Panel(s.title, _words(s.x), s.unit or listed(list(map(_words, s.y))), lines)
         for s in item.series
         if (lines := _lines(s, runs))
     ]
+
+
+def series_drawings(item: Item, rows: Sequence[Row]) -> list[Drawing]:
+    """The lines of an item, all panels in one figure; nothing if no run has a point of them."""
+    shown = panels_of(item, [run for row in rows for run in row.runs])
     if not shown:
         return []
-    caption = "Mean over seeds and its 95 % interval (none for a single seed)."
+    caption = (
+        f"Line: mean over seeds; small dots: single seeds; bar: 95 % interval of the mean, of {LEAST_SEEDS} seeds or "
+        "more (of fewer it says nothing)."
+    )
     return [series(shown, rows[0], item.name, heading=item.title, caption=caption)]
 
 
-def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
+def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Point]]:
     """The lines of each measure; of several, named by it."""
     if len(s.y) == 1:
         return _lines_of(s.y[0], s, runs)
@@ -138,7 +163,7 @@ def _lines(s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
     }
 
 
-def _lines_of(measure: str, s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Band]]:
+def _lines_of(measure: str, s: Series, runs: Sequence[Run]) -> dict[str, dict[Place, Point]]:
     """At each place of each line the values of its seeds, as a mean with its interval."""
     values: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
     across: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -154,7 +179,7 @@ def _lines_of(measure: str, s: Series, runs: Sequence[Run]) -> dict[str, dict[Pl
             values[line][cell].append(y)
         else:
             values[line][x].append(y)
-    lines: dict[str, dict[Place, Band]] = {}
+    lines: dict[str, dict[Place, Point]] = {}
     for line, places in values.items():
         for place, several in places.items():
             at: Place = place
@@ -162,8 +187,8 @@ def _lines_of(measure: str, s: Series, runs: Sequence[Run]) -> dict[str, dict[Pl
                 xs = across[line, str(place)]
                 at = sum(xs) / len(xs)
             interval = Interval.of(several)
-            ends = (interval.low, interval.high) if len(several) > 1 else (interval.mean, interval.mean)
-            lines.setdefault(line, {})[at] = (interval.mean, *ends)
+            ends = (interval.low, interval.high) if len(several) >= LEAST_SEEDS else None
+            lines.setdefault(line, {})[at] = Point(several, ends)
     return lines
 
 

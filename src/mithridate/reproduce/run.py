@@ -12,12 +12,12 @@ from mithridate.bench.store import Run, finished, read_runs
 from mithridate.core.errors import StoreError
 from mithridate.core.files import path_of, write_atomically
 from mithridate.report import ReportPaths, build_report
-from mithridate.report.records import to_csv
+from mithridate.report.records import Record, to_csv, to_parquet
+from mithridate.report.tables.latex import latex
 from mithridate.report.tables.section import TableSection
 from mithridate.reproduce.checks import Judgement
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import Item, Scale
-from mithridate.reproduce.latex import latex
 from mithridate.reproduce.outcome import check_records, checks_table, lead_of, verdicts
 
 
@@ -32,7 +32,7 @@ class Reproduction:
         verdicts: On its claims.
         report: The files of the page.
         tables: The paper's numbers beside ours, and the claims.
-        files: The same, as CSV, Markdown and LaTeX.
+        files: The same, as CSV, Parquet, Markdown and LaTeX.
         failures: Why other runs of the item failed, by directory.
     """
 
@@ -109,14 +109,14 @@ def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | No
     found = read_runs(places)
     report = build_report(places, directory, lead_of(item, scale))
     said = verdicts(item, found)
-    files = []
+    files: list[Path] = []
     tables = []
     if said:
-        files.append(_write(directory / "claims.csv", to_csv(check_records(said))))
+        files += _write_rows(directory / "claims", check_records(said))
         tables.append(checks_table(said))
     if item.table is not None:
         cells = compared(item, found)
-        files.append(_write(directory / "table.csv", to_csv(records(item, cells))))
+        files += _write_rows(directory / "table", records(item, cells))
         tables.append(beside(item, cells, scale))
     files.append(_write(directory / "table.md", "\n".join(f"{t.heading}\n\n{t.markdown()}" for t in tables)))
     files.append(_write(directory / "table.tex", "\n".join(latex(t) for t in tables)))
@@ -134,6 +134,12 @@ def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
     return sum(map(finished, places)), len(places)
 
 
-def _write(path: Path, content: str) -> Path:
-    write_atomically(path, lambda part: part.write_text(content, encoding="utf-8"))
+def _write_rows(path: Path, lines: Sequence[Record]) -> list[Path]:
+    """Rows as CSV and as Parquet; `path` has no ending."""
+    return [_write(path.with_suffix(".csv"), to_csv(lines)), _write(path.with_suffix(".parquet"), to_parquet(lines))]
+
+
+def _write(path: Path, content: str | bytes) -> Path:
+    data = content.encode() if isinstance(content, str) else content
+    write_atomically(path, lambda part: part.write_bytes(data))
     return path

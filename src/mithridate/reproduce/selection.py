@@ -1,6 +1,7 @@
 """Which runs a table's cell, a figure's line or a claim is about, and which number of them."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mithridate.report.rows import seed
 from mithridate.reproduce.quantities import known, quantity
 
 LABELS = ("attack", "defence")
-"""What a run is called by; a label that a grid made of another one begins with it and a plus sign."""
+"""What a run is called by; a label that a grid made of another one begins with it, a plus sign and a setting."""
 
 Place = tuple[int | None, str]
 """Seed and variant of a run."""
@@ -66,7 +67,7 @@ class Selection:
 
     def picks(self, run: Run) -> bool:
         """Whether a run is among them."""
-        return all(any(_equal(setting_of(run, path), v) for v in values) for path, values in self.where)
+        return all(any(_fits(run, path, v) for v in values) for path, values in self.where)
 
     def runs(self, runs: Iterable[Run]) -> list[Run]:
         """Those of some runs."""
@@ -129,13 +130,32 @@ def setting_of(run: Run, path: str) -> object:
     return value
 
 
+def _fits(run: Run, path: str, wanted: object) -> bool:
+    """Whether a setting is as wanted; of a label, also whether one that a recipe multiplied was called so before."""
+    value = setting_of(run, path)
+    if _equal(value, wanted):
+        return True
+    if path not in LABELS or not isinstance(value, str) or not value.startswith(f"{wanted}+"):
+        return False
+    added = value.removeprefix(f"{wanted}+")
+    table, rule = run.config.get(path), setting_of(run, "federated.rule")
+    keys = set(table) - {"label"} if isinstance(table, Mapping) else set()
+    names = [part.get("label", part.get("name")) for part in (table, rule) if isinstance(part, Mapping)]
+    # A grid adds KEY-VALUE, TABLE.KEY-VALUE or a component; a list of rules or surrogates adds the label of each.
+    return (
+        any(added.startswith((f"{key}-", f"{path}.{key}-")) for key in keys)
+        or any(re.match(rf"{re.escape(name)}($|[+-])", added) for name in names if isinstance(name, str))
+        or (path == "attack" and "surrogate" in run.config and "+" not in added)
+    )
+
+
 def _equal(value: object, wanted: object) -> bool:
     if value is None or wanted is None:
         return wanted in (None, UNSET)
     numbers = [_number(value), _number(wanted)]
     if numbers[0] is not None and numbers[1] is not None:
         return math.isclose(numbers[0], numbers[1], rel_tol=1e-9)
-    return value == wanted or (isinstance(value, str) and isinstance(wanted, str) and value.startswith(f"{wanted}+"))
+    return value == wanted
 
 
 def _number(value: object) -> float | None:

@@ -114,7 +114,6 @@ def test_the_same_runs_give_the_same_bytes_and_leave_no_trace(
     assert scores[:2] == [score_distributions(scored_rows), discrepancy_by_interval(scored_rows)]
     assert dict(mpl.rcParams) == before
     assert {drawing.stem.partition("-digits")[0].partition("-mnist")[0] for drawing in first} == {
-        "accuracy",
         "clean-stream",
         "convergence",
         "secrecy",
@@ -131,7 +130,7 @@ def test_the_same_runs_give_the_same_bytes_and_leave_no_trace(
 def test_nothing_to_draw(make_run: Make) -> None:
     sections = figure_sections(rows([replace(make_run(), trace=[])]))
     assert [drawing for one in sections for drawing in one.drawings] == []
-    assert [one.id for one in sections if not one.empty] == ["accuracy", "images", "norms"]
+    assert [one.id for one in sections if not one.empty] == ["images", "norms"]
 
 
 def test_online_runs_have_no_figures_of_federations(make_run: Make) -> None:

@@ -50,13 +50,11 @@ def test_several_clean_streams_are_named(make_row: MakeRow) -> None:
 
 def test_the_report_has_them_as_files(defended_store: Path, tmp_path: Path) -> None:
     built = build_report([defended_store], tmp_path)
-    assert built.measures_csv is not None
-    assert built.measures_markdown is not None
-    assert built.measures_csv.read_text(encoding="utf-8").count("\n") == 7
-    text = built.measures_markdown.read_text(encoding="utf-8")
+    assert built.files["measures.csv"].read_text(encoding="utf-8").count("\n") == 7
+    text = built.files["measures.md"].read_text(encoding="utf-8")
     assert text.count("## What the defences") == 2
     assert "| accumulative | dsc | 96.0 ± 0.0 | 91.0 ± 1.0 | 5.0 ± 1.0 | +21.0 ± 1.0 | 20.0 ± 10.0 |" in text
-    runs = csv.DictReader(io.StringIO(built.runs_csv.read_text(encoding="utf-8")))
+    runs = csv.DictReader(io.StringIO(built.files["runs.csv"].read_text(encoding="utf-8")))
     flagged = [float(run["flagged_poisoned"]) for run in runs if run["flagged_poisoned"]]
     assert sorted(flagged) == pytest.approx([0.7, 0.8, 0.9])
 

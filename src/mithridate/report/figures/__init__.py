@@ -74,6 +74,9 @@ FIGURES: Mapping[str, Callable[[Sequence[Row]], Drawing | Sequence[Drawing] | No
 }
 """Every figure by name: what can be drawn of rows of one data set and model; of all rows, if it is in `ACROSS`."""
 
+CHART = accuracy_curves.__name__
+"""The figure that stands under the headline of its data set and model."""
+
 ACROSS = frozenset({"burn_in_curves"})
 """The figures that compare data sets and models with each other."""
 
@@ -98,7 +101,7 @@ def drawn(name: str, rows: Sequence[Row]) -> list[Drawing]:
 
 
 def figure_sections(rows: Sequence[Row], left_out: Collection[str] = ()) -> list[FigureSection]:
-    """Every figure that these rows allow, in the order of the page.
+    """Every figure that these rows allow but for the `CHART`, in the order of the page.
 
     Args:
         rows: All rows of the report.
@@ -113,10 +116,9 @@ def figure_sections(rows: Sequence[Row], left_out: Collection[str] = ()) -> list
 
     return [
         FigureSection(
-            "accuracy",
-            "Accuracy along the steps",
-            drawn_of(accuracy_curves, clean_stream_accuracy),
-            absent="" if left_out else "No run has a trace.",
+            "clean-stream",
+            "Accuracy on a clean stream",
+            drawn_of(clean_stream_accuracy),
             subheadings=False,
         ),
         FigureSection(

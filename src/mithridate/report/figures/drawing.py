@@ -44,6 +44,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 MARKS = {"halted": "x", "diverged": "*"}
 """Where a run ended early, by its status."""
 
+FORMATS = ("svg", "png", "pdf")
+"""What a `Drawing` holds, and what it is written as: one file each."""
+
 MAX_COLUMNS = 3
 """Panels side by side."""
 

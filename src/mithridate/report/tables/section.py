@@ -1,9 +1,11 @@
 """What every table is: its words, its head and its rows, for the page and as Markdown."""
 
+import csv
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from mithridate.report.wording import markdown_safe
+from mithridate.report.wording import markdown_safe, spreadsheet_safe
 
 
 class Toned(str):
@@ -65,6 +67,16 @@ class TableSection:
         for subject, line in cells:
             rows.setdefault(subject, []).append(list(line.values()))
         return replace(self, head=list(cells[0][1]) if cells else (), rows=rows)
+
+    def csv(self) -> str:
+        """The table as CSV, its cells as people read them; no spreadsheet evaluates one."""
+        several = len(self.rows) > 1
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*(["model and data set"] if several else []), *self.head])
+        for subject, rows in self.rows.items():
+            writer.writerows(map(spreadsheet_safe, (*([subject] if several else []), *row)) for row in rows)
+        return text.getvalue()
 
     def markdown(self) -> str:
         """The table for GitHub, without heading and words."""

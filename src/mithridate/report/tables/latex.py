@@ -1,6 +1,7 @@
 """Tables for a paper: LaTeX with booktabs."""
 
 import re
+from collections.abc import Sequence
 
 from mithridate.report.tables.section import TableSection
 
@@ -22,11 +23,14 @@ def latex(table: TableSection) -> str:
     """A table as a `tabular` with booktabs' rules; its heading is the caption.
 
     Args:
-        table: With or without rows.
+        table: With or without rows; where they are about several models and data sets, each is named above its own.
     """
     columns = "l" * table.names + "r" * (len(table.head) - table.names)
-    rows = [row for several in table.rows.values() for row in several]
-    lines = [" & ".join(map(escaped, line)) + r" \\" for line in (table.head, *rows)]
+    lines = [_line(table.head)]
+    for subject, rows in table.rows.items():
+        if len(table.rows) > 1:
+            lines += [rf"\multicolumn{{{len(table.head)}}}{{l}}{{{escaped(subject)}}} \\"]
+        lines += map(_line, rows)
     return "\n".join(
         [
             "% \\usepackage{booktabs}",
@@ -43,3 +47,7 @@ def latex(table: TableSection) -> str:
             "",
         ]
     )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(map(escaped, cells)) + r" \\"
