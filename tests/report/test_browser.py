@@ -95,7 +95,7 @@ def test_figures_are_drawn_in_the_colours_of_the_mode(browser: Any, html: Path) 
     for scheme in ("light", "dark"):
         page, _, _ = opened(browser, html, color_scheme=scheme)
         word = page.locator("figure svg text").first
-        assert word.inner_text()
+        assert word.text_content()
         colours[scheme] = word.evaluate("text => getComputedStyle(text).fill")
         ground = page.locator("figure svg path").first.evaluate("path => getComputedStyle(path).fill")
         assert ground == page.evaluate("getComputedStyle(document.body).backgroundColor")
