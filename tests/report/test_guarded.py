@@ -78,6 +78,8 @@ def test_it_tells_what_was_refused_when_and_why(tmp_path: Path) -> None:
         assert words in page
     html = built.html.read_text()
     assert html.count("<svg") == 3  # the curves and two batches of images
+    marks = ('<p class="headline">', "<dd>2 of 20</dd>", "<dd>10.0 ms</dd>", "<svg", "<table")
+    assert sorted(marks, key=html.index) == list(marks)  # the chart right under the headline
     assert not list(folder.glob(".report.html*.part"))
 
 

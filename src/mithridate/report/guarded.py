@@ -15,6 +15,7 @@ from mithridate.report.figures import FigureSection
 from mithridate.report.figures.drawing import Drawing
 from mithridate.report.figures.guarded_steps import guarded_steps
 from mithridate.report.figures.quarantined_images import quarantined_images
+from mithridate.report.findings import KeyNumber
 from mithridate.report.lead import Lead
 from mithridate.report.page import board
 from mithridate.report.settings import flattened
@@ -72,6 +73,7 @@ def build_guard_report(directory: str | Path, out: str | Path | None = None) -> 
         headline=headline,
         details=[*_details(steps, entries), *([] if quarantine is None else _left_out(quarantine))],
         parts=[part for part in _parts(steps, reasons, entries, quarantine) if not part.empty],
+        numbers=_key_numbers(_first_rank(steps)),
     )
     content = board(lead).encode()
     with locked(target / LOCK):
@@ -95,15 +97,16 @@ def _parts(
     steps: Steps, reasons: TableSection, entries: Sequence[Quarantined], quarantine: Quarantine | None
 ) -> list[TableSection | FigureSection]:
     curves = guarded_steps([step.record for step in _first_rank(steps)])
+    along = FigureSection(
+        "along",
+        "Along the steps",
+        [] if curves is None else [curves],
+        absent="The defence measures nothing on a trusted set, and no step was refused.",
+        subheadings=False,
+    )
+    first: list[TableSection | FigureSection] = [reasons, along] if curves is None else [along, reasons]
     return [
-        reasons,
-        FigureSection(
-            "along",
-            "Along the steps",
-            [] if curves is None else [curves],
-            absent="The defence measures nothing on a trusted set, and no step was refused.",
-            subheadings=False,
-        ),
+        *first,
         FigureSection("pictures", "Refused batches", _pictures(entries, quarantine)),
         quarantine_table(entries),
         steps_table(steps.by_rank),
@@ -150,6 +153,18 @@ def _headline(steps: Sequence[Logged]) -> str:
         f"{counts['shortened']:,} shortened" if counts["shortened"] else "",
     ]
     return "; ".join(filter(None, said)) + "."
+
+
+def _key_numbers(steps: Sequence[Logged]) -> list[KeyNumber]:
+    if not steps:
+        return []
+    counts, total = _counts(steps)
+    return [
+        KeyNumber(f"{counts['refused']:,} of {total:,}", "steps refused"),
+        KeyNumber(
+            _short(median(step.record.seconds for step in steps)), "that the guard itself took of a step, median"
+        ),
+    ]
 
 
 def _counts(steps: Sequence[Logged]) -> tuple[Counter[str], int]:

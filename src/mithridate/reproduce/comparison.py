@@ -124,7 +124,8 @@ def written(c: Compared) -> str:
     if c.interval is None:
         return Toned(f"{MISSING} ({printed})", "absent")
     half = (c.interval.high - c.interval.low) / 2
-    digits = 1 if abs(c.interval.mean) >= 10 else 2 if abs(c.interval.mean) >= 0.1 else 4
+    size = max(abs(c.interval.mean), abs(c.cell.value or 0))  # a mean near zero needs no more digits than its column
+    digits = 1 if size >= 10 else 2 if size >= 0.1 else 4
     ours = decimal(c.interval.mean, digits) + ("" if len(c.seeds) < 2 else f" ± {decimal(half, digits)}")
     if c.difference is None or c.cell.value is None:
         return f"{ours} ({printed})"

@@ -108,8 +108,10 @@ def _line(verdict: Judgement) -> list[str]:
 
 
 def _interval(interval: Interval) -> str:
-    ends = f" ({interval.low:.3g} to {interval.high:.3g})" if isfinite(interval.low) else ""
-    return f"{interval.mean:.3g}{ends}"
+    mean, low, high = (
+        round(value, 9) if isfinite(value) else value for value in (interval.mean, interval.low, interval.high)
+    )
+    return f"{mean:.3g}" + (f" ({low:.3g} to {high:.3g})" if isfinite(low) else "")
 
 
 def check_records(found: Sequence[Judgement]) -> list[Record]:

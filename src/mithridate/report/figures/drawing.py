@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
@@ -295,8 +296,11 @@ def rendered(figure: Figure) -> tuple[str, bytes, bytes]:
     vector, raster, printed = io.BytesIO(), io.BytesIO(), io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     FigureCanvasAgg(figure)
-    figure.savefig(vector, format="svg", metadata=nothing)
+    figure.savefig(vector, format="svg", metadata=nothing)  # lays it out, too
     figure.set_layout_engine("none")
-    figure.savefig(raster, format="png", dpi=160, metadata={"Software": None})
-    figure.savefig(printed, format="pdf", metadata=dict.fromkeys(("Creator", "Producer", "CreationDate")))
+    # `savefig` would draw each of these once more, for a layout that is there already.
+    undated = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+    FigureCanvasPdf(figure).print_pdf(printed, metadata=undated)  # type: ignore[no-untyped-call]
+    figure.set_dpi(160)
+    FigureCanvasAgg(figure).print_png(raster, metadata={"Software": None})  # type: ignore[no-untyped-call]
     return vector.getvalue().decode("utf-8"), raster.getvalue(), printed.getvalue()
