@@ -211,5 +211,7 @@ def test_the_command_writes_the_page_and_prints_why(tmp_path: Path) -> None:
     assert "2 refusals in 20 steps" in page.out
     assert "worst class fell by 0.10 refused 2 10 11" in page.out
     assert f"report: {tmp_path / 'page' / 'report.html'}" in page.out
+    table = invoke("report", folder, "--format", "csv")
+    assert table.out.startswith("why,verdict,steps,first,last worst class fell by 0.10,refused,2,10,11 ")
     both = invoke("report", folder, tmp_path)
     assert (both.code, "give it alone" in both.err) == (2, True)
