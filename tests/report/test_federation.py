@@ -23,7 +23,7 @@ def test_words_say_rounds_and_clients(federated: Make) -> None:
     assert "25 clients" in setting(found)
     assert "up to 100.0 % of the clients were hostile" in setting(found)
     assert "phase (rounds)" in columns(found)
-    assert "rounds" in [column.header for column in summary_table(found).columns]
+    assert "phase\nrounds" in [column.header for column in summary_table(found).columns]
 
 
 def test_online_runs_keep_their_words(make_run: Make, federated: Make) -> None:
