@@ -10,8 +10,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.report.rows import rows
 from mithridate.report.tables.latex import latex
 from mithridate.report.tables.section import Toned
-from mithridate.reproduce.checks import Ruling
-from mithridate.reproduce.comparison import beside, compared, records
+from mithridate.reproduce.checks import Interval, Ruling
+from mithridate.reproduce.comparison import beside, compared, records, written
 from mithridate.reproduce.item import SCALES, read_item
 from mithridate.reproduce.outcome import panels_of, series_drawings, verdicts
 from mithridate.reproduce.run import progress
@@ -104,6 +104,12 @@ RUNS = [
     *(run_of(s, a) for s, a in ((0, 0.90), (1, 0.91))),
     run_of(0, 0.5, defence="clip", attack="clean-stream", config={"defence": {"name": "clip", "clip_norm": 0.1}}),
 ]
+
+
+def test_a_mean_near_zero_has_no_more_digits_than_the_number_beside_it(folder: Path) -> None:
+    cell = compared(read_item(NAME, folder), RUNS[:4])[0]
+    near_zero = replace(cell, seeds={0: -1e-14, 1: 1e-14}, interval=Interval.of([-1.0, 1.0 + 1e-14]))
+    assert written(near_zero) == "0.0 ± 12.7 (83.4)"
 
 
 def test_each_printed_number_stands_beside_ours(folder: Path) -> None:

@@ -36,7 +36,7 @@ DEFENCES: Mapping[str, str] = {
     "at": "moves every sample towards the class it is labelled with, poisoned or not (adversarial training)",
     "bound_update": "shortens every step of the parameters to a set length",
     "chain": "several defences, one after the other",
-    "clip": "shortens long gradients (gradient clipping)",
+    "clip": "shortens long gradients, or the updates of clients (gradient clipping)",
     "dgc": "clips or drops an update whose step would raise the loss elsewhere (dynamic gradient clipping)",
     "dsc": "corrects the samples that today's model and an older one see too differently (discrepancy-aware sample "
     "correction)",
@@ -47,7 +47,7 @@ DEFENCES: Mapping[str, str] = {
     "mart": "corrects samples, then trains on hard neighbours, misclassified ones above all",
     "median_bn": "BatchNorm that standardises with medians, which a few samples cannot move",
     "mma": "corrects samples, then trains on each at its distance from the decision boundary",
-    "none": "no defence: every batch is learned as it comes",
+    "none": "no defence: everything is learned as it comes",
     "promote": "answers with an average that was tested on a trusted set first",
     "skip": "skips batches whose loss or gradient is unusually large",
     "trades": "corrects samples, then trains with a penalty on answers that neighbours change",
