@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 
 from mithridate.audit.output.evidence import points, side_name
 from mithridate.audit.result import Audited, Ruled, Side
-from mithridate.report.figures.drawing import Drawing, fitting, panels, rendered, style, title
+from mithridate.report.figures.drawing import PALETTE, Drawing, fitting, panels, rendered, style, title
 
-COLOURS: Mapping[str, str] = {"above": "#D55E00", "below": "#009E73"}
-OTHER = "#555555"
+COLOURS: Mapping[str, str] = {"above": PALETTE["red"], "below": PALETTE["green"]}
+OTHER = PALETTE["edge"]
 
 FARTHEST = 105.0
 """The end of the axis, in points; an interval that goes on beyond it is cut there."""
@@ -28,7 +28,7 @@ def _drawn(side: Side) -> Drawing:
         figure, axes = panels(len(by), width=3.6, height=0.6 + 0.27 * max(map(len, by.values())), top=0.2)
         for ax, (measure, rows) in zip(axes, by.items(), strict=True):
             _panel(ax, rows, "in one step" if measure == "step" else "over the phase")
-        svg, png = rendered(figure)
+        svg, png, pdf = rendered(figure)
     name = "guarded" if side.guarded else "unguarded"
     return Drawing(
         stem=f"intervals-{name}",
@@ -40,6 +40,7 @@ def _drawn(side: Side) -> Drawing:
         + " ".join(f"{r.attack}, {r.measure}: {points(r.cost)} points, {r.allowed:g} allowed." for r in shown),
         svg=svg,
         png=png,
+        pdf=pdf,
     )
 
 
@@ -51,8 +52,8 @@ def _panel(ax: Axes, rows: Sequence[Ruled], heading: str) -> None:
         ends = [max(r.cost.low, -FARTHEST / 5), min(r.cost.high, FARTHEST)]
         ax.plot(ends, [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
         ax.plot([r.cost.mean], [place], color=colour, marker="o", markersize=5.5)
-    ax.axvline(rows[0].allowed, color="#000000", linestyle="--", linewidth=1)
-    ax.axvline(0, color="#999999", linewidth=0.8)
+    ax.axvline(rows[0].allowed, color=PALETTE["ink"], linestyle="--", linewidth=1)
+    ax.axvline(0, color=PALETTE["faint"], linewidth=0.8)
     ax.set_yticks(range(len(rows)), [fitting(r.attack) for r in rows])
     for label, r in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_fontstyle("italic" if r.control else "normal")
