@@ -26,7 +26,7 @@ def test_the_terminal_says_what_its_columns_are(demo_store: Path) -> None:
     lines = capture.get().splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("clean "))
     heads = " ".join(lines[:first])
-    for words in ("Accuracy, mean±std", "start", "before", "after", "trigger", "points", "phase", "batches", "runs"):
+    for words in ("Accuracy, mean±std", "start", "before", "after", "trigger", "points", "phase", "batches", "n seeds"):
         assert words in heads
     assert lines[-1].startswith("accumulative")  # no footnote
     narrow = str(fitted(summary_table(rows(read_runs([demo_store]))), 40))

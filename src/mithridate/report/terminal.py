@@ -30,7 +30,7 @@ HEADINGS = (
     "after\ntrigger\n%",
     "drop\nin it\npoints",
     "phase\nbatches",
-    "runs",
+    "n",
 )
 """What the other columns of the results are called here, with their units."""
 
@@ -57,7 +57,7 @@ def summary_table(rows: Sequence[Row]) -> Table:
     """
     several = len(groups(rows)) > 1
     table = _empty(
-        "Accuracy, mean±std over the seeds of the runs",
+        "Accuracy, mean±std over n seeds",
         (*(GROUP if several else ()), *HEADINGS[:2]),
         [with_step_noun(step_noun(rows), name) for name in HEADINGS[2:]],
     )
