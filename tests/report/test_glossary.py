@@ -43,3 +43,11 @@ def test_a_federation_has_its_own_words(federated: Make) -> None:
     words = explained(rows([federated("accumulative"), federated("clean")]))
     assert words["accumulative (attack)"] == UPDATE_ATTACKS["accumulative"]
     assert words["phase"] == "the rounds before the trigger"
+
+
+def test_the_parts_of_a_chain_are_named_and_explained(make_run: Make) -> None:
+    parts = [{"name": "gate"}, {"name": "ema"}]
+    run = make_run(config={"defence": {"name": "chain", "label": "both", "parts": parts}}, defence_label="both")
+    words = explained(rows([run]))
+    assert words["both (defence)"] == "several defences, one after the other: gate and ema"
+    assert (words["gate (defence)"], words["ema (defence)"]) == (DEFENCES["gate"], DEFENCES["ema"])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from mithridate.report.detectors import detectors
 from mithridate.report.rows import Row, step_noun
-from mithridate.report.wording import listed, noun_of
+from mithridate.report.wording import listed, noun_of, one_line
 
 ATTACKS: Mapping[str, str] = {
     "accumulative": "poisons batch after batch so that a later trigger batch breaks the model",
@@ -12,10 +12,12 @@ ATTACKS: Mapping[str, str] = {
     "fgsm": "raises the loss of every batch by one step of the gradient's sign",
     "gate_aware": "knows the gate, and weakens its poison until the gate would let it pass",
     "gradient_inversion": "makes poison whose gradient equals the one that the attacker wants",
+    "label_flip": "sends every sample with a wrong label",
     "mim": "raises the loss of every batch by gradient steps with momentum",
     "noise": "random changes as large as an attack's: the control that an attack must beat",
     "pgd": "raises the loss of every batch by projected gradient steps",
     "vanilla": "poisons the trigger batch alone, without a phase before it",
+    "worst_samples": "sends real, rightly labelled samples whose gradients do the most harm",
 }
 """Attacks on batches, by component."""
 
@@ -105,12 +107,19 @@ def explained(rows: Sequence[Row]) -> dict[str, str]:
             f"attack {row.attack_name}", row.attack, (UPDATE_ATTACKS if row.federated else ATTACKS).get(row.attack_name)
         )
     for row in rows:
-        tell(f"defence {row.defence_name}", row.defence, DEFENCES.get(row.defence_name))
+        parts = [
+            one_line(part.get("name")) for part in row.defence_settings.get("parts", ()) if isinstance(part, Mapping)
+        ]
+        component = " ".join(["defence", row.defence_name, *parts])  # two chains of other parts are told one by one
+        meaning = DEFENCES.get(row.defence_name)
+        tell(component, row.defence, f"{meaning}: {listed(parts)}" if meaning and parts else meaning)
+        for part in parts:
+            tell(f"defence {part}", part, DEFENCES.get(part))
     for info in detectors(rows):
         tell(f"detector {info.name}", info.label, DETECTORS.get(info.name))
     words = {}
     for component, meaning in meanings.items():
-        kind, _, name = component.partition(" ")
+        kind, name, *_ = component.split(" ")
         labels = names[component]
         several = any(label.partition(",")[0] != name for label in labels)
         shown = listed(labels) if several and len(labels) <= MOST_LABELS else name
