@@ -149,6 +149,14 @@ def test_a_round_is_made_what_the_algorithm_says(view: View, learner: Learner) -
     assert torch.equal(honest.total, honest_of(learner).total)
 
 
+@pytest.mark.parametrize(("accuracy", "rests"), [((0.9, 0.9), False), ((0.9, 0.8901), False), ((0.9, 0.88), True)])
+def test_a_round_of_rest_is_honest(view: View, learner: Learner, accuracy: tuple[float, float], rests: bool) -> None:
+    known = dataclasses.replace(view, available={**view.available, Need.ACCURACY: accuracy})
+    honest = honest_of(learner)
+    rows = AccumulativeUpdates(rest=0.01).craft(honest, known, rng())
+    assert torch.equal(rows, honest.own) is rests
+
+
 def test_hostile_clients_can_be_made_to_differ(view: View, learner: Learner) -> None:
     honest = honest_of(learner)
     same = AccumulativeUpdates().craft(honest, view, rng())

@@ -101,6 +101,8 @@ class AccumulativeUpdates(Secrecy, HostileShare):
             row is shortened. The two agree in l2.
         validation_size: Images of S_val; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
+        rest: Hostile clients send their honest updates in rounds that begin with the published accuracy more than this
+            fraction under that of the start, in [0, 1], so that the phase stays quiet; unset: they never do.
         max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
         craft_mode: BatchNorm in the attacker's gradients: running statistics (`eval`), or those of the batch (`train`,
             as in the released code).
@@ -132,6 +134,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
     how: Literal["project", "scale"] = "project"
     validation_size: Annotated[int, Field(ge=1)] | None = None
     resample_validation: bool = False
+    rest: Annotated[float, Field(ge=0, le=1)] | None = None
     max_rounds: Annotated[int, Field(ge=0)] | None = None
     craft_mode: BatchNormMode = "train"
     chunk: Annotated[int, Field(ge=1)] = 100
@@ -141,7 +144,11 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         return (self.max_rounds is not None and view.step >= self.max_rounds) or self.noticed(view)
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        """One round of Algorithm 2."""
+        """One round of Algorithm 2, or of rest."""
+        if self.rest is not None:
+            start, now = view.accuracy
+            if start - now > self.rest:
+                return honest.own
         if self.trigger == "reoptimised":
             view.memory[TRIGGER] = self._reoptimised(honest, view)
         pull = self.lam * self.pull(view, rng)
