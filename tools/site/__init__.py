@@ -1,0 +1,43 @@
+"""What the docs site adds to the Markdown in docs/: pages that follow from the code, and the tree of contents.
+
+A page that is named in `GENERATED` is a file in docs/ with a title and an introduction, and reads on its own where
+nobody builds the site; what follows from the registry, the command line or the committed results is put below it when
+the site is built, and is kept nowhere.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tools.site.api import api
+from tools.site.commands import commands
+from tools.site.components import component_pages, matrix
+from tools.site.contents import trees
+from tools.site.papers import papers
+
+GENERATED: Mapping[str, Callable[[], str]] = {
+    "reference/attacks": partial(component_pages, "attack", "update_attack"),
+    "reference/defences": partial(component_pages, "defence"),
+    "reference/matrix": matrix,
+    "reference/aggregators": partial(component_pages, "aggregator"),
+    "reference/detectors": partial(component_pages, "detector", "monitor"),
+    "reference/models": partial(component_pages, "model"),
+    "reference/commands": commands,
+    "reference/api": api,
+    "reference/papers": papers,
+}
+"""What is put below a page, by the page."""
+
+
+def setup(app: Any) -> dict[str, Any]:  # noqa: ANN401  (Sphinx is no dependency of the types)
+    """Tell Sphinx of it."""
+    app.connect("source-read", _completed)
+    return {"parallel_read_safe": True, "version": "1"}
+
+
+def _completed(app: Any, page: str, source: list[str]) -> None:  # noqa: ANN401
+    """A page's Markdown with what is generated below it."""
+    if page in GENERATED:
+        source[0] += f"\n{GENERATED[page]()}"
+    if page == app.config.root_doc:
+        source[0] += f"\n{trees(source[0])}"
