@@ -21,6 +21,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+nb_execution_in_temp = True  # what they write is no part of the site
 nb_merge_streams = True
 nb_execution_excludepatterns = [] if find_spec("transformers") else ["*hugging*"]
 

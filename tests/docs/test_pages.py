@@ -12,6 +12,11 @@ SLOW = {
     "README.md": "a burn-in and 250 rounds",
     "docs/howto/hugging-face.md": "imports transformers",
     "docs/howto/lightning.md": "imports Lightning",
+    "docs/howto/own-data.md": "two runs and their reports",
+    "docs/howto/own-component.md": "all checks of a component",
+    "docs/howto/plugin.md": "four runs and their report",
+    "docs/howto/resume.md": "two commands and their reports",
+    "docs/howto/sweep.md": "three commands, one of them with processes of its own",
 }
 """Pages that take more than a few seconds, and why."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from tools.site.api import api
 from tools.site.commands import commands
 from tools.site.components import component_pages, matrix
-from tools.site.contents import trees
+from tools.site.contents import outward, trees
 from tools.site.papers import papers
 
 GENERATED: Mapping[str, Callable[[], str]] = {
@@ -36,7 +36,8 @@ def setup(app: Any) -> dict[str, Any]:  # noqa: ANN401  (Sphinx is no dependency
 
 
 def _completed(app: Any, page: str, source: list[str]) -> None:  # noqa: ANN401
-    """A page's Markdown with what is generated below it."""
+    """A page's Markdown with what is generated below it, and links that lead out of docs/ as downloads."""
+    source[0] = outward(source[0], depth=page.count("/"))
     if page in GENERATED:
         source[0] += f"\n{GENERATED[page]()}"
     if page == app.config.root_doc:

@@ -23,7 +23,8 @@ def api() -> str:
             module = getattr(mithridate, folder)
             public = sorted(getattr(module, "__all__", None) or _own(module))
             sections.append((module.__name__, public))
-    return "\n".join(line for module, public in sections for line in _section(module, public))
+    seen: set[int] = set()
+    return "\n".join(line for module, public in sections for line in _section(module, public, seen))
 
 
 def _own(module: ModuleType) -> Iterable[str]:
@@ -37,11 +38,15 @@ def _own(module: ModuleType) -> Iterable[str]:
             yield name
 
 
-def _section(module: str, names: Sequence[str]) -> Iterable[str]:
+def _section(module: str, names: Sequence[str], seen: set[int]) -> Iterable[str]:
+    """Directives for some names of a module, but for what a section above has already."""
     yield from (f"## {module}", "", "```{eval-rst}")
     place = import_module(module)
     for name in names:
         value = getattr(place, name)
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         if isinstance(value, type):
             yield from (f".. autoclass:: {module}.{name}", "   :members:", "")
         elif inspect.isroutine(value):

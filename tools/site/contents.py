@@ -22,3 +22,14 @@ def trees(front_page: str) -> str:
         for caption, pages in listed
         if pages
     )
+
+
+def outward(page: str, *, depth: int) -> str:
+    """A page in which each link to a Markdown file outside docs/ is a download, as Sphinx has no page of it.
+
+    Args:
+        page: Markdown.
+        depth: How many folders below docs/ it lies.
+    """
+    out = re.escape("../" * (depth + 1))
+    return re.sub(rf"\[([^\]]+)\]\(({out}(?!\.\.)[^)#]+\.md)\)", r"{download}`\1 <\2>`", page)
