@@ -25,6 +25,7 @@ import torch
 import typer
 from sybil import Document, Example
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.typing import Parser
 
 from mithridate.cli import app as cli
 from mithridate.core import registry
@@ -56,7 +57,7 @@ def run_page(path: Path, folder: Path) -> Counter[str]:
         Broken: The first example that fails.
     """
     counts: Counter[str] = Counter()
-    parsers = [PythonCodeBlockParser(), CodeBlockParser("toml", _toml), SkipParser()]
+    parsers: list[Parser] = [PythonCodeBlockParser(), CodeBlockParser("toml", _toml), SkipParser()]
     parsers += [CodeBlockParser(language, lambda example: _shell(example, counts)) for language in _SHELL]
     document = Document.parse(str(path), *parsers)
     module = ModuleType("page")  # so that a class of the page has a module in which its names are looked up
@@ -121,7 +122,9 @@ def forms(command: str) -> list[list[str]]:
     Returns:
         One list for each choice, with everything that may be left out.
     """
-    words = shlex.split(re.sub(r"(?<!\S)\[(?=[A-Za-z-])|(?<=[A-Z])\]|\](?=[\s\].]|$)|\.\.\.", "", command), comments=True)
+    words = shlex.split(
+        re.sub(r"(?<!\S)\[(?=[A-Za-z-])|(?<=[A-Z])\]|\](?=[\s\].]|$)|\.\.\.", "", command), comments=True
+    )
     lines, rest = [], words[1:]
     while "|" in rest:  # the same command with other options
         end = rest.index("|")

@@ -40,7 +40,9 @@ def _parameter(parameter: click.Parameter, context: click.Context) -> str:
         names, metavar = f"`{parameter.make_metavar(context)}`", ""
     words = " ".join((getattr(parameter, "help", "") or "").split())
     default = parameter.get_default(context)
-    shown = "" if default in {None, False, ""} or callable(default) or default == [] else f" Default: `{_text(default)}`."
+    shown = (
+        "" if default in {None, False, ""} or callable(default) or default == [] else f" Default: `{_text(default)}`."
+    )
     variable = f" Environment: `{parameter.envvar}`." if parameter.envvar else ""
     return f"| {names}{metavar} | {words}{shown}{variable} |".replace("\n", " ")
 

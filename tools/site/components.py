@@ -9,6 +9,7 @@ from pathlib import Path
 from mithridate.core.descriptions import described_fields
 from mithridate.core.kind import Kind
 from mithridate.core.registry import Entry, entries
+from mithridate.core.view import Need
 from mithridate.report.rows import rows
 from mithridate.report.statistic import signed, times
 from mithridate.reproduce.leaderboard import standings
@@ -78,12 +79,15 @@ def _breaking(paragraph: str) -> str:
 
 
 def needs_of(item: Entry) -> list[str]:
-    """What a component asks to see, in words.
+    """What a component asks to see, in words; a defence or a detector asks for the model that it is part of.
 
     Args:
         item: Of any kind.
     """
-    return sorted(str(need) for need in getattr(item.cls, "needs", ()))
+    needs = {str(need) for need in getattr(item.cls, "needs", ())}
+    if not item.kind.endswith("attack") and Need.MODEL in needs:
+        needs = needs - {Need.MODEL} | {"its own model"}
+    return sorted(needs)
 
 
 def component_pages(*kinds: Kind) -> str:
@@ -104,7 +108,10 @@ def component_pages(*kinds: Kind) -> str:
 def matrix() -> str:
     """Defence, what it needs, what it costs and what breaks it, side by side, and the same of robust rules."""
     costs = measured_costs(ROOT / "results" / "leaderboard")
-    lines = ["| defence | what it needs | time of a step | cost on a clean stream | what breaks it |", "|---|---|---|---|---|"]
+    lines = [
+        "| defence | what it needs | time of a step | cost on a clean stream | what breaks it |",
+        "|---|---|---|---|---|",
+    ]
     for item in _built_in("defence"):
         lines.append(
             _row(
