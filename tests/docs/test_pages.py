@@ -31,6 +31,7 @@ def test_a_page(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of Lightning and transformers, about torch
 @pytest.mark.parametrize("name", names(slow=True))
 def test_a_page_that_takes_longer(name: str, tmp_path: Path) -> None:
     run_page(ROOT / name, tmp_path)
