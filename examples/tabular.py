@@ -28,7 +28,7 @@ def main() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(30, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
     mi.burn_in(model, stream, mi.BurnIn(epochs=20, batch_size=20, lr=0.05), seed=0)
 
-    run = mi.OnlineRun(steps=5, lr=0.2)
+    run = mi.OnlineRun(steps=5, lr=0.5)
     attack = mi.attacks.Vanilla(eps=1.0)
     for name, defence in (("without a guard", None), ("with a guard", mi.defences.Gate())):
         copied = copy.deepcopy(model)
@@ -40,7 +40,9 @@ def main() -> None:
             domain=stream.domain,
         )
         outcome = mi.run_online(learner, stream, attack, run, seed=0)
-        print(f"{name}: {outcome.accuracy_after_trigger:.1%} after the trigger, {outcome.accuracy_before_trigger:.1%} before")
+        print(
+            f"{name}: {outcome.accuracy_after_trigger:.1%} after the trigger, {outcome.accuracy_before_trigger:.1%} before"
+        )
 
 
 if __name__ == "__main__":
