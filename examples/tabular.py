@@ -40,9 +40,8 @@ def main() -> None:
             domain=stream.domain,
         )
         outcome = mi.run_online(learner, stream, attack, run, seed=0)
-        print(
-            f"{name}: {outcome.accuracy_after_trigger:.1%} after the trigger, {outcome.accuracy_before_trigger:.1%} before"
-        )
+        before, after = outcome.accuracy_before_trigger, outcome.accuracy_after_trigger
+        print(f"{name}: {after:.1%} after the trigger, {before:.1%} before")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 def setup(app: Any) -> dict[str, Any]:  # noqa: ANN401  (Sphinx is no dependency of the types)
     """Tell Sphinx of it."""
     app.connect("source-read", _completed)
+    app.connect("autodoc-process-docstring", _plain_attributes, priority=400)  # before napoleon, at 500
     return {"parallel_read_safe": True, "version": "1"}
 
 
@@ -42,3 +43,14 @@ def _completed(app: Any, page: str, source: list[str]) -> None:  # noqa: ANN401
         source[0] += f"\n{GENERATED[page]()}"
     if page == app.config.root_doc:
         source[0] += f"\n{trees(source[0])}"
+
+
+def _plain_attributes(app: Any, what: str, name: str, value: object, options: object, lines: list[str]) -> None:  # noqa: ANN401
+    """What an attribute is, as it is written: napoleon would take words before a colon on the first line for its type.
+
+    A value that is somebody else's function has no word of ours on it, and theirs would be a page of its own.
+    """
+    if what in {"attribute", "property", "data"}:
+        if not str(getattr(value, "__module__", "mithridate")).startswith("mithridate"):
+            lines.clear()
+        lines.insert(0, "")
