@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from mithridate.audit.identifiers import IDENTIFIERS
 from mithridate.cli.app import app
 from mithridate.core.descriptions import described_fields
 from mithridate.core.registry import KINDS, Kind, entries
@@ -13,6 +14,7 @@ from mithridate.reproduce.item import item_names, read_item
 from tools.site.commands import commands
 from tools.site.components import component_pages, matrix, measured_costs, said_by
 from tools.site.contents import outward, trees
+from tools.site.identifiers import POISONED, identifiers
 from tools.site.papers import papers
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,16 @@ def test_the_lists_of_the_front_page_are_the_tree_of_contents() -> None:
 
 
 def test_links_out_of_the_docs_are_downloads() -> None:
-    page = "[a](../examples/a/README.md) [b](b.md) [c](../../c.md)"
-    assert outward(page, depth=0) == "{download}`a <../examples/a/README.md>` [b](b.md) [c](../../c.md)"
-    assert outward(page, depth=1) == "[a](../examples/a/README.md) [b](b.md) {download}`c <../../c.md>`"
+    page = "[a](../examples/a/README.md) [b](b.md) [c](../../c.md) [d](../examples/d) [e](../e.json)"
+    assert (
+        outward(page, depth=0) == "{download}`a <../examples/a/README.md>` [b](b.md) [c](../../c.md) d [e](../e.json)"
+    )
+    assert outward(page, depth=1) == page.replace("[c](../../c.md)", "{download}`c <../../c.md>`")
+
+
+def test_names_of_findings_stand_with_their_editions() -> None:
+    page = identifiers()
+    assert {*POISONED, "none"} == set(IDENTIFIERS)
+    for identifier in (i for several in IDENTIFIERS.values() for i in several):
+        answer = "yes" if identifier.checked else "no"
+        assert f"| {identifier.catalogue} | {identifier.id} | {identifier.title} | {answer} |" in page

@@ -13,6 +13,7 @@ from tools.site.api import api
 from tools.site.commands import commands
 from tools.site.components import component_pages, matrix
 from tools.site.contents import outward, trees
+from tools.site.identifiers import identifiers
 from tools.site.papers import papers
 
 GENERATED: Mapping[str, Callable[[], str]] = {
@@ -24,6 +25,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
     "reference/models": partial(component_pages, "model"),
     "reference/commands": commands,
     "reference/api": api,
+    "reference/identifiers": identifiers,
     "reference/papers": papers,
 }
 """What is put below a page, by the page."""

@@ -25,11 +25,15 @@ def trees(front_page: str) -> str:
 
 
 def outward(page: str, *, depth: int) -> str:
-    """A page in which each link to a Markdown file outside docs/ is a download, as Sphinx has no page of it.
+    """A page whose links out of docs/ fit the site, which has no page of what lies there.
 
     Args:
         page: Markdown.
         depth: How many folders below docs/ it lies.
+
+    Returns:
+        Links to Markdown files are downloads, and those to folders are their words alone.
     """
-    out = re.escape("../" * (depth + 1))
-    return re.sub(rf"\[([^\]]+)\]\(({out}(?!\.\.)[^)#]+\.md)\)", r"{download}`\1 <\2>`", page)
+    out = re.escape("../" * (depth + 1)) + r"(?!\.\.)"
+    page = re.sub(rf"\[([^\]]+)\]\(({out}[^)#]+\.md)\)", r"{download}`\1 <\2>`", page)
+    return re.sub(rf"\[([^\]]+)\]\({out}[\w/-]+\)", r"\1", page)
