@@ -50,9 +50,9 @@ def _completed(app: Any, page: str, source: list[str]) -> None:  # noqa: ANN401
 def _plain_attributes(app: Any, what: str, name: str, value: object, options: object, lines: list[str]) -> None:  # noqa: ANN401
     """What an attribute is, as it is written: napoleon would take words before a colon on the first line for its type.
 
-    A value that is somebody else's function has no word of ours on it, and theirs would be a page of its own.
+    A field whose default is a function of torch would bring torch's page on it.
     """
     if what in {"attribute", "property", "data"}:
-        if not str(getattr(value, "__module__", "mithridate")).startswith("mithridate"):
-            lines.clear()
         lines.insert(0, "")
+    elif what == "method" and str(getattr(value, "__module__", "")).startswith("torch."):
+        lines.clear()
