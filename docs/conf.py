@@ -30,6 +30,7 @@ autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_custom_sections = ["Shape", "Source"]
 default_role = "code"
+smartquotes = False  # `--out` is no dash
 
 html_theme = "furo"
 html_title = f"mithridate {version}"

@@ -35,7 +35,7 @@ def _parameter(parameter: click.Parameter, context: click.Context) -> str:
             return ""
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
         choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ()
-        metavar = "" if parameter.is_flag else f" {'/'.join(map(str, choices)) or parameter.type.name.upper()}"
+        metavar = "" if parameter.is_flag else f" {'/'.join(map(str, choices)) or _kind(parameter.type)}"
     else:
         names, metavar = f"`{parameter.make_metavar(context)}`", ""
     words = " ".join((getattr(parameter, "help", "") or "").split())
@@ -45,6 +45,11 @@ def _parameter(parameter: click.Parameter, context: click.Context) -> str:
     )
     variable = f" Environment: `{parameter.envvar}`." if parameter.envvar else ""
     return f"| {names}{metavar} | {words}{shown}{variable} |".replace("\n", " ")
+
+
+def _kind(kind: click.ParamType) -> str:
+    """What a value is: a word in capitals."""
+    return kind.name.partition(" ")[0].upper()
 
 
 def _text(value: object) -> str:
