@@ -16,7 +16,7 @@ THREADS ?= 1
 JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=$(THREADS) MITHRIDATE_TEST_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: install demo reproduce test test-slow lint types dist format clean
+.PHONY: install demo reproduce test test-slow lint types docs dist format clean
 
 install: $(STAMP)
 
@@ -58,6 +58,17 @@ dist: install
 	cd build && empty/bin/mithridate list defences >/dev/null && empty/bin/mithridate reproduce --list >/dev/null
 	cd build && empty/bin/mithridate demo --out empty/demo && test -s empty/demo/report.html
 	$(EMPTY)/bin/python -c 'import mithridate, pathlib; assert (pathlib.Path(mithridate.__file__).parent / "py.typed").is_file()'
+
+# The docs site, its notebooks executed; a warning is an error. The libraries of the guard's adapters come with it, for a
+# notebook and some pages use them.
+DOCS := $(VENV)/.installed-docs
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS),docs,loops]'
+	touch $@
+
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/docs
 
 format: install
 	$(BIN)/ruff check --fix .

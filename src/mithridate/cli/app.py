@@ -31,7 +31,6 @@ app = typer.Typer(
         "Start with `mithridate demo`: it poisons a small model on real digits and writes a report."
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )

@@ -22,6 +22,10 @@ from mithridate.maths.norms import Norm, shrink
 class Clip(Defence):
     """Gradient clipping (GC): a gradient longer than the bound is shortened before the optimiser sees it.
 
+    What breaks it: many small steps the same way, as the accumulative phase makes them, and a momentum that adds them
+    up; BatchNorm statistics, which move in the forward pass. A bound that is tight enough to matter slows clean
+    learning, too.
+
     Args:
         clip_norm: The bound, > 0, in the units of the gradient; `inf` never clips.
         norm: In which norm the whole gradient is measured: `l2` or `linf` (its largest entry).

@@ -11,7 +11,7 @@ from mithridate.testing.checks.subject import Check, entry_of
 def component_checks(kind: Kind) -> Sequence[Check]:
     """The checks of a kind: functions that take a class and raise AssertionError with what is wrong.
 
-    For tests that name each check:
+    For tests that name each check::
 
         @pytest.mark.parametrize("check", component_checks("attack"), ids=lambda check: check.__name__)
         def test_my_attack(check):

@@ -1,0 +1,33 @@
+"""The papers' tables beside ours, from what the papers print and the committed records of our runs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mithridate.reproduce.comparison import beside, compared
+from mithridate.reproduce.item import Item, item_names, read_item
+from mithridate.reproduce.records import read_records
+
+ROOT = Path(__file__).parents[2]
+
+
+def papers(results: Path = ROOT / "results") -> str:
+    """Every printed table with our numbers in it, as Markdown; a table that we have not run says so.
+
+    Args:
+        results: Committed records, a folder an item and in it one a scale.
+    """
+    return "\n".join(line for name in item_names() for line in _item(name, read_item(name), results / name))
+
+
+def _item(name: str, item: Item, folder: Path) -> Iterable[str]:
+    if item.table is None:
+        return
+    yield from (f"## {name}", "", f"{item.source}: {item.title}.", "")
+    scales = [scale for scale in ("paper", "small") if (folder / scale).is_dir()]
+    if not scales:
+        yield from ("No records of ours are committed yet; what the paper prints, in brackets:", "")
+        yield from (beside(item, compared(item, []), "no").markdown(), "")
+    for scale in scales:
+        section = beside(item, compared(item, read_records(folder / scale)), scale)
+        yield from (f"Ours at the scale `{scale}`, in brackets what the paper prints:", "")
+        yield from (section.markdown(), section.note, "")
