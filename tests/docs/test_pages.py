@@ -9,7 +9,7 @@ pytest.importorskip("sybil", reason="sybil is not installed")
 from tests.docs.pages import PAGES, ROOT, Broken, check, forms, run_page
 
 SLOW = {
-    "README.md": "a burn-in and 250 rounds",
+    "docs/howto/simulate.md": "a burn-in and 250 rounds",
     "docs/howto/hugging-face.md": "imports transformers",
     "docs/howto/lightning.md": "imports Lightning",
     "docs/howto/own-data.md": "two runs and their reports",
