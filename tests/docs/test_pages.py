@@ -67,3 +67,4 @@ def test_a_line_of_a_manual_stands_for_several_commands() -> None:
     ]
     with pytest.raises(ValueError, match="no command 'mithridate walk'"):
         check(["walk"])
+    check(["--install-completion"])

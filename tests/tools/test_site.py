@@ -55,6 +55,7 @@ def test_the_page_of_commands_has_every_command_and_option() -> None:
     root = typer.main.get_command(app)
     for name, command in root.commands.items():  # type: ignore[attr-defined]  # it is a group
         assert f"\n## {name}\n" in f"\n{page}"
+        assert "|  |" not in page, "every argument says what it is"
         for option in (option for parameter in command.params for option in parameter.opts if option.startswith("--")):
             assert option in page
 

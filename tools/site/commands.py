@@ -1,9 +1,9 @@
 """The reference of the command line, from the commands themselves."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, get_type_hints
 
-import click
 import typer
 
 from mithridate.cli.app import app
@@ -11,45 +11,50 @@ from mithridate.cli.app import app
 
 def commands() -> str:
     """Every command with what it does, its arguments and its options, as Markdown."""
-    root = typer.main.get_command(app)
-    assert isinstance(root, click.Group)  # noqa: S101  (an app of several commands is one)
+    root: Any = typer.main.get_command(app)  # of click, or of the click that newer versions of typer hold
     return "\n".join(line for name, command in root.commands.items() for line in _command(name, command))
 
 
-def _command(name: str, command: click.Command) -> Iterator[str]:
-    context = click.Context(command, info_name=f"mithridate {name}")
+def _command(name: str, command: Any) -> Iterator[str]:  # noqa: ANN401
+    context = command.context_class(command, info_name=f"mithridate {name}")
     usage = command.get_usage(context).removeprefix("Usage: ")
     yield from (f"## {name}", "", "```text", " ".join(usage.split()), "```", "")
     yield inspect.cleandoc(command.help or "")
     yield ""
-    rows = [row for parameter in command.params if (row := _parameter(parameter, context))]
+    helps = _helps(command.callback)
+    rows = [row for parameter in command.params if (row := _parameter(parameter, context, helps))]
     if rows:
         yield from ("| argument | what it is |", "|---|---|")
         yield from rows
         yield ""
 
 
-def _parameter(parameter: click.Parameter, context: click.Context) -> str:
-    if isinstance(parameter, click.Option):
+def _parameter(parameter: Any, context: Any, helps: Mapping[str, str]) -> str:  # noqa: ANN401
+    if parameter.param_type_name == "option":
         if parameter.hidden or "--help" in parameter.opts:
             return ""
         names = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
-        choices = parameter.type.choices if isinstance(parameter.type, click.Choice) else ()
-        metavar = "" if parameter.is_flag else f" {'/'.join(map(str, choices)) or _kind(parameter.type)}"
+        metavar = "" if parameter.is_flag else f" {_kind(parameter.make_metavar(context))}"
     else:
         names, metavar = f"`{parameter.make_metavar(context)}`", ""
-    words = " ".join((getattr(parameter, "help", "") or "").split())
+    words = " ".join((parameter.help or helps.get(parameter.name, "")).split())
     default = parameter.get_default(context)
-    shown = (
-        "" if default in {None, False, ""} or callable(default) or default == [] else f" Default: `{_text(default)}`."
-    )
+    unset = default is None or default is False or default in ("", [], ()) or callable(default)
+    shown = "" if unset else f" Default: `{_text(default)}`."
     variable = f" Environment: `{parameter.envvar}`." if parameter.envvar else ""
     return f"| {names}{metavar} | {words}{shown}{variable} |".replace("\n", " ")
 
 
-def _kind(kind: click.ParamType) -> str:
-    """What a value is: a word in capitals."""
-    return kind.name.partition(" ")[0].upper()
+def _helps(command: Callable[..., None]) -> dict[str, str]:
+    """What a command's annotations say of each argument: click from 8.2 on forgets it of those without dashes."""
+    hints = get_type_hints(command, include_extras=True)
+    told = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return {name: str(info[0].help or "") for name, info in told.items() if info}
+
+
+def _kind(metavar: str) -> str:
+    """What a value is: a word in capitals, or the choices."""
+    return metavar.replace("|", "/").strip("[]") if "|" in metavar else metavar.partition(" ")[0]
 
 
 def _text(value: object) -> str:
