@@ -194,7 +194,7 @@ def demo(
     """Poison a small model on real handwritten digits, defend it, and report what broke and what held.
 
     Needs no network and no data: the digits come with scikit-learn. A federation of fifty clients learns, three times
-    over: with nobody hostile, with one hostile round, and with the same round after two hundred quiet ones; without a
+    over: with nobody hostile, with one hostile round, and with the same round after four hundred quiet ones; without a
     defence and with the recommended one. Runs that are in the directory already are kept: a second call only prints
     them.
     """
