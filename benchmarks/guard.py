@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument("--images", type=int, default=4000, help="that the model is trained on first")
-    parser.add_argument("--batches", type=int, default=10, help="steps of a loop that is timed; a multiple of 10")
+    parser.add_argument("--batches", type=int, default=20, help="steps of a loop that is timed, the first apart; a multiple of 10")
     parser.add_argument("--repeats", type=int, default=5, help="loops of each kind")
     parser.add_argument("--optimiser", choices=list(OPTIMISERS), default="sgd", help="of the loop")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
@@ -140,6 +140,7 @@ def timed(args: argparse.Namespace, ready: tuple[nn.Module, Weights, Batch, list
     for repeat in range(args.repeats + 1):  # the first round warms up
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             loop = Loop(name, model, old, trusted, args.optimiser)
+            loop.run(batches[:1])  # the first step measures where the model stands before it
             took = loop.run(batches)
             if repeat:
                 seconds[name].append(took / len(batches))
@@ -206,7 +207,7 @@ def main() -> None:
     for name, row in figures.items():
         row["peak"] = peaks[name]
         spread = f"{row['ratio_min']:.2f} to {row['ratio_max']:.2f}"
-        steps = args.repeats * args.batches
+        steps = args.repeats * (args.batches + 1)
         cells = (f"{row['seconds']:.4f}", f"{row['ratio']:.2f}", spread, f"{row['peak'] / 2**20:.0f}")
         table.add_row(name, *cells, f"{row['refused']} of {steps}")
     Console().print(table)

@@ -21,15 +21,24 @@ def moved_along(notes: Memory, module: nn.Module, decay: float) -> Memory:
         module: In the state that is taken in.
         decay: In [0, 1).
     """
-    out: Memory = {}
-    for key, tensor in state_of(module).items():
-        if not tensor.is_floating_point():
-            out[key] = tensor.detach().clone()
-            continue
-        wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        old = notes.get(key)
-        out[key] = wide if old is None else torch.lerp(old, wide, 1 - decay)
-    return out
+    now = {key: tensor.detach() for key, tensor in state_of(module).items()}
+    wide = {
+        key: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        for key, tensor in now.items()
+        if tensor.is_floating_point() and key in notes
+    }
+    moved: dict[str, Tensor] = {}
+    if wide:
+        lerped = torch._foreach_lerp([notes[key] for key in wide], list(wide.values()), 1 - decay)
+        moved = dict(zip(wide, lerped, strict=True))
+    return {key: moved[key] if key in moved else _first(tensor) for key, tensor in now.items()}
+
+
+def _first(tensor: Tensor) -> Tensor:
+    """A copy of a tensor as an average begins with it."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
 
 
 def weights_of(notes: Memory, module: nn.Module, label: str) -> Weights:

@@ -66,7 +66,8 @@ class Chain(Defence):
     seeds, six attacks, one of which knows a gate's limits) none moved what is served by half a point; it has not been
     tried on larger models. What breaks it: damage that the trusted set does not show, such as a backdoor; a steady
     attacker, who cannot harm what is served but keeps it from being renewed; and a task that really changes, while the
-    trusted set stays as it was. `light` is the same with half of the trusted samples, for a third of a step.
+    trusted set stays as it was. `light` is the same with half of the trusted samples, for a third of a
+    step.
 
     What breaks it: whatever breaks all its parts at once; and a bad order: `skip` before `clip`, else it sees clipped
     gradients.

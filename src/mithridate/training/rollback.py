@@ -137,14 +137,20 @@ def _spoils(before: Tensor, now: Tensor) -> bool:
 def copied(live: Mapping[str, Any], into: dict[str, Any]) -> dict[str, Any]:
     """Copies of tensors and containers, in the memory of earlier copies where these fit."""
     out: dict[str, Any] = {}
+    here: list[Tensor] = []
+    there: list[Tensor] = []
     for name, value in live.items():
         earlier = into.get(name)
         if not isinstance(value, Tensor):
             out[name] = copy.deepcopy(value)
         elif isinstance(earlier, Tensor) and _alike(earlier, value):
-            out[name] = earlier.copy_(value.detach())
+            out[name] = earlier
+            here.append(earlier)
+            there.append(value.detach())
         else:
             out[name] = value.detach().clone()
+    if here:
+        torch._foreach_copy_(here, there)  # all at once: a model has hundreds of small tensors
     return out
 
 
