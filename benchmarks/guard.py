@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--width", type=int, default=16, help="of the ResNet-18")
     parser.add_argument("--images", type=int, default=4000, help="that the model is trained on first")
-    parser.add_argument("--batches", type=int, default=20, help="steps of a loop that is timed, the first apart; a multiple of 10")
+    parser.add_argument("--batches", type=int, default=20, help="steps that are timed, after a first; a multiple of 10")
     parser.add_argument("--repeats", type=int, default=5, help="loops of each kind")
     parser.add_argument("--optimiser", choices=list(OPTIMISERS), default="sgd", help="of the loop")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
