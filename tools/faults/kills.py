@@ -1,9 +1,6 @@
 """Runs that are killed at every operation on a file and at random moments, and go on with `--resume`."""
 
-import os
 import shutil
-import signal
-import threading
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +12,7 @@ from mithridate.report import build_report
 from tools.faults import runs
 from tools.faults.case import Result, UnpreparedError, drawn
 from tools.faults.operations import kill_at, watch
-from tools.faults.processes import forked, import_what
+from tools.faults.processes import forked, import_what, killed_after
 
 LIMIT = 200
 """Seconds of one run, on a busy machine, too."""
@@ -126,19 +123,7 @@ class Kills:
         self._furnish(scene, folder)
         share = rng.random()
         seconds = share * self.undisturbed[scene].seconds
-
-        def kill_later(pid: int) -> None:
-            def kill() -> None:
-                time.sleep(seconds)
-                os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is still its own
-
-            thread = threading.Thread(target=kill)
-            thread.start()
-            threads.append(thread)
-
-        threads: list[threading.Thread] = []
-        _, died = forked(lambda: _carried_out(scene, folder, resume=False), limit=LIMIT, on_start=kill_later)
-        threads[0].join()
+        died = killed_after(lambda: _carried_out(scene, folder, resume=False), seconds, limit=LIMIT)
         return f"{died or 'not killed'} after {share:.0%} of the time"
 
     def _fault_meanwhile(self, scene: Scene, folder: Path) -> str:

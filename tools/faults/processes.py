@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -60,6 +61,30 @@ def forked(work: Callable[[], Any], *, limit: float, on_start: Callable[[int], N
         tuple(json.loads(text)) if text else (None, f"exit code {os.waitstatus_to_exitcode(status)}")
     )
     return answer
+
+
+def killed_after(work: Callable[[], Any], seconds: float, *, limit: float) -> str:
+    """Call a function in a child that is killed some time later: how the child died, empty if it had ended before.
+
+    Args:
+        work: What to do.
+        seconds: Until SIGKILL.
+        limit: Seconds, after which it is killed anyway.
+    """
+
+    def kill_later(pid: int) -> None:
+        def kill() -> None:
+            time.sleep(seconds)
+            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is still its own
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        threads.append(thread)
+
+    threads: list[threading.Thread] = []
+    _, died = forked(work, limit=limit, on_start=kill_later)
+    threads[0].join()
+    return died
 
 
 def import_what(work: Callable[[], Any], *, limit: float) -> Any:  # noqa: ANN401  (any JSON value)

@@ -1,9 +1,6 @@
 """A guarded run of Hugging Face's Trainer that is killed at random moments, and goes on from its checkpoints."""
 
 import hashlib
-import os
-import signal
-import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +13,7 @@ import transformers
 from mithridate.guard.state_file import last_checkpoint
 from mithridate.guard.trainer import TrainerGuard
 from tools.faults.case import Result, UnpreparedError, drawn
-from tools.faults.processes import forked, import_what
+from tools.faults.processes import forked, import_what, killed_after
 
 LIMIT = 200
 """Seconds of one run, on a busy machine, too."""
@@ -63,18 +60,7 @@ class Kills:
 
 
 def _killed_after(seconds: float, folder: Path) -> str:
-    def kill_later(pid: int) -> None:
-        def kill() -> None:
-            time.sleep(seconds)
-            os.kill(pid, signal.SIGKILL)  # nobody has waited for it, so the number is still its own
-
-        thread = threading.Thread(target=kill)
-        thread.start()
-        threads.append(thread)
-
-    threads: list[threading.Thread] = []
-    _, died = forked(partial(_train, folder, linger=seconds), limit=LIMIT, on_start=kill_later)
-    threads[0].join()
+    died = killed_after(partial(_train, folder, linger=seconds), seconds, limit=LIMIT)
     return f"after {seconds:.1f} s ({died or 'it had ended'})"
 
 
