@@ -18,6 +18,8 @@ from mithridate.models import build_model
 from mithridate.testing.toy import toy_stream
 from tests.audit.targets import QUICK, divisible, frozen, rows, table_target, token_target, toy_target, weak
 
+pytestmark = pytest.mark.slow  # an audit is many runs
+
 
 def audited(target: Any, out: Path | None = None, **plan: Any) -> Audited:
     values: dict[str, Any] = {"budget": QUICK, "damage": {"step": 10, "phase": 20}, **plan}

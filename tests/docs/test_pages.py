@@ -25,6 +25,7 @@ def names(*, slow: bool) -> list[str]:
     return [name for path in PAGES if ((name := str(path.relative_to(ROOT))) in SLOW) == slow]
 
 
+@pytest.mark.slow  # all of them together
 @pytest.mark.parametrize("name", names(slow=False))
 def test_a_page(name: str, tmp_path: Path) -> None:
     run_page(ROOT / name, tmp_path)
