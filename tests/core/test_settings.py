@@ -21,7 +21,9 @@ def holds_float(kind: object) -> bool:
 
 def float_fields() -> list[tuple[type, str]]:
     """Every field of every settings class of the package that takes a float."""
-    apart = ("mithridate.guard.flower", "mithridate.__main__")  # what needs an extra, and what runs when imported
+    trackers = ("mlflow_tracker", "prometheus_tracker", "tensorboard_tracker")
+    extras = ("accelerated", "flower", "lightning", "trainer", *trackers)
+    apart = ("mithridate.__main__", *(f"mithridate.guard.{name}" for name in extras))  # the first runs when imported
     names = [m.name for m in pkgutil.walk_packages(mithridate.__path__, "mithridate.")]
     modules = [importlib.import_module(n) for n in names if not n.startswith(apart)]
     classes = {

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError, DataError, StoreError, UserError, WriteError
-from mithridate.core.files import write_atomically
+from mithridate.core.files import write_whole
 from mithridate.core.model import IGNORED
 from mithridate.guard import Quarantine, StepRecord, read_batch
 from mithridate.guard import quarantine as module
@@ -190,14 +190,14 @@ def test_several_write_to_one_folder_and_keep_to_its_size(tmp_path: Path) -> Non
 def test_a_process_that_was_killed_while_it_wrote_leaves_no_batch_that_can_be_taken(
     quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written = write_atomically
+    written = write_whole
 
-    def killed_before_the_description(path: Path, write: Callable[[Path], object]) -> None:
+    def killed_before_the_description(path: Path, content: bytes | str) -> None:
         if path.suffix == ".json":
             raise KeyboardInterrupt
-        written(path, write)
+        written(path, content)
 
-    monkeypatch.setattr("mithridate.guard.quarantine.write_atomically", killed_before_the_description)
+    monkeypatch.setattr("mithridate.guard.quarantine.write_whole", killed_before_the_description)
     with pytest.raises(KeyboardInterrupt):
         quarantine.put(IMAGES, record=REFUSED)
     monkeypatch.undo()

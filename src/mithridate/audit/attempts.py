@@ -161,8 +161,8 @@ def _of(name: str, plan: AuditPlan, facts: Facts) -> Iterator[Trial]:
         yield Trial(name, _scaled(GateAware(**ball, inner=inner, **knows), facts), guarded_only=True)
     elif name == "hiding":
         _check_hiding(facts)
-        hides = {"beta": 2.0, "hide": "pixels", "hide_trigger": True}
-        yield Trial(name, Accumulative(**crafted, **quiet, **hides), guarded_only=True)  # type: ignore[arg-type]
+        hides: dict[str, Any] = {"beta": 2.0, "hide": "pixels", "hide_trigger": True}
+        yield Trial(name, Accumulative(**crafted, **quiet, **hides), guarded_only=True)
 
 
 def _scaled(attack: Attack, facts: Facts) -> Attack:

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mithridate.audit.result import AuditRun
-from mithridate.core.files import remove_parts, write_atomically
+from mithridate.core.files import remove_parts, write_whole
 
 FOLDER = "runs"
 
@@ -57,4 +57,4 @@ class FinishedRuns:
             self._memory[run.key] = run
             return
         text = run.model_dump_json(indent=1)
-        write_atomically(self._folder / f"{run.key}.json", lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(self._folder / f"{run.key}.json", text)

@@ -90,7 +90,7 @@ def installed_ray() -> Any:  # noqa: ANN401  (a module that need not be there)
     return ray
 
 
-def _drive(ray: Any, tasks: Sequence[Task], terms: Terms, jobs: int | None, hears: Hears) -> None:  # noqa: ANN401
+def _drive(ray: Any, tasks: Sequence[Task], terms: Terms, jobs: int | None, hears: Hears) -> None:  # noqa: ANN401  (the module, which may be absent)
     """Hand out tasks and listen to them until all have ended."""
     threads = torch.get_num_threads()
     gpus = 1 if terms.device == "cuda" else 0
@@ -126,7 +126,7 @@ def _drive(ray: Any, tasks: Sequence[Task], terms: Terms, jobs: int | None, hear
             events.shutdown(force=True)
 
 
-def _told(ray: Any, reference: Any) -> Ended:  # noqa: ANN401
+def _told(ray: Any, reference: Any) -> Ended:  # noqa: ANN401  (ditto)
     """How a cell ended."""
     try:
         answer: _Answer = ray.get(reference)

@@ -38,7 +38,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from mithridate.core.errors import StoreError
-from mithridate.core.files import path_of, remove_parts, write_atomically, writing
+from mithridate.core.files import path_of, remove_parts, write_whole, writing
 from mithridate.simulation.trace import COLUMNS, TraceRow
 
 CONFIG, TRACE, SUMMARY, ENVIRONMENT, IMAGES, SCORES = (
@@ -167,7 +167,7 @@ def _parquet(table: pa.Table) -> bytes:
 
 def _write(path: Path, content: bytes) -> str:
     """The checksum is of what was meant to be written, so that it tells whatever the disk does to it."""
-    write_atomically(path, lambda part: part.write_bytes(content))
+    write_whole(path, content)
     return hashlib.sha256(content).hexdigest()
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mithridate.cli.terminal import out
 from mithridate.core.errors import ComponentError, ConfigError, DataError, UserError, said, shown
-from mithridate.core.files import write_atomically
+from mithridate.core.files import write_whole
 from mithridate.core.plugins import reason
 from mithridate.guard.quarantine import INPUTS, Quarantine, Quarantined, known_targets
 from mithridate.report.wording import counted, one_line
@@ -159,7 +159,7 @@ def _draw(quarantine: Quarantine, entry: Quarantined, path: Path) -> None:
             f"{entry.id} holds no images of shape (n, 1 or 3, height, width) to draw: {one_line(shapes)}; leave out "
             "--pictures."
         )
-    write_atomically(path, lambda part: part.write_bytes(drawing.png))
+    write_whole(path, drawing.png)
     out.print(drawing.caption, markup=False, highlight=False)
     out.print(f"pictures: {path}", soft_wrap=True, markup=False)
 

@@ -73,7 +73,7 @@ def reproduce_items(
     seeds: Sequence[int] | None,
     form: str,
     record: Path | None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
 ) -> tuple[dict[Path, "Failure"], int]:
     """Run items and print each one's table and verdicts.
 

@@ -1,13 +1,15 @@
 """What `mithridate status` prints: a line for each run, and how far all of them are."""
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
 from mithridate.bench.pace import about
-from mithridate.bench.status import CellStatus, GridStatus
+from mithridate.bench.status import CellStatus, GridStatus, State
 from mithridate.cli.terminal import out
 
-COLOURS = {"finished": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim"}
+COLOURS: Mapping[State, str] = {"finished": "green", "failed": "bold red", "unfinished": "yellow", "waiting": "dim"}
 
 
 def print_status(status: GridStatus) -> None:
@@ -21,7 +23,7 @@ def print_status(status: GridStatus) -> None:
     for cell in status.cells:
         if cell.reason:
             out.print(Text.assemble((f"{cell.run}:", "bold"), f" {cell.reason}"))
-    counts = [f"{n} {state}" for state in COLOURS if (n := status.count(state))]  # type: ignore[arg-type]
+    counts = [f"{n} {state}" for state in COLOURS if (n := status.count(state))]
     out.print(Text(f"{len(status.cells)} runs: {', '.join(counts)}"), style="bold")
     if len(status.cells) > status.count("finished"):
         left = status.seconds_left

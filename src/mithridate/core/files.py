@@ -101,6 +101,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
                 part.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file in one move, text as UTF-8.
+
+    Args:
+        path: Where the file shall be; parents are made.
+        content: All of it.
+
+    Raises:
+        WriteError: As for `write_atomically`.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    write_atomically(path, lambda part: part.write_bytes(data))
+
+
 def remove_parts(folder: Path, *, of: str = "*") -> None:
     """Remove what killed processes left of files in a folder; only who holds the lock on them may do that.
 

@@ -17,7 +17,7 @@ def attach_accelerated(
     optimizer: Optimizer,
     *,
     also: Sequence[Stateful] = (),
-    **settings: Any,  # noqa: ANN401
+    **settings: Any,  # noqa: ANN401  (those of `Guard`)
 ) -> Guard:
     """Guard a loop whose model and optimiser `accelerator.prepare` gave; `save_state` and `load_state` take it along.
 

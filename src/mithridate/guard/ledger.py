@@ -42,7 +42,7 @@ class Ledger:
         times = self.in_a_row / self.patience
         return times >= 1 and math.log2(times).is_integer()
 
-    def note(self, verdict: Verdict, batches: Sequence[AnyBatch], **facts: Any) -> StepRecord:  # noqa: ANN401
+    def note(self, verdict: Verdict, batches: Sequence[AnyBatch], **facts: Any) -> StepRecord:  # noqa: ANN401  (its fields)
         """Take in what became of a step.
 
         Args:

@@ -23,7 +23,7 @@ class LightningGuard(Callback):
         ConfigError: On training with several optimisers.
     """
 
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  (those of `Guard`)
         self.settings = settings
         self.guard: Guard | None = None
         self._state: Mapping[str, Any] | None = None
@@ -40,7 +40,7 @@ class LightningGuard(Callback):
         if self._state is not None:
             self.guard.load_state_dict(self._state)
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # noqa: ANN401
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # noqa: ANN401  (outputs, batch and its number)
         """Undo what a schedule did for a refused step."""
         if self.guard is not None:
             self.guard.settle()

@@ -195,7 +195,7 @@ class Guard:
         return self.ledger.in_a_row
 
     @contextmanager
-    def step(self, batch: Any) -> Iterator[Any]:  # noqa: ANN401
+    def step(self, batch: Any) -> Iterator[Any]:  # noqa: ANN401  (any form of batch)
         """One step of the loop, which is judged when the block ends; everything that it moved is taken back if refused.
 
         Args:
@@ -227,7 +227,7 @@ class Guard:
         else:
             self._close()  # a scaler held an overflowing step back, and has to remember that it did
 
-    def screen(self, batch: Any) -> Any:  # noqa: ANN401
+    def screen(self, batch: Any) -> Any:  # noqa: ANN401  (any form of batch)
         """A batch as the defence lets it through, before the forward pass; in the form that it came in.
 
         Args:
@@ -257,7 +257,7 @@ class Guard:
             self._try.received[id(received.batch.y)] = received
         return form(received.batch)
 
-    def loss(self, batch: Any) -> Tensor:  # noqa: ANN401
+    def loss(self, batch: Any) -> Tensor:  # noqa: ANN401  (any form of batch)
         """The loss to differentiate, for defences that have one of their own or weigh samples.
 
         Args:

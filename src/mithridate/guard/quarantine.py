@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from mithridate.core.errors import BusyError, ConfigError, DataError, StoreError, WriteError, said, shown
-from mithridate.core.files import locked, path_of, remove_parts, write_atomically, writing
+from mithridate.core.files import locked, path_of, remove_parts, write_whole, writing
 from mithridate.guard.json_lines import JsonLines, plain_json, read_json_lines
 from mithridate.guard.record import StepRecord
 
@@ -255,7 +255,7 @@ class Quarantine:
             if path.exists():
                 raise StoreError(f"{path} is there already; choose another folder to release to.")
         for path, data in files.items():
-            write_atomically(path, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]  # a default is the lambda's own
+            write_whole(path, data)
         self.drop(id)
         return tensors_file(target, id)
 
@@ -296,7 +296,7 @@ class Quarantine:
 
     def _mark(self) -> None:
         content = json.dumps({"format": FORMAT}) + "\n"
-        write_atomically(self.folder / MARKER, lambda part: part.write_text(content, encoding="utf-8"))
+        write_whole(self.folder / MARKER, content)
 
     def _store(self, entry: Quarantined, content: bytes, described: bytes) -> str:
         """Write a batch's files, the description last: it is stored once that is there."""
@@ -312,8 +312,8 @@ class Quarantine:
                 entry, f"it holds {used:,} bytes of at most {self.max_bytes:,}, and the batch has {len(content):,}"
             )
         (self.folder / COUNT).write_text(str(used + more), encoding="utf-8")
-        write_atomically(tensors_file(self.folder, entry.id), lambda part: part.write_bytes(content))
-        write_atomically(description, lambda part: part.write_bytes(described))
+        write_whole(tensors_file(self.folder, entry.id), content)
+        write_whole(description, described)
         return entry.id
 
     def _bytes_used(self, more: int) -> int:

@@ -47,7 +47,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
         if header.get("format") != FORMAT:
             raise CheckpointError(f"{path} is no state of this version's guard; go on from another checkpoint.")
         state: dict[str, Any] = {**json.loads(header["numbers"]), **{table: {} for table in _TABLES}}

@@ -41,7 +41,7 @@ class Surroundings:
         self._values = [p.detach().clone() for p in self.parameters]
         gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         # numpy's global generator is read, and never drawn from.
-        self._draws = (torch.get_rng_state(), gpus, random.getstate(), np.random.get_state())  # noqa: NPY002
+        self._draws = (torch.get_rng_state(), gpus, random.getstate(), np.random.get_state())  # noqa: NPY002  (the loop's own)
 
     @property
     def scales(self) -> bool:
@@ -68,4 +68,4 @@ class Surroundings:
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)  # noqa: NPY002  (the loop's own)

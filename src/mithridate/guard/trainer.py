@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mithridate.core.errors import CheckpointError
@@ -25,7 +25,7 @@ class TrainerGuard(TrainerCallback):
         CheckpointError: On resuming from a checkpoint that has no state of the guard.
     """
 
-    def __init__(self, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401  (those of `Guard`)
         self.settings = settings
         self.guard: Guard | None = None
 
@@ -33,8 +33,8 @@ class TrainerGuard(TrainerCallback):
         self,
         args: TrainingArguments,
         state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
+        *_: object,
+        **kwargs: Any,  # noqa: ANN401  (as the Trainer says)
     ) -> None:
         """Attach the guard; go on from the checkpoint that the Trainer goes on from."""
         optimiser = kwargs["optimizer"]
@@ -44,35 +44,17 @@ class TrainerGuard(TrainerCallback):
         if state.global_step:
             self.guard.load_state_dict(read_state(_state_of(args, state.global_step)))
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
+    def on_step_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401  (whatever the Trainer hands on)
         """Undo what the schedule did for a refused step."""
         if self.guard is not None:
             self.guard.settle()
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:  # noqa: ANN401  (ditto)
         """Write the guard's state as the last file of a checkpoint."""
         if self.guard is not None:
             write_state(_checkpoint(args, state.global_step) / STATE, self.guard.state_dict())
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:  # noqa: ANN401  (whatever the Trainer hands on)
         """Leave the loop."""
         if self.guard is not None:
             self.guard.detach()

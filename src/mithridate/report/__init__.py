@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mithridate.bench.failure import read_failures
 from mithridate.bench.store import read_runs, unfinished
-from mithridate.core.files import locked, path_of, remove_parts, write_atomically
+from mithridate.core.files import locked, path_of, remove_parts, write_whole
 from mithridate.report.figures import CHART, FigureSection, drawn, figure_sections
 from mithridate.report.figures.drawing import FORMATS, Drawing
 from mithridate.report.lead import Lead
@@ -132,5 +132,5 @@ def _stems(drawings: Sequence[Drawing]) -> dict[Drawing, str]:
 
 def _write(path: Path, content: str | bytes) -> Path:
     data = content.encode("utf-8") if isinstance(content, str) else content
-    write_atomically(path, lambda part: part.write_bytes(data))
+    write_whole(path, data)
     return path

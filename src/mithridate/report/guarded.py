@@ -1,5 +1,6 @@
 """The page of a guard's folder: what was refused in a loop, when and why."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from mithridate.core.errors import DataError, StoreError
-from mithridate.core.files import locked, path_of, remove_parts, write_atomically
+from mithridate.core.files import locked, path_of, remove_parts, write_whole
 from mithridate.guard.quarantine import Quarantine, Quarantined
 from mithridate.guard.step_log import Logged, Steps, read_steps
 from mithridate.report.figures import FigureSection
@@ -78,7 +79,7 @@ def build_guard_report(directory: str | Path, out: str | Path | None = None) -> 
     content = board(lead).encode()
     with locked(target / LOCK):
         remove_parts(target, of="report.html")
-        write_atomically(target / "report.html", lambda part: part.write_bytes(content))
+        write_whole(target / "report.html", content)
     return GuardReport(target / "report.html", headline, reasons)
 
 
@@ -222,6 +223,6 @@ def _short(seconds: float) -> str:
     >>> _short(0.0123), _short(2.5)
     ('12.3 ms', '2.5 s')
     """
-    if seconds != seconds:  # noqa: PLR0124  (NaN)
+    if math.isnan(seconds):
         return MISSING
     return f"{decimal(seconds)} s" if seconds >= 1 else f"{decimal(1000 * seconds)} ms"

@@ -203,7 +203,9 @@ def read_item(name: str, folder: Traversable = PACKAGE) -> Item:
     )
 
 
-def _recipe_tables(tables: Mapping[str, Any], scale: Scale, folder: Traversable, where: str, depth: int = 0) -> Any:  # noqa: ANN401
+def _recipe_tables(
+    tables: Mapping[str, Any], scale: Scale, folder: Traversable, where: str, depth: int = 0
+) -> dict[str, Any]:
     """What all scales share and what this one differs in, over the same of the base."""
     if depth > DEEPEST:
         raise ConfigError(f"{where}: bases that extend each other more than {DEEPEST} deep, or in a circle.")

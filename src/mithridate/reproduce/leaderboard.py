@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
-from mithridate.core.files import locked, path_of, write_atomically
+from mithridate.core.files import locked, path_of, write_whole
 from mithridate.report.comparisons import undefended
 from mithridate.report.figures import FigureSection
 from mithridate.report.figures.worst_cases import worst_cases
@@ -240,9 +240,9 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
     numbers = [record for members in by_group for record in board_records(members)]
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK):
-        write_atomically(out / f"{NAME}.csv", lambda part: part.write_text(to_csv(numbers), encoding="utf-8"))
-        write_atomically(out / f"{NAME}.parquet", lambda part: part.write_bytes(to_parquet(numbers)))
-        write_atomically(out / f"{NAME}.html", lambda part: part.write_text(page, encoding="utf-8"))
+        write_whole(out / f"{NAME}.csv", to_csv(numbers))
+        write_whole(out / f"{NAME}.parquet", to_parquet(numbers))
+        write_whole(out / f"{NAME}.html", page)
     return out / f"{NAME}.html"
 
 

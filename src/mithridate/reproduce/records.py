@@ -8,7 +8,7 @@ from typing import Any
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
-from mithridate.core.files import path_of, write_atomically
+from mithridate.core.files import path_of, write_whole
 from mithridate.reproduce.quantities import KEPT, qualities
 
 FORMAT = 1
@@ -83,7 +83,7 @@ def write_records(runs: Iterable[Run], folder: str | Path) -> list[Path]:
     for run in runs:
         text = json.dumps(record_of(run), indent=1, ensure_ascii=False, allow_nan=False, default=str)
         paths.append(folder / f"{run.path.name}.json")
-        write_atomically(paths[-1], lambda part, text=text: part.write_text(text + "\n", encoding="utf-8"))  # type: ignore[misc]
+        write_whole(paths[-1], text + "\n")
     return paths
 
 

@@ -10,7 +10,7 @@ from mithridate.bench.failure import Failure
 from mithridate.bench.recipe import Recipe
 from mithridate.bench.store import Run, finished, read_runs
 from mithridate.core.errors import StoreError
-from mithridate.core.files import path_of, write_atomically
+from mithridate.core.files import path_of, write_whole
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.records import Record, to_csv, to_parquet
 from mithridate.report.tables.latex import latex
@@ -66,7 +66,7 @@ def reproduce(
     out: str | Path,
     *,
     seeds: Sequence[int] | None = None,
-    **options: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
 ) -> Reproduction:
     """Run what an item needs, as far as it has not been run, and write its page.
 
@@ -141,5 +141,5 @@ def _write_rows(path: Path, lines: Sequence[Record]) -> list[Path]:
 
 def _write(path: Path, content: str | bytes) -> Path:
     data = content.encode() if isinstance(content, str) else content
-    write_atomically(path, lambda part: part.write_bytes(data))
+    write_whole(path, data)
     return path

@@ -8,7 +8,7 @@ from mithridate.audit.output.markdown import markdown
 from mithridate.audit.output.page import page
 from mithridate.audit.output.sarif import sarif
 from mithridate.audit.result import Audited
-from mithridate.core.files import locked, write_atomically
+from mithridate.core.files import locked, write_whole
 
 LOCK = ".audit.lock"
 
@@ -36,4 +36,4 @@ def write_outputs(audited: Audited, folder: Path) -> None:
     with locked(folder / LOCK):
         for name, text in texts.items():
             data = text.encode()
-            write_atomically(folder / name, lambda part, data=data: part.write_bytes(data))  # type: ignore[misc]
+            write_whole(folder / name, data)

@@ -300,7 +300,7 @@ def rendered(figure: Figure) -> tuple[str, bytes, bytes]:
     figure.set_layout_engine("none")
     # `savefig` would draw each of these once more, for a layout that is there already.
     undated = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-    FigureCanvasPdf(figure).print_pdf(printed, metadata=undated)  # type: ignore[no-untyped-call]
+    FigureCanvasPdf(figure).print_pdf(printed, metadata=undated)  # type: ignore[no-untyped-call]  # matplotlib says no types
     figure.set_dpi(160)
-    FigureCanvasAgg(figure).print_png(raster, metadata={"Software": None})  # type: ignore[no-untyped-call]
+    FigureCanvasAgg(figure).print_png(raster, metadata={"Software": None})  # type: ignore[no-untyped-call]  # nor here
     return vector.getvalue().decode("utf-8"), raster.getvalue(), printed.getvalue()
