@@ -1,9 +1,6 @@
 """A guard in any training loop of torch: it lets a defence look at every step, and takes back the ones it refuses."""
 
-import copy
 import logging
-import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,26 +9,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.environment import environment
-from mithridate.core.errors import ConfigError, DataError, UserError, said
-from mithridate.core.model import Criterion, loss_of
+from mithridate.core.errors import ConfigError, DataError, UserError
+from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
-from mithridate.core.view import Need
 from mithridate.guard import ranks
-from mithridate.guard.attempt import Attempt
 from mithridate.guard.forms import called, opened
+from mithridate.guard.judging import Judging
 from mithridate.guard.ledger import Ledger
-from mithridate.guard.loop_door import GUARDED, changes_batches, check_loop, defence_of, described, history_for, inner
+from mithridate.guard.loop_door import (
+    GUARDED,
+    changes_batches,
+    check_loop,
+    defence_of,
+    described,
+    history_for,
+    inner,
+    try_defence,
+)
 from mithridate.guard.quarantine import QUARANTINE, Quarantine
 from mithridate.guard.record import StepRecord, Tracker
 from mithridate.guard.step_log import StepLog
-from mithridate.guard.surroundings import Stateful, Surroundings
+from mithridate.guard.surroundings import Stateful
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights
 from mithridate.training.step import DefendedStep, Received
@@ -134,15 +138,14 @@ class Guard:
             )
         if replay is not None and every == 1:
             raise ConfigError("guard: replay is for every > 1; at every = 1 the refused step is the culprit.")
-        self.model, self.optimizer = model, optimizer
-        self.warm_up, self.every, self.replay = warm_up, every, replay
-        self.on_refusals = on_refusals
+        self.model, self.optimizer, self.replay, self.on_refusals = model, optimizer, replay, on_refusals
         store = None if folder is None else Quarantine(Path(folder) / QUARANTINE, max_bytes=quarantine_bytes)
         if folder is not None:
-            device = next(model.parameters()).device
-            here = environment(device)
-            steps = StepLog(folder, defence=described(self.defence), environment=here, rank=ranks.rank())
-            trackers = [steps, *trackers]
+            here = environment(next(model.parameters()).device)
+            trackers = [
+                StepLog(folder, defence=described(self.defence), environment=here, rank=ranks.rank()),
+                *trackers,
+            ]
         self.ledger = Ledger(patience, store, trackers)
         self._step = DefendedStep(
             inner(model),
@@ -155,29 +158,23 @@ class Guard:
             domain=domain,
             foreign=True,
         )
-        inside = {id(p) for p in self._step.model.parameters()}
-        outside = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in inside]
-        self._also = tuple(also)
-        self._around = Surroundings(self._also, outside)
-        self.attempts = 0
-        self._mine = False  # the guard's own passes through the model and its own steps are no steps of the loop
+        self._judging = Judging(self._step, optimizer, also, warm_up=warm_up, every=every)
         self._inside = False  # a block of `step`
         self._given: Any = None  # the batch of that block
-        self._try = Attempt()
-        self._made = 0  # steps of the optimiser since the last judgement
-        self._unsettled = False
-        self._rates: list[dict[str, Any]] = []
-        self._window: list[tuple[Any, list[AnyBatch]]] = []  # of each step since: what `step` was given, and was seen
         self._last: AnyBatch | None = None
-        self._calm = self._buffers()
-        self._versions = self._now()
-        self._try_defence()
+        with self._judging.by_itself():
+            try_defence(self._step)
         self._hooks = (
             model.register_forward_pre_hook(self._on_forward, with_kwargs=True),
             optimizer.register_step_pre_hook(self._on_step),
             optimizer.register_step_post_hook(self._on_stepped),
         )
         GUARDED.add(optimizer)
+
+    @property
+    def attempts(self) -> int:
+        """Steps that the optimiser has made, those that were taken back included."""
+        return self._judging.attempts
 
     @property
     def steps(self) -> int:
@@ -211,21 +208,21 @@ class Guard:
         """
         if self._inside:
             raise ConfigError("guard.step inside guard.step: end the first block before the next one begins.")
-        with self._own_time():
-            self._begin()
+        with self._judging.own_time():
+            self._judging.begin()
         self._inside, self._given = True, batch
         try:
             yield self.screen(batch)
             self._check_block()
         except BaseException:
-            self._abandon()
+            self._judging.abandon()
             raise
         finally:
             self._inside = False
-        if self._try.stepped or self._try.fault:
+        if self._judging.attempt.stepped or self._judging.attempt.fault:
             self._conclude(everything=True)
         else:
-            self._close()  # a scaler held an overflowing step back, and has to remember that it did
+            self._judging.close()  # a scaler held an overflowing step back, and has to remember that it did
 
     def screen(self, batch: Any) -> Any:  # noqa: ANN401  (any form of batch)
         """A batch as the defence lets it through, before the forward pass; in the form that it came in.
@@ -237,16 +234,16 @@ class Guard:
             DataError: It is none of these, or model and criterion cannot take it; or nothing of the first batch of all
                 is left, so that there is nothing to go on with.
         """
-        with self._own_time():
-            self._begin()
+        with self._judging.own_time():
+            self._judging.begin()
             received_batch, form = opened(batch)
             received = self._step.screen(received_batch)
-        self._try.seen.append(received_batch)
-        self._try.screened = True
-        self._try.quarantined += received.quarantined
-        self._try.flagged += 0 if received.flagged is None else int(received.flagged.sum())
+        self._judging.attempt.seen.append(received_batch)
+        self._judging.attempt.screened = True
+        self._judging.attempt.quarantined += received.quarantined
+        self._judging.attempt.flagged += 0 if received.flagged is None else int(received.flagged.sum())
         if received.nothing_left:
-            self._try.fault = self._try.fault or received.nothing_left
+            self._judging.attempt.fault = self._judging.attempt.fault or received.nothing_left
             usable = self._last if self._last is not None else self._step.trusted
             if usable is None:
                 raise DataError(f"guard: {received.nothing_left}; and there is no earlier batch to go on with.")
@@ -254,7 +251,7 @@ class Guard:
         else:
             self._last = received.batch
         if received.weights is not None or self.defence.acts("loss"):
-            self._try.received[id(received.batch.y)] = received
+            self._judging.attempt.received[id(received.batch.y)] = received
         return form(received.batch)
 
     def loss(self, batch: Any) -> Tensor:  # noqa: ANN401  (any form of batch)
@@ -264,23 +261,20 @@ class Guard:
             batch: What `step` or `screen` gave.
         """
         screened = opened(batch)[0]
-        received = self._try.received.get(id(screened.y), Received(screened, None, None, 0))
-        self._try.loss_taken = True
+        received = self._judging.attempt.received.get(id(screened.y), Received(screened, None, None, 0))
+        self._judging.attempt.loss_taken = True
         return self._step.loss(received)
 
     def rebase(self) -> None:
         """Take the model as it is for the new reference: the owner's word that the task has changed."""
-        if self._made or self._inside:
+        if self._judging.made or self._inside:
             raise ConfigError("guard.rebase inside a step: call it between two steps.")
         self._step.memory.clear()
         self.ledger.in_a_row = 0
 
     def settle(self) -> None:
         """Undo what `also` did for a refused step; called by itself when the next one begins."""
-        if self._unsettled:
-            self._around.restore_parts()
-            self._put_rates()
-            self._unsettled = False
+        self._judging.settle()
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -309,7 +303,7 @@ class Guard:
         self.settle()
         history = self._step.history
         return {
-            "attempts": self.attempts,
+            "attempts": self._judging.attempts,
             "refused": self.refused,
             "refusals_in_a_row": self.refusals_in_a_row,
             "step": self._step.step,
@@ -326,8 +320,8 @@ class Guard:
         missing = {"attempts", "refused", "refusals_in_a_row", "step", "memory", "history"} - state_dict.keys()
         if missing:
             raise ConfigError(f"guard: this is no state of a guard, it has no '{min(missing)}'.")
-        self._close()
-        self.attempts = int(state_dict["attempts"])
+        self._judging.close()
+        self._judging.attempts = int(state_dict["attempts"])
         self.ledger.refused, self.ledger.in_a_row = int(state_dict["refused"]), int(state_dict["refusals_in_a_row"])
         self._step.step = int(state_dict["step"])
         self._step.memory.clear()
@@ -338,40 +332,42 @@ class Guard:
     # Hooks
 
     def _on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._mine or not module.training or not torch.is_grad_enabled():
+        judging = self._judging
+        if judging.mine or not module.training or not torch.is_grad_enabled():
             return
-        if self._try.begun and not self._inside and not self._made and self._around.scaled_down():
-            self._close()  # a scaler held the step back, and no hook of the optimiser said so
-        with self._own_time():
-            self._begin()
-        batch = None if self._try.screened else called(args, kwargs)
+        if judging.attempt.begun and not self._inside and not judging.made and judging.around.scaled_down():
+            judging.close()  # a scaler held the step back, and no hook of the optimiser said so
+        with judging.own_time():
+            judging.begin()
+        batch = None if judging.attempt.screened else called(args, kwargs)
         if batch is not None:
-            self._try.seen.append(batch)
+            judging.attempt.seen.append(batch)
 
     def _on_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if self._mine:
+        judging = self._judging
+        if judging.mine:
             return None
-        if self._inside and self._try.stepped:
+        if self._inside and judging.attempt.stepped:
             raise ConfigError("the optimiser was stepped twice in one guard.step: give each step a block of its own.")
-        if changes_batches(self.defence) and not self._try.screened and self.attempts >= self.warm_up:
+        if changes_batches(self.defence) and not judging.attempt.screened and judging.attempts >= judging.warm_up:
             raise ConfigError(
                 f"{type(self.defence).__name__} changes the batch before the forward pass, which a hook cannot do: "
                 "write `with guard.step(batch) as batch:`, or pass each batch through guard.screen."
             )
-        with self._own_time():
-            self._begin(seen=False)
+        with judging.own_time():
+            judging.begin(seen=False)
         closure = kwargs.get("closure") or next((arg for arg in args[1:] if callable(arg)), None)
         if closure is None:
-            with self._own_time():
-                self._bound()
+            with judging.own_time():
+                judging.bound()
             return None
 
         def bounded(*inner: object) -> object:
             loss = closure(*inner)
-            with self._own_time():
-                self._bound()
+            with judging.own_time():
+                judging.bound()
             return loss
 
         if "closure" in kwargs:
@@ -379,70 +375,18 @@ class Guard:
         return tuple(bounded if arg is closure else arg for arg in args), kwargs
 
     def _on_stepped(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._mine:
+        if self._judging.mine:
             return
-        if self._try.held_back:  # the optimiser itself has held the step back
-            self._try.held_back = False
+        if self._judging.attempt.held_back:  # the optimiser itself has held the step back
+            self._judging.attempt.held_back = False
             if not self._inside:
-                self._close()
+                self._judging.close()
             return
-        self._try.stepped = True
+        self._judging.attempt.stepped = True
         if not self._inside:
             self._conclude(everything=False)
 
     # A step
-
-    def _begin(self, *, seen: bool = True) -> None:
-        """Remember where the loop stands, if no step has begun yet.
-
-        Args:
-            seen: Whether nothing of the step has happened yet; else its forward passes went unseen, and have moved the
-                buffers.
-        """
-        if self._try.begun:
-            return
-        self.settle()
-        self._try.begun = True
-        if self._made:
-            return  # in the middle of a window
-        self._step.defence = Defence() if self.attempts < self.warm_up else self.defence
-        if self._step.history is not None:
-            self._step.history.record(self._step.step, self._step.model)
-        with self._by_itself():
-            moved = None
-            if not seen and self._versions == self._now():
-                moved = self._buffers()
-                self._put_buffers(self._calm)
-            self._step.start()
-            if moved is not None:
-                self._put_buffers(moved)
-        self._around.save()
-
-    def _bound(self) -> None:
-        """Let the defence bound the gradients; ones that are not finite move nothing, and the step is refused."""
-        scale = getattr(self.optimizer, "grad_scale", None)
-        found = getattr(self.optimizer, "found_inf", None)
-        if found is not None and bool(found):
-            self._try.held_back = True
-            return
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return
-        finite = math.isfinite(get_total_norm(gradients)) or all(bool(g.isfinite().all()) for g in gradients)
-        if not finite:
-            self._try.fault = self._step.unfit_gradient() or "a gradient is not finite"
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    p.grad = None
-            return
-        if not self._step.defence.acts("bound"):
-            return
-        with self._by_itself():
-            for g in gradients if scale is not None else ():
-                g.div_(scale)
-            self._step.bound()
-            for g in gradients if scale is not None else ():
-                g.mul_(scale)
 
     def _conclude(self, *, everything: bool) -> None:
         """Judge, if it is time, and do what was said.
@@ -450,57 +394,32 @@ class Guard:
         Args:
             everything: Whether what the loop moved besides is behind us, too, so that it can be taken back at once.
         """
-        self._made += 1
-        self.attempts += 1
-        if self.every > 1:
-            self._window.append((self._given if everything else None, self._try.seen))
-        if self._made < self.every and not self._try.fault:
-            self._step.step += 1
-            self._try = Attempt()
+        if not self._judging.made_one(self._given if everything else None):
             return
-        with self._own_time():
-            verdict = self._judge(everything=everything)
+        with self._judging.own_time():
+            verdict = self._judging.judge(everything=everything)
         if not verdict.admit and self.replay is not None and self._gone_through():
             return
-        seen = [batch for _, several in self._window for batch in several]
-        self._report(verdict, seen or self._try.seen)
-        self._close()
-
-    def _judge(self, *, everything: bool) -> Verdict:
-        """The verdict of all ranks on the steps since the last one, done."""
-        made = self._made
-        self._step.step -= made - 1  # of a window, whose steps were counted as they came
-        with self._by_itself():
-            verdict = Verdict(admit=False, reason=self._try.fault) if self._try.fault else self._step.judged()
-            verdict = ranks.agreed(verdict, self._step.model)
-            self._step.conclude(verdict)
-        if verdict.admit:
-            self._step.step += made - 1
-        else:
-            self._around.restore()
-            if everything:
-                self._around.restore_parts()
-            else:
-                self._unsettled = bool(self._also)
-                groups = self.optimizer.param_groups
-                self._rates = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
-        return verdict
+        seen = [batch for _, several in self._judging.window for batch in several]
+        self._report(verdict, seen or self._judging.attempt.seen)
+        self._judging.close()
 
     def _gone_through(self) -> bool:
         """Go through a refused window step by step; whether there was one."""
-        if len(self._window) < 2 or self.replay is None:
+        judging = self._judging
+        if len(judging.window) < 2 or self.replay is None:
             return False
-        batches, self._window = [given for given, _ in self._window], []
-        self.attempts -= len(batches)
-        every, self.every = self.every, 1
+        batches, judging.window = [given for given, _ in judging.window], []
+        judging.attempts -= len(batches)
+        every, judging.every = judging.every, 1
         replay, self.replay = self.replay, None
-        self._close()
+        judging.close()
         try:
             for batch in batches:
                 with self.step(batch) as screened:
                     replay(screened)
         finally:
-            self.every, self.replay = every, replay
+            judging.every, self.replay = every, replay
         return True
 
     def _report(self, verdict: Verdict, batches: Sequence[Any]) -> None:
@@ -508,16 +427,16 @@ class Guard:
         record = self.ledger.note(
             verdict,
             batches,
-            attempt=self.attempts,
-            step=self._step.step - (self._made if verdict.admit else 0),
-            seconds=self._try.seconds,
-            quarantined=self._try.quarantined,
-            flagged=self._try.flagged,
-            warm_up=self.attempts <= self.warm_up,
+            attempt=self._judging.attempts,
+            step=self._step.step - (self._judging.made if verdict.admit else 0),
+            seconds=self._judging.attempt.seconds,
+            quarantined=self._judging.attempt.quarantined,
+            flagged=self._judging.attempt.flagged,
+            warm_up=self._judging.attempts <= self._judging.warm_up,
         )
         if not self.ledger.impatient:
             return
-        self._close()
+        self._judging.close()
         log.warning("guard: %d steps in a row refused; the last one: %s", record.refusals_in_a_row, record.reason)
         if callable(self.on_refusals):
             self.on_refusals(self, record)
@@ -529,102 +448,18 @@ class Guard:
                 f"{record.reason}. Look at what was refused; guard.rebase() takes the model as it is for the reference."
             )
 
-    def _close(self) -> None:
-        """The steps so far are judged, or forgotten."""
-        self._try = Attempt()
-        self._made, self._window = 0, []
-        self._calm = self._buffers()
-        self._versions = self._now()
-
-    def _abandon(self) -> None:
-        """Undo everything since the last judgement, as if it had never been tried."""
-        self._step.step -= max(self._made, 0)
-        self._step.abandon()
-        self._around.restore()
-        self._around.restore_parts()
-        self._close()
-
     def _check_block(self) -> None:
-        if not self._try.stepped and not self._try.fault and not self._around.scales:
+        if not self._judging.attempt.stepped and not self._judging.attempt.fault and not self._judging.around.scales:
             raise ConfigError(
                 "guard.step ended without optimizer.step(): call it once inside the block. Name a GradScaler, which "
                 "may hold a step back, in `also`; where gradients of several batches are added up, pass all but the "
                 "last through guard.screen."
             )
-        if self._try.received and not self._try.loss_taken:
+        if self._judging.attempt.received and not self._judging.attempt.loss_taken:
             raise ConfigError(
                 f"{type(self.defence).__name__} has a loss of its own or weighs samples: differentiate "
                 "guard.loss(batch)."
             )
-
-    def _try_defence(self) -> None:
-        """Whether the defence can work here, before the first step; what it notes of that is forgotten."""
-        view, trusted = self._step.view(), self._step.trusted
-        name = type(self.defence).__name__
-        if trusted is None and Need.TRUSTED in self.defence.needs:
-            raise ConfigError(
-                f"{name} judges by trusted samples: give `trusted`, a batch of samples that you know to be clean, of "
-                "every class."
-            )
-        if self._step.training is None and Need.TRAINING in self.defence.needs:
-            raise ConfigError(f"{name} compares with clean batches that the model was trained on: give `training`.")
-        with self._by_itself():
-            if trusted is not None:
-                self.defence.check_inputs(trusted)
-                self._try_trusted(trusted)
-            self.defence.begin(view)
-        self._step.memory.clear()
-
-    def _try_trusted(self, trusted: AnyBatch) -> None:
-        some = trusted.take(slice(0, 2))
-        try:
-            with torch.no_grad():
-                loss_of(self._step.criterion, self._step.white_box.logits(some.x), some.y, where="trusted samples")
-        except UserError:
-            raise
-        except Exception as error:  # whatever the model stumbles over
-            raise DataError(
-                f"trusted samples do not fit {type(self.model).__name__}: {said(error)}; give samples as the loop's "
-                "batches have them."
-            ) from error
-
-    # What is read and put back
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return {name: b.detach().clone() for name, b in self._step.model.named_buffers()}
-
-    @torch.no_grad()
-    def _put_buffers(self, values: Mapping[str, Tensor]) -> None:
-        for name, buffer in self._step.model.named_buffers():
-            buffer.copy_(values[name])
-
-    def _now(self) -> list[int]:
-        return [p._version for p in self._step.model.parameters()]
-
-    def _put_rates(self) -> None:
-        for group, rates in zip(self.optimizer.param_groups, self._rates, strict=True):
-            for key, value in rates.items():
-                if isinstance(value, Tensor) and isinstance(group.get(key), Tensor):
-                    group[key].copy_(value)
-                else:
-                    group[key] = value
-
-    @contextmanager
-    def _own_time(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._try.seconds += time.perf_counter() - start
-
-    @contextmanager
-    def _by_itself(self) -> Iterator[None]:
-        """What happens to the model inside the block is the guard's own doing."""
-        before, self._mine = self._mine, True
-        try:
-            yield
-        finally:
-            self._mine = before
 
 
 attach = Guard

@@ -4,17 +4,21 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
-from mithridate.core.errors import ConfigError
+from mithridate.core.errors import ConfigError, DataError, UserError, said
+from mithridate.core.model import loss_of
 from mithridate.core.registry import build, config_of
 from mithridate.core.view import Need
 from mithridate.guard.surroundings import Stateful
 from mithridate.training.history import History
+from mithridate.training.step import DefendedStep
 
 GUARDED: "weakref.WeakSet[Optimizer]" = weakref.WeakSet()
 """Optimisers that some guard watches."""
@@ -90,3 +94,39 @@ def history_for(defence: Defence) -> History | None:
     if Need.HISTORY not in defence.needs:
         return None
     return History(keep=defence.lookback + 1 if defence.lookback else 0)
+
+
+def try_defence(step: DefendedStep) -> None:
+    """Whether the defence can work here, before the first step; what it notes of that is forgotten.
+
+    Raises:
+        ConfigError: It needs something that is not there.
+        DataError: The trusted samples do not fit the model.
+    """
+    name = type(step.defence).__name__
+    if step.trusted is None and Need.TRUSTED in step.defence.needs:
+        raise ConfigError(
+            f"{name} judges by trusted samples: give `trusted`, a batch of samples that you know to be clean, of every "
+            "class."
+        )
+    if step.training is None and Need.TRAINING in step.defence.needs:
+        raise ConfigError(f"{name} compares with clean batches that the model was trained on: give `training`.")
+    if step.trusted is not None:
+        step.defence.check_inputs(step.trusted)
+        _try_trusted(step, step.trusted)
+    step.defence.begin(step.view())
+    step.memory.clear()
+
+
+def _try_trusted(step: DefendedStep, trusted: AnyBatch) -> None:
+    some = trusted.take(slice(0, 2))
+    try:
+        with torch.no_grad():
+            loss_of(step.criterion, step.white_box.logits(some.x), some.y, where="trusted samples")
+    except UserError:
+        raise
+    except Exception as error:  # whatever the model stumbles over
+        raise DataError(
+            f"trusted samples do not fit {type(step.model).__name__}: {said(error)}; give samples as the loop's "
+            "batches have them."
+        ) from error
