@@ -23,7 +23,8 @@ from mithridate.core.errors import ConfigError, DataError, StoreError, UserError
 from mithridate.core.files import write_whole
 from mithridate.core.model import IGNORED
 from mithridate.guard import Quarantine, StepRecord, read_batch
-from mithridate.guard import quarantine as module
+from mithridate.guard.entry import UNKNOWN, known_targets
+from mithridate.guard.quarantine import COUNT, LEFT_OUT, LOCK, MARKER
 from mithridate.guard.step_log import read_steps
 
 REFUSED = StepRecord(attempt=7, step=5, verdict="refused", reason="worst class fell to 0.1", seconds=0.02, rank=1)
@@ -95,11 +96,11 @@ def test_arrays_are_those_that_numpy_knows(quarantine: Quarantine) -> None:
 
 
 def test_targets_that_a_guard_did_not_see_are_not_shown_as_targets() -> None:
-    assert module.UNKNOWN == IGNORED
-    assert module.known_targets({"targets": np.array([3, IGNORED, 0])}) == [3, None, 0]
-    assert module.known_targets({"targets": np.full(3, IGNORED)}) is None
-    assert module.known_targets({"targets": np.zeros((3, 2))}) is None
-    assert module.known_targets({"inputs": np.zeros(3)}) is None
+    assert UNKNOWN == IGNORED
+    assert known_targets({"targets": np.array([3, IGNORED, 0])}) == [3, None, 0]
+    assert known_targets({"targets": np.full(3, IGNORED)}) is None
+    assert known_targets({"targets": np.zeros((3, 2))}) is None
+    assert known_targets({"inputs": np.zeros(3)}) is None
 
 
 def test_the_order_is_that_of_the_attempts_and_the_same_batch_again_is_no_second_one(quarantine: Quarantine) -> None:
@@ -114,7 +115,7 @@ def test_dropping_and_releasing_leave_nothing_behind(quarantine: Quarantine, tmp
     quarantine.drop(first)
     quarantine.release(second, to=tmp_path / "again")
     assert quarantine.list() == ()
-    assert {p.name for p in quarantine.folder.iterdir()} <= {module.MARKER, module.LOCK}
+    assert {p.name for p in quarantine.folder.iterdir()} <= {MARKER, LOCK}
     assert {p.suffix for p in (tmp_path / "again").iterdir()} == {".safetensors", ".json"}
 
 
@@ -142,7 +143,7 @@ def test_a_full_one_takes_no_more_loses_nothing_and_says_so_once(
         path.unlink()
     assert quarantine.put(IMAGES, record=replace(REFUSED, attempt=9))
     for count in ("", "-", "0"):
-        (quarantine.folder / module.COUNT).write_text(count)
+        (quarantine.folder / COUNT).write_text(count)
         assert Quarantine(tmp_path / "q", max_bytes=10_000).put(IMAGES, record=replace(REFUSED, attempt=10)) == ""
     with pytest.raises(ConfigError, match="max_bytes = -1"):
         Quarantine(tmp_path / "q", max_bytes=-1)
@@ -161,7 +162,7 @@ def test_a_full_disk_stops_nothing_and_leaves_nothing_half_written(
         assert quarantine.put(IMAGES, record=REFUSED) == ""
     monkeypatch.undo()
     assert ["No space left on device" in message for message in caplog.messages] == [True]
-    assert {p.name for p in quarantine.folder.iterdir()} - before <= {module.LEFT_OUT, module.LOCK, module.COUNT}
+    assert {p.name for p in quarantine.folder.iterdir()} - before <= {LEFT_OUT, LOCK, COUNT}
     assert quarantine.left_out() == 2
     assert quarantine.put(IMAGES, record=REFUSED)
 
@@ -219,7 +220,7 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_as_it_was(tmp_path: Path)
         Quarantine(tmp_path / "photos")
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
     (tmp_path / "newer").mkdir()
-    (tmp_path / "newer" / module.MARKER).write_text('{"format": "mithridate-quarantine-9"}')
+    (tmp_path / "newer" / MARKER).write_text('{"format": "mithridate-quarantine-9"}')
     with pytest.raises(StoreError, match=r"says 'mithridate-quarantine-9'"):
         Quarantine(tmp_path / "newer")
     (tmp_path / "file").touch()

@@ -13,7 +13,8 @@ from mithridate.cli.terminal import out
 from mithridate.core.errors import ComponentError, ConfigError, DataError, UserError, said, shown
 from mithridate.core.files import write_whole
 from mithridate.core.plugins import reason
-from mithridate.guard.quarantine import INPUTS, Quarantine, Quarantined, known_targets
+from mithridate.guard.entry import INPUTS, Quarantined, known_targets
+from mithridate.guard.quarantine import Quarantine
 from mithridate.report.wording import counted, one_line
 
 if TYPE_CHECKING:

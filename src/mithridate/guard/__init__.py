@@ -8,6 +8,7 @@ from mithridate.core.errors import UserError
 if TYPE_CHECKING:
     from mithridate.guard.accelerated import attach_accelerated as attach_accelerated
     from mithridate.guard.batch_file import read_batch as read_batch
+    from mithridate.guard.entry import Quarantined as Quarantined
     from mithridate.guard.flower import GuardedStrategy as GuardedStrategy
     from mithridate.guard.flower_attack import attack_mod as attack_mod
     from mithridate.guard.garbage_clients import GarbageClients as GarbageClients
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mithridate.guard.mlflow_tracker import MLflow as MLflow
     from mithridate.guard.prometheus_tracker import Prometheus as Prometheus
     from mithridate.guard.quarantine import Quarantine as Quarantine
-    from mithridate.guard.quarantine import Quarantined as Quarantined
     from mithridate.guard.record import StepRecord as StepRecord
     from mithridate.guard.record import Tracker as Tracker
     from mithridate.guard.state_file import last_checkpoint as last_checkpoint
@@ -39,7 +39,7 @@ _HOMES = {
     "MLflow": "mlflow_tracker",
     "Prometheus": "prometheus_tracker",
     "Quarantine": "quarantine",
-    "Quarantined": "quarantine",
+    "Quarantined": "entry",
     "RECOMMENDED": "limits",
     "ReplyLimits": "limits",
     "StepLog": "step_log",

@@ -11,7 +11,7 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch, Inputs, check_batch
 from mithridate.core.errors import DataError, said
 from mithridate.core.files import path_of
-from mithridate.guard.quarantine import HEADER, INPUTS, TARGETS, header_of, read_entry, tensors_file, verified
+from mithridate.guard.entry import HEADER, INPUTS, TARGETS, header_of, read_entry, tensors_file, verified
 
 FORMAT = "mithridate-batch-1"
 

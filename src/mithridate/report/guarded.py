@@ -10,7 +10,8 @@ from statistics import median
 
 from mithridate.core.errors import DataError, StoreError
 from mithridate.core.files import locked, path_of, remove_parts, write_whole
-from mithridate.guard.quarantine import Quarantine, Quarantined
+from mithridate.guard.entry import Quarantined
+from mithridate.guard.quarantine import Quarantine
 from mithridate.guard.step_log import Logged, Steps, read_steps
 from mithridate.report.figures import FigureSection
 from mithridate.report.figures.drawing import Drawing

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from mithridate.guard.quarantine import INPUTS, Quarantined, known_targets
+from mithridate.guard.entry import INPUTS, Quarantined, known_targets
 from mithridate.report.figures.drawing import Drawing, fitting, rendered, style
 from mithridate.report.figures.poisoned_images import stacked
 from mithridate.report.wording import counted, file_stem, one_line

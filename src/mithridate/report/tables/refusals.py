@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from mithridate.guard.quarantine import Quarantined
+from mithridate.guard.entry import Quarantined
 from mithridate.guard.step_log import Logged
 from mithridate.report.tables.section import TableSection
 from mithridate.report.wording import MISSING, counted, number, one_line
