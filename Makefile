@@ -47,7 +47,8 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# What a user gets: wheel and source archive, the wheel made from the archive, installed where nothing else is.
+# What a user gets: wheel and source archive, the wheel made from the archive, installed where nothing else is, and used.
+# The audit is of a model that is known to fail it (exit code 1).
 EMPTY := build/empty
 dist: install
 	rm -rf dist $(EMPTY)
@@ -55,9 +56,11 @@ dist: install
 	$(PYTHON) -m venv $(EMPTY)
 	$(EMPTY)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt torch
 	$(EMPTY)/bin/python -m pip install --quiet dist/*.whl
-	cd build && empty/bin/mithridate list defences >/dev/null && empty/bin/mithridate reproduce --list >/dev/null
-	cd build && empty/bin/mithridate demo --out empty/demo && test -s empty/demo/report.html
 	$(EMPTY)/bin/python -c 'import mithridate, pathlib; assert (pathlib.Path(mithridate.__file__).parent / "py.typed").is_file()'
+	$(EMPTY)/bin/mithridate list defences >/dev/null
+	test "$$($(EMPTY)/bin/mithridate reproduce --list | grep -c -E '^(pang2021|zhu2023)-')" = 38
+	$(EMPTY)/bin/mithridate demo --out $(EMPTY)/demo && test -s $(EMPTY)/demo/report.html
+	$(EMPTY)/bin/mithridate audit examples/audit/digits.toml --out $(EMPTY)/audit; test $$? = 1
 
 # The docs site, its notebooks executed; a warning is an error. The libraries of the guard's adapters come with it, for a
 # notebook and some pages use them.
