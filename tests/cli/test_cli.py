@@ -61,6 +61,10 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text))
+
+
 def test_the_first_page_names_every_command() -> None:
     assert {c.name or str(getattr(c.callback, "__name__", "")) for c in cli.app.registered_commands} == set(COMMANDS)
     page = invoke("--help")
@@ -86,7 +90,9 @@ def test_every_command_explains_itself_and_each_option(command: str) -> None:
     hints = get_type_hints(inspect.unwrap(found), include_extras=True)  # as declared: old versions of typer lose some
     del hints["return"]
     for name, hint in hints.items():
-        assert any(info.help for info in hint.__metadata__), f"{command}: {name} has no help"
+        (info,) = hint.__metadata__
+        assert info.help, f"{command}: {name} has no help"
+        assert words(info.help) in words(plain(page.out)), f"{command}: the help of {name} is not on the page"
 
 
 def test_help_needs_no_torch() -> None:

@@ -1,6 +1,5 @@
 """The command line: parse, build, call, print."""
 
-import errno
 import functools
 import os
 import sys
@@ -8,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from mithridate.cli.blame import blamed
+from mithridate.cli.command import Command, P, reports_mistakes
+from mithridate.cli.exit_codes import FAILED
 from mithridate.cli.progress import Bars
 from mithridate.cli.results import report_on, report_on_guard, told_failures
-from mithridate.cli.terminal import err, out, print_mistake, take_any_text
-from mithridate.core.errors import ConfigError, UserError
+from mithridate.cli.terminal import out, print_mistake, take_any_text
+from mithridate.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mithridate.bench.failure import Failure
@@ -52,44 +53,15 @@ def _before_commands(
     """Options that stand before a command."""
 
 
-P = ParamSpec("P")
+def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Declare a command, by default under the name of its function."""
+    return lambda function: app.command(name, cls=Command)(reports_mistakes(function))
 
-FAILED = 1
-USER_MISTAKE = 2
-INTERRUPTED = 130
 
 MOST_JOBS = 1024
 
 MOST_THREADS = 1024
 """Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
-
-
-def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
-    """A command for which a mistake, of the user or a plug-in, is a message and 2; an interrupt says how to go on."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            with blamed():
-                command(*args, **kwargs)
-        except UserError as error:
-            print_mistake(str(error))
-            raise typer.Exit(USER_MISTAKE) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read the output has heard enough
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            print_mistake(f"{where}{error.strerror or error}; give a path that this user may read and write.")
-            raise typer.Exit(USER_MISTAKE) from None
-        except KeyboardInterrupt:
-            err.print(
-                "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
-                "same command goes on from there with --resume (demo and audit: without it).",
-                soft_wrap=True,
-            )
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run
 
 
 class Device(StrEnum):
@@ -180,8 +152,7 @@ PluginsOption = Annotated[
 SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
         "demo-report"
@@ -207,8 +178,7 @@ def demo(
         open_page(out_dir / "report.html")
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
     changes: ChangesOption = None,
@@ -251,8 +221,7 @@ def run(
     )
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def calibrate(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
     changes: ChangesOption = None,
@@ -306,8 +275,7 @@ def calibrate(
     out.print("in brackets: 95 % confidence interval (Wilson), were the samples independent")
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def status(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a run.")],
 ) -> None:
@@ -330,8 +298,7 @@ class PageForm(StrEnum):
     latex = "latex"
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(help="Run directories, or directories that hold them; or the folder of a guard.")
@@ -372,8 +339,7 @@ class Review(StrEnum):
     drop = "drop"
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def quarantine(
     action: Annotated[Review, typer.Argument(help="A table of all; all of one; move it out; delete it for good.")],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A guard's folder, or the quarantine inside it.")],
@@ -410,8 +376,7 @@ class ScaleName(StrEnum):
     paper = "paper"
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def audit(
     plan: Annotated[
         Path, typer.Argument(metavar="AUDIT.toml", help="What is audited, the attacker's budget, the damage allowed.")
@@ -451,8 +416,7 @@ class Form(StrEnum):
     latex = "latex"
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def reproduce(
     names: Annotated[
         list[str] | None, typer.Argument(help="Such as zhu2023-table1 or pang2021-figure3; `all` for every one.")
@@ -509,8 +473,7 @@ def reproduce(
     _end_with(failures, of)
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def leaderboard(
     added: Annotated[
         list[str] | None,
@@ -564,8 +527,7 @@ def leaderboard(
     build_leaderboard(results, out_dir)
 
 
-@app.command(name="list")
-@_reports_mistakes
+@_command("list")
 def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
     name: Annotated[str | None, typer.Argument(help="One of that kind, to be shown with all its settings.")] = None,
