@@ -294,7 +294,7 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     told: list[Path] = []
     opened: list[str] = []
-    monkeypatch.setattr(cli, "_run", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(cli, "run_and_report", lambda *args, **options: seen.append((args, options)))
     monkeypatch.setattr("mithridate.cli.results.tell_story", told.append)
     monkeypatch.setattr("webbrowser.open", opened.append)
     done = invoke("demo", "--out", "here", "--open")

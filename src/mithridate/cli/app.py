@@ -1,29 +1,40 @@
 """The command line: parse, build, call, print."""
 
-import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mithridate.cli.blame import blamed
 from mithridate.cli.command import Command, P, reports_mistakes
-from mithridate.cli.exit_codes import FAILED
-from mithridate.cli.progress import Bars
-from mithridate.cli.results import report_on, report_on_guard, told_failures
-from mithridate.cli.terminal import out, print_mistake, take_any_text
+from mithridate.cli.machine import cores, default_jobs, use_threads
+from mithridate.cli.options import (
+    CacheOption,
+    ChangesOption,
+    DataRootOption,
+    Device,
+    DeviceOption,
+    Engine,
+    EngineOption,
+    Form,
+    JobsOption,
+    PageForm,
+    PluginsOption,
+    Review,
+    ScaleName,
+    SeedsOption,
+    Shelf,
+    ThreadsOption,
+    seeds_of,
+)
+from mithridate.cli.results import end_with, report_on, report_on_guard
+from mithridate.cli.run import run_and_report, shipped_recipe
+from mithridate.cli.terminal import take_any_text
 from mithridate.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from mithridate.bench.failure import Failure
-    from mithridate.core.defence import Calibration
-    from mithridate.defences.threshold import Share
 
 app = typer.Typer(
     name="mithridate",
@@ -58,100 +69,6 @@ def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[
     return lambda function: app.command(name, cls=Command)(reports_mistakes(function))
 
 
-MOST_JOBS = 1024
-
-MOST_THREADS = 1024
-"""Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
-
-
-class Device(StrEnum):
-    """Where tensors live."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Engine(StrEnum):
-    """Where runs are made."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Shelf(StrEnum):
-    """What `list` can show."""
-
-    attacks = "attacks"
-    defences = "defences"
-    detectors = "detectors"
-    update_attacks = "update_attacks"
-    aggregators = "aggregators"
-    models = "models"
-    datasets = "datasets"
-    monitors = "monitors"
-
-
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
-ThreadsOption = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        max=MOST_THREADS,
-        help="CPU threads of torch, of each process; 0 shares the cores that this process may use among --jobs.",
-    ),
-]
-JobsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MOST_JOBS,
-        help="Runs at a time, each in its own process; by default 1, or as many as Ray takes.",
-    ),
-]
-EngineOption = Annotated[
-    Engine, typer.Option(help="Where runs are made: on this machine, or on a Ray cluster that sees --out, too.")
-]
-DataRootOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="MITHRIDATE_DATA",
-        help="A local mirror of the image sets, laid out as ROOT/HUB-ID/...parquet, used instead of the network.",
-    ),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."
-    ),
-]
-
-
-ChangesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        help=(
-            "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), "
-            "burn_in.seed=none (an optional one is unset), 'grid.run.lr=[0.1,0.01]' (values are crossed); repeatable."
-        ),
-    ),
-]
-PluginsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="MODULE|FILE.py",
-        help=(
-            "Load components from a module or a .py file; repeatable. Modules are also looked for in the current "
-            "directory, after all that is installed, as they are for a NAME = package.module:Class of a recipe."
-        ),
-    ),
-]
-SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
-
-
 @_command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
@@ -171,8 +88,9 @@ def demo(
     """
     from mithridate.cli.results import open_page, tell_story
 
-    jobs = jobs or min(2, os.cpu_count() or 1)
-    _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True, jobs=jobs)
+    jobs = jobs or min(2, cores())
+    use_threads(threads, jobs=jobs)
+    run_and_report(shipped_recipe("demo.toml"), out_dir, cache=cache, device="cpu", resume=True, jobs=jobs)
     tell_story(out_dir)
     if show:
         open_page(out_dir / "report.html")
@@ -204,20 +122,21 @@ def run(
     once and shared by all runs that agree on it. A run that fails is told of at the end, with exit code 1; the others
     go on.
     """
-    _run(
+    jobs = jobs or default_jobs(engine.value)
+    use_threads(threads, jobs=jobs)
+    run_and_report(
         recipe,
         out_dir or Path("runs") / recipe.stem,
         changes=changes or [],
         plugins=plugins or [],
-        seeds=_seeds(seeds),
-        threads=threads,
+        seeds=seeds_of(seeds),
+        yes=yes,
         data_root=data_root,
         cache=cache,
-        device=device,
+        device=device.value,
         resume=resume,
         jobs=jobs,
-        engine=engine,
-        yes=yes,
+        engine=engine.value,
     )
 
 
@@ -242,37 +161,21 @@ def calibrate(
 
     With `target_rate` in the recipe, `run` does the same by itself before every stream.
     """
-    import torch
+    from mithridate.cli.calibration import print_thresholds
 
-    from mithridate.bench.calibration import calibrate_recipe
-    from mithridate.bench.recipe import read_recipe
-
-    torch.set_num_threads(threads or _cores())
-    wanted = read_recipe(recipe, plugins=plugins or [], changes=changes or [], seeds=_seeds(seeds))
-    table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
-    for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
-        table.add_column(column, justify="right")
-    with Bars() as bars:
-        for checked in calibrate_recipe(
-            wanted,
-            defence=defence,
-            rate=rate,
-            unseen=unseen,
-            device=device.value,
-            data_root=data_root,
-            cache=cache,
-            watcher=bars,
-        ):
-            calibration = checked.calibration
-            table.add_row(
-                str(checked.seed),
-                f"{calibration.fields['mu']:.4g}",
-                f"{calibration.fields['tau']:.4g}",
-                _share(calibration),
-                _share(checked.unseen),
-            )
-    out.print(table)
-    out.print("in brackets: 95 % confidence interval (Wilson), were the samples independent")
+    use_threads(threads, jobs=1)
+    print_thresholds(
+        recipe,
+        plugins=plugins or [],
+        changes=changes or [],
+        seeds=seeds_of(seeds),
+        defence=defence,
+        rate=rate,
+        unseen=unseen,
+        device=device.value,
+        data_root=data_root,
+        cache=cache,
+    )
 
 
 @_command()
@@ -287,15 +190,6 @@ def status(
     from mithridate.cli.standing import print_status
 
     print_status(status_of(directory))
-
-
-class PageForm(StrEnum):
-    """How a report is shown."""
-
-    html = "html"
-    md = "md"
-    csv = "csv"
-    latex = "latex"
 
 
 @_command()
@@ -330,15 +224,6 @@ def report(
         raise ConfigError("a guard's folder has a page of its own; give it alone.")
 
 
-class Review(StrEnum):
-    """What can be done with batches in quarantine."""
-
-    list = "list"
-    show = "show"
-    release = "release"
-    drop = "drop"
-
-
 @_command()
 def quarantine(
     action: Annotated[Review, typer.Argument(help="A table of all; all of one; move it out; delete it for good.")],
@@ -368,14 +253,6 @@ def quarantine(
     review(action.value, directory, Wishes(ids or [], all_of_them, to, pictures, decoder))
 
 
-class ScaleName(StrEnum):
-    """How large a reproduction is."""
-
-    smoke = "smoke"
-    small = "small"
-    paper = "paper"
-
-
 @_command()
 def audit(
     plan: Annotated[
@@ -392,28 +269,17 @@ def audit(
     attack cost more than is allowed, 1 if one did, 3 if it cannot be told, and 2 if the plan or the function is wrong.
     Finished runs are kept: the same command goes on where a killed one was.
     """
-    import torch
-
     from mithridate.audit import read_plan
     from mithridate.cli.audit import audit_and_print
 
-    torch.set_num_threads(threads or _threads(1))
+    use_threads(threads, jobs=1)
     wanted = read_plan(plan)
-    if (given := _seeds(seeds)) is not None:
+    if (given := seeds_of(seeds)) is not None:
         wanted = wanted.with_seeds(given)
     with blamed(out_dir):
         audited = audit_and_print(wanted, out_dir)
     if audited.exit_code:
         raise typer.Exit(audited.exit_code)
-
-
-class Form(StrEnum):
-    """How tables are printed."""
-
-    table = "table"
-    md = "md"
-    csv = "csv"
-    latex = "latex"
 
 
 @_command()
@@ -452,16 +318,14 @@ def reproduce(
         list_items(out_dir)
         return
     items = chosen_items(names or [])
-    import torch
-
-    jobs = jobs or _jobs(engine)
-    torch.set_num_threads(threads or _threads(jobs))
+    jobs = jobs or default_jobs(engine.value)
+    use_threads(threads, jobs=jobs)
     with blamed(out_dir):
         failures, of = reproduce_items(
             items,
             scale.value,
             out_dir,
-            seeds=_seeds(seeds),
+            seeds=seeds_of(seeds),
             form=form.value,
             record=record,
             device=device.value,
@@ -470,7 +334,7 @@ def reproduce(
             jobs=jobs,
             engine=engine.value,
         )
-    _end_with(failures, of)
+    end_with(failures, of)
 
 
 @_command()
@@ -504,26 +368,24 @@ def leaderboard(
     from mithridate.cli.reproduce import add_defences, build_leaderboard
 
     if added:
-        import torch
-
-        jobs = jobs or _jobs(engine)
-        torch.set_num_threads(threads or _threads(jobs))
+        jobs = jobs or default_jobs(engine.value)
+        use_threads(threads, jobs=jobs)
         with blamed(out_dir):
             failures, of = add_defences(
                 added,
-                recipe or _shipped("leaderboard.toml"),
+                recipe or shipped_recipe("leaderboard.toml"),
                 results,
                 out_dir,
                 plugins=plugins or [],
                 changes=changes or [],
-                seeds=_seeds(seeds),
+                seeds=seeds_of(seeds),
                 device=device.value,
                 data_root=data_root,
                 cache=cache,
                 jobs=jobs,
                 engine=engine.value,
             )
-        _end_with(failures, of)
+        end_with(failures, of)
     build_leaderboard(results, out_dir)
 
 
@@ -565,111 +427,3 @@ def main() -> None:
     sys.path.append("")
     take_any_text()
     app()
-
-
-def _run(
-    recipe_path: Path,
-    out_dir: Path,
-    *,
-    changes: Sequence[str] = (),
-    plugins: Sequence[str] = (),
-    seeds: Sequence[int] | None = None,
-    threads: int,
-    data_root: Path | None = None,
-    cache: Path | None,
-    device: Device,
-    resume: bool,
-    jobs: int | None = None,
-    engine: Engine = Engine.local,
-    yes: bool = False,
-) -> None:
-    import torch
-
-    from mithridate.bench.changes import LargeGridError
-    from mithridate.bench.engine import run_recipe
-    from mithridate.bench.recipe import read_recipe
-
-    jobs = jobs or _jobs(engine)
-    torch.set_num_threads(threads or _threads(jobs))
-    read = functools.partial(read_recipe, recipe_path, plugins=plugins, changes=changes, seeds=seeds)
-    with blamed(out_dir):
-        try:
-            recipe = read(most=None) if yes else read()
-        except LargeGridError as error:
-            if not (_at_a_terminal() and typer.confirm(f"{error}\nGo on?")):
-                raise
-            recipe = read(most=None)
-    if recipe.title:
-        out.print(recipe.title, style="bold", markup=False, highlight=False)
-    with blamed(out_dir), Bars() as bars:
-        grid = run_recipe(
-            recipe,
-            out_dir,
-            device=device.value,
-            resume=resume,
-            data_root=data_root,
-            cache=cache,
-            watcher=bars,
-            jobs=jobs,
-            engine=engine.value,
-        )
-    if grid.skipped:
-        out.print(
-            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them "
-            "again.",
-            markup=False,
-            soft_wrap=True,
-        )
-    if grid.ran + grid.skipped:
-        report_on(list(grid.directories), out_dir)
-    _end_with(grid.failures, len(grid.directories))
-
-
-def _end_with(failures: "Mapping[Path, Failure]", of: int) -> None:
-    """End the command if runs failed, and say which."""
-    if failures:
-        print_mistake(told_failures(failures, of))
-        raise typer.Exit(FAILED)
-
-
-def _share(share: "Calibration | Share") -> str:
-    low, high = share.interval
-    return f"{share.rate:.1%} of {share.samples} [{low:.1%}, {high:.1%}]"
-
-
-def _shipped(name: str) -> Path:
-    """A recipe that comes with the library: inside an installed package, or beside the sources."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parents[1] / "recipes"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"the recipe {name} is missing from this installation; install mithridate again.")
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _at_a_terminal() -> bool:
-    """Whether somebody can be asked."""
-    return sys.stdin.isatty()
-
-
-def _jobs(engine: Engine) -> int | None:
-    """Runs at a time, if nobody says it; None: as many as the cluster takes."""
-    return 1 if engine is Engine.local else None
-
-
-def _threads(jobs: int | None) -> int:
-    """Threads of a process, if nobody says it."""
-    return max(1, _cores() // jobs) if jobs else 1
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {text[:80]}: give whole numbers with commas, such as 0,1,2.") from None

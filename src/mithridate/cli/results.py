@@ -5,37 +5,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
-from mithridate.cli.terminal import out
+from mithridate.cli.exit_codes import FAILED
+from mithridate.cli.terminal import out, print_mistake
 from mithridate.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mithridate.bench.failure import Failure
 
-ERROR = "error.json"
-"""Holds the traceback of a run that failed; `bench.store` names it, which is imported late."""
-
-
 MOST = 10
 """Runs that failed of which each is told why."""
 
 
-def told_failures(failures: Mapping[Path, "Failure"], of: int) -> str:
-    """What to print of runs that failed.
+def end_with(failures: Mapping[Path, "Failure"], of: int) -> None:
+    """End the command if runs failed, and say which.
 
     Args:
-        failures: Why, by directory; one at least.
+        failures: Why, by directory.
         of: Runs in all.
+
+    Raises:
+        Exit: Runs failed.
     """
+    if not failures:
+        return
+    from mithridate.bench.store import ERROR
+
     others = "; the others are kept" if of > len(failures) else ""
     lines = [f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
     for directory, failure in list(failures.items())[:MOST]:
         where = f" [{directory / ERROR}]" if failure.recorded else ""
         lines.append(f"  {directory.name}: {failure.message}{where}")
     lines += [f"  and {len(failures) - MOST} more"] if len(failures) > MOST else []
-    return "\n".join(lines)
+    print_mistake("\n".join(lines))
+    raise typer.Exit(FAILED)
 
 
 ENDINGS = {"md": ".md", "csv": ".csv", "latex": ".tex"}
