@@ -13,6 +13,7 @@ from mithridate.cli.blame import blamed
 from mithridate.cli.command import Command, P, reports_mistakes
 from mithridate.cli.machine import cores, default_jobs, use_threads
 from mithridate.cli.options import (
+    MOST_JOBS,
     CacheOption,
     ChangesOption,
     DataRootOption,
@@ -74,7 +75,14 @@ def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
         "demo-report"
     ),
-    jobs: JobsOption = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_JOBS,
+            help="Runs at a time, each in its own process; by default 2, where there are as many cores.",
+        ),
+    ] = None,
     threads: ThreadsOption = 1,
     cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
@@ -145,7 +153,9 @@ def calibrate(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
     changes: ChangesOption = None,
     plugins: PluginsOption = None,
-    defence: Annotated[str | None, typer.Option(help="Its label, if the recipe has several.")] = None,
+    defence: Annotated[
+        str | None, typer.Option(help="Label of the `dsc` to calibrate, if the recipe has several.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="Share of clean samples to be corrected; the recipe's target_rate, or 0.05, by default."),
@@ -226,9 +236,17 @@ def report(
 
 @_command()
 def quarantine(
-    action: Annotated[Review, typer.Argument(help="A table of all; all of one; move it out; delete it for good.")],
+    action: Annotated[
+        Review,
+        typer.Argument(
+            help="`list`: a table of all batches; `show`: all that is known of some; `release`: move them out; `drop`: "
+            "delete them for good."
+        ),
+    ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A guard's folder, or the quarantine inside it.")],
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which batches, as `list` shows.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of batches, as `list` shows them.")
+    ] = None,
     all_of_them: Annotated[bool, typer.Option("--all", help="Every batch, instead of ids.")] = False,
     to: Annotated[Path | None, typer.Option(help="With `release`: the folder that batches are moved to.")] = None,
     pictures: Annotated[
@@ -285,7 +303,8 @@ def audit(
 @_command()
 def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Such as zhu2023-table1 or pang2021-figure3; `all` for every one.")
+        list[str] | None,
+        typer.Argument(help="Tables and figures, such as zhu2023-table1 or pang2021-figure3; `all` for every one."),
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Show all, with the claim and what is finished.")] = False,
     scale: Annotated[
@@ -342,10 +361,11 @@ def leaderboard(
     added: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Defences to try and add: NAME, or package.module:Class; `all`: the recipe's. None: only the page."
+            help="Defences to try and add, by NAME or package.module:Class; `all`: those of the recipe. Without any, "
+            "only the page is made."
         ),
     ] = None,
-    results: Annotated[Path, typer.Option(help="The folder of records.")] = Path("results/leaderboard"),
+    results: Annotated[Path, typer.Option(help="The folder of the runs' records.")] = Path("results/leaderboard"),
     recipe: Annotated[
         Path | None, typer.Option(help="The attacks that a new defence is tried on; the library's own by default.")
     ] = None,
@@ -419,7 +439,7 @@ def list_(
 
 
 def main() -> None:
-    """The entry point of the `mithridate` command."""
+    """Prepare the process, and run the command that was typed."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["MPLBACKEND"] = "agg"  # figures are drawn without a screen, whatever the user's other ones need

@@ -53,7 +53,7 @@ def reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             err.print(
                 "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
-                "same command goes on from there with --resume (demo and audit: without it).",
+                "same command goes on from there (`run` with --resume).",
                 soft_wrap=True,
             )
             raise typer.Exit(INTERRUPTED) from None

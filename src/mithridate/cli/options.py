@@ -81,7 +81,7 @@ ThreadsOption = Annotated[
     typer.Option(
         min=0,
         max=MOST_THREADS,
-        help="CPU threads of torch, of each process; 0 shares the cores that this process may use among --jobs.",
+        help="CPU threads of torch in each process; 0 shares the cores that the command may use among its processes.",
     ),
 ]
 JobsOption = Annotated[

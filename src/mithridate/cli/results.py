@@ -35,7 +35,10 @@ def end_with(failures: Mapping[Path, "Failure"], of: int) -> None:
     from mithridate.bench.store import ERROR
 
     others = "; the others are kept" if of > len(failures) else ""
-    lines = [f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
+    lines = [
+        f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and give the same command again (`run` with "
+        "--resume)."
+    ]
     for directory, failure in list(failures.items())[:MOST]:
         where = f" [{directory / ERROR}]" if failure.recorded else ""
         lines.append(f"  {directory.name}: {failure.message}{where}")
@@ -93,10 +96,12 @@ def report_on(directories: Sequence[Path], out_dir: Path, form: str = "html") ->
     for line in doubt_lines(table):
         out.print(line, markup=False, highlight=False)
     if failed := read_failures(directories):
-        out.print(f"left out, for they failed: {', '.join(failed)}; try again with --resume.", markup=False)
+        out.print(
+            f"left out, for they failed: {', '.join(failed)}; `mithridate run --resume` tries them again.", markup=False
+        )
     if missing := unfinished(directories):
         names = ", ".join(path.name for path in missing)
-        out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
+        out.print(f"left out, for they have not ended: {names}; `mithridate run --resume` finishes them.", markup=False)
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
