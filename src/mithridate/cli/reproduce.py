@@ -111,20 +111,12 @@ def reproduce_items(
 
 
 def _show(done: "Reproduction") -> None:
-    from mithridate.report.tables.section import Toned
-    from mithridate.report.terminal import fitted
+    from mithridate.report.terminal import fitted, section_table
     from mithridate.reproduce.outcome import summary
 
-    colours = {"near": "green", "apart": "red", "absent": "dim"}
     for section in done.tables:
-        table = Table(title=section.heading, title_justify="left", box=None, pad_edge=False)
-        for number, column in enumerate(section.head):
-            table.add_column(column, justify="left" if number < section.names else "right")
-        for rows in section.rows.values():
-            for row in rows:
-                styles = [colours.get(cell.tone, "") if isinstance(cell, Toned) else "" for cell in row]
-                table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styles, strict=True)))
-        out.print(fitted(table, out.width))
+        out.print(section.heading, style="italic", markup=False, highlight=False)
+        out.print(fitted(section_table(section), out.width))
     out.print(f"{summary(v.outcome for v in done.verdicts)}; report: {done.report.html}", soft_wrap=True, markup=False)
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from mithridate.cli.exit_codes import FAILED
 from mithridate.cli.terminal import out, print_mistake
@@ -146,6 +144,7 @@ def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -
         from mithridate.report.guarded import build_guard_report
     from mithridate.report.tables.latex import latex
     from mithridate.report.tables.section import TableSection
+    from mithridate.report.terminal import fitted, section_table
 
     built = build_guard_report(directory, out_dir)
     if form != "html":
@@ -154,15 +153,7 @@ def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -
         return
     out.print(built.headline, markup=False, style="bold")
     if not built.reasons.empty:
-        table = Table(box=None, pad_edge=False)
-        several = len(built.reasons.rows) > 1
-        for number, heading in enumerate([*(["rank"] if several else []), *built.reasons.head]):
-            names = built.reasons.names + several
-            table.add_column(heading, justify="left" if number < names else "right", overflow="fold")
-        for rank, rows in built.reasons.rows.items():
-            for row in rows:
-                table.add_row(*map(Text, (*([rank] if several else []), *row)))
-        out.print(table)
+        out.print(fitted(section_table(built.reasons), out.width))
     out.print(f"report: {built.html}", soft_wrap=True, markup=False)
 
 
