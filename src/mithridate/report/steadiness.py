@@ -15,7 +15,7 @@ LEAST_STEPS = 2
 NEGLIGIBLE = 0.01
 """Changes of accuracy below one point are not argued about."""
 
-QUIET_POINTS = 0.05
+QUIET_LOSS = 0.05
 """Without a clean stream to compare with, a phase that loses more accuracy than this (a fraction) before the trigger is
 not quiet. The phases of Pang et al., Table 1, cost 2 to 5 points."""
 
@@ -91,12 +91,18 @@ def clean_stream(row: Row, rows: Sequence[Row]) -> CleanStream | None:
 def quiet_limit(row: Row, rows: Sequence[Row]) -> tuple[float, str]:
     """What a phase may lose and still be called quiet, a fraction, and where that comes from, in words.
 
-    It is what the clean stream under the same defence loses by itself, at least a point; without one, `QUIET_POINTS`.
+    It is what the clean stream under the same defence loses by itself, at least a point; without one, `QUIET_LOSS`.
     """
     clean = clean_stream(row, rows)
     if clean is None:
-        return QUIET_POINTS, f"no clean stream to compare with, so quiet up to {points(QUIET_POINTS)} points"
+        return QUIET_LOSS, f"no clean stream to compare with, so quiet up to {points(QUIET_LOSS)} points"
     return max(clean.loss, NEGLIGIBLE), f"a clean stream loses up to {points(clean.loss)} by itself"
+
+
+def is_quiet(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a phase lost no more than `quiet_limit`, and no monitor raised an alarm in it; False if not measured."""
+    lost = row.difference("accuracy_start", "accuracy_before_trigger").mean
+    return lost is not None and lost <= quiet_limit(row, rows)[0] and not row.alarmed_early()
 
 
 def clean_range(row: Row, rows: Sequence[Row]) -> str:
