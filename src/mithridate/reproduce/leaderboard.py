@@ -17,7 +17,7 @@ from mithridate.report.glossary import explained
 from mithridate.report.lead import Lead
 from mithridate.report.measures import Measures, measures
 from mithridate.report.page import board
-from mithridate.report.records import Record, to_csv, to_parquet
+from mithridate.report.records import Record, as_files
 from mithridate.report.rows import Row, groups, rows
 from mithridate.report.statistic import Statistic, signed, spread, times
 from mithridate.report.tables.section import TableSection
@@ -30,6 +30,7 @@ NAME = "leaderboard"
 """Of the page and of the files beside it."""
 
 LOCK = f".{NAME}.lock"
+"""Held by the process that writes a leaderboard in a folder."""
 
 
 class Printed(NamedTuple):
@@ -73,7 +74,7 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
         members: Rows of one data set and model.
     """
     measured = measures(members)
-    found = []
+    ranked = []
     for defence in dict.fromkeys(row.defence for row in members):
         cells = [cell for cell in measured if cell.row.defence == defence]
         attacked = {c.row.attack: c for c in cells if c.row.claims_drop and c.accuracy_after_trigger.n}
@@ -81,8 +82,8 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
             continue
         worst = min(attacked, key=lambda attack: attacked[attack].accuracy_after_trigger.mean or 0.0)
         clean = [cell for cell in cells if not cell.row.attacking]
-        found.append(Ranked(defence, attacked, clean[0] if clean else None, worst))
-    return sorted(found, key=lambda s: -s.left)
+        ranked.append(Ranked(defence, attacked, clean[0] if clean else None, worst))
+    return sorted(ranked, key=lambda s: -s.left)
 
 
 def boards_of(members: Sequence[Row], reported: Mapping[str, Printed], number: int) -> list[TableSection]:
@@ -225,6 +226,7 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
         for members in by_group
     ]
     attacks = len({row.attack for members in by_group for row in members if row.claims_drop})
+    numbers = as_files(NAME, [record for members in by_group for record in board_records(members)])
     lead = Lead(
         title="Which defence holds against every attack",
         headline=f"Best under its worst attack: {listed(best)}.",
@@ -234,15 +236,12 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
         ],
         parts=[FigureSection("chart", "What each attack leaves", drawings, subheadings=False), *tables],
         numbers=_key_numbers(standings(by_group[0])),
-        files=[f"{NAME}.csv", f"{NAME}.parquet"],
+        files=list(numbers),
     )
     page = board(lead, explained([row for members in by_group for row in members]))
-    numbers = [record for members in by_group for record in board_records(members)]
-    out.mkdir(parents=True, exist_ok=True)
     with locked(out / LOCK):
-        write_whole(out / f"{NAME}.csv", to_csv(numbers))
-        write_whole(out / f"{NAME}.parquet", to_parquet(numbers))
-        write_whole(out / f"{NAME}.html", page)
+        for name, content in {**numbers, f"{NAME}.html": page}.items():
+            write_whole(out / name, content)
     return out / f"{NAME}.html"
 
 

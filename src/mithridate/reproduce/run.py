@@ -12,7 +12,7 @@ from mithridate.bench.store import Run, finished, read_runs
 from mithridate.core.errors import StoreError
 from mithridate.core.files import path_of, write_whole
 from mithridate.report import ReportPaths, build_report
-from mithridate.report.records import Record, to_csv, to_parquet
+from mithridate.report.records import as_files
 from mithridate.report.tables.latex import latex
 from mithridate.report.tables.section import TableSection
 from mithridate.reproduce.checks import Judgement
@@ -106,21 +106,23 @@ def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | No
         StoreError: There is no finished run, or one is damaged.
     """
     places = list(runs) if runs is not None else [directory]
-    found = read_runs(places)
+    read = read_runs(places)
     report = build_report(places, directory, lead_of(item, scale))
-    said = verdicts(item, found)
-    files: list[Path] = []
+    said = verdicts(item, read)
+    files: dict[str, str | bytes] = {}
     tables = []
     if said:
-        files += _write_rows(directory / "claims", check_records(said))
+        files |= as_files("claims", check_records(said))
         tables.append(checks_table(said))
     if item.table is not None:
-        cells = compared(item, found)
-        files += _write_rows(directory / "table", records(item, cells))
+        cells = compared(item, read)
+        files |= as_files("table", records(item, cells))
         tables.append(beside(item, cells, scale))
-    files.append(_write(directory / "table.md", "\n".join(f"{t.heading}\n\n{t.markdown()}" for t in tables)))
-    files.append(_write(directory / "table.tex", "\n".join(latex(t) for t in tables)))
-    return Reproduction(item, scale, found, said, report, tables, files)
+    files["table.md"] = "\n".join(f"{table.heading}\n\n{table.markdown()}" for table in tables)
+    files["table.tex"] = "\n".join(map(latex, tables))
+    for name, content in files.items():
+        write_whole(directory / name, content)
+    return Reproduction(item, scale, read, said, report, tables, [directory / name for name in files])
 
 
 def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
@@ -132,14 +134,3 @@ def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
         for cell in variant.cells()
     ]
     return sum(map(finished, places)), len(places)
-
-
-def _write_rows(path: Path, lines: Sequence[Record]) -> list[Path]:
-    """Rows as CSV and as Parquet; `path` has no ending."""
-    return [_write(path.with_suffix(".csv"), to_csv(lines)), _write(path.with_suffix(".parquet"), to_parquet(lines))]
-
-
-def _write(path: Path, content: str | bytes) -> Path:
-    data = content.encode() if isinstance(content, str) else content
-    write_whole(path, data)
-    return path
