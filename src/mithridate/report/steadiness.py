@@ -79,13 +79,13 @@ def clean_stream(row: Row, rows: Sequence[Row]) -> CleanStream | None:
     Returns:
         None if there is none that took two steps.
     """
-    found: list[CleanStream] = []
+    streams: list[CleanStream] = []
     for other in rows:
         if other.attacking or (other.group, other.defence) != (row.group, row.defence):
             continue
         curves = {seed(run): curve for run in other.runs if len(curve := accuracies(run)) > LEAST_STEPS}
-        found += [CleanStream(other, curves)] if curves else []
-    return max(found, key=lambda clean: max(map(len, clean.curves.values())), default=None)
+        streams += [CleanStream(other, curves)] if curves else []
+    return max(streams, key=lambda clean: max(map(len, clean.curves.values())), default=None)
 
 
 def quiet_limit(row: Row, rows: Sequence[Row]) -> tuple[float, str]:

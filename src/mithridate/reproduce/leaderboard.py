@@ -193,12 +193,15 @@ def board_records(members: Sequence[Row]) -> list[Record]:
 
 
 def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[str, Printed]) -> Path:
-    """The page, and its numbers as CSV and Parquet.
+    """Write the page, and its numbers as CSV and Parquet.
 
     Args:
         runs: From a store or from records.
         out: A folder; made if missing.
         reported: What a paper prints for a defence and we got for it, by its label.
+
+    Returns:
+        The page's file.
 
     Raises:
         StoreError: No run attacks a defence.

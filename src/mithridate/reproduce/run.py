@@ -90,39 +90,38 @@ def reproduce(
         failures |= grid.failures
     if len(failures) == len(runs):
         raise StoreError(f"every run of {item.name} failed: {next(iter(failures.values())).message}")
-    return replace(written(item, scale, directory_of(out, item, scale), runs), failures=failures)
+    return replace(write_page(item, scale, directory_of(out, item, scale), runs), failures=failures)
 
 
-def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | None = None) -> Reproduction:
-    """The page and tables of runs that are finished.
+def write_page(item: Item, scale: Scale, directory: Path, places: Sequence[Path]) -> Reproduction:
+    """Write the page and the tables of runs that are finished.
 
     Args:
         item: The table or figure.
         scale: Of the runs.
         directory: Where the files go.
-        runs: Directories of the runs; those in `directory` if None.
+        places: Directories of the runs, or such that hold them.
 
     Raises:
         StoreError: There is no finished run, or one is damaged.
     """
-    places = list(runs) if runs is not None else [directory]
-    read = read_runs(places)
+    runs = read_runs(places)
     report = build_report(places, directory, lead_of(item, scale))
-    said = verdicts(item, read)
+    said = verdicts(item, runs)
     files: dict[str, str | bytes] = {}
     tables = []
     if said:
         files |= as_files("claims", check_records(said))
         tables.append(checks_table(said))
     if item.table is not None:
-        cells = compared(item, read)
+        cells = compared(item, runs)
         files |= as_files("table", records(item, cells))
         tables.append(beside(item, cells, scale))
     files["table.md"] = "\n".join(f"{table.heading}\n\n{table.markdown()}" for table in tables)
     files["table.tex"] = "\n".join(map(latex, tables))
     for name, content in files.items():
         write_whole(directory / name, content)
-    return Reproduction(item, scale, read, said, report, tables, [directory / name for name in files])
+    return Reproduction(item, scale, runs, said, report, tables, [directory / name for name in files])
 
 
 def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
