@@ -380,7 +380,7 @@ def leaderboard(
     data_root: DataRootOption = None,
     cache: CacheOption = None,
 ) -> None:
-    """Build the page of defences against attacks, the worst attack first; and try new defences on all of them.
+    """Build the page that ranks defences by the worst attack on each; and try new defences on all attacks.
 
     A new defence is run against every attack of the recipe, its records are put beside the others, and the page is
     made anew. With `--set defence.NAME.key=value` it has other settings than its own.

@@ -130,7 +130,7 @@ PluginsOption = Annotated[
         ),
     ),
 ]
-SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
+SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's or the plan's.")]
 
 
 def seeds_of(text: str | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Defences against every attack that was tried on them: the worst one first, and what a clean stream pays."""
+"""Defences, ranked by what the worst attack on each leaves; and what a clean stream pays for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,28 +208,26 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
         WriteError: The page cannot be written there.
     """
     out = path_of(out)
-    by_group = [members for members in groups(rows(runs)).values() if standings(members)]
+    by_group = [(members, order) for members in groups(rows(runs)).values() if (order := standings(members))]
     if not by_group:
         raise StoreError("no run has an attack on anything; a leaderboard needs some.")
     tables = [
         table
-        for i, members in enumerate(by_group, start=1)
+        for i, (members, _) in enumerate(by_group, start=1)
         for table in boards_of(members, reported, i)
         if not table.empty
     ]
-    best = [f"{standings(members)[0].defence} on {members[0].subject}" for members in by_group]
+    best = [f"{order[0].defence} on {members[0].subject}" for members, order in by_group]
     drawings = [
         worst_cases(
-            {
-                s.defence: {attack: c.accuracy_after_trigger for attack, c in s.attacked.items()}
-                for s in standings(members)
-            },
+            {s.defence: {attack: c.accuracy_after_trigger for attack, c in s.attacked.items()} for s in order},
             members[0],
         )
-        for members in by_group
+        for members, order in by_group
     ]
-    attacks = len({row.attack for members in by_group for row in members if row.claims_drop})
-    numbers = as_files(NAME, [record for members in by_group for record in board_records(members)])
+    ranked = [row for members, _ in by_group for row in members]
+    attacks = len({row.attack for row in ranked if row.claims_drop})
+    numbers = as_files(NAME, [record for members, _ in by_group for record in board_records(members)])
     lead = Lead(
         title="Which defence holds against every attack",
         headline=f"Best under its worst attack: {listed(best)}.",
@@ -238,10 +236,10 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
             "overlap, neighbours may change places with other seeds."
         ],
         parts=[FigureSection("chart", "What each attack leaves", drawings, subheadings=False), *tables],
-        numbers=_key_numbers(standings(by_group[0])),
+        numbers=_key_numbers(by_group[0][1]),
         files=list(numbers),
     )
-    page = board(lead, explained([row for members in by_group for row in members]))
+    page = board(lead, explained(ranked))
     with locked(out / LOCK):
         for name, content in {**numbers, f"{NAME}.html": page}.items():
             write_whole(out / name, content)
