@@ -138,7 +138,7 @@ def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -
         form: `html`, or one of `ENDINGS`: why steps were refused is printed then, and nothing else.
 
     Raises:
-        UserError: As for `report_on`.
+        UserError: matplotlib cannot be loaded, the folder is no guard's, or the page cannot be written.
     """
     with _matplotlib():
         from mithridate.report.guarded import build_guard_report

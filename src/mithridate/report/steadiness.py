@@ -39,7 +39,7 @@ class CleanStream:
 
     @property
     def high(self) -> float:
-        """The highest."""
+        """The highest accuracy of any seed at any step."""
         return max(max(curve) for curve in self.curves.values())
 
     @property

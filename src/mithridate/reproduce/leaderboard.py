@@ -210,7 +210,9 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
     out = path_of(out)
     by_group = [(members, order) for members in groups(rows(runs)).values() if (order := standings(members))]
     if not by_group:
-        raise StoreError("no run has an attack on anything; a leaderboard needs some.")
+        raise StoreError(
+            "no run attacks a defence, and a leaderboard needs some; `mithridate leaderboard NAME` tries one."
+        )
     tables = [
         table
         for i, (members, _) in enumerate(by_group, start=1)

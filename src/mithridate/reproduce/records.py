@@ -103,7 +103,9 @@ def _read(path: Path) -> Run:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
-            raise StoreError(f"{path} is of format {record['format']!r}, and this version reads {FORMAT}.")
+            raise StoreError(
+                f"{path} is of format {record['format']!r}, and this version reads {FORMAT}; make it anew."
+            )
         trace: Mapping[str, Sequence[Any]] = record["trace"]
         names = list(trace)
         steps = [dict(zip(names, values, strict=True)) for values in zip(*trace.values(), strict=True)]

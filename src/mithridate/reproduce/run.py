@@ -51,7 +51,7 @@ def directory_of(out: str | Path, item: Item, scale: Scale) -> Path:
     return path_of(out) / item.name / scale
 
 
-def wanted(item: Item, scale: Scale, seeds: Sequence[int] | None = None) -> Recipe:
+def recipe_of(item: Item, scale: Scale, seeds: Sequence[int] | None) -> Recipe:
     """The recipe of an item, with other seeds if some are given."""
     recipe = item.recipe(scale)
     if seeds is None:
@@ -85,7 +85,7 @@ def reproduce(
     runs: list[Path] = []
     failures: dict[Path, Failure] = {}
     for part in item.parts:
-        grid = run_recipe(wanted(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
+        grid = run_recipe(recipe_of(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
         runs += grid.directories
         failures |= grid.failures
     if len(failures) == len(runs):
