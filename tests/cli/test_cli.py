@@ -297,6 +297,7 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     monkeypatch.setattr(cli, "run_and_report", lambda *args, **options: seen.append((args, options)))
     monkeypatch.setattr("mithridate.cli.results.tell_story", told.append)
     monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr(cli, "cores", lambda: 1)
     done = invoke("demo", "--out", "here", "--open")
     assert done.code == 0
     assert told == [Path("here")]
@@ -307,6 +308,7 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     assert path.is_file()
     assert out == Path("here")
     assert options["resume"] is True
+    assert options["jobs"] == 1, "it takes no more cores than it may use"
 
 
 # Mistakes: exit code 2, one message, nothing written.
