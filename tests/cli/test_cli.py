@@ -61,6 +61,10 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text))
+
+
 def test_the_first_page_names_every_command() -> None:
     assert {c.name or str(getattr(c.callback, "__name__", "")) for c in cli.app.registered_commands} == set(COMMANDS)
     page = invoke("--help")
@@ -86,7 +90,9 @@ def test_every_command_explains_itself_and_each_option(command: str) -> None:
     hints = get_type_hints(inspect.unwrap(found), include_extras=True)  # as declared: old versions of typer lose some
     del hints["return"]
     for name, hint in hints.items():
-        assert any(info.help for info in hint.__metadata__), f"{command}: {name} has no help"
+        (info,) = hint.__metadata__
+        assert info.help, f"{command}: {name} has no help"
+        assert words(info.help) in words(plain(page.out)), f"{command}: the help of {name} is not on the page"
 
 
 def test_help_needs_no_torch() -> None:
@@ -288,9 +294,10 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     told: list[Path] = []
     opened: list[str] = []
-    monkeypatch.setattr(cli, "_run", lambda *args, **options: seen.append((args, options)))
+    monkeypatch.setattr(cli, "run_and_report", lambda *args, **options: seen.append((args, options)))
     monkeypatch.setattr("mithridate.cli.results.tell_story", told.append)
     monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr(cli, "cores", lambda: 1)
     done = invoke("demo", "--out", "here", "--open")
     assert done.code == 0
     assert told == [Path("here")]
@@ -301,6 +308,7 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     assert path.is_file()
     assert out == Path("here")
     assert options["resume"] is True
+    assert options["jobs"] == 1, "it takes no more cores than it may use"
 
 
 # Mistakes: exit code 2, one message, nothing written.

@@ -305,7 +305,7 @@ def test_an_error_of_a_components_own_is_a_sentence_and_its_traceback_is_kept(
     monkeypatch.syspath_prepend(tmp_path)
     done = tell(recipe, tmp_path)
     assert done.code == 1
-    start = r"error: 1 of 1 runs failed\. Mend what is wrong, and go on with --resume\."
+    start = r"error: 1 of 1 runs failed\. Mend what is wrong, and give the same command again \(`run` with --resume\)\."
     told = re.fullmatch(rf"{start} (\S+): {message}.* \[(\S+)\]", done.err)
     assert told, done.err
     assert len(done.err) < 620

@@ -178,7 +178,7 @@ def test_a_grid_of_a_million_runs_asks(recipe: Path, monkeypatch: pytest.MonkeyP
     assert "the recipe's grid has 1,000,000 runs" in done.err
     assert "say --yes" in done.err
     assert not Path("runs").exists()
-    monkeypatch.setattr("mithridate.cli.app._at_a_terminal", lambda: True)
+    monkeypatch.setattr("mithridate.cli.run._at_a_terminal", lambda: True)
     questions: list[str] = []
     monkeypatch.setattr("typer.confirm", questions.append)
     assert invoke(*call).code == 2
@@ -196,7 +196,7 @@ def test_who_means_many_runs_says_so(recipe: Path, monkeypatch: pytest.MonkeyPat
     call = ("run", recipe, "--out", "runs", "--seeds", ",".join(map(str, range(1001))))
     assert invoke(*call).code == 2
     assert invoke(*call, "--yes").code == 130
-    monkeypatch.setattr("mithridate.cli.app._at_a_terminal", lambda: True)
+    monkeypatch.setattr("mithridate.cli.run._at_a_terminal", lambda: True)
     monkeypatch.setattr("typer.confirm", lambda text: True)
     assert invoke(*call).code == 130
     assert counts == [1001, 1001]

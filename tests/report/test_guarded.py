@@ -138,7 +138,9 @@ def test_damage_and_resumed_trainings_are_told(tmp_path: Path) -> None:
 def test_each_rank_has_its_rows(tmp_path: Path) -> None:
     for rank in (0, 1):
         written(tmp_path / "guard", [replace(STEP, rank=rank, verdict="refused", reason=f"by rank {rank}")], rank=rank)
-    page = text(build_guard_report(tmp_path / "guard").html)
+    built = build_guard_report(tmp_path / "guard")
+    assert built.reasons.markdown().startswith("| rank | why |")
+    page = text(built.html)
     assert "2 ranks have a log" in page
     assert "rank 0 by rank 0 refused 1 1 1 rank 1 by rank 1 refused 1 1 1" in page
 

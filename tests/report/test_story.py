@@ -51,4 +51,6 @@ def test_what_was_not_run_is_not_told() -> None:
 
 def test_an_alarm_in_the_phase_is_told() -> None:
     loud = run("accumulative", "none", 0.98, 0.9, 0.55, steps=250, alarm=3)
-    assert story(rows([loud]))[0].endswith("an alarm in 1 of 1 run.")
+    (line, *_) = story(rows([loud]))
+    assert line.startswith("Not quiet: ")
+    assert line.endswith("an alarm in 1 of 1 run.")

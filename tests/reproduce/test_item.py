@@ -129,6 +129,14 @@ def test_each_printed_number_stands_beside_ours(folder: Path) -> None:
     assert "3 of 5" in table.note
 
 
+def test_a_single_seed_is_said_to_be_near_or_nothing(folder: Path) -> None:
+    item = read_item(NAME, folder)
+    near, _, far, *_ = map(written, compared(item, [run_of(0, 0.84, attack="clean-stream"), run_of(0, 0.90)]))
+    assert isinstance(near, Toned)
+    assert near.tone == "near"
+    assert not isinstance(far, Toned)  # no interval says that the paper's number is outside
+
+
 def test_table_and_claims_may_be_about_some_runs_only(folder: Path) -> None:
     others = [replace(run, config={**run.config, "variant": "lr-0.1"}) for run in RUNS[:4]]
     change(folder, f"items/{NAME}.toml", "[recipe]", 'where = { variant = ["none", "lr-0.03"] }\n\n[recipe]')

@@ -8,7 +8,7 @@ import pytest
 
 from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError
-from mithridate.reproduce.quantities import KEPT, known, qualities, quantity
+from mithridate.reproduce.quantities import QUALITIES, check_measure, qualities, quantity
 from tests.reproduce.made import run_of
 
 SAID = [  # step, source, score
@@ -52,11 +52,11 @@ def run() -> Run:
     ],
 )
 def test_a_record_gives_the_numbers_of_its_run(run: Run, measure: str, value: float | None) -> None:
-    record = replace(run, scores={}, summary={**run.summary, KEPT: qualities(run)})
+    record = replace(run, scores={}, summary={**run.summary, QUALITIES: qualities(run)})
     for one in (run, record):
         assert quantity(one, measure, detector="d") == (None if value is None else pytest.approx(value))
 
 
 def test_a_score_at_no_step_is_refused() -> None:
     with pytest.raises(ConfigError, match="say of what"):
-        known("score_clean_at")
+        check_measure("score_clean_at")

@@ -138,5 +138,5 @@ def test_the_papers_own_methods_are_beside_ours() -> None:
 
 
 def test_a_leaderboard_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no run has an attack"):
+    with pytest.raises(StoreError, match="no run attacks a defence"):
         write_leaderboard([run for run in RUNS if run.config["attack"]["name"] == "clean"], tmp_path, {})

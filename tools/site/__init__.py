@@ -32,7 +32,7 @@ GENERATED: Mapping[str, Callable[[], str]] = {
 
 
 def setup(app: Any) -> dict[str, Any]:  # noqa: ANN401  (Sphinx is no dependency of the types)
-    """Tell Sphinx of it."""
+    """Let pages be completed, and docstrings be read as they are written; Sphinx calls this when it starts."""
     app.connect("source-read", _completed)
     app.connect("autodoc-process-docstring", _plain_attributes, priority=400)  # before napoleon, at 500
     return {"parallel_read_safe": True, "version": "1"}

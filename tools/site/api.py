@@ -21,13 +21,13 @@ def api() -> str:
     for folder in folders:
         if folder not in COMPONENTS:
             module = getattr(mithridate, folder)
-            public = sorted(getattr(module, "__all__", None) or _own(module))
+            public = sorted(getattr(module, "__all__", None) or _defined_in(module))
             sections.append((module.__name__, public))
     seen: set[int] = set()
     return "\n".join(line for module, public in sections for line in _section(module, public, seen))
 
 
-def _own(module: ModuleType) -> Iterable[str]:
+def _defined_in(module: ModuleType) -> Iterable[str]:
     """What a module offers that has no list of it: the names that do not come from elsewhere."""
     for name in dir(module):
         try:

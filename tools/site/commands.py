@@ -1,8 +1,8 @@
 """The reference of the command line, from the commands themselves."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_type_hints
+from collections.abc import Iterator
+from typing import Any
 
 import typer
 
@@ -21,15 +21,14 @@ def _command(name: str, command: Any) -> Iterator[str]:  # noqa: ANN401
     yield from (f"## {name}", "", "```text", " ".join(usage.split()), "```", "")
     yield inspect.cleandoc(command.help or "")
     yield ""
-    helps = _helps(command.callback)
-    rows = [row for parameter in command.params if (row := _parameter(parameter, context, helps))]
+    rows = [row for parameter in command.params if (row := _parameter(parameter, context))]
     if rows:
         yield from ("| argument | what it is |", "|---|---|")
         yield from rows
         yield ""
 
 
-def _parameter(parameter: Any, context: Any, helps: Mapping[str, str]) -> str:  # noqa: ANN401
+def _parameter(parameter: Any, context: Any) -> str:  # noqa: ANN401
     if parameter.param_type_name == "option":
         if parameter.hidden or "--help" in parameter.opts:
             return ""
@@ -37,19 +36,12 @@ def _parameter(parameter: Any, context: Any, helps: Mapping[str, str]) -> str:  
         metavar = "" if parameter.is_flag else f" {_kind(parameter.make_metavar(context))}"
     else:
         names, metavar = f"`{parameter.make_metavar(context)}`", ""
-    words = " ".join((parameter.help or helps.get(parameter.name, "")).split())
+    words = " ".join((parameter.help or "").split())
     default = parameter.get_default(context)
     unset = default is None or default is False or default in ("", [], ()) or callable(default)
     shown = "" if unset else f" Default: `{_text(default)}`."
     variable = f" Environment: `{parameter.envvar}`." if parameter.envvar else ""
     return f"| {names}{metavar} | {words}{shown}{variable} |".replace("\n", " ")
-
-
-def _helps(command: Callable[..., None]) -> dict[str, str]:
-    """What a command's annotations say of each argument: click from 8.2 on forgets it of those without dashes."""
-    hints = get_type_hints(command, include_extras=True)
-    told = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
-    return {name: str(info[0].help or "") for name, info in told.items() if info}
 
 
 def _kind(metavar: str) -> str:

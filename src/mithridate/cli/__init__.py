@@ -5,10 +5,9 @@ import signal
 import sys
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "main"]
+from mithridate.cli.exit_codes import INTERRUPTED
 
-INTERRUPTED = 130
-"""The exit code of a command that the user interrupted, as of shells."""
+__all__ = ["main"]
 
 
 def main() -> None:

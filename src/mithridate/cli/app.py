@@ -1,28 +1,41 @@
 """The command line: parse, build, call, print."""
 
-import errno
-import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from enum import StrEnum
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from mithridate.cli.blame import blamed
-from mithridate.cli.progress import Bars
-from mithridate.cli.results import report_on, report_on_guard, told_failures
-from mithridate.cli.terminal import err, out, print_mistake, take_any_text
-from mithridate.core.errors import ConfigError, UserError
-
-if TYPE_CHECKING:
-    from mithridate.bench.failure import Failure
-    from mithridate.core.defence import Calibration
-    from mithridate.defences.threshold import Share
+from mithridate.cli.command import Command, P, reports_mistakes
+from mithridate.cli.machine import cores, default_jobs, use_threads
+from mithridate.cli.options import (
+    MOST_JOBS,
+    CacheOption,
+    ChangesOption,
+    DataRootOption,
+    Device,
+    DeviceOption,
+    Engine,
+    EngineOption,
+    Form,
+    JobsOption,
+    PageForm,
+    PluginsOption,
+    Review,
+    ScaleName,
+    SeedsOption,
+    Shelf,
+    ThreadsOption,
+    seeds_of,
+)
+from mithridate.cli.results import end_with, report_on, report_on_guard
+from mithridate.cli.run import run_and_report, shipped_recipe
+from mithridate.cli.terminal import take_any_text
+from mithridate.core.errors import ConfigError
 
 app = typer.Typer(
     name="mithridate",
@@ -52,141 +65,24 @@ def _before_commands(
     """Options that stand before a command."""
 
 
-P = ParamSpec("P")
-
-FAILED = 1
-USER_MISTAKE = 2
-INTERRUPTED = 130
-
-MOST_JOBS = 1024
-
-MOST_THREADS = 1024
-"""Beyond what any machine's threads of one computation can be of use, and far below what would bring one down."""
+def _command(name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Declare a command, by default under the name of its function."""
+    return lambda function: app.command(name, cls=Command)(reports_mistakes(function))
 
 
-def _reports_mistakes(command: Callable[P, None]) -> Callable[P, None]:
-    """A command for which a mistake, of the user or a plug-in, is a message and 2; an interrupt says how to go on."""
-
-    @functools.wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        try:
-            with blamed():
-                command(*args, **kwargs)
-        except UserError as error:
-            print_mistake(str(error))
-            raise typer.Exit(USER_MISTAKE) from None
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read the output has heard enough
-                raise
-            where = f"{error.filename}: " if error.filename else ""
-            print_mistake(f"{where}{error.strerror or error}; give a path that this user may read and write.")
-            raise typer.Exit(USER_MISTAKE) from None
-        except KeyboardInterrupt:
-            err.print(
-                "\n[yellow]interrupted.[/] Finished runs are kept, and the current one up to its last whole step; the "
-                "same command goes on from there with --resume (demo and audit: without it).",
-                soft_wrap=True,
-            )
-            raise typer.Exit(INTERRUPTED) from None
-
-    return run
-
-
-class Device(StrEnum):
-    """Where tensors live."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Engine(StrEnum):
-    """Where runs are made."""
-
-    local = "local"
-    ray = "ray"
-
-
-class Shelf(StrEnum):
-    """What `list` can show."""
-
-    attacks = "attacks"
-    defences = "defences"
-    detectors = "detectors"
-    update_attacks = "update_attacks"
-    aggregators = "aggregators"
-    models = "models"
-    datasets = "datasets"
-    monitors = "monitors"
-
-
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute; `auto` takes CUDA if torch sees it.")]
-ThreadsOption = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        max=MOST_THREADS,
-        help="CPU threads of torch, of each process; 0 shares the cores that this process may use among --jobs.",
-    ),
-]
-JobsOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MOST_JOBS,
-        help="Runs at a time, each in its own process; by default 1, or as many as Ray takes.",
-    ),
-]
-EngineOption = Annotated[
-    Engine, typer.Option(help="Where runs are made: on this machine, or on a Ray cluster that sees --out, too.")
-]
-DataRootOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="MITHRIDATE_DATA",
-        help="A local mirror of the image sets, laid out as ROOT/HUB-ID/...parquet, used instead of the network.",
-    ),
-]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="MITHRIDATE_CACHE", help="Where decoded images and burn-ins are kept; the user's cache by default."
-    ),
-]
-
-
-ChangesOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="TABLE.KEY=VALUE",
-        help=(
-            "Change a setting: attack.eps=8/255 (every attack that has it), attack.LABEL.eps=0.1 (one), "
-            "burn_in.seed=none (an optional one is unset), 'grid.run.lr=[0.1,0.01]' (values are crossed); repeatable."
-        ),
-    ),
-]
-PluginsOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--plugin",
-        metavar="MODULE|FILE.py",
-        help=(
-            "Load components from a module or a .py file; repeatable. Modules are also looked for in the current "
-            "directory, after all that is installed, as they are for a NAME = package.module:Class of a recipe."
-        ),
-    ),
-]
-SeedsOption = Annotated[str | None, typer.Option(help="Seeds, such as 0,1,2, instead of the recipe's.")]
-
-
-@app.command()
-@_reports_mistakes
+@_command()
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs and report go; made if missing.")] = Path(
         "demo-report"
     ),
-    jobs: JobsOption = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_JOBS,
+            help="Runs at a time, each in its own process; by default 2, where there are as many cores.",
+        ),
+    ] = None,
     threads: ThreadsOption = 1,
     cache: CacheOption = None,
     show: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
@@ -200,15 +96,15 @@ def demo(
     """
     from mithridate.cli.results import open_page, tell_story
 
-    jobs = jobs or min(2, os.cpu_count() or 1)
-    _run(_shipped("demo.toml"), out_dir, threads=threads, cache=cache, device=Device.cpu, resume=True, jobs=jobs)
+    jobs = jobs or min(2, cores())
+    use_threads(threads, jobs=jobs)
+    run_and_report(shipped_recipe("demo.toml"), out_dir, cache=cache, device="cpu", resume=True, jobs=jobs)
     tell_story(out_dir)
     if show:
         open_page(out_dir / "report.html")
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A TOML file; the project's `recipes/` has some.")],
     changes: ChangesOption = None,
@@ -234,30 +130,32 @@ def run(
     once and shared by all runs that agree on it. A run that fails is told of at the end, with exit code 1; the others
     go on.
     """
-    _run(
+    jobs = jobs or default_jobs(engine.value)
+    use_threads(threads, jobs=jobs)
+    run_and_report(
         recipe,
         out_dir or Path("runs") / recipe.stem,
         changes=changes or [],
         plugins=plugins or [],
-        seeds=_seeds(seeds),
-        threads=threads,
+        seeds=seeds_of(seeds),
+        yes=yes,
         data_root=data_root,
         cache=cache,
-        device=device,
+        device=device.value,
         resume=resume,
         jobs=jobs,
-        engine=engine,
-        yes=yes,
+        engine=engine.value,
     )
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def calibrate(
     recipe: Annotated[Path, typer.Argument(help="A TOML file with a defence `dsc`.")],
     changes: ChangesOption = None,
     plugins: PluginsOption = None,
-    defence: Annotated[str | None, typer.Option(help="Its label, if the recipe has several.")] = None,
+    defence: Annotated[
+        str | None, typer.Option(help="Label of the `dsc` to calibrate, if the recipe has several.")
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="Share of clean samples to be corrected; the recipe's target_rate, or 0.05, by default."),
@@ -273,41 +171,24 @@ def calibrate(
 
     With `target_rate` in the recipe, `run` does the same by itself before every stream.
     """
-    import torch
+    from mithridate.cli.calibration import print_thresholds
 
-    from mithridate.bench.calibration import calibrate_recipe
-    from mithridate.bench.recipe import read_recipe
-
-    torch.set_num_threads(threads or _cores())
-    wanted = read_recipe(recipe, plugins=plugins or [], changes=changes or [], seeds=_seeds(seeds))
-    table = Table(title="threshold P = mu + tau m of dsc", title_justify="left", box=None, pad_edge=False)
-    for column in ("seed", "mu", "tau", "above it: trusted set", "above it: unseen clean batches"):
-        table.add_column(column, justify="right")
-    with Bars() as bars:
-        for checked in calibrate_recipe(
-            wanted,
-            defence=defence,
-            rate=rate,
-            unseen=unseen,
-            device=device.value,
-            data_root=data_root,
-            cache=cache,
-            watcher=bars,
-        ):
-            calibration = checked.calibration
-            table.add_row(
-                str(checked.seed),
-                f"{calibration.fields['mu']:.4g}",
-                f"{calibration.fields['tau']:.4g}",
-                _share(calibration),
-                _share(checked.unseen),
-            )
-    out.print(table)
-    out.print("in brackets: 95 % confidence interval (Wilson), were the samples independent")
+    use_threads(threads, jobs=1)
+    print_thresholds(
+        recipe,
+        plugins=plugins or [],
+        changes=changes or [],
+        seeds=seeds_of(seeds),
+        defence=defence,
+        rate=rate,
+        unseen=unseen,
+        device=device.value,
+        data_root=data_root,
+        cache=cache,
+    )
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def status(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The --out directory of a run.")],
 ) -> None:
@@ -321,17 +202,7 @@ def status(
     print_status(status_of(directory))
 
 
-class PageForm(StrEnum):
-    """How a report is shown."""
-
-    html = "html"
-    md = "md"
-    csv = "csv"
-    latex = "latex"
-
-
-@app.command()
-@_reports_mistakes
+@_command()
 def report(
     directories: Annotated[
         list[Path], typer.Argument(help="Run directories, or directories that hold them; or the folder of a guard.")
@@ -363,21 +234,19 @@ def report(
         raise ConfigError("a guard's folder has a page of its own; give it alone.")
 
 
-class Review(StrEnum):
-    """What can be done with batches in quarantine."""
-
-    list = "list"
-    show = "show"
-    release = "release"
-    drop = "drop"
-
-
-@app.command()
-@_reports_mistakes
+@_command()
 def quarantine(
-    action: Annotated[Review, typer.Argument(help="A table of all; all of one; move it out; delete it for good.")],
+    action: Annotated[
+        Review,
+        typer.Argument(
+            help="`list`: a table of all batches; `show`: all that is known of some; `release`: move them out; `drop`: "
+            "delete them for good."
+        ),
+    ],
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A guard's folder, or the quarantine inside it.")],
-    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Which batches, as `list` shows.")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of batches, as `list` shows them.")
+    ] = None,
     all_of_them: Annotated[bool, typer.Option("--all", help="Every batch, instead of ids.")] = False,
     to: Annotated[Path | None, typer.Option(help="With `release`: the folder that batches are moved to.")] = None,
     pictures: Annotated[
@@ -402,16 +271,7 @@ def quarantine(
     review(action.value, directory, Wishes(ids or [], all_of_them, to, pictures, decoder))
 
 
-class ScaleName(StrEnum):
-    """How large a reproduction is."""
-
-    smoke = "smoke"
-    small = "small"
-    paper = "paper"
-
-
-@app.command()
-@_reports_mistakes
+@_command()
 def audit(
     plan: Annotated[
         Path, typer.Argument(metavar="AUDIT.toml", help="What is audited, the attacker's budget, the damage allowed.")
@@ -427,14 +287,12 @@ def audit(
     attack cost more than is allowed, 1 if one did, 3 if it cannot be told, and 2 if the plan or the function is wrong.
     Finished runs are kept: the same command goes on where a killed one was.
     """
-    import torch
-
     from mithridate.audit import read_plan
     from mithridate.cli.audit import audit_and_print
 
-    torch.set_num_threads(threads or _threads(1))
+    use_threads(threads, jobs=1)
     wanted = read_plan(plan)
-    if (given := _seeds(seeds)) is not None:
+    if (given := seeds_of(seeds)) is not None:
         wanted = wanted.with_seeds(given)
     with blamed(out_dir):
         audited = audit_and_print(wanted, out_dir)
@@ -442,20 +300,11 @@ def audit(
         raise typer.Exit(audited.exit_code)
 
 
-class Form(StrEnum):
-    """How tables are printed."""
-
-    table = "table"
-    md = "md"
-    csv = "csv"
-    latex = "latex"
-
-
-@app.command()
-@_reports_mistakes
+@_command()
 def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Such as zhu2023-table1 or pang2021-figure3; `all` for every one.")
+        list[str] | None,
+        typer.Argument(help="Tables and figures, such as zhu2023-table1 or pang2021-figure3; `all` for every one."),
     ] = None,
     list_all: Annotated[bool, typer.Option("--list", help="Show all, with the claim and what is finished.")] = False,
     scale: Annotated[
@@ -488,16 +337,14 @@ def reproduce(
         list_items(out_dir)
         return
     items = chosen_items(names or [])
-    import torch
-
-    jobs = jobs or _jobs(engine)
-    torch.set_num_threads(threads or _threads(jobs))
+    jobs = jobs or default_jobs(engine.value)
+    use_threads(threads, jobs=jobs)
     with blamed(out_dir):
         failures, of = reproduce_items(
             items,
             scale.value,
             out_dir,
-            seeds=_seeds(seeds),
+            seeds=seeds_of(seeds),
             form=form.value,
             record=record,
             device=device.value,
@@ -506,19 +353,19 @@ def reproduce(
             jobs=jobs,
             engine=engine.value,
         )
-    _end_with(failures, of)
+    end_with(failures, of)
 
 
-@app.command()
-@_reports_mistakes
+@_command()
 def leaderboard(
     added: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Defences to try and add: NAME, or package.module:Class; `all`: the recipe's. None: only the page."
+            help="Defences to try and add, by NAME or package.module:Class; `all`: those of the recipe. Without any, "
+            "only the page is made."
         ),
     ] = None,
-    results: Annotated[Path, typer.Option(help="The folder of records.")] = Path("results/leaderboard"),
+    results: Annotated[Path, typer.Option(help="The folder of the runs' records.")] = Path("results/leaderboard"),
     recipe: Annotated[
         Path | None, typer.Option(help="The attacks that a new defence is tried on; the library's own by default.")
     ] = None,
@@ -533,7 +380,7 @@ def leaderboard(
     data_root: DataRootOption = None,
     cache: CacheOption = None,
 ) -> None:
-    """Build the page of defences against attacks, the worst attack first; and try new defences on all of them.
+    """Build the page that ranks defences by the worst attack on each; and try new defences on all attacks.
 
     A new defence is run against every attack of the recipe, its records are put beside the others, and the page is
     made anew. With `--set defence.NAME.key=value` it has other settings than its own.
@@ -541,31 +388,28 @@ def leaderboard(
     from mithridate.cli.reproduce import add_defences, build_leaderboard
 
     if added:
-        import torch
-
-        jobs = jobs or _jobs(engine)
-        torch.set_num_threads(threads or _threads(jobs))
+        jobs = jobs or default_jobs(engine.value)
+        use_threads(threads, jobs=jobs)
         with blamed(out_dir):
             failures, of = add_defences(
                 added,
-                recipe or _shipped("leaderboard.toml"),
+                recipe or shipped_recipe("leaderboard.toml"),
                 results,
                 out_dir,
                 plugins=plugins or [],
                 changes=changes or [],
-                seeds=_seeds(seeds),
+                seeds=seeds_of(seeds),
                 device=device.value,
                 data_root=data_root,
                 cache=cache,
                 jobs=jobs,
                 engine=engine.value,
             )
-        _end_with(failures, of)
+        end_with(failures, of)
     build_leaderboard(results, out_dir)
 
 
-@app.command(name="list")
-@_reports_mistakes
+@_command("list")
 def list_(
     what: Annotated[Shelf | None, typer.Argument(help="Which kind; all of them by default.")] = None,
     name: Annotated[str | None, typer.Argument(help="One of that kind, to be shown with all its settings.")] = None,
@@ -595,7 +439,7 @@ def list_(
 
 
 def main() -> None:
-    """The entry point of the `mithridate` command."""
+    """Prepare the process, and run the command that was typed."""
     # Threads that spin while they wait make a shared machine crawl; this must be said before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["MPLBACKEND"] = "agg"  # figures are drawn without a screen, whatever the user's other ones need
@@ -603,111 +447,3 @@ def main() -> None:
     sys.path.append("")
     take_any_text()
     app()
-
-
-def _run(
-    recipe_path: Path,
-    out_dir: Path,
-    *,
-    changes: Sequence[str] = (),
-    plugins: Sequence[str] = (),
-    seeds: Sequence[int] | None = None,
-    threads: int,
-    data_root: Path | None = None,
-    cache: Path | None,
-    device: Device,
-    resume: bool,
-    jobs: int | None = None,
-    engine: Engine = Engine.local,
-    yes: bool = False,
-) -> None:
-    import torch
-
-    from mithridate.bench.changes import LargeGridError
-    from mithridate.bench.engine import run_recipe
-    from mithridate.bench.recipe import read_recipe
-
-    jobs = jobs or _jobs(engine)
-    torch.set_num_threads(threads or _threads(jobs))
-    read = functools.partial(read_recipe, recipe_path, plugins=plugins, changes=changes, seeds=seeds)
-    with blamed(out_dir):
-        try:
-            recipe = read(most=None) if yes else read()
-        except LargeGridError as error:
-            if not (_at_a_terminal() and typer.confirm(f"{error}\nGo on?")):
-                raise
-            recipe = read(most=None)
-    if recipe.title:
-        out.print(recipe.title, style="bold", markup=False, highlight=False)
-    with blamed(out_dir), Bars() as bars:
-        grid = run_recipe(
-            recipe,
-            out_dir,
-            device=device.value,
-            resume=resume,
-            data_root=data_root,
-            cache=cache,
-            watcher=bars,
-            jobs=jobs,
-            engine=engine.value,
-        )
-    if grid.skipped:
-        out.print(
-            f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them "
-            "again.",
-            markup=False,
-            soft_wrap=True,
-        )
-    if grid.ran + grid.skipped:
-        report_on(list(grid.directories), out_dir)
-    _end_with(grid.failures, len(grid.directories))
-
-
-def _end_with(failures: "Mapping[Path, Failure]", of: int) -> None:
-    """End the command if runs failed, and say which."""
-    if failures:
-        print_mistake(told_failures(failures, of))
-        raise typer.Exit(FAILED)
-
-
-def _share(share: "Calibration | Share") -> str:
-    low, high = share.interval
-    return f"{share.rate:.1%} of {share.samples} [{low:.1%}, {high:.1%}]"
-
-
-def _shipped(name: str) -> Path:
-    """A recipe that comes with the library: inside an installed package, or beside the sources."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "recipes", package.parents[1] / "recipes"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"the recipe {name} is missing from this installation; install mithridate again.")
-
-
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _at_a_terminal() -> bool:
-    """Whether somebody can be asked."""
-    return sys.stdin.isatty()
-
-
-def _jobs(engine: Engine) -> int | None:
-    """Runs at a time, if nobody says it; None: as many as the cluster takes."""
-    return 1 if engine is Engine.local else None
-
-
-def _threads(jobs: int | None) -> int:
-    """Threads of a process, if nobody says it."""
-    return max(1, _cores() // jobs) if jobs else 1
-
-
-def _seeds(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--seeds {text[:80]}: give whole numbers with commas, such as 0,1,2.") from None

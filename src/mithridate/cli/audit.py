@@ -1,4 +1,4 @@
-"""`mithridate audit`: run it, print its ten lines, and say where the rest is."""
+"""What `mithridate audit` does: run it, print the verdict and the lines that say it all, and where the page is."""
 
 from pathlib import Path
 
@@ -16,6 +16,9 @@ def audit_and_print(plan: AuditPlan, out_dir: Path) -> Audited:
     Args:
         plan: What and how.
         out_dir: Where the files go.
+
+    Raises:
+        UserError: The plan, the user's function or the folder cannot work.
     """
     audited = run(
         plan,

@@ -32,6 +32,9 @@ def list_names(kinds: Sequence[Kind], *, datasets: bool, plugins: Sequence[str],
         datasets: Whether data sets follow.
         plugins: Plug-ins to load before.
         more: Whether installed packages or plug-ins offer components; only then is everything imported.
+
+    Raises:
+        ConfigError: A plug-in cannot be loaded.
     """
     for plugin in plugins:
         load_plugin(plugin)
@@ -68,7 +71,7 @@ def list_component(kind: Kind, name: str, *, plugins: Sequence[str]) -> None:
         plugins: Plug-ins to load before.
 
     Raises:
-        ConfigError: There is none; the message names the nearest.
+        ConfigError: There is none, and the message names the nearest; or a plug-in cannot be loaded.
     """
     import inspect
 

@@ -181,17 +181,17 @@ def _decoder(name: str) -> Callable[[list[int]], object]:
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise ConfigError(f"--decoder {shown(name)}: write package.module:function.")
     try:
-        found: Any = importlib.import_module(module_name)
+        value: Any = importlib.import_module(module_name)
     except Exception as error:  # whatever somebody else's code can raise
         raise ConfigError(
             f"--decoder {name}: the module {module_name} cannot be imported ({reason(error)}); mend it, or run where "
             "Python finds it."
         ) from error
     for part in path.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
+        value = getattr(value, part, None)
+    if not callable(value):
         raise ConfigError(f"--decoder {name}: there is no such function; it takes a list of token ids and gives text.")
-    return found  # type: ignore[no-any-return]  # it is called with what it is documented to take
+    return value  # type: ignore[no-any-return]  # it is called with what it is documented to take
 
 
 def _texts(

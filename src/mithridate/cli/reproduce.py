@@ -55,6 +55,9 @@ def _standing(done: int, runs: int, cost: float | None) -> str:
 def chosen_items(names: Sequence[str]) -> "list[Item]":
     """The items of some names; of `all`, every one.
 
+    Args:
+        names: Such as `zhu2023-table1`, or `all` alone.
+
     Raises:
         ConfigError: There is none of a name, or no name at all.
     """
@@ -84,10 +87,13 @@ def reproduce_items(
         seeds: In place of the recipes'.
         form: `table` for the terminal, or `md`, `csv`, `latex`: that file alone is printed.
         record: Folder for records of the runs; None keeps none.
-        options: Of `reproduce`.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, jobs, engine.
 
     Returns:
         Why runs failed, by directory, and how many runs there are in all.
+
+    Raises:
+        UserError: Anything in an item, the data, the device or the store that cannot work.
     """
     from mithridate.reproduce.records import write_records
     from mithridate.reproduce.run import reproduce
@@ -111,20 +117,12 @@ def reproduce_items(
 
 
 def _show(done: "Reproduction") -> None:
-    from mithridate.report.tables.section import Toned
-    from mithridate.report.terminal import fitted
+    from mithridate.report.terminal import fitted, section_table
     from mithridate.reproduce.outcome import summary
 
-    colours = {"near": "green", "apart": "red", "absent": "dim"}
     for section in done.tables:
-        table = Table(title=section.heading, title_justify="left", box=None, pad_edge=False)
-        for number, column in enumerate(section.head):
-            table.add_column(column, justify="left" if number < section.names else "right")
-        for rows in section.rows.values():
-            for row in rows:
-                styles = [colours.get(cell.tone, "") if isinstance(cell, Toned) else "" for cell in row]
-                table.add_row(*(Text(cell, style=style) for cell, style in zip(row, styles, strict=True)))
-        out.print(fitted(table, out.width))
+        out.print(section.heading, style="italic", markup=False, highlight=False)
+        out.print(fitted(section_table(section), out.width))
     out.print(f"{summary(v.outcome for v in done.verdicts)}; report: {done.report.html}", soft_wrap=True, markup=False)
 
 
@@ -149,10 +147,13 @@ def add_defences(
         plugins: To be loaded before the defences are looked up.
         changes: Settings, as `--set` takes them.
         seeds: In place of the recipe's.
-        options: Of `run_recipe`.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, jobs, engine.
 
     Returns:
         Why runs failed, by directory, and how many runs there are in all.
+
+    Raises:
+        UserError: Anything in the recipe, the defences, the data, the device or the store that cannot work.
     """
     from mithridate.bench.engine import run_recipe
     from mithridate.bench.recipe import read_recipe
@@ -174,6 +175,9 @@ def build_leaderboard(results: Path, directory: Path) -> None:
     Args:
         results: Folder of the records.
         directory: Where the page goes.
+
+    Raises:
+        UserError: The folder is missing, a file in it is no record, or the page cannot be written.
     """
     from mithridate.reproduce.leaderboard import reported_accuracies, write_leaderboard
     from mithridate.reproduce.records import read_records

@@ -5,37 +5,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+import typer
 
-from mithridate.cli.terminal import out
+from mithridate.cli.exit_codes import FAILED
+from mithridate.cli.terminal import out, print_mistake
 from mithridate.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from mithridate.bench.failure import Failure
 
-ERROR = "error.json"
-"""Holds the traceback of a run that failed; `bench.store` names it, which is imported late."""
-
-
 MOST = 10
 """Runs that failed of which each is told why."""
 
 
-def told_failures(failures: Mapping[Path, "Failure"], of: int) -> str:
-    """What to print of runs that failed.
+def end_with(failures: Mapping[Path, "Failure"], of: int) -> None:
+    """End the command if runs failed, and say which.
 
     Args:
-        failures: Why, by directory; one at least.
+        failures: Why, by directory.
         of: Runs in all.
+
+    Raises:
+        Exit: Runs failed.
     """
+    if not failures:
+        return
+    from mithridate.bench.store import ERROR
+
     others = "; the others are kept" if of > len(failures) else ""
-    lines = [f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and go on with --resume."]
+    lines = [
+        f"{len(failures)} of {of} runs failed{others}. Mend what is wrong, and give the same command again (`run` with "
+        "--resume)."
+    ]
     for directory, failure in list(failures.items())[:MOST]:
         where = f" [{directory / ERROR}]" if failure.recorded else ""
         lines.append(f"  {directory.name}: {failure.message}{where}")
     lines += [f"  and {len(failures) - MOST} more"] if len(failures) > MOST else []
-    return "\n".join(lines)
+    print_mistake("\n".join(lines))
+    raise typer.Exit(FAILED)
 
 
 ENDINGS = {"md": ".md", "csv": ".csv", "latex": ".tex"}
@@ -87,10 +94,12 @@ def report_on(directories: Sequence[Path], out_dir: Path, form: str = "html") ->
     for line in doubt_lines(table):
         out.print(line, markup=False, highlight=False)
     if failed := read_failures(directories):
-        out.print(f"left out, for they failed: {', '.join(failed)}; try again with --resume.", markup=False)
+        out.print(
+            f"left out, for they failed: {', '.join(failed)}; `mithridate run --resume` tries them again.", markup=False
+        )
     if missing := unfinished(directories):
         names = ", ".join(path.name for path in missing)
-        out.print(f"left out, for they have not ended: {names}; finish them with --resume.", markup=False)
+        out.print(f"left out, for they have not ended: {names}; `mithridate run --resume` finishes them.", markup=False)
     out.print(f"report: {paths.html}", soft_wrap=True, markup=False)
 
 
@@ -129,12 +138,13 @@ def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -
         form: `html`, or one of `ENDINGS`: why steps were refused is printed then, and nothing else.
 
     Raises:
-        UserError: As for `report_on`.
+        UserError: matplotlib cannot be loaded, the folder is no guard's, or the page cannot be written.
     """
     with _matplotlib():
         from mithridate.report.guarded import build_guard_report
     from mithridate.report.tables.latex import latex
     from mithridate.report.tables.section import TableSection
+    from mithridate.report.terminal import fitted, section_table
 
     built = build_guard_report(directory, out_dir)
     if form != "html":
@@ -143,15 +153,7 @@ def report_on_guard(directory: Path, out_dir: Path | None, form: str = "html") -
         return
     out.print(built.headline, markup=False, style="bold")
     if not built.reasons.empty:
-        table = Table(box=None, pad_edge=False)
-        several = len(built.reasons.rows) > 1
-        for number, heading in enumerate([*(["rank"] if several else []), *built.reasons.head]):
-            names = built.reasons.names + several
-            table.add_column(heading, justify="left" if number < names else "right", overflow="fold")
-        for rank, rows in built.reasons.rows.items():
-            for row in rows:
-                table.add_row(*map(Text, (*([rank] if several else []), *row)))
-        out.print(table)
+        out.print(fitted(section_table(built.reasons), out.width))
     out.print(f"report: {built.html}", soft_wrap=True, markup=False)
 
 

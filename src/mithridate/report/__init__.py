@@ -11,8 +11,8 @@ from mithridate.report.figures import CHART, FigureSection, drawn, figure_sectio
 from mithridate.report.figures.drawing import FORMATS, Drawing
 from mithridate.report.lead import Lead
 from mithridate.report.measures import measure_records, measures
-from mithridate.report.page import FIGURES, page
-from mithridate.report.records import Record, run_records, summary_records, to_csv, to_parquet
+from mithridate.report.page import FIGURES, LOCK, page
+from mithridate.report.records import as_files, run_records, summary_records
 from mithridate.report.rows import Row, rows
 from mithridate.report.scores import averaged, run_score_records
 from mithridate.report.tables.clipping import clipping_table
@@ -23,9 +23,6 @@ from mithridate.report.tables.results import results_table, to_markdown
 from mithridate.report.tables.section import TableSection, markdown
 
 __all__ = ["ReportPaths", "build_report"]
-
-LOCK = ".report.lock"
-"""Held by the process that writes a report in a folder."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,14 @@ def build_report(
     results = results_table(cells)
     parts: list[TableSection | FigureSection] = [clipping_table(cells), *of_defences, *of_detectors, *sections]
     files: dict[str, str | bytes] = {
-        **_rows_as_files("summary", summary_records(cells)),
+        **as_files("summary", summary_records(cells)),
         "summary.md": to_markdown(cells),
         "summary.tex": latex(results),
-        **_rows_as_files("runs", run_records(cells)),
-        **_rows_as_files("measures", measure_records(measured)),
+        **as_files("runs", run_records(cells)),
+        **as_files("measures", measure_records(measured)),
         **({"measures.md": markdown(of_defences), "measures.tex": _latex(of_defences)} if measured else {}),
-        **_rows_as_files("scores", scores),
-        **_rows_as_files("scores_runs", scored),
+        **as_files("scores", scores),
+        **as_files("scores_runs", scored),
         **({"scores.md": markdown(of_detectors), "scores.tex": _latex(of_detectors)} if of_detectors else {}),
     }
     stems = _stems([*_drawings(head.parts if head else ()), *charts, *_drawings(sections)])
@@ -105,10 +102,6 @@ def build_report(
         )
 
 
-def _rows_as_files(name: str, records: Sequence[Record]) -> dict[str, str | bytes]:
-    return {f"{name}.csv": to_csv(records), f"{name}.parquet": to_parquet(records)} if records else {}
-
-
 def _latex(tables: Sequence[TableSection]) -> str:
     return "\n".join(latex(table) for table in tables if not table.empty)
 
@@ -131,6 +124,5 @@ def _stems(drawings: Sequence[Drawing]) -> dict[Drawing, str]:
 
 
 def _write(path: Path, content: str | bytes) -> Path:
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    write_whole(path, data)
+    write_whole(path, content)
     return path

@@ -9,7 +9,7 @@ from mithridate.report.comparisons import budget, noise_bar, noise_of, undefende
 from mithridate.report.rows import Row, groups, seed, seeds, step_noun
 from mithridate.report.settings import flattened, shared
 from mithridate.report.statistic import Statistic, spread
-from mithridate.report.steadiness import quiet_limit
+from mithridate.report.steadiness import is_quiet, quiet_limit
 from mithridate.report.wording import counted, decimal, listed, noun_of, number, out_of, points, span
 
 
@@ -161,7 +161,7 @@ def key_numbers(rows: Sequence[Row]) -> tuple[KeyNumber, ...]:
         )[:2]
     noun = step_noun([best])
     alone = _alone(best, bare) if best.poisons_before_trigger else None
-    clean = next((row for row in bare if not row.attacking and row.statistic("drop").n), None)
+    clean = _clean(bare)
     shown = "" if _supported(best, rows) else ", not shown to be more than chance or noise"
     numbers = [_key_number(best, f"in one {noun} of {best.attack}{shown}")]
     if alone is not None:
@@ -191,6 +191,11 @@ def _undefended(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.defence_name == "none"] or [r for r in rows if r.defence == rows[0].defence]
 
 
+def _clean(rows: Sequence[Row]) -> Row | None:
+    """The first clean stream that took its trigger step."""
+    return next((row for row in rows if not row.attacking and row.statistic("drop").n), None)
+
+
 def _cost(row: Row) -> str:
     return f"{points(row.statistic('drop').mean or 0)} points ({_n(row)})"
 
@@ -214,7 +219,7 @@ def _phase(row: Row, rows: Sequence[Row]) -> str:
     lost = row.difference("accuracy_start", "accuracy_before_trigger").mean
     alarmed = row.alarmed_early()
     limit, _ = quiet_limit(row, rows)
-    if lost is not None and lost <= limit and not alarmed:
+    if is_quiet(row, rows):
         return f"after a quiet phase of {length}"
     noted = ["had a cost that was not measured"] if lost is None else []
     noted += [f"had already cost {points(lost)} points"] if lost is not None and lost > limit else []
@@ -225,7 +230,7 @@ def _phase(row: Row, rows: Sequence[Row]) -> str:
 def _alone(best: Row, rows: Sequence[Row]) -> Row | None:
     """The row of a trigger without a poisoned phase: equal budget first, then the same attack or another alone."""
     if not best.poisons_trigger:
-        return next((row for row in rows if not row.attacking and row.statistic("drop").n), None)
+        return _clean(rows)
     alone = [row for row in rows if row.claims_drop and row.poisons_trigger and not row.poisons_before_trigger]
     return max(
         (row for row in alone if row.statistic("drop").n),
@@ -245,7 +250,7 @@ def _same_kind(best: Row, alone: Row) -> bool:
 def _beside(best: Row, undefended: Sequence[Row]) -> tuple[str, ...]:
     """The controls: noise, and no attack at all."""
     noise = noise_of(best, undefended)
-    clean = next((row for row in undefended if not row.attacking and row.statistic("drop").n), None)
+    clean = _clean(undefended)
     return (
         *([f"Random noise{_called(noise)} {_effect(noise)}."] if noise is not None else []),
         *([f"Without an attack{_called(clean)} the trigger step {_effect(clean)}."] if clean is not None else []),

@@ -19,13 +19,11 @@ from mithridate.report.figures.guarded_steps import guarded_steps
 from mithridate.report.figures.quarantined_images import quarantined_images
 from mithridate.report.findings import KeyNumber
 from mithridate.report.lead import Lead
-from mithridate.report.page import board
+from mithridate.report.page import LOCK, board
 from mithridate.report.settings import flattened
 from mithridate.report.tables.refusals import quarantine_table, reasons_table, steps_table, when
 from mithridate.report.tables.section import TableSection
 from mithridate.report.wording import MISSING, counted, decimal, one_line
-
-LOCK = ".report.lock"
 
 STUCK = 10
 """So many refusals at the end are said first: nothing is learned then."""
@@ -77,10 +75,10 @@ def build_guard_report(directory: str | Path, out: str | Path | None = None) -> 
         parts=[part for part in _parts(steps, reasons, entries, quarantine) if not part.empty],
         numbers=_key_numbers(_first_rank(steps)),
     )
-    content = board(lead).encode()
+    page = board(lead)
     with locked(target / LOCK):
         remove_parts(target, of="report.html")
-        write_whole(target / "report.html", content)
+        write_whole(target / "report.html", page)
     return GuardReport(target / "report.html", headline, reasons)
 
 

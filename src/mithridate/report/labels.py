@@ -55,22 +55,22 @@ def labels(runs: Sequence[Run]) -> list[Labels]:
     ]
     differing: dict[str, None] = {}
 
-    def split(by: Callable[[Labels], Hashable], part: str, keys: Callable[[str], bool]) -> None:
-        """Put settings behind one of the labels where runs that share some labels differ in them."""
+    def split(by: Callable[[Labels], Hashable], part: str) -> None:
+        """Put the settings of one label behind it where runs that share some labels differ in them."""
         members: dict[Hashable, list[int]] = {}
         for i, label in enumerate(named):
             members.setdefault(by(label), []).append(i)
         for indices in members.values():
-            varying = [key for key in _varying([compared[i] for i in indices]) if keys(key)]
+            varying = [key for key in _varying([compared[i] for i in indices]) if _part(key) == part]
             differing.update(dict.fromkeys(varying))
             for i in indices:
                 said = "".join(f", {_said(key, compared[i].get(key, UNSET), part)}" for key in varying)
                 named[i] = replace(named[i], **{part: getattr(named[i], part) + said})
 
-    split(lambda n: (n.dataset, n.model), "model", lambda key: _part(key) == "model")
-    split(lambda n: (n.dataset, n.model), "dataset", lambda key: _part(key) == "dataset")
-    split(lambda n: (n.dataset, n.model, n.attack), "attack", lambda key: _part(key) == "attack")
-    split(lambda n: (n.dataset, n.model, n.defence), "defence", lambda key: _part(key) == "defence")
+    split(lambda n: (n.dataset, n.model), "model")
+    split(lambda n: (n.dataset, n.model), "dataset")
+    split(lambda n: (n.dataset, n.model, n.attack), "attack")
+    split(lambda n: (n.dataset, n.model, n.defence), "defence")
     lengths: dict[Hashable, set[int]] = {}
     for label, run in zip(named, runs, strict=True):
         lengths.setdefault((label.dataset, label.model), set()).update(rounds(run))
@@ -97,16 +97,16 @@ def _label(run: Run, key: str, kind: str) -> str:
 
 def _compared(run: Run) -> dict[str, str]:
     """What runs must share to be pooled: settings, samples and start models by what they are, and code of plug-ins."""
-    found = {key: value for key, value in settings(run).items() if key != "plugins"}
+    compared = {key: value for key, value in settings(run).items() if key != "plugins"}
     if samples := run.summary.get("samples_key"):
-        found.pop("data.path", None)
-        found["data.samples"] = one_line(samples)
-    if (inputs := run.summary.get("inputs_key")) and found.pop("burn_in.checkpoint", UNSET) != UNSET:
-        found = {key: value for key, value in found.items() if not key.startswith("burn_in.older")}
-        found["burn_in.files"] = one_line(inputs)
+        compared.pop("data.path", None)
+        compared["data.samples"] = one_line(samples)
+    if (inputs := run.summary.get("inputs_key")) and compared.pop("burn_in.checkpoint", UNSET) != UNSET:
+        compared = {key: value for key, value in compared.items() if not key.startswith("burn_in.older")}
+        compared["burn_in.files"] = one_line(inputs)
     for name, digest in (run.environment.get("code") or {}).items():
-        found[f"code.{PurePath(name).name}"] = one_line(digest)
-    return found
+        compared[f"code.{PurePath(name).name}"] = one_line(digest)
+    return compared
 
 
 def _varying(tables: Sequence[Mapping[str, str]]) -> Iterator[str]:

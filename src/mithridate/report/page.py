@@ -26,6 +26,9 @@ from mithridate.report.wording import MISSING, one_line, with_step_noun
 FIGURES = "figures"
 """The folder beside a page that holds its figures as files."""
 
+LOCK = ".report.lock"
+"""Held by the process that writes a report in a folder."""
+
 MAX_EVENTS_A_RUN = 5
 """Alarms and refused steps shown of one run; the trace has all."""
 

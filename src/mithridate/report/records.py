@@ -78,8 +78,18 @@ def run_records(rows: Sequence[Row]) -> list[Record]:
     ]
 
 
+def as_files(name: str, records: Sequence[Record]) -> dict[str, str | bytes]:
+    """Records as CSV and as Parquet, by the names of the files; nothing if there are no records.
+
+    Args:
+        name: Of the files, without ending.
+        records: All with the same columns.
+    """
+    return {f"{name}.csv": to_csv(records), f"{name}.parquet": to_parquet(records)} if records else {}
+
+
 def to_parquet(records: Sequence[Record]) -> bytes:
-    """Records as Parquet: names as they are, numbers in full precision, null where there is none."""
+    """One record or more as Parquet: names as they are, numbers in full precision, null where there is none."""
     columns = {name: [record[name] for record in records] for name in records[0]}
     data = io.BytesIO()
     pq.write_table(pa.table({name: _array(values) for name, values in columns.items()}), data)
@@ -94,7 +104,11 @@ def _array(values: Sequence[str | float | int | None]) -> pa.Array:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Records as CSV: numbers in full precision, nothing where there is none, names that no spreadsheet evaluates."""
+    """One record or more as CSV: full precision, nothing where there is no number, names that no spreadsheet evaluates.
+
+    Args:
+        records: All with the same columns.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()

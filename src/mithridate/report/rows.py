@@ -201,8 +201,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
         rank = {"clean": 0, "noise": 1}.get(row.attack_name, 2)
         return (*row.group, row.defence_name != "none", row.defence, rank, row.mean_steps, row.attack)
 
-    made = (Row(*names, runs=tuple(run for run, _ in members), apart=members[0][1]) for names, members in cells.items())
-    return sorted(made, key=order)
+    every = [Row(*names, tuple(run for run, _ in members), members[0][1]) for names, members in cells.items()]
+    return sorted(every, key=order)
 
 
 def groups(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

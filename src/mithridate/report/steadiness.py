@@ -15,7 +15,7 @@ LEAST_STEPS = 2
 NEGLIGIBLE = 0.01
 """Changes of accuracy below one point are not argued about."""
 
-QUIET_POINTS = 0.05
+QUIET_LOSS = 0.05
 """Without a clean stream to compare with, a phase that loses more accuracy than this (a fraction) before the trigger is
 not quiet. The phases of Pang et al., Table 1, cost 2 to 5 points."""
 
@@ -39,7 +39,7 @@ class CleanStream:
 
     @property
     def high(self) -> float:
-        """The highest."""
+        """The highest accuracy of any seed at any step."""
         return max(max(curve) for curve in self.curves.values())
 
     @property
@@ -79,24 +79,30 @@ def clean_stream(row: Row, rows: Sequence[Row]) -> CleanStream | None:
     Returns:
         None if there is none that took two steps.
     """
-    found: list[CleanStream] = []
+    streams: list[CleanStream] = []
     for other in rows:
         if other.attacking or (other.group, other.defence) != (row.group, row.defence):
             continue
         curves = {seed(run): curve for run in other.runs if len(curve := accuracies(run)) > LEAST_STEPS}
-        found += [CleanStream(other, curves)] if curves else []
-    return max(found, key=lambda clean: max(map(len, clean.curves.values())), default=None)
+        streams += [CleanStream(other, curves)] if curves else []
+    return max(streams, key=lambda clean: max(map(len, clean.curves.values())), default=None)
 
 
 def quiet_limit(row: Row, rows: Sequence[Row]) -> tuple[float, str]:
     """What a phase may lose and still be called quiet, a fraction, and where that comes from, in words.
 
-    It is what the clean stream under the same defence loses by itself, at least a point; without one, `QUIET_POINTS`.
+    It is what the clean stream under the same defence loses by itself, at least a point; without one, `QUIET_LOSS`.
     """
     clean = clean_stream(row, rows)
     if clean is None:
-        return QUIET_POINTS, f"no clean stream to compare with, so quiet up to {points(QUIET_POINTS)} points"
+        return QUIET_LOSS, f"no clean stream to compare with, so quiet up to {points(QUIET_LOSS)} points"
     return max(clean.loss, NEGLIGIBLE), f"a clean stream loses up to {points(clean.loss)} by itself"
+
+
+def is_quiet(row: Row, rows: Sequence[Row]) -> bool:
+    """Whether a phase lost no more than `quiet_limit`, and no monitor raised an alarm in it; False if not measured."""
+    lost = row.difference("accuracy_start", "accuracy_before_trigger").mean
+    return lost is not None and lost <= quiet_limit(row, rows)[0] and not row.alarmed_early()
 
 
 def clean_range(row: Row, rows: Sequence[Row]) -> str:

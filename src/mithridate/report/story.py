@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from mithridate.report.rows import Row
-from mithridate.report.statistic import Statistic
-from mithridate.report.wording import counted, decimal
+from mithridate.report.rows import Row, step_noun
+from mithridate.report.steadiness import is_quiet
+from mithridate.report.wording import counted, points
 
 
 def story(rows: Sequence[Row]) -> list[str]:
@@ -18,14 +18,15 @@ def story(rows: Sequence[Row]) -> list[str]:
     bare = next((row for row in phased if row.defence_name == "none"), None)
     if bare is None:
         return []
-    step = "round" if bare.federated else "batch"
+    step = step_noun([bare])
     alone = next(
         (row for row in rows if row.defence_name == "none" and row.claims_drop and not row.poisons_before_trigger), None
     )
     alarmed = len(bare.alarmed_early())
     alarms = "no alarm" if not alarmed else f"an alarm in {alarmed} of {counted(len(bare.runs), 'run')}"
+    phase = "Quiet" if is_quiet(bare, rows) else "Not quiet"
     lines = [
-        f"Quiet: {counted(f'{bare.mean_steps:.0f} poisoned', step)} take the accuracy from "
+        f"{phase}: {counted(f'{bare.mean_steps:.0f} poisoned', step)} take the accuracy from "
         f"{_of(bare, 'accuracy_start')} to {_of(bare, 'accuracy_before_trigger')}; {alarms}.",
         f"Then one {step}: {_of(bare, 'accuracy_before_trigger')} -> {_of(bare, 'accuracy_after_trigger')}.",
     ]
@@ -42,5 +43,5 @@ def story(rows: Sequence[Row]) -> list[str]:
 
 
 def _of(row: Row, metric: str) -> str:
-    values: Statistic = row.statistic(metric)
-    return "?" if values.mean is None else f"{decimal(100 * values.mean)} %"
+    mean = row.statistic(metric).mean
+    return "?" if mean is None else f"{points(mean)} %"

@@ -1,6 +1,7 @@
 """The tables that the command line prints."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from rich.cells import cell_len
 from rich.console import RenderableType
@@ -14,6 +15,7 @@ from mithridate.report.measures import Measures, measures
 from mithridate.report.rows import Row, groups, step_noun
 from mithridate.report.statistic import Statistic, signed, spread, times
 from mithridate.report.tables.results import displayed
+from mithridate.report.tables.section import TableSection
 from mithridate.report.wording import MISSING, one_line, with_step_noun
 
 GROUP = ("data set", "model")
@@ -33,6 +35,9 @@ HEADINGS = (
     "n",
 )
 """What the other columns of the results are called here, with their units."""
+
+COLOURS = {"near": "green", "apart": "red", "absent": "dim"}
+"""By the tone of a cell."""
 
 LEAST_NAME = 10
 """Characters of a line that a name must have; a longer one is folded."""
@@ -99,6 +104,21 @@ def measures_table(rows: Sequence[Row]) -> Table | None:
     return table
 
 
+def section_table(section: TableSection) -> Table:
+    """A table of a page, without its words; what the page tells by a colour has that here.
+
+    Args:
+        section: With at least one row.
+    """
+    section = section.flat
+    table = Table(box=None, pad_edge=False)
+    for number, heading in enumerate(section.head):
+        table.add_column(heading, justify="left" if number < section.names else "right", overflow="fold")
+    for row in chain.from_iterable(section.rows.values()):
+        table.add_row(*(Text(cell, style=COLOURS.get(getattr(cell, "tone", ""), "")) for cell in row))
+    return table
+
+
 def doubt_lines(rows: Sequence[Row]) -> list[str]:
     """How many doubts the report has, and each serious one, as lines of text.
 
@@ -119,7 +139,7 @@ def fitted(table: Table, width: int) -> RenderableType:
     """A table as it is, or its rows as text where a terminal has no room for its numbers: none of them is ever cut.
 
     Args:
-        table: One of this module.
+        table: Columns that are not to be cut are `no_wrap`; others may fold.
         width: Characters in a line of the terminal.
     """
     cells = [[str(cell) for cell in (column.header, *column.cells)] for column in table.columns]

@@ -15,6 +15,7 @@ from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.reproduce.selection import Selection, paired
 
 CONFIDENCE = 0.95
+"""Of every interval: the share of such intervals that hold the true mean, were seeds normally distributed."""
 
 
 class Ruling(StrEnum):
@@ -33,7 +34,7 @@ class Interval:
     Args:
         mean: Over seeds.
         low: Lower end; -inf for a single seed.
-        high: Upper end.
+        high: Upper end; inf for a single seed.
         values: One a seed.
     """
 

@@ -131,5 +131,5 @@ def written(c: Compared) -> str:
         return f"{ours} ({printed})"
     if near(c):
         return Toned(f"{ours} ({printed})", "near")
-    inside = len(c.seeds) > 1 and c.interval.low <= c.cell.value <= c.interval.high
+    inside = c.interval.low <= c.cell.value <= c.interval.high
     return f"{ours} ({printed})" if inside else Toned(f"{ours} ({printed})", "apart")

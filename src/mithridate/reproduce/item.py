@@ -13,7 +13,7 @@ from mithridate.bench.inheritance import merged
 from mithridate.bench.recipe import Recipe, make_recipe
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.reproduce.checks import Check
-from mithridate.reproduce.quantities import known
+from mithridate.reproduce.quantities import check_measure
 from mithridate.reproduce.selection import Selection
 
 Scale = Literal["smoke", "small", "paper"]
@@ -240,7 +240,7 @@ def _series(table: Mapping[str, Any], where: str) -> Series:
         raise ConfigError(f"{where}: series needs x and y.")
     several = values["y"] if isinstance(values["y"], list) else [values["y"]]
     for measure in several:
-        known(measure)
+        check_measure(measure)
     return Series(**{**values, "y": several, "where": Selection.of(values.get("where", {}), where=where)})
 
 

@@ -1,4 +1,4 @@
-"""Defences against every attack that was tried on them: the worst one first, and what a clean stream pays."""
+"""Defences, ranked by what the worst attack on each leaves; and what a clean stream pays for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from mithridate.report.glossary import explained
 from mithridate.report.lead import Lead
 from mithridate.report.measures import Measures, measures
 from mithridate.report.page import board
-from mithridate.report.records import Record, to_csv, to_parquet
+from mithridate.report.records import Record, as_files
 from mithridate.report.rows import Row, groups, rows
 from mithridate.report.statistic import Statistic, signed, spread, times
 from mithridate.report.tables.section import TableSection
@@ -30,6 +30,7 @@ NAME = "leaderboard"
 """Of the page and of the files beside it."""
 
 LOCK = f".{NAME}.lock"
+"""Held by the process that writes a leaderboard in a folder."""
 
 
 class Printed(NamedTuple):
@@ -73,7 +74,7 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
         members: Rows of one data set and model.
     """
     measured = measures(members)
-    found = []
+    ranked = []
     for defence in dict.fromkeys(row.defence for row in members):
         cells = [cell for cell in measured if cell.row.defence == defence]
         attacked = {c.row.attack: c for c in cells if c.row.claims_drop and c.accuracy_after_trigger.n}
@@ -81,8 +82,8 @@ def standings(members: Sequence[Row]) -> list[Ranked]:
             continue
         worst = min(attacked, key=lambda attack: attacked[attack].accuracy_after_trigger.mean or 0.0)
         clean = [cell for cell in cells if not cell.row.attacking]
-        found.append(Ranked(defence, attacked, clean[0] if clean else None, worst))
-    return sorted(found, key=lambda s: -s.left)
+        ranked.append(Ranked(defence, attacked, clean[0] if clean else None, worst))
+    return sorted(ranked, key=lambda s: -s.left)
 
 
 def boards_of(members: Sequence[Row], reported: Mapping[str, Printed], number: int) -> list[TableSection]:
@@ -192,39 +193,43 @@ def board_records(members: Sequence[Row]) -> list[Record]:
 
 
 def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[str, Printed]) -> Path:
-    """The page, and its numbers as CSV and Parquet.
+    """Write the page, and its numbers as CSV and Parquet.
 
     Args:
         runs: From a store or from records.
         out: A folder; made if missing.
         reported: What a paper prints for a defence and we got for it, by its label.
 
+    Returns:
+        The page's file.
+
     Raises:
         StoreError: No run attacks a defence.
         WriteError: The page cannot be written there.
     """
     out = path_of(out)
-    by_group = [members for members in groups(rows(runs)).values() if standings(members)]
+    by_group = [(members, order) for members in groups(rows(runs)).values() if (order := standings(members))]
     if not by_group:
-        raise StoreError("no run has an attack on anything; a leaderboard needs some.")
+        raise StoreError(
+            "no run attacks a defence, and a leaderboard needs some; `mithridate leaderboard NAME` tries one."
+        )
     tables = [
         table
-        for i, members in enumerate(by_group, start=1)
+        for i, (members, _) in enumerate(by_group, start=1)
         for table in boards_of(members, reported, i)
         if not table.empty
     ]
-    best = [f"{standings(members)[0].defence} on {members[0].subject}" for members in by_group]
+    best = [f"{order[0].defence} on {members[0].subject}" for members, order in by_group]
     drawings = [
         worst_cases(
-            {
-                s.defence: {attack: c.accuracy_after_trigger for attack, c in s.attacked.items()}
-                for s in standings(members)
-            },
+            {s.defence: {attack: c.accuracy_after_trigger for attack, c in s.attacked.items()} for s in order},
             members[0],
         )
-        for members in by_group
+        for members, order in by_group
     ]
-    attacks = len({row.attack for members in by_group for row in members if row.claims_drop})
+    ranked = [row for members, _ in by_group for row in members]
+    attacks = len({row.attack for row in ranked if row.claims_drop})
+    numbers = as_files(NAME, [record for members, _ in by_group for record in board_records(members)])
     lead = Lead(
         title="Which defence holds against every attack",
         headline=f"Best under its worst attack: {listed(best)}.",
@@ -233,16 +238,13 @@ def write_leaderboard(runs: Sequence[Run], out: str | Path, reported: Mapping[st
             "overlap, neighbours may change places with other seeds."
         ],
         parts=[FigureSection("chart", "What each attack leaves", drawings, subheadings=False), *tables],
-        numbers=_key_numbers(standings(by_group[0])),
-        files=[f"{NAME}.csv", f"{NAME}.parquet"],
+        numbers=_key_numbers(by_group[0][1]),
+        files=list(numbers),
     )
-    page = board(lead, explained([row for members in by_group for row in members]))
-    numbers = [record for members in by_group for record in board_records(members)]
-    out.mkdir(parents=True, exist_ok=True)
+    page = board(lead, explained(ranked))
     with locked(out / LOCK):
-        write_whole(out / f"{NAME}.csv", to_csv(numbers))
-        write_whole(out / f"{NAME}.parquet", to_parquet(numbers))
-        write_whole(out / f"{NAME}.html", page)
+        for name, content in {**numbers, f"{NAME}.html": page}.items():
+            write_whole(out / name, content)
     return out / f"{NAME}.html"
 
 

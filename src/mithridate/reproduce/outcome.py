@@ -54,49 +54,54 @@ def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
 
     def lead(rows: Sequence[Row]) -> Lead:
         runs = [run for row in rows for run in row.runs]
-        found = verdicts(item, runs)
+        judgements = verdicts(item, runs)
         drawings = [drawing for name in item.draw for drawing in drawn(name, rows)]
         drawings += series_drawings(item, rows)
         of_runs = f"{len(runs)} runs at {scale} scale, seeds {listed(sorted({str(seed(run)) for run in runs}))}"
         parts: list[TableSection | FigureSection] = [
             FigureSection("redrawn", f"{item.source}, redrawn", drawings),
-            checks_table(found),
+            checks_table(judgements),
         ]
         cells = compared(item, runs)
         parts += [] if item.table is None else [beside(item, cells, scale)]
-        files = [*(["claims"] if found else []), *(["table"] if item.table is not None else [])]
+        files = [*(["claims"] if judgements else []), *(["table"] if item.table is not None else [])]
         return Lead(
             title=f"{item.source}: {item.title}",
-            headline=f"{summary(v.outcome for v in found)} ({of_runs}).",
+            headline=f"{summary(v.outcome for v in judgements)} ({of_runs}).",
             details=[f"What the paper says: {item.claim}."],
             parts=parts,
             drawn=item.draw,
-            numbers=_key_numbers(found, cells),
+            numbers=_key_numbers(judgements, cells),
             files=[*(f"{name}.{kind}" for name in files for kind in ("csv", "parquet")), "table.md", "table.tex"],
         )
 
     return lead
 
 
-def _key_numbers(found: Sequence[Judgement], cells: Sequence[Compared]) -> list[KeyNumber]:
+def _key_numbers(judgements: Sequence[Judgement], cells: Sequence[Compared]) -> list[KeyNumber]:
     """How many claims hold, and how many printed numbers ours are near to."""
-    holding = sum(verdict.outcome is Ruling.HOLDS for verdict in found)
+    holding = sum(verdict.outcome is Ruling.HOLDS for verdict in judgements)
     ours = [cell for cell in cells if cell.difference is not None]
-    return [
-        *([KeyNumber(f"{holding} of {len(found)}", "of the paper's claims hold in our runs")] if found else []),
-        *([KeyNumber(f"{sum(map(near, ours))} of {len(ours)}", f"of our numbers {NEAR_IN_WORDS}")] if ours else []),
+    counts = [
+        (holding, len(judgements), "of the paper's claims hold in our runs"),
+        (sum(map(near, ours)), len(ours), f"of our numbers {NEAR_IN_WORDS}"),
     ]
+    return [KeyNumber(f"{some} of {total}", says) for some, total, says in counts if total]
 
 
-def checks_table(found: Sequence[Judgement]) -> TableSection:
-    """The verdict on each claim, with the numbers behind it."""
+def checks_table(judgements: Sequence[Judgement]) -> TableSection:
+    """The verdict on each claim, with the numbers behind it.
+
+    Args:
+        judgements: One a claim.
+    """
     return TableSection(
         id="claims",
         heading="The claims, and what our runs say",
         intro="A claim holds if the whole 95 % interval over seeds (Student's t) lies where it says, and does not "
         "hold if it lies wholly elsewhere; otherwise the runs do not decide it. Claims were written before the runs.",
         head=("claim", "verdict", "ours", "n"),
-        rows={"": [_line(verdict) for verdict in found]} if found else {},
+        rows={"": [_line(verdict) for verdict in judgements]} if judgements else {},
         names=2,
     )
 
@@ -114,8 +119,12 @@ def _interval(interval: Interval) -> str:
     return f"{mean:.3g}" + (f" ({low:.3g} to {high:.3g})" if isfinite(low) else "")
 
 
-def check_records(found: Sequence[Judgement]) -> list[Record]:
-    """One record a part of a claim, for files."""
+def check_records(judgements: Sequence[Judgement]) -> list[Record]:
+    """One record a part of a claim, for files.
+
+    Args:
+        judgements: One a claim.
+    """
     return [
         {
             "claim": verdict.says,
@@ -127,7 +136,7 @@ def check_records(found: Sequence[Judgement]) -> list[Record]:
             "n": len(i.values) if i else 0,
             "seeds": " ".join(f"{value:.6g}" for value in i.values) if i else "",
         }
-        for verdict in found
+        for verdict in judgements
         for i in verdict.intervals
     ]
 

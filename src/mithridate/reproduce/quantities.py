@@ -7,6 +7,7 @@ from typing import Any
 from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest
 from mithridate.report.detectors import DetectorInfo, detectors
+from mithridate.report.figures.burn_in_curves import burn_in_curve
 from mithridate.report.rows import Row
 from mithridate.report.scores import (
     MOVED_NOW,
@@ -83,18 +84,13 @@ def _trace_column(column: str, place: str = "mean") -> Quantity:
     return lambda run, asked: _in_trace(run, f"{column}:{asked or place}")
 
 
-def _burn_in_curve(run: Run) -> Mapping[int, float]:
-    curve = run.summary.get("burn_in_curve") or []
-    return {int(point["epoch"]): 100 * point["accuracy"] for point in curve}
-
-
 def _burn_in_accuracy(run: Run, epoch: str) -> float | None:
-    curve = _burn_in_curve(run)
+    curve = burn_in_curve(run)
     return curve.get(max(curve) if epoch == "last" else int(epoch)) if curve else None
 
 
 def _burn_in_best(run: Run, _: str) -> float | None:
-    return max(_burn_in_curve(run).values(), default=None)
+    return max(burn_in_curve(run).values(), default=None)
 
 
 QUANTITIES: Mapping[str, Quantity] = {
@@ -131,11 +127,11 @@ OF_DETECTOR |= {"score_ood": 1, "score_ratio": 1, "score_gap": 1, MOVED_NOW: 1, 
 STEPS = "steps"
 """Where the mean score of each step's clean samples stands, beside the phases."""
 
-KEPT = "detectors"
+QUALITIES = "detectors"
 """Where the summary of a record has what its detectors were worth, since it has no single scores."""
 
 
-def known(measure: str) -> None:
+def check_measure(measure: str) -> None:
     """Refuse a measure that is not there.
 
     Args:
@@ -167,21 +163,21 @@ def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
     Raises:
         ConfigError: Unknown measure, or several detectors and none named.
     """
-    known(measure)
+    check_measure(measure)
     name, _, what = measure.partition(":")
     if name in QUANTITIES:
         return QUANTITIES[name](run, what)
-    kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
-    of = kept or _scored(run)
+    recorded: Mapping[str, Any] = run.summary.get(QUALITIES) or {}
+    of = recorded or _scored(run)
     if not detector and len(of) > 1:
         raise ConfigError(f"{len(of)} detectors scored {run.path.name}: say which by `detector = ...`.")
     label = next((label for label in of if detector in {"", label} or label.startswith(f"{detector}+")), None)
     if label is None:
         return None
     if name == "score_clean_at":
-        return (kept[label][STEPS] if kept else _by_step(run, of[label])).get(what)
+        return (recorded[label][STEPS] if recorded else _by_step(run, of[label])).get(what)
     phase = what or PHASES[-1]
-    values = kept[label][phase] if kept else _of_phase(run, of[label], phase)
+    values = recorded[label][phase] if recorded else _of_phase(run, of[label], phase)
     value = values.get("ratio" if name == "score_ratio" else name)
     return None if value is None else OF_DETECTOR[name] * value
 
@@ -189,11 +185,11 @@ def quantity(run: Run, measure: str, *, detector: str = "") -> float | None:
 def qualities(run: Run) -> Mapping[str, Mapping[str, Mapping[str, float | None]]]:
     """What each detector of a run is worth, by label and phase; of a record, what was kept of that.
 
-    Beside the phases stands the mean score of each step's clean samples. A discrepancy or a
-    loss is stored as a score, whose low values are suspicious; here it has its own sign.
+    Beside the phases stands the mean score of each step's clean samples. A discrepancy or a loss is stored as a score,
+    whose low values are suspicious; here it has its own sign.
     """
-    kept: Mapping[str, Any] = run.summary.get(KEPT) or {}
-    return kept or {
+    recorded: Mapping[str, Any] = run.summary.get(QUALITIES) or {}
+    return recorded or {
         label: {phase: _of_phase(run, info, phase) for phase in PHASES} | {STEPS: _by_step(run, info)}
         for label, info in _scored(run).items()
     }

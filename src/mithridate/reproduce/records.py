@@ -9,7 +9,7 @@ from typing import Any
 from mithridate.bench.store import Run
 from mithridate.core.errors import StoreError
 from mithridate.core.files import path_of, write_whole
-from mithridate.reproduce.quantities import KEPT, qualities
+from mithridate.reproduce.quantities import QUALITIES, qualities
 
 FORMAT = 1
 """Of the files; another one is refused."""
@@ -48,7 +48,7 @@ def record_of(run: Run) -> dict[str, Any]:
         "format": FORMAT,
         "run": run.path.name,
         "config": _in_json(run.config),
-        "summary": {**run.summary, **({KEPT: of} if (of := qualities(run)) else {})},
+        "summary": {**run.summary, **({QUALITIES: of} if (of := qualities(run)) else {})},
         "environment": {key: value for key, value in run.environment.items() if key not in MACHINE},
         "trace": {name: [_short(step.get(name)) for step in steps] for name in COLUMNS},
     }
@@ -103,7 +103,9 @@ def _read(path: Path) -> Run:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
-            raise StoreError(f"{path} is of format {record['format']!r}, and this version reads {FORMAT}.")
+            raise StoreError(
+                f"{path} is of format {record['format']!r}, and this version reads {FORMAT}; make it anew."
+            )
         trace: Mapping[str, Sequence[Any]] = record["trace"]
         names = list(trace)
         steps = [dict(zip(names, values, strict=True)) for values in zip(*trace.values(), strict=True)]

@@ -12,7 +12,7 @@ from mithridate.bench.store import Run, finished, read_runs
 from mithridate.core.errors import StoreError
 from mithridate.core.files import path_of, write_whole
 from mithridate.report import ReportPaths, build_report
-from mithridate.report.records import Record, to_csv, to_parquet
+from mithridate.report.records import as_files
 from mithridate.report.tables.latex import latex
 from mithridate.report.tables.section import TableSection
 from mithridate.reproduce.checks import Judgement
@@ -51,7 +51,7 @@ def directory_of(out: str | Path, item: Item, scale: Scale) -> Path:
     return path_of(out) / item.name / scale
 
 
-def wanted(item: Item, scale: Scale, seeds: Sequence[int] | None = None) -> Recipe:
+def recipe_of(item: Item, scale: Scale, seeds: Sequence[int] | None) -> Recipe:
     """The recipe of an item, with other seeds if some are given."""
     recipe = item.recipe(scale)
     if seeds is None:
@@ -85,42 +85,43 @@ def reproduce(
     runs: list[Path] = []
     failures: dict[Path, Failure] = {}
     for part in item.parts:
-        grid = run_recipe(wanted(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
+        grid = run_recipe(recipe_of(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
         runs += grid.directories
         failures |= grid.failures
     if len(failures) == len(runs):
         raise StoreError(f"every run of {item.name} failed: {next(iter(failures.values())).message}")
-    return replace(written(item, scale, directory_of(out, item, scale), runs), failures=failures)
+    return replace(write_page(item, scale, directory_of(out, item, scale), runs), failures=failures)
 
 
-def written(item: Item, scale: Scale, directory: Path, runs: Sequence[Path] | None = None) -> Reproduction:
-    """The page and tables of runs that are finished.
+def write_page(item: Item, scale: Scale, directory: Path, places: Sequence[Path]) -> Reproduction:
+    """Write the page and the tables of runs that are finished.
 
     Args:
         item: The table or figure.
         scale: Of the runs.
         directory: Where the files go.
-        runs: Directories of the runs; those in `directory` if None.
+        places: Directories of the runs, or such that hold them.
 
     Raises:
         StoreError: There is no finished run, or one is damaged.
     """
-    places = list(runs) if runs is not None else [directory]
-    found = read_runs(places)
+    runs = read_runs(places)
     report = build_report(places, directory, lead_of(item, scale))
-    said = verdicts(item, found)
-    files: list[Path] = []
+    said = verdicts(item, runs)
+    files: dict[str, str | bytes] = {}
     tables = []
     if said:
-        files += _write_rows(directory / "claims", check_records(said))
+        files |= as_files("claims", check_records(said))
         tables.append(checks_table(said))
     if item.table is not None:
-        cells = compared(item, found)
-        files += _write_rows(directory / "table", records(item, cells))
+        cells = compared(item, runs)
+        files |= as_files("table", records(item, cells))
         tables.append(beside(item, cells, scale))
-    files.append(_write(directory / "table.md", "\n".join(f"{t.heading}\n\n{t.markdown()}" for t in tables)))
-    files.append(_write(directory / "table.tex", "\n".join(latex(t) for t in tables)))
-    return Reproduction(item, scale, found, said, report, tables, files)
+    files["table.md"] = "\n".join(f"{table.heading}\n\n{table.markdown()}" for table in tables)
+    files["table.tex"] = "\n".join(map(latex, tables))
+    for name, content in files.items():
+        write_whole(directory / name, content)
+    return Reproduction(item, scale, runs, said, report, tables, [directory / name for name in files])
 
 
 def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
@@ -132,14 +133,3 @@ def progress(item: Item, scale: Scale, out: str | Path) -> tuple[int, int]:
         for cell in variant.cells()
     ]
     return sum(map(finished, places)), len(places)
-
-
-def _write_rows(path: Path, lines: Sequence[Record]) -> list[Path]:
-    """Rows as CSV and as Parquet; `path` has no ending."""
-    return [_write(path.with_suffix(".csv"), to_csv(lines)), _write(path.with_suffix(".parquet"), to_parquet(lines))]
-
-
-def _write(path: Path, content: str | bytes) -> Path:
-    data = content.encode() if isinstance(content, str) else content
-    write_whole(path, data)
-    return path

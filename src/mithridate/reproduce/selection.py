@@ -14,7 +14,7 @@ from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.settings import UNSET
 from mithridate.report.rows import seed
-from mithridate.reproduce.quantities import known, quantity
+from mithridate.reproduce.quantities import check_measure, quantity
 
 LABELS = ("attack", "defence")
 """What a run is called by; a label that a grid made of another one begins with it, a plus sign and a setting."""
@@ -52,7 +52,7 @@ class Selection:
         flat = _flat(table)
         measure, detector = (_text(flat.pop(key, ""), f"{where}: {key}") for key in ("measure", "detector"))
         if measure:
-            known(measure)
+            check_measure(measure)
         for path in flat:
             first = path.partition(".")[0]
             if first not in (*TABLES, "variant") or ("." not in path and path not in (*LABELS, "variant")):

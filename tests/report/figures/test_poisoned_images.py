@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mithridate.bench.store import Run
-from mithridate.report.figures.poisoned_images import amplification, mosaic, poisoned_images
+from mithridate.report.figures.poisoned_images import GAP, SIDE, amplification, mosaic, poisoned_images
 from mithridate.report.rows import rows
 
 Make = Callable[..., Run]
@@ -19,13 +19,14 @@ def test_amplified_difference_fits(largest: float, factor: float) -> None:
 def test_mosaic_shows_exact_pixels() -> None:
     clean = np.array([[[[0.0, 1.0], [0.5, 0.25]]]], dtype=np.float32)
     poisoned = np.clip(clean + 0.1, 0, 1)
-    tiles = mosaic(clean, poisoned, 2, side=4, gap=2)
-    assert tiles.shape == (3 * 4 + 2 * 2, 4, 4)
-    assert np.array_equal(tiles[:4, :4, 0], clean[0, 0].repeat(2, 0).repeat(2, 1))
-    assert tiles[6:10, :4, 0] == pytest.approx(poisoned[0, 0].repeat(2, 0).repeat(2, 1))
-    assert tiles[12:, :, 0] == pytest.approx((0.5 + 2 * (poisoned - clean))[0, 0].repeat(2, 0).repeat(2, 1))
-    assert (tiles[4:6, :, 3] == 0).all()  # a page's own background is seen between images
-    assert (tiles[:4, :, 3] == 1).all()
+    tiles = mosaic(clean, poisoned, 2)
+    assert tiles.shape == (3 * SIDE + 2 * GAP, SIDE, 4)
+    for row, images in enumerate((clean, poisoned, 0.5 + 2 * (poisoned - clean))):
+        top = row * (SIDE + GAP)
+        pixels = images[0, 0].repeat(SIDE // 2, 0).repeat(SIDE // 2, 1)
+        assert tiles[top : top + SIDE, :, 0] == pytest.approx(pixels)
+    assert (tiles[SIDE : SIDE + GAP, :, 3] == 0).all()  # a page's own background is seen between images
+    assert (tiles[:SIDE, :, 3] == 1).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

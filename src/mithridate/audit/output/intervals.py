@@ -28,20 +28,16 @@ def _drawn(side: Side) -> Drawing:
         figure, axes = panels(len(by), width=3.6, height=0.6 + 0.27 * max(map(len, by.values())), top=0.2)
         for ax, (measure, rows) in zip(axes, by.items(), strict=True):
             _panel(ax, rows, "in one step" if measure == "step" else "over the phase")
-        svg, png, pdf = rendered(figure)
-    name = "guarded" if side.guarded else "unguarded"
-    return Drawing(
-        stem=f"intervals-{name}",
-        subject="",
-        heading=f"The model {side_name(side)}",
-        caption="Points of accuracy: mean over paired seeds and its 95 % interval. The dashed line is what is allowed: "
-        "an interval to the right of it is too much, one to the left is within. In italics: clean streams and noise.",
-        alt=f"Intervals of what each attack cost the model {side_name(side)}. "
-        + " ".join(f"{r.attack}, {r.measure}: {points(r.cost)} points, {r.allowed:g} allowed." for r in shown),
-        svg=svg,
-        png=png,
-        pdf=pdf,
-    )
+        return rendered(
+            figure,
+            stem=f"intervals-{'guarded' if side.guarded else 'unguarded'}",
+            heading=f"The model {side_name(side)}",
+            caption="Points of accuracy: mean over paired seeds and its 95 % interval. The dashed line is what is "
+            "allowed: an interval to the right of it is too much, one to the left is within. In italics: clean streams "
+            "and noise.",
+            alt=f"Intervals of what each attack cost the model {side_name(side)}. "
+            + " ".join(f"{r.attack}, {r.measure}: {points(r.cost)} points, {r.allowed:g} allowed." for r in shown),
+        )
 
 
 def _panel(ax: Axes, rows: Sequence[Ruled], heading: str) -> None:

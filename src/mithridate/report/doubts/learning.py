@@ -12,9 +12,6 @@ from mithridate.report.wording import counted, points
 BUFFER_SHARE = 0.5
 """From this share of the drop on, BatchNorm statistics explain it."""
 
-START_POINTS = 0.01
-"""Cells whose start accuracies differ by more than this (a fraction) did not start equal."""
-
 
 @rule("Explained by BatchNorm statistics")
 def buffers_explain(rows: Sequence[Row]) -> Iterator[Doubt]:
@@ -58,7 +55,7 @@ def starts_differ(rows: Sequence[Row]) -> Iterator[Doubt]:
     if not starts:
         return
     low, high = min(starts, key=starts.__getitem__), max(starts, key=starts.__getitem__)
-    if starts[high] - starts[low] > START_POINTS:
+    if starts[high] - starts[low] > NEGLIGIBLE:
         text = (
             f"start accuracies span {points(starts[low])} % ({low}) to {points(starts[high])} % ({high}): "
             "drops of unlike models are compared."

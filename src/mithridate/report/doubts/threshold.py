@@ -50,7 +50,7 @@ def chooses_nothing(rows: Sequence[Row]) -> Iterator[Doubt]:
 
 @rule("Threshold off its calibration")
 def calibration_missed(rows: Sequence[Row]) -> Iterator[Doubt]:
-    """Looks for measured thresholds that correct another share of a clean stream than twice around their interval."""
+    """Looks for measured thresholds that correct under half, or over twice, the share that they were measured for."""
     for row in rows:
         if row.attacking or not row.has_phase or row.defence_name != "dsc":  # in a chain, others correct too
             continue

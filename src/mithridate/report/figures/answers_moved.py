@@ -1,11 +1,11 @@
 """How far poisoning moves a model's answers, now and earlier, beside how far time has moved them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from mithridate.bench.store import Run
 from mithridate.report.detectors import DetectorInfo, detectors, looking_back
+from mithridate.report.figures.discrepancy_by_interval import along_intervals, interval_lines
 from mithridate.report.figures.drawing import (
     COLOURS,
     DASHES,
@@ -16,21 +16,21 @@ from mithridate.report.figures.drawing import (
     draw_mean,
     from_zero,
     legend,
-    over_seeds,
     panels,
     saved,
     style,
     title,
 )
-from mithridate.report.figures.scored import cell_of, mean_shown, quantity
+from mithridate.report.figures.scored import LOOKS as KIND_LOOKS
+from mithridate.report.figures.scored import cell_of, ends, quantity
 from mithridate.report.rows import Row
-from mithridate.report.scores import CLEAN, MOVED_NOW, MOVED_THEN, POISONED, WHERE, mean_moved, samples, strongest
+from mithridate.report.scores import CLEAN, MOVED_NOW, MOVED_THEN, POISONED, WHERE, mean_moved, strongest
 
 LOOKS = {
     MOVED_NOW: Look(COLOURS[5], DASHES[0], MARKERS[3]),
     MOVED_THEN: Look(COLOURS[4], DASHES[1], MARKERS[4]),
-    CLEAN: Look(COLOURS[1], DASHES[1], MARKERS[0]),
-    POISONED: Look(COLOURS[3], DASHES[0], MARKERS[1]),
+    CLEAN: KIND_LOOKS[CLEAN],
+    POISONED: KIND_LOOKS[POISONED],
 }
 NAMES = {
     MOVED_NOW: "by poison, model now (\u03b1)",
@@ -83,12 +83,7 @@ def answers_moved(rows: Sequence[Row]) -> Drawing | None:
         "the same sample before, for the current model, which the poison was made on, and for that of k epochs before "
         "the end of the burn-in. Right: distance between these two models' answers to one sample. Line: mean over "
         "seeds; band: from the lowest to the highest. Only who poisoned the samples can measure the left.",
-        alt="Line charts by backtracking interval. "
-        + " ".join(
-            f"{NAMES[kind]}: {line[first][0]:.3g} at k {first:g}, {line[last][0]:.3g} at k {last:g}."
-            for kind, line in lines.items()
-            for first, last in [(min(line), max(line))]
-        ),
+        alt="Line charts by backtracking interval. " + ends(lines, "k", NAMES),
     )
 
 
@@ -104,20 +99,8 @@ def moved_lines(row: Row, family: Sequence[DetectorInfo], phase: str) -> dict[st
         By kind; none where the runs did not store how far poisoning moved the answers.
     """
 
-    def over_k(mean: Callable[[Run, DetectorInfo], float | None]) -> dict[float, Band]:
-        return over_seeds(
-            {
-                info.interval: value
-                for info in family
-                if info.interval is not None and (value := mean(run, info)) is not None
-            }
-            for run in row.runs
-        )
+    def moved(which: str) -> dict[float, Band]:
+        return along_intervals(row, family, lambda run, info: mean_moved(run, info.key, which, phase))
 
-    lines = {
-        MOVED_NOW: over_k(lambda run, info: mean_moved(run, info.key, MOVED_NOW, phase)),
-        MOVED_THEN: over_k(lambda run, info: mean_moved(run, info.key, MOVED_THEN, phase)),
-        CLEAN: over_k(lambda run, info: mean_shown(info, samples(run, info.key, phase), CLEAN)),
-        POISONED: over_k(lambda run, info: mean_shown(info, samples(run, info.key, phase), POISONED)),
-    }
-    return lines if all(lines.values()) else {}
+    lines = {MOVED_NOW: moved(MOVED_NOW), MOVED_THEN: moved(MOVED_THEN), **interval_lines(row, family, phase)}
+    return {kind: lines[kind] for kind in NAMES} if all(lines.get(kind) for kind in NAMES) else {}

@@ -1,9 +1,10 @@
 """Mean Memorization Discrepancy against the backtracking interval k."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
+from mithridate.bench.store import Run
 from mithridate.report.detectors import DetectorInfo, detectors, looking_back
 from mithridate.report.figures.drawing import (
     Band,
@@ -74,9 +75,22 @@ def interval_lines(row: Row, family: Sequence[DetectorInfo], phase: str) -> dict
         phase: Whose samples.
     """
 
-    def curves(kind: str) -> Iterator[dict[float, float]]:
-        for run in row.runs:
-            means = {info.interval: mean_shown(info, samples(run, info.key, phase), kind) for info in family}
-            yield {k: mean for k, mean in means.items() if k is not None and mean is not None}
+    def line(kind: str) -> dict[float, Band]:
+        return along_intervals(row, family, lambda run, info: mean_shown(info, samples(run, info.key, phase), kind))
 
-    return {kind: line for kind in ScoredSamples._fields if (line := over_seeds(curves(kind)))}
+    lines = {kind: line(kind) for kind in ScoredSamples._fields}
+    return {kind: line for kind, line in lines.items() if line}
+
+
+def along_intervals(
+    row: Row, family: Sequence[DetectorInfo], mean: Callable[[Run, DetectorInfo], float | None]
+) -> dict[float, Band]:
+    """A number of detectors, by their backtracking interval k, over the seeds.
+
+    Args:
+        row: One cell.
+        family: Detectors that differ in their epoch alone.
+        mean: Of one run and detector; None where there is none.
+    """
+    curves = ({info.interval: mean(run, info) for info in family} for run in row.runs)
+    return over_seeds({k: m for k, m in curve.items() if k is not None and m is not None} for curve in curves)

@@ -274,24 +274,20 @@ def saved(figure: Figure, row: Row, name: str, *, heading: str, caption: str, al
         alt: What people who do not see it are told.
         attack: What its file name ends with, where each attack has its own figure.
     """
-    svg, png, pdf = rendered(figure)
-    return Drawing(
-        stem=file_stem(name, *row.group, attack),
-        subject=row.subject,
-        heading=heading,
-        caption=caption,
-        alt=alt,
-        svg=svg,
-        png=png,
-        pdf=pdf,
-    )
+    stem = file_stem(name, *row.group, attack)
+    return rendered(figure, stem=stem, subject=row.subject, heading=heading, caption=caption, alt=alt)
 
 
-def rendered(figure: Figure) -> tuple[str, bytes, bytes]:
+def rendered(figure: Figure, *, stem: str, heading: str, caption: str, alt: str, subject: str = "") -> Drawing:
     """A figure as SVG, PNG and PDF, without dates or versions, so that the same numbers give the same bytes.
 
     Args:
         figure: What was drawn; it is of no use afterwards.
+        stem: File name without ending; safe.
+        heading: What it shows.
+        caption: How to read it.
+        alt: What people who do not see it are told.
+        subject: The model and the data set; empty where a page is about one alone.
     """
     vector, raster, printed = io.BytesIO(), io.BytesIO(), io.BytesIO()
     nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -303,4 +299,6 @@ def rendered(figure: Figure) -> tuple[str, bytes, bytes]:
     FigureCanvasPdf(figure).print_pdf(printed, metadata=undated)  # type: ignore[no-untyped-call]  # matplotlib says no types
     figure.set_dpi(160)
     FigureCanvasAgg(figure).print_png(raster, metadata={"Software": None})  # type: ignore[no-untyped-call]  # nor here
-    return vector.getvalue().decode("utf-8"), raster.getvalue(), printed.getvalue()
+    return Drawing(
+        stem, subject, heading, caption, alt, vector.getvalue().decode(), raster.getvalue(), printed.getvalue()
+    )

@@ -72,24 +72,20 @@ def guarded_steps(records: Sequence[StepRecord]) -> Drawing | None:
     shown = {name: mark for name, mark in marks.items() if there.get(name, True)}
     if curves.keys() - {"refusals_in_a_row"}:
         figure.legend(list(shown.values()), list(shown), loc="outside upper left", ncols=3)
-    svg, png, pdf = rendered(figure)
     warm_up = (
         " Grey: the warm-up, in which the guard only watches; the axes are made for the steps after it."
         if any(r.warm_up for r in records)
         else ""
     )
-    return Drawing(
+    return rendered(
+        figure,
         stem="guarded-steps",
-        subject="",
         heading="Along the steps",
         caption="What each attempted step led to, on the trusted set. A refused step was taken back: the line goes on "
         "from the state before it, and its mark shows where it would have led, at an edge if that is beyond it, and at "
         f"the lower one if it was not measured.{warm_up}",
         alt=f"Line charts along the attempted steps of {' and '.join(PANELS[name][1] for name in curves)}; "
         f"{len(refused)} refused steps are marked.",
-        svg=svg,
-        png=png,
-        pdf=pdf,
     )
 
 

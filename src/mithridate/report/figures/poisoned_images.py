@@ -19,6 +19,12 @@ MAX_IMAGES = 6
 FACTORS = (0.5, 1, 2, 3, 5, 10, 20, 30, 50, 100)
 """Amplifications of a difference; 0.5 fits every difference of pixels in [0, 1]."""
 
+SIDE = 64
+"""Pixels that an image's longer side has at least, each of its own repeated equally often."""
+
+GAP = 6
+"""Transparent pixels between images."""
+
 PHASES = {"accumulative": "Accumulative phase", "trigger": "Trigger batch"}
 
 Pairs = Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
@@ -56,32 +62,26 @@ def amplification(largest: float) -> float:
     return max((factor for factor in FACTORS if factor * largest <= 0.5), default=FACTORS[0])
 
 
-def mosaic(
-    clean: NDArray[np.float32], poisoned: NDArray[np.float32], factor: float, *, side: int = 64, gap: int = 6
-) -> NDArray[np.float32]:
+def mosaic(clean: NDArray[np.float32], poisoned: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
     """Three rows of images side by side: clean, poisoned, mid-grey + factor * difference.
 
     Args:
         clean: (n, c, h, w) in [0, 1], c = 1 or 3; of other images the mean over the channels is shown.
         poisoned: (n, c, h, w) in [0, 1], the same images after poisoning.
         factor: Amplification of the difference.
-        side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
-        gap: Transparent pixels between images.
 
     Returns:
         (height, width, 4) in [0, 1]: red, green, blue and opacity.
     """
-    return stacked([clean, poisoned, 0.5 + factor * (poisoned - clean)], side=side, gap=gap)
+    return stacked([clean, poisoned, 0.5 + factor * (poisoned - clean)])
 
 
-def stacked(rows: Sequence[NDArray[np.float32]], *, side: int = 64, gap: int = 6) -> NDArray[np.float32]:
+def stacked(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Rows of images, side by side and above each other.
 
     Args:
         rows: (n, c, h, w) each, pixels outside [0, 1] shown as the nearest inside; c = 1 or 3; of other images the mean
             over the channels is shown.
-        side: Each image's longer side has at least so many pixels, every pixel repeated equally often.
-        gap: Transparent pixels between images.
 
     Returns:
         (height, width, 4) in [0, 1]: red, green, blue and opacity.
@@ -91,12 +91,12 @@ def stacked(rows: Sequence[NDArray[np.float32]], *, side: int = 64, gap: int = 6
         shown = np.clip(np.nan_to_num(images), 0, 1)
         if shown.shape[1] != 3:
             shown = np.repeat(shown.mean(axis=1, keepdims=True), 3, axis=1)
-        times = max(1, -(-side // max(shown.shape[2:])))
+        times = max(1, -(-SIDE // max(shown.shape[2:])))
         shown = shown.repeat(times, axis=2).repeat(times, axis=3)
         opaque = np.concatenate([shown, np.ones_like(shown[:, :1])], axis=1)
-        padded = np.pad(opaque, ((0, 0), (0, 0), (0, gap), (0, gap)))
+        padded = np.pad(opaque, ((0, 0), (0, 0), (0, GAP), (0, GAP)))
         strips.append(np.concatenate(list(padded.transpose(0, 2, 3, 1)), axis=1))
-    return np.concatenate(strips, axis=0)[:-gap, :-gap].astype(np.float32)
+    return np.concatenate(strips, axis=0)[:-GAP, :-GAP].astype(np.float32)
 
 
 def draw_tiles(ax: Axes, tiles: NDArray[np.float32], labels: Sequence[str]) -> None:

@@ -61,21 +61,17 @@ def quarantined_images(entry: Quarantined, arrays: Mapping[str, NDArray[Any]], *
         if number < len(shown):
             ax.imshow(stacked([shown[number : number + 1]]), interpolation="none")
             ax.set_title(_label(number, classes, entry.scores), fontsize=7.5, pad=2)
-    svg, png, pdf = rendered(figure)
     above = ["its target" if classes else "", "its score" if entry.scores else ""]
     which = counted(len(shown), "sample") if len(shown) == len(images) else f"the first {len(shown)} of {len(images)}"
     words = " and ".join(filter(None, above))
     why = one_line(f"{entry.verdict}: {entry.reason}").rstrip(".")
     caption = f"{why}. Shown: {which} of {entry.id}{f'; above each {words}' if words else ''}. {unit}"
-    return Drawing(
+    return rendered(
+        figure,
         stem=file_stem("quarantined", entry.id),
-        subject="",
         heading=f"Attempt {entry.attempt}",
         caption=f"{caption[:1].upper()}{caption[1:]}".strip(),
         alt=f"{counted(len(shown), 'image')} of the batch that was put into quarantine at attempt {entry.attempt}.",
-        svg=svg,
-        png=png,
-        pdf=pdf,
     )
 
 

@@ -70,10 +70,16 @@ def seeds_of(row: Row) -> str:
     return f"seeds {seeds(row.runs)} (n = {len(row.runs)})"
 
 
-def ends(lines: Mapping[str, Line], axis: str) -> str:
-    """First and last mean of each line in words."""
+def ends(lines: Mapping[str, Line], axis: str, names: Mapping[str, str] = NAMES) -> str:
+    """First and last mean of each line in words.
+
+    Args:
+        lines: By kind.
+        axis: What goes across.
+        names: Of the kinds, in words.
+    """
     return " ".join(
-        f"{NAMES[kind]}: {line[first][0]:.3g} at {axis} {first:g}, {line[last][0]:.3g} at {axis} {last:g}."
+        f"{names[kind]}: {line[first][0]:.3g} at {axis} {first:g}, {line[last][0]:.3g} at {axis} {last:g}."
         for kind, line in lines.items()
         for first, last in [(min(line), max(line))]
     )

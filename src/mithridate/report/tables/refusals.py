@@ -73,6 +73,7 @@ def reasons_table(by_rank: Mapping[int, Sequence[Logged]]) -> TableSection:
         "Reasons that differ in their figures alone are one row, with the figures of the first time. First, last: "
         "attempted steps.",
         bold=2,
+        about="rank",
     ).filled(lines)
 
 

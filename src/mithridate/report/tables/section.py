@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from mithridate.report.wording import markdown_safe, spreadsheet_safe
 
@@ -34,12 +35,12 @@ class TableSection:
         heading: Its heading.
         intro: What the table shows, above it.
         head: The headings of its columns.
-        rows: Its rows by what they are about (`Row.subject`, which is written only if there are several), each as long
-            as `head`, as text.
+        rows: Its rows by what they are about (which is written only if that differs), each as long as `head`, as text.
         note: Said below it; nothing if empty.
         names: How many columns on the left hold names, which are set to the left; numbers are set to the right.
         line: The column whose change draws a line between rows; None draws none.
         bold: The column that the eye should find; None for none.
+        about: What rows are about, as the heading of a column.
     """
 
     id: str
@@ -51,6 +52,7 @@ class TableSection:
     names: int = 2
     line: int | None = None
     bold: int | None = None
+    about: str = "model and data set"
 
     @property
     def empty(self) -> bool:
@@ -68,24 +70,27 @@ class TableSection:
             rows.setdefault(subject, []).append(list(line.values()))
         return replace(self, head=list(cells[0][1]) if cells else (), rows=rows)
 
+    @property
+    def flat(self) -> "TableSection":
+        """The table with what its rows are about as the first column, where that differs."""
+        if len(self.rows) < 2:
+            return self
+        rows = [[subject, *row] for subject, rows in self.rows.items() for row in rows]
+        return replace(self, head=[self.about, *self.head], rows={"": rows}, names=self.names + 1)
+
     def csv(self) -> str:
         """The table as CSV, its cells as people read them; no spreadsheet evaluates one."""
-        several = len(self.rows) > 1
-        text = io.StringIO()
+        table, text = self.flat, io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*(["model and data set"] if several else []), *self.head])
-        for subject, rows in self.rows.items():
-            writer.writerows(map(spreadsheet_safe, (*([subject] if several else []), *row)) for row in rows)
+        writer.writerow(table.head)
+        for rows in table.rows.values():
+            writer.writerows(map(spreadsheet_safe, row) for row in rows)
         return text.getvalue()
 
     def markdown(self) -> str:
         """The table for GitHub, without heading and words."""
-        several = len(self.rows) > 1
-        return markdown_table(
-            [*(["model and data set"] if several else []), *self.head],
-            [(*([subject] if several else []), *row) for subject, rows in self.rows.items() for row in rows],
-            names=self.names + several,
-        )
+        table = self.flat
+        return markdown_table(table.head, chain.from_iterable(table.rows.values()), names=table.names)
 
 
 def markdown(tables: Iterable[TableSection]) -> str:
