@@ -13,6 +13,7 @@ from typer.main import get_command
 from mithridate.bench.store import read_runs
 from mithridate.cli import app as cli
 from mithridate.core.descriptions import described_fields
+from mithridate.core.files import locked
 from mithridate.core.names import built_in
 from mithridate.core.plugins import offered
 from mithridate.core.registry import KINDS, Kind, entries
@@ -309,6 +310,16 @@ def test_the_demo_is_the_shipped_recipe_and_goes_on_by_itself(monkeypatch: pytes
     assert out == Path("here")
     assert options["resume"] is True
     assert options["jobs"] == 1, "it takes no more cores than it may use"
+
+
+def test_a_second_demo_in_the_same_folder_is_refused_and_leaves_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "run_and_report", lambda *args, **options: pytest.fail("it ran"))
+    with locked(Path("here") / ".demo.lock"):
+        second = invoke("demo", "--out", "here")
+    assert second.code == 2
+    assert "another process is at work in here" in second.err
 
 
 # Mistakes: exit code 2, one message, nothing written.

@@ -36,6 +36,7 @@ from mithridate.cli.results import end_with, report_on, report_on_guard
 from mithridate.cli.run import run_and_report, shipped_recipe
 from mithridate.cli.terminal import take_any_text
 from mithridate.core.errors import ConfigError
+from mithridate.core.files import locked
 
 app = typer.Typer(
     name="mithridate",
@@ -98,8 +99,9 @@ def demo(
 
     jobs = jobs or min(2, cores())
     use_threads(threads, jobs=jobs)
-    run_and_report(shipped_recipe("demo.toml"), out_dir, cache=cache, device="cpu", resume=True, jobs=jobs)
-    tell_story(out_dir)
+    with locked(out_dir / ".demo.lock", timeout=0):  # a second demo would take runs away from the first one's story
+        run_and_report(shipped_recipe("demo.toml"), out_dir, cache=cache, device="cpu", resume=True, jobs=jobs)
+        tell_story(out_dir)
     if show:
         open_page(out_dir / "report.html")
 
