@@ -127,7 +127,7 @@ def test_one_graph_serves_later_batches_and_a_model_that_moves(
 def test_what_decides_the_step_decides_the_graph(graphs: list[fx.GraphModule]) -> None:
     """Size, precision, pieces, criterion, how targets are meant: each a graph of its own, however they alternate."""
     model, (x, y) = net().float(), batch()
-    x, box = x.float(), by_targets(WhiteBox(model, F.cross_entropy))
+    x, box = x.float(), by_targets(WhiteBox(model, F.cross_entropy), "kl")
     probabilities = torch.softmax(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), 1)
     cases: list[tuple[Tensor, dict[str, Any]]] = [
         (y, {"box": box}),
@@ -144,7 +144,7 @@ def test_what_decides_the_step_decides_the_graph(graphs: list[fx.GraphModule]) -
     ]
     assert len(graphs) == len(cases)
     assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
-    again = by_targets(WhiteBox(model, F.cross_entropy))
+    again = by_targets(WhiteBox(model, F.cross_entropy), "kl")
     same_slope(model, x, y, normalise="none", box=again)
     assert len(graphs) == len(cases)
 

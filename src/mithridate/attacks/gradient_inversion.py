@@ -43,7 +43,7 @@ class GradientInversion(Phased, Iterated):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Bring the gradient of the whole batch, clean samples included, to the wanted one."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         with box.objective(self.craft_mode, self.precision) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk

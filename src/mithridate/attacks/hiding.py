@@ -106,7 +106,7 @@ def discrepancy_gradient(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int |
         Zhu et al., ICML 2023, Eq. (21), the term "keep imperceptibility".
     """
     answers = old.logits(box.module, x).softmax(1).detach()
-    with by_targets(box).objective("eval") as objective:
+    with by_targets(box, "kl").objective("eval") as objective:
         return gradient(objective, box.parameters, x, answers, chunk=chunk)
 
 

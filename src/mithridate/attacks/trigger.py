@@ -159,7 +159,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
     @contextmanager
     def round(self, view: View, rng: Generator) -> Iterator[CraftingRound]:
         """What this round looks at, with the model in the craft mode."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters = box.parameters
         trigger_y = targets(self.loss, box, view.clean_trigger, self.craft_mode)
         old = self.hidden_from(view)

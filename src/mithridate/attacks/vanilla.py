@@ -45,7 +45,7 @@ class Vanilla(Iterated):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Descend <grad L(S_val), grad L(P(S_T))>, Eq. (6)."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         with box.objective(self.craft_mode, self.precision) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk
