@@ -1112,6 +1112,24 @@ def test_a_users_own_module_runs(federation: Federation, attack: UpdateAttack) -
     assert not torch.equal(model.scale, torch.ones(64))
 
 
+@pytest.mark.parametrize("rule", [None, {"name": "median"}], ids=["mean", "median"])
+@pytest.mark.parametrize("many", [(), (3,)], ids=["a number", "many labels"])
+def test_targets_may_be_numbers_of_any_shape(many: tuple[int, ...], rule: dict[str, Any] | None) -> None:
+    """Of honest clients and hostile ones: a sample's targets stay together wherever clients' samples are joined."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 6)).astype(np.float32), (rng.random((80, *many)) < 0.5).astype(np.float32)
+    federation = federate(Stream.from_arrays(x, y, victim=40), Shards(clients=5), seed=0)
+    run = FederatedRun(rounds=1, lr=0.05, rule=rule)
+    model = nn.Linear(6, 3) if many else nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+    criterion = F.binary_cross_entropy_with_logits if many else F.mse_loss
+    _, data = federation.round(0, run)
+    before = criterion(model(data.x.flatten(0, 1)), data.y.flatten(0, 1)).item()
+    learner = Learner(model, victim_optimiser(model, run), criterion=criterion)
+    outcome = run_federated(learner, federation, SignFlip(poison_ratio=0.4), run)
+    assert [row["admitted"] for row in outcome.trace[1:]] == [True, True]
+    assert outcome.trace[1]["batch_loss"] == pytest.approx(before, rel=1e-5)
+
+
 def test_an_online_learner_is_the_federation_of_one_client(stream: Stream, server: NewLearner) -> None:
     """One client that brings the whole victim part in a round: an online step on it, with BatchNorm in eval mode."""
     settings = dataclasses.replace(stream.settings, batch_size=100)

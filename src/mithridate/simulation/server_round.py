@@ -68,7 +68,7 @@ class SampleNotes:
             if len(labels) == 0:
                 continue
             with self.watched() as by_layer:
-                loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten())
+                loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten(0, 1))
             self.add(by_layer, loss.expand(len(labels)), labels.shape[1])
 
     def buffers(self, x: Tensor) -> dict[str, Tensor]:
