@@ -121,7 +121,7 @@ def trigger_ascent(
     normalise: Normalise,
     chunk: int | None = None,
 ) -> Tensor:
-    """d/dx_T <u, G(x_T)>, where G = grad_theta product(g_val, g_tri(x_T)): how the trigger's pixels move H_t.
+    """d/dx_T <u, G(x_T)>, where G = grad_theta <unit(g_val), unit(g_tri(x_T))>: how the trigger's pixels move H_t.
 
     <u, G> is the derivative of the product along `u`. With b = g_tri(x_T), h = Hessian_tri(x_T) u, a' = Hessian_val u
     it is q(b, h) = <dP/da, a'> + <dP/db, h>, so the chain rule needs one mixed partial (along dq/db) and one of the

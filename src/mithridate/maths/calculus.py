@@ -526,17 +526,13 @@ def unit(a: Parameters, normalise: Normalise) -> Parameters:
     return {name: _divide(t, norms[name]) for name, t in a.items()}
 
 
-def product(a: Parameters, b: Parameters, normalise: Normalise) -> Tensor:
-    """<a, b> of the two after `unit`: an inner product, a cosine, or a sum of one cosine a tensor."""
-    return inner(unit(a, normalise), unit(b, normalise))
-
-
 def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Parameters:
     """Derivative in `a` of <unit(a), w>, with `w` fixed and taken as it is.
 
     Args:
         a: A gradient.
-        w: The direction it is compared with, shaped alike; `unit(b, normalise)` gives the derivative of `product`.
+        w: The direction it is compared with, shaped alike; with `unit(b, normalise)` the product is a cosine (`global`),
+            or a sum of one cosine a tensor (`tensor`).
         normalise: How `unit` divides `a`.
 
     Returns:
@@ -554,7 +550,7 @@ def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Pa
 
 
 def product_gradient(first: Curved, second: Curved, *, normalise: Normalise) -> Parameters:
-    """grad_theta of product(grad_theta L(first), grad_theta L(second)): G_t of Algorithm 1.
+    """grad_theta of <unit(grad_theta L(first)), unit(grad_theta L(second))>: G_t of Algorithm 1.
 
     By the chain rule it is two Hessian-vector products, one a batch, along the derivative of the product in that
     batch's gradient.
