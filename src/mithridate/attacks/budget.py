@@ -19,7 +19,7 @@ from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.ascent import Keep, Optimiser, StepSchedule, climb
 from mithridate.maths.calculus import Normalise, Parameters, Slope
-from mithridate.maths.norms import Ball, Norm
+from mithridate.maths.norms import Ball, Norm, by_row
 
 Eps = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -162,7 +162,7 @@ class Iterated(Sighted, ABC):
         """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
         if self.random_start:
             drawn = domain.clamp(x + self.ball.sample(x, rng))
-            return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), drawn, x)
+            return torch.where(by_row(mask, x), drawn, x)
         return nudged(x, self.ball, mask, domain, rng) if self.loss == "kl" else x
 
     def climb(

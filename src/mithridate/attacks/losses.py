@@ -12,7 +12,7 @@ from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import BatchNormMode, Criterion, WhiteBox
 from mithridate.maths.margin import margin
-from mithridate.maths.norms import Ball
+from mithridate.maths.norms import Ball, by_row
 
 Loss = Literal["ce", "kl", "cw"]
 """`ce`: the victim's own criterion; `kl`: divergence from the model's answer to the clean sample; `cw`: the margin."""
@@ -109,4 +109,4 @@ def nudged(x: Tensor, ball: Ball, mask: Tensor, domain: Domain, rng: Generator) 
     """
     noise = NUDGE * torch.randn(x.shape, generator=rng, dtype=x.dtype).to(x.device)
     moved = domain.clamp(x + ball.project(noise))
-    return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), moved, x)
+    return torch.where(by_row(mask, x), moved, x)

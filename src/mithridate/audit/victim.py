@@ -180,8 +180,7 @@ class Victim:
     @cached_property
     def beginning(self) -> str:
         """A hash of the model and the stream."""
-        tensors = {f"parameter.{n}": t for n, t in self.begin.parameters.items()}
-        tensors |= {f"buffer.{n}": t for n, t in self.begin.buffers.items()}
+        tensors = Weights(self.begin.parameters, self.begin.buffers).named()
         return tensors_digest(tensors | _tensors({f"batch{i}": b for i, b in enumerate(self.samples.batches)}))
 
     @cached_property

@@ -164,7 +164,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[W
         put_weights(model, old)
         return WhiteBox(model, F.cross_entropy), None
     config = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
-    seed = (cell.seed if recipe.burn_in.seed is None else recipe.burn_in.seed) + how.seed_offset
+    seed = cell.burn_in_seed + how.seed_offset
     model = build_model(config, context.stream.info, seed=seed).to(context.device)
     own = burn_in(
         model,
@@ -179,9 +179,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[W
 
 
 def _model(cell: Cell, context: RunContext) -> nn.Module:
-    seed = cell.recipe.burn_in.seed
-    fresh = build_model(cell.recipe.model, context.stream.info, seed=cell.seed if seed is None else seed)
-    return fresh.to(context.device)
+    return build_model(cell.recipe.model, context.stream.info, seed=cell.burn_in_seed).to(context.device)
 
 
 def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: RunContext) -> Learner:

@@ -102,6 +102,12 @@ class Cell:
         """The name of its directory."""
         return run_id(self.attack.label, self.defence.label, self.seed, variant=self.recipe.variant)
 
+    @property
+    def burn_in_seed(self) -> int:
+        """What the burn-in draws from."""
+        seed = self.recipe.burn_in.seed
+        return self.seed if seed is None else seed
+
     def config(self) -> Table:
         """The resolved settings, itself a valid recipe of this one run."""
         r = self.recipe

@@ -198,8 +198,7 @@ def prepared_key(cell: Cell) -> str:
 def burn_in_shared(cell: Cell) -> str:
     """A hash that is the same for cells that surely share a burn-in; others may, by what the cache knows."""
     config = cell.config()
-    seed = cell.seed if cell.recipe.burn_in.seed is None else cell.recipe.burn_in.seed
-    return _hash([config["data"], config["model"], config["burn_in"], seed])
+    return _hash([config["data"], config["model"], config["burn_in"], cell.burn_in_seed])
 
 
 def _samples_settings(recipe: Recipe) -> str:

@@ -100,6 +100,20 @@ class Weights:
         """The parameters and buffers of a model as it is now; they share its memory."""
         return cls(dict(module.named_parameters()), dict(module.named_buffers()), label)
 
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor], label: str = "") -> "Weights":
+        """What `named` gave as weights again; tensors of other names are passed over."""
+        parameters, buffers = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("parameter.", "buffer.")
+        )
+        return cls(parameters, buffers, label)
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by one name each: `parameter.NAME` and `buffer.NAME`."""
+        parameters = {f"parameter.{name}": t for name, t in self.parameters.items()}
+        return parameters | {f"buffer.{name}": t for name, t in self.buffers.items()}
+
     def copied(self) -> "Weights":
         """A copy that shares no memory."""
         parameters, buffers = (

@@ -531,8 +531,8 @@ def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Pa
 
     Args:
         a: A gradient.
-        w: The direction it is compared with, shaped alike; with `unit(b, normalise)` the product is a cosine (`global`),
-            or a sum of one cosine a tensor (`tensor`).
+        w: The direction it is compared with, shaped alike. If it is `unit(b, normalise)`, the product is a cosine
+            (`global`), or a sum of one cosine a tensor (`tensor`).
         normalise: How `unit` divides `a`.
 
     Returns:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from mithridate.core.model import Criterion
+from mithridate.maths.norms import by_row
 from mithridate.simulation.per_client.layers import (
     Recorded,
     kernel_offsets,
@@ -157,11 +158,7 @@ class _Product(NamedTuple):
     def sum(self, factors: Tensor | None) -> Tensor:
         """The sum over clients, each times its factor."""
         layer = self.layer
-        grad_output = (
-            self.grad_output
-            if factors is None
-            else self.grad_output * factors.view(-1, *[1] * (self.grad_output.ndim - 1))
-        )
+        grad_output = self.grad_output if factors is None else self.grad_output * by_row(factors, self.grad_output)
         if isinstance(layer, nn.Linear):
             return torch.mm(grad_output.flatten(0, -2).T, self.inputs.flatten(0, -2))
         a, g = self.inputs.flatten(0, 1), grad_output.flatten(0, 1)
