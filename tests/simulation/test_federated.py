@@ -1037,7 +1037,7 @@ def test_foreign_statistics_are_refused_before_the_step(server: NewLearner) -> N
     ("run", "message"),
     [
         ({"per_round": 11}, "11 of 10 clients asked for"),
-        ({"local_batch": 11}, r"local_batch = 11, and a client of round 0 holds 10 images"),
+        ({"local_batch": 11}, r"local_batch = 11, and a client of round 0 holds 10 samples"),
     ],
     ids=str,
 )
@@ -1057,7 +1057,7 @@ def test_a_later_round_that_asks_for_too_much_is_found_at_the_start(stream: Stre
     first = next(r for r in range(31) if 7 in federation.round(r, dataclasses.replace(run, local_batch=1))[0])
     assert first > 0
     learner = server(run)
-    with pytest.raises(DataError, match=f"a client of round {first} holds 2 images"):
+    with pytest.raises(DataError, match=f"a client of round {first} holds 2 samples"):
         run_federated(learner, federation, CleanUpdates(), run)
     assert learner.step == 0
 

@@ -101,7 +101,8 @@ class Prepared:
 
     Args:
         burned: The victim's burn-in.
-        surrogate: What an attacker without access to the victim's model crafts on; of one cell, see `with_surrogate`.
+        surrogate: What an attacker without access to the victim's model crafts on; None until `with_surrogate` adds
+            that of a cell.
         scorers: Detectors, fitted to the model as the burn-in left it.
         surrogate_burned: The surrogate's own burn-in; None if it had none.
     """
@@ -120,8 +121,10 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         context: What all cells of the recipe share.
 
     Raises:
+        CheckpointError: The file of a finished model does not fit.
         ConfigError: The burn-in keeps no checkpoint that a detector needs.
         DataError: There are too few clean samples for a detector.
+        WriteError: The cache cannot be written to.
     """
     recipe = cell.recipe
     burned = burn_in(

@@ -136,7 +136,7 @@ class Recipe:
 
     Args:
         title: One line.
-        data: Which images, in what portions.
+        data: Which samples, in what portions.
         model: Settings of the architecture; has `build(info, seed=...)`.
         burn_in: Training before the stream.
         attacks: One row of the grid each.
@@ -183,7 +183,7 @@ class Recipe:
         return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
 
     def each(self) -> Sequence["Recipe"]:
-        """The variants, each a recipe by itself; this one if there are no several."""
+        """The variants, each a recipe by itself; this one alone where no grid makes any."""
         return self.variants or [self]
 
     def cells(self) -> Iterator[Cell]:

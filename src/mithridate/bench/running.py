@@ -60,6 +60,7 @@ def run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str,
 
     Raises:
         WriteError: The file system refuses.
+        UserError: What calibration, attack, defence or the loop itself can raise.
     """
     cell, directory, run = place.cell, place.directory, place.cell.recipe.run
     here = environment(context.device, code=_foreign_code(cell))

@@ -31,7 +31,7 @@ from mithridate.training.burn_in import burn_in
 
 @dataclass(frozen=True)
 class Terms:
-    """What the same cells are run under in whatever process.
+    """How cells are run, the same in every process.
 
     Args:
         out: Directory of the store, absolute.
@@ -222,7 +222,9 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
             (cell.defence.label, cell.defence.component.needs),
         ):
             for need in needs & empty:
-                raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
+                raise DataError(
+                    f"{label} needs the {need}, and [data] {need.name.lower()} has no sample; give it some."
+                )
 
 
 def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:

@@ -60,6 +60,9 @@ class Attack(Component, ABC):
             view: What the attack declared.
             mask: (n,) bool, the samples that may change.
             rng: The only source of randomness.
+
+        Returns:
+            Shaped like `batch.x`, inside the ball and the domain; rows that may not change are put back by the caller.
         """
 
     def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:

@@ -40,7 +40,7 @@ def observe(module: nn.Module, batches: Iterable[AnyBatch]) -> Observed:
     finally:
         handle.remove()
     if not logits:
-        raise DataError("no clean samples to look at: give the training batches at least one image ([data] burn_in).")
+        raise DataError("no clean samples to look at: give the training batches at least one sample ([data] burn_in).")
     if [f.ndim for f in features] != [2] * len(logits) or list(map(len, features)) != list(map(len, logits)):
         raise ConfigError(
             f"the last nn.Linear of {type(module).__name__} is not fed one vector a sample, once a batch, so its input "

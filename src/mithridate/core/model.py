@@ -126,6 +126,9 @@ def answering(module: nn.Module, precision: Precision = "float32") -> Iterator[A
     Args:
         module: The model; it is as it was after the block.
         precision: Of the passes; logits come in float32.
+
+    Raises:
+        ConfigError: The model is of a kind whose parameters cannot be replaced.
     """
     _apart(module, {})  # of a kind whose parameters cannot be replaced, it says so
     with frozen_statistics(module, "eval", once=True), no_draws(module):
@@ -249,8 +252,9 @@ def check_labels(logits: Tensor, y: Tensor, *, where: str) -> None:
     """Refuse class numbers that a model has no output for.
 
     Args:
-        logits: (n, classes); of another shape nothing is checked.
-        y: (n,) int64; of another kind nothing is checked.
+        logits: (n, classes) or (n, positions, classes).
+        y: (n,) or (n, positions) int64, `IGNORED` ones left out; targets that are no class numbers of such a model
+            (`names_classes`) are not looked at.
         where: Named in the message.
 
     Raises:
@@ -326,6 +330,9 @@ class WhiteBox:
             mode: `eval` uses BatchNorm's running statistics, `train` those of the batch.
             parameters: Trainable ones to use in place of the model's.
             precision: Of the pass; the logits come in float32.
+
+        Raises:
+            ConfigError: The model gives no logits (see `answer`).
         """
         device = next(self.module.parameters(), torch.empty(0)).device
         with frozen_statistics(self.module, mode), no_draws(self.module), passes_in(precision, device):
@@ -384,7 +391,11 @@ class PureLoss:
             parameters: By name; buffers may stand among them.
             x: Inputs (n, ...).
             y: Targets (n, ...).
-            look: Refuse targets that do not fit, if they have not been looked at yet; a value is read for it.
+            look: Refuse targets that do not fit, if they have not been looked at yet; a GPU is waited for then.
+
+        Raises:
+            DataError: Targets do not fit the model or the criterion.
+            ConfigError: The model gives no logits, or the criterion no scalar.
         """
         with no_draws(self.box.module), passes_in(self.precision, x.device):
             logits = answer(self.box.module, x, parameters)
@@ -398,7 +409,16 @@ class PureLoss:
 
     @torch.no_grad()
     def look_at(self, parameters: Parameters, x: Tensor, y: Tensor) -> None:
-        """Refuse targets that do not fit the model or the criterion, if they have not been looked at yet."""
+        """Refuse targets that do not fit the model or the criterion, if they have not been looked at yet.
+
+        Args:
+            parameters: By name.
+            x: Inputs (n, ...).
+            y: Targets (n, ...).
+
+        Raises:
+            DataError: They do not fit.
+        """
         if not self._has_seen(y):
             self(parameters, x, y)
 
@@ -414,7 +434,12 @@ def _place(t: Tensor) -> tuple[int, torch.Size, int]:
 
 
 def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """Passes through a model in the given precision, inside the block."""
+    """Passes through a model in the given precision, inside the block.
+
+    Args:
+        precision: `tf32` changes nothing on a CPU.
+        device: Where the model lies.
+    """
     if precision != "bfloat16":
         return _rounding(precision, device)
     # Without a cache: what a parameter was cast to in one pass carries that pass's graph, or its dual part.
@@ -518,7 +543,7 @@ def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
 def frozen_statistics(module: nn.Module, mode: BatchNormMode, *, once: bool = False) -> Iterator[None]:
     """Put a model in eval or train mode without letting it record; every flag and buffer comes back as it was.
 
-    In eval mode BatchNorm is computed with the layer before it where it can be (`folding`), which rounds otherwise.
+    In eval mode BatchNorm is computed with the layer before it where it can be (`folding`), which rounds differently.
 
     Args:
         module: The model.

@@ -71,8 +71,9 @@ class Tolerance:
         max_accuracy_drop: By how much the accuracy of the worst class may fall, a fraction, >= 0; `inf` is off. One
             sample of a class of n is 1/n, so a limit below that refuses any lost sample. Classes without samples are
             left out.
-        level: Of a paired test, in [0, 1): refused is what two equally good models would show at this rate or less, in
-            all samples, or in one class at the level divided by the number of classes. 0 is off.
+        level: Significance level of a paired test, in [0, 1): a step is refused if two equally good models would look
+            so different at this rate or less, on all samples, or on those of one class at the level divided by the
+            number of classes. 0 is off.
         test: `flips`: samples that were right are now wrong, more of them than the other way round (McNemar's exact
             test, one-sided): at 0.01, seven lost and none won, whatever the number of samples. `chances`: the
             probability of the right answer has fallen, on average (Student's t of the differences, one-sided), which

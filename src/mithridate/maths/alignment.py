@@ -37,12 +37,15 @@ def turn_towards(
     Args:
         objective: The loss, a pure function.
         parameters: Where to differentiate.
-        x: Pixels (n, c, h, w).
-        y: Labels (n,).
+        x: Inputs (n, ...).
+        y: Targets (n, ...).
         w: The wanted direction, shaped like the parameters.
         normalise: How `unit` divides the gradient; `none` needs no gradient at `x` and costs a pass less.
         chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper if `normalise` asks
             for the gradient (`calculus`). See `calculus.gradient`.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "Compute H_t" and its gradient in the pixels.
@@ -80,11 +83,14 @@ def approach(
     Args:
         objective: The loss, a pure function.
         parameters: Where to differentiate.
-        x: Pixels (n, c, h, w).
-        y: Labels (n,).
+        x: Inputs (n, ...).
+        y: Targets (n, ...).
         wanted: A gradient, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper. See
             `calculus.gradient`.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Inversion of a gradient: Bouaziz, El-Mhamdi and Usunier, arXiv:2410.21453.
@@ -131,7 +137,7 @@ def trigger_ascent(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         validation: The loss on S_val.
-        trigger: Pixels and labels of the trigger.
+        trigger: Inputs and targets of the trigger.
         at_trigger: The loss on the trigger.
         u: A fixed direction, shaped like the parameters.
         normalise: How the two gradients enter their product.
@@ -139,6 +145,9 @@ def trigger_ascent(
 
     Returns:
         A tensor shaped like the trigger's pixels.
+
+    Raises:
+        NoDerivativeError: Torch has no third derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "update P(S_T)", read literally: H_t is not stopped at G_t.

@@ -79,7 +79,7 @@ class Curved:
 
 
 class NoDerivativeError(RuntimeError):
-    """Torch has no second derivative of the loss, neither in forward mode nor by double backward."""
+    """Torch has no second or third derivative of the loss, neither in forward mode nor by double backward."""
 
 
 _NO_FORWARD_MODE: WeakSet[Objective] = WeakSet()
@@ -233,7 +233,7 @@ def _hessian_at_once(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs, all computed at once.
-        y: Labels.
+        y: Targets.
         v: The direction.
         graph: Of the gradient, if there is one.
         again: Whether the graph is kept.
@@ -298,7 +298,7 @@ def gradient(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         chunk: Samples computed at a time (bounds memory); None for all at once. Exact only where the samples do not see
             each other, that is not with BatchNorm in train mode.
 
@@ -322,12 +322,15 @@ def hessian_vector_product(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         v: The direction, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         One tensor a parameter, detached.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
     """
 
     def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
@@ -345,9 +348,12 @@ def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         chunk: Samples computed at a time; None for all at once. If all are, the graph of the gradient is kept for the
             product with the Hessian as long as the result lives. See `gradient` for its limits.
+
+    Raises:
+        NoDerivativeError: (from `curvature`) torch has no second derivative of the loss.
     """
     if (chunk is None or len(x) <= chunk) and (graph := _graph(objective, parameters, x, y)) is not None:
         return Curved(
@@ -360,7 +366,14 @@ def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *
 
 
 def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Slope:
-    """The mean loss, and its gradient in the inputs."""
+    """The mean loss, and its gradient in the inputs.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: At which it is differentiated; constants here.
+        x: Inputs (n, ...), all computed at once.
+        y: Targets (n, ...).
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(_detached(parameters), x, y)
@@ -376,7 +389,7 @@ def slope_of_gradient(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...), all computed at once.
-        y: Labels (n,).
+        y: Targets (n, ...).
         f: A differentiable function of a parameter gradient, a scalar.
 
     Returns:
@@ -407,9 +420,12 @@ def derivative_along(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         v: A fixed direction, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: H_t and its gradient in the pixels of the accumulative batch.
@@ -461,13 +477,16 @@ def mixed_partial_of_curvature(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         u: First direction, shaped like the parameters.
         v: Second direction, shaped like the parameters; the result is symmetric in the two.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         A tensor shaped like `x`.
+
+    Raises:
+        NoDerivativeError: Torch has no third derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.

@@ -1,4 +1,4 @@
-"""Balls for perturbed images and bounds for updates, in the l-infinity and l2 norms."""
+"""Balls for perturbed inputs and bounds for updates, in the l-infinity and l2 norms."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -37,11 +37,11 @@ def shrink(lengths: Tensor, bound: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Ball:
-    """The perturbations that an attack may use on one image.
+    """The perturbations that an attack may use on one sample.
 
     Args:
-        norm: `linf` (largest change of a pixel) or `l2` (Euclidean length over all pixels).
-        eps: Radius, in pixel units of [0, 1]; >= 0.
+        norm: `linf` (largest change of a value) or `l2` (Euclidean length over all values).
+        eps: Radius, in the unit of the inputs (of images: pixels in [0, 1]); >= 0.
     """
 
     norm: Norm

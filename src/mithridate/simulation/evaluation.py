@@ -105,6 +105,10 @@ class Evaluation:
 def require_evaluation(test: Part, run: EvaluationSettings) -> None:
     """Refuse a subset that is larger than the test part.
 
+    Args:
+        test: The test part.
+        run: Says how large the subset is.
+
     Raises:
         ConfigError: It is; says how large it may be.
     """

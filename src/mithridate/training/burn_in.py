@@ -56,7 +56,7 @@ class BurnIn:
 
     Args:
         epochs: Passes over the burn-in part; 0 leaves the model as initialised.
-        batch_size: Images a step.
+        batch_size: Samples a step.
         lr: Learning rate of SGD at the first step, in (0, 1e6).
         schedule: How the learning rate falls, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a
             straight line, from `lr` to 0), `steps` (see `lower_after`), or `constant`.

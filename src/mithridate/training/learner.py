@@ -130,8 +130,8 @@ class Learner(DefendedStep):
         """Learn from one batch: a defended step.
 
         Samples with NaN or infinity, outside the domain, with a class number that the model has no output for, or with
-        targets outside [0, 1] where the criterion (cross-entropy of torch) reads probabilities, never
-        reach the defence or the model: they are taken out and counted. A gradient or step that is not finite is
+        targets outside [0, 1] where the criterion (cross-entropy of torch) reads probabilities never reach the defence
+        or the model: they are taken out and counted. A gradient or step that is not finite is
         refused, whatever the defence, and so is a batch that BatchNorm cannot train on. If anything raises, the learner
         is as it was before the call.
 
@@ -180,6 +180,9 @@ class Learner(DefendedStep):
             batch_loss: Mean loss behind it, for the record.
             learned: Clients behind it.
             buffers: Taken over with the step (BatchNorm statistics), and rolled back with it.
+
+        Raises:
+            CheckpointError: Names or shapes of the buffers are not those of the model.
         """
         began = time.perf_counter()
         self.put_buffers(buffers)

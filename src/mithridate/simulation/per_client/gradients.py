@@ -39,9 +39,9 @@ def client_gradients(
 
     Args:
         module: The model; parameters, buffers, flags and `.grad` are left alone.
-        criterion: (logits, labels) -> mean loss, a mean over samples.
-        x: Pixels (clients, samples, channels, height, width).
-        y: Labels (clients, samples).
+        criterion: (logits, targets) -> mean loss, a mean over samples.
+        x: Inputs (clients, samples, ...).
+        y: Targets (clients, samples, ...).
         mode: BatchNorm: the running statistics (`eval`), or those of each client's own samples (`train`).
         way: How they are computed; see `Way`.
         out: Where to write, (clients, parameters); fresh memory takes most of the time of many small gradients, so a

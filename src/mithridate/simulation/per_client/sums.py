@@ -67,9 +67,9 @@ def summed_gradients(
 
     Args:
         module: The model; parameters, buffers, flags and `.grad` are left alone.
-        criterion: (logits, labels) -> mean loss, a mean over samples.
-        x: Pixels (clients, samples, channels, height, width); best `SUMMED_PASS` samples at a time.
-        y: Labels (clients, samples).
+        criterion: (logits, targets) -> mean loss, a mean over samples.
+        x: Inputs (clients, samples, ...); best `SUMMED_PASS` samples at a time.
+        y: Targets (clients, samples, ...).
         factors: Gives each client's factor from its length; unset: 1.
         unmeasured: Names of parameters that do not count in the lengths given to `factors`, and get no factor.
         unweighted: Whether to return the sum without factors, too.
