@@ -22,8 +22,8 @@ from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.domain import PIXELS
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
 from mithridate.core.registry import build
+from mithridate.core.targets import Criterion
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import Normalise, gradient, input_gradient
 from mithridate.maths.margin import margin

@@ -18,7 +18,8 @@ from mithridate.attacks.losses import by_targets
 from mithridate.core import compiling
 from mithridate.core.compiling import turn_towards_compiled
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Precision, PureLoss, WhiteBox
+from mithridate.core.model import PureLoss, WhiteBox
+from mithridate.core.modes import BatchNormMode, Precision
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import Normalise, Parameters
 from mithridate.models import build_model

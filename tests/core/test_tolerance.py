@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import IGNORED, WhiteBox, check_labels
+from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
+from mithridate.core.targets import IGNORED, check_labels
 from mithridate.core.tolerance import (
     BEST,
     START,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
 from mithridate.maths import calculus
 from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
 from mithridate.maths.calculus import Normalise, Objective, Parameters

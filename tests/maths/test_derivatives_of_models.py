@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
 from mithridate.maths import calculus
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.calculus import NoDerivativeError, Parameters

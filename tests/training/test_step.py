@@ -17,8 +17,8 @@ from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, ConfigError, DataError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Snapshot, Weights
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.training.history import History

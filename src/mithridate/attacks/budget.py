@@ -13,7 +13,8 @@ from mithridate.core.attack import ASCENT, Attack
 from mithridate.core.batch import AnyBatch
 from mithridate.core.compiling import turn_towards_compiled
 from mithridate.core.domain import Domain
-from mithridate.core.model import BatchNormMode, Precision, PureLoss, WhiteBox
+from mithridate.core.model import PureLoss, WhiteBox
+from mithridate.core.modes import BatchNormMode, Precision
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards

@@ -14,7 +14,8 @@ from mithridate.attacks.budget import Budgeted, Factor
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox, answer, in_mode
+from mithridate.core.model import WhiteBox, answer
+from mithridate.core.modes import BatchNormMode, in_mode
 from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import no_draws

@@ -10,7 +10,9 @@ from torch import Generator, Tensor
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, Criterion, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
+from mithridate.core.targets import Criterion
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball, by_row
 

@@ -16,7 +16,7 @@ from mithridate.core.batch import AnyBatch, each_tensor, tensors_of
 from mithridate.core.defence import Defence
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import config_of
 from mithridate.data.part import Part

@@ -16,7 +16,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.files import path_of
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make
 from mithridate.core.settings import UNSET

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import frozen_statistics
 from mithridate.core.watch import Observed
 
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Inputs
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import frozen_statistics
 
 
 def _epoch(value: object) -> int | Literal["half"]:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import IGNORED, Precision, WhiteBox, loss_of, right_answers
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import Precision
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
+from mithridate.core.targets import IGNORED, loss_of, right_answers
 from mithridate.core.view import Memory
 
 CHUNK = 100

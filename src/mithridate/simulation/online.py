@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import settings
 from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.core.view import Need

@@ -11,7 +11,8 @@ from torch.func import vmap
 from mithridate.core.aggregator import Context, NotFiniteError
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, call_with, in_mode
+from mithridate.core.model import call_with
+from mithridate.core.modes import BatchNormMode, in_mode
 from mithridate.core.seeding import generator
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates

@@ -20,7 +20,7 @@ from mithridate.core.compiling import asked_of_compiler, compiling
 from mithridate.core.environment import environment
 from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.core.files import AbsolutePath, locked, path_of, remove_parts
-from mithridate.core.model import Precision, passes_in
+from mithridate.core.modes import Precision, passes_in
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator

@@ -16,17 +16,10 @@ from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, DataError
-from mithridate.core.model import (
-    IGNORED,
-    BatchNormMode,
-    Criterion,
-    answer,
-    frozen_statistics,
-    loss_of,
-    names_classes,
-    right_answers,
-)
+from mithridate.core.model import answer
+from mithridate.core.modes import BatchNormMode, frozen_statistics
 from mithridate.core.past import Snapshot, Weights, uncompiled
+from mithridate.core.targets import IGNORED, Criterion, loss_of, names_classes, right_answers
 from mithridate.core.updates import Updates
 from mithridate.training.door import TOO_FEW, too_few
 from mithridate.training.history import History

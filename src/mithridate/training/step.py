@@ -13,19 +13,10 @@ from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Screened, Verdict, checked
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError, UserError
-from mithridate.core.model import (
-    IGNORED,
-    BatchNormMode,
-    Criterion,
-    WhiteBox,
-    eager,
-    in_mode,
-    loss_of,
-    names_classes,
-    unknown_labels,
-)
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode, eager, in_mode
 from mithridate.core.seeding import derived_seed, seeded_default
-from mithridate.core.soft_targets import improbable
+from mithridate.core.targets import IGNORED, Criterion, improbable, loss_of, names_classes, unknown_labels
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.training.door import (

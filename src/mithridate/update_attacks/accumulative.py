@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import cosine_similarity
 
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import register, settings
 from mithridate.core.secrecy import Secrecy
 from mithridate.core.update_attack import Honest

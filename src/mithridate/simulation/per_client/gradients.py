@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import BatchNormMode, frozen_statistics
+from mithridate.core.targets import Criterion
 from mithridate.simulation.per_client.layers import obstacle, record, trained_parameters, write_rows
 
 Way = Literal["auto", "layered", "mapped"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from mithridate.core.model import Criterion
+from mithridate.core.targets import Criterion
 from mithridate.maths.norms import by_row
 from mithridate.simulation.per_client.layers import (
     Recorded,
