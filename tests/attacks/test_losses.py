@@ -25,7 +25,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
 from mithridate.core.targets import Criterion
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise, gradient, input_gradient
+from mithridate.maths.calculus import gradient, input_gradient
+from mithridate.maths.directions import Normalise
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model

@@ -21,7 +21,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import PureLoss, WhiteBox
 from mithridate.core.modes import BatchNormMode, Precision
 from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import Normalise, Parameters
+from mithridate.maths.directions import Normalise, Parameters
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
 

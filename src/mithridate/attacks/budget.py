@@ -19,7 +19,8 @@ from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.ascent import Keep, Optimiser, StepSchedule, climb
-from mithridate.maths.calculus import Normalise, Parameters, Slope
+from mithridate.maths.calculus import Slope
+from mithridate.maths.directions import Normalise, Parameters
 from mithridate.maths.norms import Ball, Norm, by_row
 
 Eps = Annotated[float, Field(ge=0, allow_inf_nan=False)]

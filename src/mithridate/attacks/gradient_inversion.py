@@ -10,8 +10,9 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, approach, nearness, opposite, turn_towards
-from mithridate.maths.calculus import Slope, gradient, unit
+from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
+from mithridate.maths.calculus import Slope, gradient
+from mithridate.maths.directions import opposite, unit
 
 
 @register("attack", "gradient_inversion")

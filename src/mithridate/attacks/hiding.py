@@ -11,7 +11,8 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
-from mithridate.maths.calculus import Normalise, Parameters, Slope, add, gradient, input_gradient, unit
+from mithridate.maths.calculus import Slope, gradient, input_gradient
+from mithridate.maths.directions import Normalise, Parameters, add, unit
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 

@@ -21,17 +21,9 @@ from mithridate.core.model import PureLoss, WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite
-from mithridate.maths.calculus import (
-    Curved,
-    Normalise,
-    Parameters,
-    Slope,
-    curved,
-    gradient,
-    hessian_vector_product,
-    unit,
-)
+from mithridate.maths.alignment import alignment
+from mithridate.maths.calculus import Curved, Slope, curved, gradient, hessian_vector_product
+from mithridate.maths.directions import Normalise, Parameters, opposite, unit
 from mithridate.maths.norms import Ball
 
 TRIGGER = "trigger.x"

@@ -10,8 +10,9 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite
-from mithridate.maths.calculus import Normalise, Slope, gradient, unit
+from mithridate.maths.alignment import alignment
+from mithridate.maths.calculus import Slope, gradient
+from mithridate.maths.directions import Normalise, opposite, unit
 
 
 @register(

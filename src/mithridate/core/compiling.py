@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mithridate.core.errors import ConfigError, UserError
 from mithridate.core.model import PureLoss
 from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import NoDerivativeError, Normalise, Parameters, Slope
+from mithridate.maths.calculus import NoDerivativeError, Slope
+from mithridate.maths.directions import Normalise, Parameters
 
 BACKEND: str | Callable[..., Any] = "inductor"
 """What compiles."""

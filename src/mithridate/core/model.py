@@ -14,7 +14,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.modes import BatchNormMode, Precision, eager, frozen_statistics, other_buffers, passes_in, rounding
 from mithridate.core.seeding import no_draws
 from mithridate.core.targets import Criterion, check_labels, check_probabilities, mean_loss
-from mithridate.maths.calculus import NoDerivativeError, Parameters, refuse_once_differentiable
+from mithridate.maths.calculus import NoDerivativeError, refuse_once_differentiable
+from mithridate.maths.directions import Parameters
 
 
 def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = None) -> Tensor:

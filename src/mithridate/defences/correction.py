@@ -16,7 +16,8 @@ from mithridate.core.seeding import generator
 from mithridate.core.targets import loss_of
 from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
-from mithridate.maths.calculus import Parameters, Slope, input_gradient
+from mithridate.maths.calculus import Slope, input_gradient
+from mithridate.maths.directions import Parameters
 from mithridate.maths.divergence import divergence
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball, Norm

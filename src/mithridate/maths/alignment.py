@@ -1,25 +1,19 @@
 """Pixel gradients that turn the parameter gradient of a batch: the maths of `vanilla` and `accumulative`."""
 
-import torch
 from torch import Tensor
 from torch.func import grad
 
 from mithridate.maths.calculus import (
     Curved,
-    Normalise,
     Objective,
-    Parameters,
     Slope,
-    add,
-    alignment_gradient,
     derivative_along,
     gradient,
-    inner,
     mixed_partial,
     mixed_partial_of_curvature,
     slope_of_gradient,
-    unit,
 )
+from mithridate.maths.directions import Normalise, Parameters, add, alignment_gradient, inner, unit
 
 
 def turn_towards(
@@ -165,15 +159,3 @@ def trigger_ascent(
     return mixed_partial(objective, parameters, *trigger, dq_db, chunk=chunk) + mixed_partial_of_curvature(
         objective, parameters, *trigger, u, dp_db, chunk=chunk
     )
-
-
-def blend(first: Parameters, second: Parameters, weights: tuple[float, float]) -> Parameters:
-    """The weighted sum of two directions; a weight of zero leaves its term out, even if that is not finite."""
-    zero = {name: torch.zeros_like(t) for name, t in first.items()}
-    total = add(zero, first, scale=weights[0]) if weights[0] else zero
-    return add(total, second, scale=weights[1]) if weights[1] else total
-
-
-def opposite(direction: Parameters) -> Parameters:
-    """The direction that points the other way."""
-    return {name: -t for name, t in direction.items()}

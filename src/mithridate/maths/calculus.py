@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -36,17 +36,12 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mithridate.maths.convolution import CHEAPER_TWICE, inputs_are, without_weights
+from mithridate.maths.directions import Normalise, Parameters, add, alignment_gradient, inner, unit
 from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
 from mithridate.maths.graph import nodes
 
-Parameters = dict[str, Tensor]
-"""Trainable parameters, or anything shaped like them (gradients, directions), by name."""
-
 Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
 """(parameters, x, y) -> the mean loss of the batch, a scalar."""
-
-Normalise = Literal["none", "global", "tensor"]
-"""How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
 
 FOR_DOUBLE_BACKWARD = {**FOR_SECOND, **CHEAPER_TWICE}
 
@@ -511,61 +506,6 @@ def mixed_partial_of_curvature(
     _load_forward_mode()
     with torch.enable_grad(), Instead(FOR_THIRD):  # without gradients, `Instead` would take all for constants
         return torch.cat([share * curvature_of(px.detach(), py) for share, px, py in _chunks(x, y, chunk)])
-
-
-def inner(a: Parameters, b: Parameters) -> Tensor:
-    """Inner product over all parameters, a scalar."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-def add(a: Parameters, b: Parameters, *, scale: float = 1.0) -> Parameters:
-    """`a + scale * b`, tensor by tensor."""
-    return {name: a[name] + scale * b[name] for name in a}
-
-
-def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
-    """The length that `unit` divides each tensor of `a` by."""
-    lengths = {name: torch.linalg.vector_norm(t) for name, t in a.items()}
-    if normalise == "global":
-        whole = torch.linalg.vector_norm(torch.stack(list(lengths.values())))
-        return dict.fromkeys(a, whole)
-    return lengths
-
-
-def _divide(a: Tensor, by: Tensor) -> Tensor:
-    """Division that leaves zero, in derivatives too, where the divisor is: a tensor of zeros has no direction."""
-    return torch.where(by > 0, a / torch.where(by > 0, by, 1.0), 0.0)
-
-
-def unit(a: Parameters, normalise: Normalise) -> Parameters:
-    """`a` at unit length: as a whole (`global`), tensor by tensor (`tensor`), or untouched (`none`)."""
-    if normalise == "none":
-        return a
-    norms = _norms(a, normalise)
-    return {name: _divide(t, norms[name]) for name, t in a.items()}
-
-
-def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Parameters:
-    """Derivative in `a` of <unit(a), w>, with `w` fixed and taken as it is.
-
-    Args:
-        a: A gradient.
-        w: The direction it is compared with, shaped alike. If it is `unit(b, normalise)`, the product is a cosine
-            (`global`), or a sum of one cosine a tensor (`tensor`).
-        normalise: How `unit` divides `a`.
-
-    Returns:
-        `w` itself for `none`; else (w - <â, w> â) / |a|, whole or tensor by tensor, and zero where |a| is zero.
-    """
-    if normalise == "none":
-        return w
-    norms = _norms(a, normalise)
-    hats = unit(a, normalise)
-    if normalise == "global":
-        along = dict.fromkeys(a, inner(hats, w))
-    else:
-        along = {name: (hats[name] * w[name]).sum() for name in a}
-    return {name: _divide(w[name] - along[name] * hats[name], norms[name]) for name in a}
 
 
 def product_gradient(first: Curved, second: Curved, *, normalise: Normalise) -> Parameters:
