@@ -190,6 +190,8 @@ def test_losses_of_a_named_class_refuse_other_targets_before_a_run_and_at_a_batc
     attack = PGD(eps=EPS, loss=loss)
     with pytest.raises(ConfigError, match=rf'PGD with loss = "{loss}" needs class numbers .*\(6, 4\); set loss = "ce"'):
         attack.check_inputs(labels)
+    with pytest.raises(ConfigError, match=rf'PGD with loss = "{loss}" needs class numbers'):
+        build("attack", {"name": "gate_aware", "inner": {"name": "pgd", "loss": loss}}).check_inputs(labels)
     with pytest.raises(ConfigError, match="needs class numbers"):
         attack.poison(labels, view_of(learner), rng=rng())
     attack.check_inputs(Batch(BATCH.x, BATCH.y.to(torch.uint8)))
