@@ -86,8 +86,11 @@ def check_domain(batch: Batch, domain: Domain, *, where: str = "batch") -> None:
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise DataError(f"{where}: {bad} of {len(x)} samples hold NaN or infinity; drop them before they come here.")
     if not domain.holds(x):
-        low, high = (f"{float(b):.4g}" if not isinstance(b, Tensor) or b.ndim == 0 else "low to high" for b in domain)
+        plain = not any(isinstance(bound, Tensor) and bound.ndim for bound in domain)
+        bounds = f"[{float(domain.low):.4g}, {float(domain.high):.4g}]" if plain else "(bounds for each feature)"
+        bad = int((~domain.inside(x)).sum())
         raise DataError(
-            f"{where}: inputs span [{float(x.min()):.4g}, {float(x.max()):.4g}], outside the domain [{low}, {high}]; "
-            "scale them. Normalisation (mean, std) of images belongs inside the model, not in the stream."
+            f"{where}: {bad} of {len(x)} samples lie outside the domain {bounds}, for inputs span "
+            f"[{float(x.min()):.4g}, {float(x.max()):.4g}]; scale them. Normalisation (mean, std) of images belongs "
+            "inside the model, not in the stream."
         )

@@ -19,7 +19,7 @@ from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
 from mithridate.simulation.run import OnAlarm
-from mithridate.training.learner import Precision
+from mithridate.training.learner import EvaluationPrecision
 
 
 @settings
@@ -83,7 +83,7 @@ class FederatedRun:
     on_alarm: OnAlarm = "record"
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_size: Annotated[int, Field(ge=1)] | None = None
-    evaluate_precision: Precision = "float32"
+    evaluate_precision: EvaluationPrecision = "float32"
     save_every: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_weights
 from mithridate.training.step import DefendedStep
 
-Precision = Literal["float32", "bfloat16"]
+EvaluationPrecision = Literal["float32", "bfloat16"]
 """`float32`: the model's own precision; `bfloat16`: convolutions and products of matrices rounded to it (autocast)."""
 
 
@@ -186,7 +186,7 @@ class Learner(DefendedStep):
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[AnyBatch], weights: Weights | None = None, *, precision: Precision = "float32"
+        self, batches: Iterable[AnyBatch], weights: Weights | None = None, *, precision: EvaluationPrecision = "float32"
     ) -> Score:
         """Accuracy and mean loss of the model that is served, in eval mode; train flags come back as they were.
 
@@ -254,7 +254,7 @@ class Learner(DefendedStep):
         self.step = snapshot.step
 
 
-def _rounded(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def _rounded(device: torch.device, precision: EvaluationPrecision) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
