@@ -145,6 +145,16 @@ def names_classes(logits: Tensor, y: Tensor) -> bool:
     )
 
 
+def counted(logits: Tensor, y: Tensor) -> int:
+    """How many targets a mean loss is over: class numbers that are not `IGNORED`; of other targets, all samples.
+
+    Args:
+        logits: What a model said.
+        y: Targets (n, ...).
+    """
+    return int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)
+
+
 def right_answers(logits: Tensor, y: Tensor) -> Tensor | None:
     """Which targets are hit; None where that has no meaning, as in regression.
 

@@ -17,7 +17,7 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.modes import Precision
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
-from mithridate.core.targets import IGNORED, loss_of, right_answers
+from mithridate.core.targets import IGNORED, counted, loss_of, right_answers
 from mithridate.core.view import Memory
 
 CHUNK = 100
@@ -34,7 +34,7 @@ class Quality(NamedTuple):
     """How good a model is on samples.
 
     Args:
-        loss: Mean loss, in the unit of the criterion.
+        loss: Mean loss of the targets that count (not `IGNORED`), in the unit of the criterion; NaN if none does.
         worst: Accuracy of the class that fares worst, a fraction; of many labels, of the worst label; 1 where targets
             are neither.
         right: Which targets are hit, in order; empty where they are neither class numbers nor many labels.
@@ -250,22 +250,26 @@ def quality(
     Raises:
         DataError: Class numbers do not fit the model.
     """
-    loss = 0.0
+    loss, count = 0.0, 0
     hits, chances, groups = [], [], []
     for piece in samples.split(CHUNK):
         logits = box.logits(piece.x, precision=precision) if weights is None else weights.logits(box.module, piece.x)
-        loss += float(loss_of(box.criterion, logits, piece.y, where="trusted samples")) * piece.size
+        size = counted(logits, piece.y)
+        mean = loss_of(box.criterion, logits, piece.y, where="trusted samples")
+        loss += float(mean) * size if size else 0.0  # of nothing the mean is NaN
+        count += size
         right = right_answers(logits, piece.y)
-        if right is not None:
+        if right is not None and len(right):
             hits.append(right)
             chances.append(_chances(logits, piece.y))
             groups.append(_group_of(piece.y))
+    loss = loss / count if count else math.nan
     if not hits:
-        return Quality(loss / samples.size, 1.0)
+        return Quality(loss, 1.0)
     right, group = torch.cat(hits), torch.cat(groups)
     worst = min(float(right[group == g].double().mean()) for g in torch.unique(group))
     each = (right, torch.cat(chances), group)
-    return Quality(loss / samples.size, worst, *(tuple(values.tolist()) for values in each))
+    return Quality(loss, worst, *(tuple(values.tolist()) for values in each))
 
 
 def _chances(logits: Tensor, y: Tensor) -> Tensor:
@@ -280,4 +284,5 @@ def _group_of(y: Tensor) -> Tensor:
     """What each target that `right_answers` counts belongs to: its class, its label, or all to one."""
     if y.is_floating_point():
         return torch.arange(y[0].numel(), device=y.device).repeat(len(y))
-    return y if y.ndim == 1 and not bool((y == IGNORED).any()) else torch.zeros_like(y[y != IGNORED])
+    known = y[y != IGNORED]
+    return known if y.ndim == 1 else torch.zeros_like(known)

@@ -19,7 +19,7 @@ from mithridate.core.errors import CheckpointError, DataError
 from mithridate.core.model import answer
 from mithridate.core.modes import BatchNormMode, frozen_statistics
 from mithridate.core.past import Snapshot, Weights, uncompiled
-from mithridate.core.targets import IGNORED, Criterion, loss_of, names_classes, right_answers
+from mithridate.core.targets import Criterion, counted, loss_of, right_answers
 from mithridate.core.updates import Updates
 from mithridate.training.door import TOO_FEW, too_few
 from mithridate.training.history import History
@@ -208,13 +208,13 @@ class Learner(DefendedStep):
                     logits = answer(self.model, x) if served is None else served.logits(self.model, x)
                 if precision == "bfloat16":
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                counted = int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)
+                size = counted(logits, y)
                 mean = loss_of(self.criterion, logits, y, where="batch to evaluate")
-                loss += float(mean) * counted if counted else 0.0  # of nothing the mean is NaN
+                loss += float(mean) * size if size else 0.0  # of nothing the mean is NaN
                 right = right_answers(logits, y)
                 if right is not None:
                     hits, targets = hits + int(right.sum()), targets + right.numel()
-                count += counted
+                count += size
         if count == 0:
             raise DataError("there is no sample to evaluate the model on; give at least one whose target counts.")
         return Score(hits / targets if targets else torch.nan, loss / count)
