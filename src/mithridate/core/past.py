@@ -51,17 +51,13 @@ def older_epoch(epoch: Epoch | None, kept: Collection[int], length: int | None, 
     elif wanted == length:
         problem = f"at burn-in epoch {wanted}, the model that the stream starts with: it would compare it with itself"
     else:
-        problem = f"at burn-in epoch {wanted}, which is not kept (older models: {listed(kept)})"
+        older = ", ".join(map(str, sorted(kept))) or "none"
+        problem = f"at burn-in epoch {wanted}, which is not kept (older models: {older})"
     example = wanted if isinstance(wanted, int) and wanted != length else (length or 40) // 2
     raise ConfigError(
         f"{who} looks back {problem}. Write e.g. `[burn_in] checkpoints = [{example}]`, or, if `checkpoint` names a "
         f'finished model, `older = {{ {example} = "FILE" }}`.'
     )
-
-
-def listed(epochs: Collection[int]) -> str:
-    """Epochs in words, in order."""
-    return ", ".join(map(str, sorted(epochs))) or "none"
 
 
 class Past(Protocol):
