@@ -32,7 +32,8 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.view import Need, View
 from mithridate.data.stream import StreamSettings, open_stream
 from mithridate.maths.alignment import alignment
-from mithridate.maths.calculus import add, curved, gradient, product_gradient, unit
+from mithridate.maths.calculus import curved, gradient, product_gradient
+from mithridate.maths.directions import add, unit
 from mithridate.models import build_model
 from mithridate.training.burn_in import BurnIn, burn_in
 

@@ -9,7 +9,8 @@ from torch import Generator, Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.view import View
-from mithridate.maths.calculus import Normalise, Slope
+from mithridate.maths.calculus import Slope
+from mithridate.maths.directions import Normalise
 
 Gradients = Sequence[Tensor]
 

@@ -17,10 +17,12 @@ from mithridate.attacks.trigger import TRIGGER
 from mithridate.attacks.vanilla import Vanilla
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise, product_gradient
+from mithridate.maths.calculus import product_gradient
+from mithridate.maths.directions import Normalise
 from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream

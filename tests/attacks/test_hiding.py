@@ -21,7 +21,7 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise
+from mithridate.maths.directions import Normalise
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.history import History

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any, Literal
 
@@ -20,9 +21,12 @@ from mithridate.attacks.vanilla import Vanilla
 from mithridate.core.attack import Attack
 from mithridate.core.batch import Batch
 from mithridate.core.domain import PIXELS
+from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
+from mithridate.core.targets import Criterion
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Normalise, gradient, input_gradient
+from mithridate.maths.calculus import gradient, input_gradient
+from mithridate.maths.directions import Normalise
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball
 from mithridate.models import build_model
@@ -115,7 +119,7 @@ def test_the_margin_is_the_best_other_class_over_the_label() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_slopes_in_pixels_and_parameters_are_those_of_the_loss(learner: Learner, loss: Loss, mode: Any) -> None:
     """For kl with cross-entropy and soft targets in its place: the same derivatives, whole or in chunks."""
-    box = by_targets(learner.white_box)
+    box = by_targets(learner.white_box, loss)
     y = targets(loss, box, BATCH, mode)
     with box.objective(mode) as objective:
         value = naive_loss(learner.model, loss, BATCH)
@@ -135,7 +139,7 @@ def test_plain_labels_are_under_the_victims_own_criterion(learner: Learner) -> N
         calls.append(y)
         return F.cross_entropy(logits, y, label_smoothing=0.1)
 
-    box = by_targets(Learner(learner.model, learner.optimiser, criterion=own).white_box)
+    box = by_targets(Learner(learner.model, learner.optimiser, criterion=own).white_box, "kl")
     logits = torch.randn(6, 4, generator=rng())
     assert torch.equal(box.criterion(logits, BATCH.y), F.cross_entropy(logits, BATCH.y, label_smoothing=0.1))
     assert calls[0] is BATCH.y
@@ -145,8 +149,57 @@ def test_plain_labels_are_under_the_victims_own_criterion(learner: Learner) -> N
     assert targets("ce", box, BATCH, "eval") is BATCH.y
 
 
+def regression(logits: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(logits[:, :1], y)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "y"),
+    [
+        (F.binary_cross_entropy_with_logits, (torch.rand(6, 4, generator=rng(5)) < 0.5).double()),
+        (partial(F.cross_entropy, label_smoothing=0.3), torch.rand(6, 4, generator=rng(5)).double().softmax(1)),
+        (regression, torch.rand(6, 1, generator=rng(5)).double()),
+    ],
+    ids=["many labels", "probabilities", "a column of numbers"],
+)
+@pytest.mark.parametrize(
+    "attack", [PGD(eps=EPS, steps=1, random_start=False), Vanilla(eps=EPS, steps=1)], ids=["pgd", "vanilla"]
+)
+def test_targets_of_any_form_are_attacked_by_the_criterion_that_the_victim_learns_by(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch, attack: Attack, criterion: Criterion, y: Tensor
+) -> None:
+    victim = Learner(learner.model, learner.optimiser, criterion=criterion)
+    batch, validation = Batch(BATCH.x, y), Batch(CLEAN_TRIGGER.x, y[:4].roll(1, 0))
+    view = View(0, {}, {Need.MODEL: victim.white_box, Need.VALIDATION: validation})
+    model = learner.model.eval()
+    leaf = BATCH.x.clone().requires_grad_()
+    loss = criterion(model(leaf), y)
+    if isinstance(attack, Vanilla):
+        usual = parameter_gradient(model, criterion(model(validation.x), validation.y))
+        loss = -dot(parameter_gradient(model, loss), usual)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    sent = attack.poison(batch, view, rng=rng()).x
+    moved = (sent != BATCH.x) & (slope.abs() > 1e-9 * slope.abs().max())
+    assert float(moved.double().mean()) > 0.3
+    assert torch.equal((sent - BATCH.x).sign()[moved], slope.sign()[moved])
+
+
+@pytest.mark.parametrize("loss", ["kl", "cw"])
+def test_losses_of_a_named_class_refuse_other_targets_before_a_run_and_at_a_batch(learner: Learner, loss: Loss) -> None:
+    labels = Batch(BATCH.x, torch.zeros(6, 4, dtype=torch.float64))
+    attack = PGD(eps=EPS, loss=loss)
+    with pytest.raises(ConfigError, match=rf'PGD with loss = "{loss}" needs class numbers .*\(6, 4\); set loss = "ce"'):
+        attack.check_inputs(labels)
+    with pytest.raises(ConfigError, match=rf'PGD with loss = "{loss}" needs class numbers'):
+        build("attack", {"name": "gate_aware", "inner": {"name": "pgd", "loss": loss}}).check_inputs(labels)
+    with pytest.raises(ConfigError, match="needs class numbers"):
+        attack.poison(labels, view_of(learner), rng=rng())
+    attack.check_inputs(Batch(BATCH.x, BATCH.y.to(torch.uint8)))
+    PGD(eps=0.0, loss=loss).check_inputs(labels)
+
+
 def test_kl_has_no_slope_at_the_clean_sample_and_so_begins_beside_it(learner: Learner) -> None:
-    box = by_targets(learner.white_box)
+    box = by_targets(learner.white_box, "kl")
     y = targets("kl", box, BATCH, "eval")
     with box.objective("eval") as objective:
         at, beside = (

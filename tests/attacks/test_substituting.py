@@ -11,8 +11,9 @@ from mithridate.attacks import WorstSamples, WrongLabels
 from mithridate.attacks.worst_samples import aligned, slope
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import IGNORED, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.seeding import generator, seeded_default
+from mithridate.core.targets import IGNORED
 from mithridate.core.view import Need, View
 
 RULES = ["next", "least_likely", "random"]

@@ -17,7 +17,7 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
-from mithridate.maths.calculus import Normalise
+from mithridate.maths.directions import Normalise
 from mithridate.maths.norms import Norm
 from mithridate.models import build_model
 from mithridate.testing import toy_learner, toy_stream

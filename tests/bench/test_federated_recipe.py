@@ -220,10 +220,10 @@ def test_runs_of_a_grid_over_rules_are_runs_with_each_rule(tmp_path: Path, cache
 @pytest.mark.parametrize(
     ("changes", "defence", "error", "message"),
     [
-        (("clients.clients=101", "clients.smallest=1"), "none", DataError, "101 clients need at least 101 images"),
-        (("clients.smallest=11",), "none", DataError, "10 clients need at least 110 images"),
+        (("clients.clients=101", "clients.smallest=1"), "none", DataError, "101 clients need at least 101 samples"),
+        (("clients.smallest=11",), "none", DataError, "10 clients need at least 110 samples"),
         (("federated.per_round=11",), "none", DataError, "11 of 10 clients asked for"),
-        (("federated.local_batch=60",), "none", DataError, r"local_batch = 60, and a client of round 0 holds \d+ im"),
+        (("federated.local_batch=60",), "none", DataError, r"local_batch = 60, and a client of round 0 holds \d+ sam"),
         (
             ('federated.rule={name = "krum", hostile = 2}',),
             "none",

@@ -18,9 +18,10 @@ from mithridate.attacks.losses import by_targets
 from mithridate.core import compiling
 from mithridate.core.compiling import turn_towards_compiled
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Precision, PureLoss, WhiteBox
+from mithridate.core.model import PureLoss, WhiteBox
+from mithridate.core.modes import BatchNormMode, Precision
 from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import Normalise, Parameters
+from mithridate.maths.directions import Normalise, Parameters
 from mithridate.models import build_model
 from mithridate.testing import toy_stream
 
@@ -127,7 +128,7 @@ def test_one_graph_serves_later_batches_and_a_model_that_moves(
 def test_what_decides_the_step_decides_the_graph(graphs: list[fx.GraphModule]) -> None:
     """Size, precision, pieces, criterion, how targets are meant: each a graph of its own, however they alternate."""
     model, (x, y) = net().float(), batch()
-    x, box = x.float(), by_targets(WhiteBox(model, F.cross_entropy))
+    x, box = x.float(), by_targets(WhiteBox(model, F.cross_entropy), "kl")
     probabilities = torch.softmax(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), 1)
     cases: list[tuple[Tensor, dict[str, Any]]] = [
         (y, {"box": box}),
@@ -144,7 +145,7 @@ def test_what_decides_the_step_decides_the_graph(graphs: list[fx.GraphModule]) -
     ]
     assert len(graphs) == len(cases)
     assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
-    again = by_targets(WhiteBox(model, F.cross_entropy))
+    again = by_targets(WhiteBox(model, F.cross_entropy), "kl")
     same_slope(model, x, y, normalise="none", box=again)
     assert len(graphs) == len(cases)
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from mithridate.core.folding import folded
 from mithridate.core.model import WhiteBox
 from mithridate.data import dataset_info
-from mithridate.maths import calculus
+from mithridate.maths import calculus, directions
 from mithridate.maths.alignment import turn_towards
 from mithridate.models import build_model
 
@@ -121,7 +121,7 @@ def test_derivatives_of_every_order_are_the_same(name: str) -> None:
     rng = torch.Generator().manual_seed(2)
     v = {n: torch.randn(p.shape, generator=rng, dtype=p.dtype) for n, p in box.parameters.items()}
 
-    def as_written(p: calculus.Parameters, x: Tensor, y: Tensor) -> Tensor:
+    def as_written(p: directions.Parameters, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(torch.func.functional_call(model, p, (x,)), y)
 
     with box.objective() as objective:
@@ -131,7 +131,7 @@ def test_derivatives_of_every_order_are_the_same(name: str) -> None:
         assert_close(a, b, rtol=1e-7, atol=1e-10)
 
 
-def everything(f: calculus.Objective, box: WhiteBox, x: Tensor, y: Tensor, v: calculus.Parameters) -> list[Tensor]:
+def everything(f: calculus.Objective, box: WhiteBox, x: Tensor, y: Tensor, v: directions.Parameters) -> list[Tensor]:
     """First, second and mixed derivatives."""
     p = box.parameters
     out = list(calculus.gradient(f, p, x, y).values())

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import IGNORED, WhiteBox, check_labels
+from mithridate.core.model import WhiteBox
 from mithridate.core.past import Weights
+from mithridate.core.targets import IGNORED, check_labels
 from mithridate.core.tolerance import (
     BEST,
     START,
@@ -291,7 +292,28 @@ def test_targets_that_are_left_out_count_nowhere() -> None:
     y = logits.argmax(1)
     y[:5] = (y[:5] + 1) % 3
     y[5:15] = IGNORED
-    assert quality(box, Batch(x, y)).worst == pytest.approx(15 / 20)
+    found = quality(box, Batch(x, y))
+    hit, known = logits.argmax(1) == y, y != IGNORED
+    assert found.worst == min(float(hit[known & (y == c)].double().mean()) for c in torch.unique(y[known]))
+    assert found.loss == pytest.approx(float(F.cross_entropy(logits, y)), rel=1e-6)
+
+
+@pytest.mark.parametrize("left_out", [[100], [2, 5, 100]], ids=["a whole piece", "some of each piece"])
+def test_pieces_in_which_targets_are_left_out_count_as_the_others_do(left_out: list[int]) -> None:
+    """101 samples go through the model as 100 and one."""
+    box, x = box_of(F.cross_entropy), inputs(101)
+    y = torch.arange(101) % 3
+    y[left_out] = IGNORED
+    known = y != IGNORED
+    found, expected = quality(box, Batch(x, y)), quality(box, Batch(x[known], y[known]))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert (found.worst, found.right, found.groups) == (expected.worst, expected.right, expected.groups)
+
+
+def test_where_nothing_counts_there_is_no_loss() -> None:
+    found = quality(box_of(F.cross_entropy), Batch(inputs(4), torch.full((4,), IGNORED)))
+    assert math.isnan(found.loss)
+    assert (found.worst, found.right) == (1.0, ())
 
 
 @pytest.mark.parametrize("wrong", [-1, 3])

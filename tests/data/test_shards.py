@@ -71,7 +71,7 @@ def test_a_dirichlet_draw_is_repeated_until_every_client_holds_enough() -> None:
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_more_clients_than_images_are_refused(partition: str) -> None:
     how = make(Shards, {"clients": 101, "partition": partition}, where="[clients]")
-    with pytest.raises(DataError, match=r"101 clients need at least 101 images.*has 100.*without samples"):
+    with pytest.raises(DataError, match=r"101 clients need at least 101 samples.*has 100.*would be empty"):
         divide(toy_stream(0).victim, how, seed=0)
 
 
@@ -79,7 +79,7 @@ def test_shards_that_no_draw_fills_are_refused() -> None:
     hopeless = Shards(clients=20, partition="dirichlet", alpha=1e-3)
     with pytest.raises(DataError, match=r"100 Dirichlet draws with alpha = 0\.001 left one of 20 clients"):
         divide(part_of(100), hopeless, seed=0)
-    with pytest.raises(DataError, match="20 clients need at least 200 images"):
+    with pytest.raises(DataError, match="20 clients need at least 200 samples"):
         divide(part_of(100), Shards(clients=20, partition="dirichlet", smallest=10), seed=0)
 
 

@@ -15,9 +15,9 @@ from mithridate.attacks.noise import Noise
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError, DataError, ThreatModelError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.core.registry import build, config_of
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream

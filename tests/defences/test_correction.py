@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mithridate.attacks.pgd import PGD
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import Precision
+from mithridate.core.modes import Precision
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.defences.at import AT

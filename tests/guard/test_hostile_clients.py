@@ -16,7 +16,8 @@ from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Memory
 from mithridate.guard.garbage_clients import GarbageClients
 from mithridate.guard.hostile_clients import Accomplice, HostileClients, NamedClients, Turn
-from mithridate.maths.calculus import gradient, inner
+from mithridate.maths.calculus import gradient
+from mithridate.maths.directions import inner
 
 CLIENTS = 12
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError, DataError, StoreError, UserError, WriteError
 from mithridate.core.files import write_whole
-from mithridate.core.model import IGNORED
+from mithridate.core.targets import IGNORED
 from mithridate.guard import Quarantine, StepRecord, read_batch
 from mithridate.guard.entry import UNKNOWN, known_targets
 from mithridate.guard.quarantine import COUNT, LEFT_OUT, LOCK, MARKER

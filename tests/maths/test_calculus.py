@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from mithridate.core.model import BatchNormMode, WhiteBox
-from mithridate.maths import calculus
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
+from mithridate.maths import calculus, directions
 from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
-from mithridate.maths.calculus import Normalise, Objective, Parameters
+from mithridate.maths.calculus import Objective
+from mithridate.maths.directions import Normalise, Parameters
 
 NORMALISATIONS: tuple[Normalise, ...] = ("none", "global", "tensor")
 MODES: tuple[BatchNormMode, ...] = ("eval", "train")
@@ -137,13 +139,13 @@ def test_gradient(objective: Objective, parameters: Parameters) -> None:
 
 def test_hessian_vector_product(objective: Objective, parameters: Parameters) -> None:
     (x, y), v, p = batch(5), direction(parameters), tracked(parameters)
-    expected = backward(calculus.inner(backward(objective(p, x, y), p), v), p)
+    expected = backward(directions.inner(backward(objective(p, x, y), p), v), p)
     assert_same(calculus.hessian_vector_product(objective, parameters, x, y, v), expected)
 
 
 def test_hessian_vector_product_is_a_difference_of_gradients(objective: Objective, parameters: Parameters) -> None:
     (x, y), v, h = batch(5), direction(parameters), 1e-6
-    up, down = (calculus.gradient(objective, calculus.add(parameters, v, scale=s), x, y, chunk=None) for s in (h, -h))
+    up, down = (calculus.gradient(objective, directions.add(parameters, v, scale=s), x, y, chunk=None) for s in (h, -h))
     for name, t in calculus.hessian_vector_product(objective, parameters, x, y, v).items():
         assert_close(t, (up[name] - down[name]) / (2 * h), rtol=1e-5, atol=1e-7)
 
@@ -161,7 +163,7 @@ def test_input_gradient(objective: Objective, parameters: Parameters) -> None:
 def test_mixed_partial(objective: Objective, parameters: Parameters) -> None:
     (x, y), v, p = batch(5), direction(parameters), tracked(parameters)
     x.requires_grad_()
-    expected = backward_in_input(calculus.inner(backward(objective(p, x, y), p), v), x)
+    expected = backward_in_input(directions.inner(backward(objective(p, x, y), p), v), x)
     found = calculus.mixed_partial(objective, parameters, x.detach(), y, v)
     assert not found.requires_grad
     assert_close(found, expected, rtol=1e-9, atol=1e-12)
@@ -190,7 +192,7 @@ def test_ascent_on_a_product_is_a_mixed_partial_along_its_alignment_gradient(
         expected = backward_in_input(value, x)
     x = x.detach()
     g = calculus.gradient(objective, parameters, x, y)
-    found = calculus.mixed_partial(objective, parameters, x, y, calculus.alignment_gradient(g, w, normalise))
+    found = calculus.mixed_partial(objective, parameters, x, y, directions.alignment_gradient(g, w, normalise))
     assert_close(found, expected, rtol=1e-8, atol=1e-11)
 
 
@@ -198,7 +200,7 @@ def test_mixed_partial_of_curvature(eval_objective: Objective, parameters: Param
     (x, y), u, v, p = batch(4), direction(parameters), direction(parameters), tracked(parameters)
     x.requires_grad_()
     g = backward(eval_objective(p, x, y), p)
-    expected = backward_in_input(calculus.inner(backward(calculus.inner(g, v), p), u), x)
+    expected = backward_in_input(directions.inner(backward(directions.inner(g, v), p), u), x)
     x = x.detach()
     found = calculus.mixed_partial_of_curvature(eval_objective, parameters, x, y, u, v)
     assert not found.requires_grad
@@ -237,7 +239,7 @@ def test_second_derivatives_of_every_layer(layer: str, mode: BatchNormMode, net:
     (x, y), v, p = batch(4), direction(box.parameters), tracked(box.parameters)
     x.requires_grad_()
     with box.objective(mode) as objective:
-        along = calculus.inner(backward(objective(p, x, y), p), v)
+        along = directions.inner(backward(objective(p, x, y), p), v)
         in_x, in_p = backward_in_input(along, x), backward(along, p)
         x = x.detach()
         found = calculus.mixed_partial(objective, box.parameters, x, y, v)
@@ -253,7 +255,7 @@ def test_third_derivatives_of_every_layer(layer: str, mode: BatchNormMode, net: 
     (x, y), u, v, h = batch(4), direction(box.parameters), direction(box.parameters), 1e-5
     with box.objective(mode) as objective:
         up, down = (
-            calculus.mixed_partial(objective, calculus.add(box.parameters, u, scale=s), x, y, v) for s in (h, -h)
+            calculus.mixed_partial(objective, directions.add(box.parameters, u, scale=s), x, y, v) for s in (h, -h)
         )
         found = calculus.mixed_partial_of_curvature(objective, box.parameters, x, y, u, v)
         swapped = calculus.mixed_partial_of_curvature(objective, box.parameters, x, y, v, u)
@@ -287,7 +289,7 @@ def test_forward_mode_is_silent() -> None:
     """Torch warns of its own torch.jit at the first dual tensor; callers who make warnings errors must not see it."""
     code = """
 import torch
-from mithridate.maths import calculus
+from mithridate.maths import calculus, directions
 from mithridate.maths.alignment import alignment, turn_towards
 f = lambda p, x, y: (p["w"] * x).sum() ** 2
 p = {"w": torch.ones(2)}
@@ -304,7 +306,7 @@ def test_second_derivatives_pass_gradcheck(eval_objective: Objective, net: Net, 
     v = direction(parameters)
 
     def along(x: Tensor) -> Tensor:
-        return calculus.inner(calculus.gradient(eval_objective, parameters, x, y), v)
+        return directions.inner(calculus.gradient(eval_objective, parameters, x, y), v)
 
     h, probe = 1e-6, torch.randn_like(x)
     slope = (along(x + h * probe) - along(x - h * probe)) / (2 * h)
@@ -358,10 +360,15 @@ def test_chunks_are_computed_apart(eval_objective: Objective, parameters: Parame
 # Products.
 
 
+def product(a: Parameters, b: Parameters, normalise: Normalise) -> Tensor:
+    """What attacks climb: an inner product, a cosine, or a sum of one cosine a tensor."""
+    return directions.inner(directions.unit(a, normalise), directions.unit(b, normalise))
+
+
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_product_is_its_definition(normalise: Normalise, parameters: Parameters) -> None:
     a, b = direction(parameters), direction(parameters)
-    assert_close(calculus.product(a, b, normalise), obvious_product(a, b, normalise))
+    assert_close(product(a, b, normalise), obvious_product(a, b, normalise))
 
 
 def product_gradient(
@@ -381,7 +388,7 @@ def test_alignment_gradient(normalise: Normalise, parameters: Parameters) -> Non
     a, b = direction(parameters), direction(parameters)
     p = tracked(a)
     expected = backward(obvious_product(p, b, normalise), p)
-    assert_same(calculus.alignment_gradient(a, calculus.unit(b, normalise), normalise), expected)
+    assert_same(directions.alignment_gradient(a, directions.unit(b, normalise), normalise), expected)
 
 
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
@@ -435,7 +442,7 @@ def test_turning_towards_a_direction(
     (x, y), w = batch(5), direction(parameters)
     leaf, p = x.clone().requires_grad_(), tracked(parameters)
     g = backward(eval_objective(p, leaf, y), p)
-    expected = calculus.inner(calculus.unit(g, normalise), w)
+    expected = directions.inner(directions.unit(g, normalise), w)
     slope = torch.autograd.grad(expected, leaf)[0]
     found = turn_towards(eval_objective, parameters, x, y, w, normalise=normalise, chunk=chunk)
     assert found.value is not None
@@ -467,10 +474,10 @@ def test_a_parameter_without_gradient_gives_zeros(
     (x, y), (x2, y2) = batch(5), batch(4)
     g, other = calculus.gradient(eval_objective, parameters, x, y), direction(parameters)
     assert not g["unused.weight"].any()
-    assert not calculus.unit(g, normalise)["unused.weight"].any()
-    align = calculus.alignment_gradient(g, calculus.unit(other, normalise), normalise)
+    assert not directions.unit(g, normalise)["unused.weight"].any()
+    align = directions.alignment_gradient(g, directions.unit(other, normalise), normalise)
     results = [
-        calculus.unit(g, normalise),
+        directions.unit(g, normalise),
         align,
         calculus.hessian_vector_product(eval_objective, parameters, x, y, other),
         product_gradient(eval_objective, parameters, (x, y), (x2, y2), normalise),
@@ -482,14 +489,14 @@ def test_a_parameter_without_gradient_gives_zeros(
     if normalise == "tensor":
         assert not align["unused.weight"].any()
     assert calculus.mixed_partial(eval_objective, parameters, x, y, align).isfinite().all()
-    assert calculus.product(g, other, normalise).isfinite()
+    assert product(g, other, normalise).isfinite()
 
 
 @pytest.mark.parametrize("normalise", NORMALISATIONS)
 def test_all_zero_gradients_have_no_direction(normalise: Normalise, parameters: Parameters) -> None:
     zero, w = {name: torch.zeros_like(p) for name, p in parameters.items()}, direction(parameters)
-    assert float(calculus.product(zero, w, normalise)) == 0
-    align = calculus.alignment_gradient(zero, w, normalise)
+    assert float(product(zero, w, normalise)) == 0
+    align = directions.alignment_gradient(zero, w, normalise)
     if normalise == "none":
         assert_same(align, w)
     else:
@@ -503,16 +510,16 @@ def test_products_can_be_differentiated_beside_a_tensor_of_zeros(normalise: Norm
     a["unused.weight"] = torch.zeros_like(a["unused.weight"])
 
     def probe(a: Parameters) -> Tensor:
-        align = calculus.alignment_gradient(a, w, normalise)
-        return calculus.product(a, w, normalise) + calculus.inner(align, w) + calculus.inner(align, align)
+        align = directions.alignment_gradient(a, w, normalise)
+        return product(a, w, normalise) + directions.inner(align, w) + directions.inner(align, align)
 
     p = tracked(a)
     found, h = backward(probe(p), p), 1e-6
     assert all(t.isfinite().all() for t in found.values())
     u = direction(parameters)
     u["unused.weight"] = torch.zeros_like(u["unused.weight"])
-    slope = (probe(calculus.add(a, u, scale=h)) - probe(calculus.add(a, u, scale=-h))) / (2 * h)
-    assert_close(calculus.inner(found, u), slope, rtol=1e-5, atol=1e-7)
+    slope = (probe(directions.add(a, u, scale=h)) - probe(directions.add(a, u, scale=-h))) / (2 * h)
+    assert_close(directions.inner(found, u), slope, rtol=1e-5, atol=1e-7)
 
 
 coordinates = st.integers(-1000, 1000).map(lambda i: i / 100)
@@ -532,22 +539,26 @@ def test_normalised_products_ignore_scale(left: list[float], right: list[float],
     a, b = as_parameters(left), as_parameters(right)
     each = {name: t * s for (name, t), s in zip(a.items(), factors, strict=True)}
     whole = {name: t * factors[0] for name, t in a.items()}
-    assert_close(calculus.product(each, b, "tensor"), calculus.product(a, b, "tensor"), rtol=1e-9, atol=1e-9)
-    assert_close(calculus.product(whole, b, "global"), calculus.product(a, b, "global"), rtol=1e-9, atol=1e-9)
-    assert_close(calculus.product(whole, b, "none"), factors[0] * calculus.product(a, b, "none"), rtol=1e-9, atol=1e-9)
+    assert_close(product(each, b, "tensor"), product(a, b, "tensor"), rtol=1e-9, atol=1e-9)
+    assert_close(product(whole, b, "global"), product(a, b, "global"), rtol=1e-9, atol=1e-9)
+    assert_close(product(whole, b, "none"), factors[0] * product(a, b, "none"), rtol=1e-9, atol=1e-9)
 
 
 @settings(deadline=None)
 @given(vectors, vectors, st.sampled_from(NORMALISATIONS))
 def test_products_are_symmetric_and_bounded(left: list[float], right: list[float], normalise: Normalise) -> None:
     a, b = as_parameters(left), as_parameters(right)
-    value = calculus.product(a, b, normalise)
-    assert_close(value, calculus.product(b, a, normalise))
-    bound = {"global": 1.0, "tensor": float(len(a)), "none": float(calculus.inner(a, a) * calculus.inner(b, b)) ** 0.5}
+    value = product(a, b, normalise)
+    assert_close(value, product(b, a, normalise))
+    bound = {
+        "global": 1.0,
+        "tensor": float(len(a)),
+        "none": float(directions.inner(a, a) * directions.inner(b, b)) ** 0.5,
+    }
     assert abs(float(value)) <= bound[normalise] * (1 + 1e-9)
-    with_itself = calculus.product(a, a, normalise)
+    with_itself = product(a, a, normalise)
     nonzero = [name for name, t in a.items() if t.any()]
-    expected = {"global": float(bool(nonzero)), "tensor": float(len(nonzero)), "none": float(calculus.inner(a, a))}
+    expected = {"global": float(bool(nonzero)), "tensor": float(len(nonzero)), "none": float(directions.inner(a, a))}
     assert_close(float(with_itself), expected[normalise])
 
 
@@ -558,17 +569,17 @@ def test_alignment_gradient_is_orthogonal_to_the_gradient(
 ) -> None:
     """A normalised product does not change along the gradient itself."""
     a, w = as_parameters(left), as_parameters(right)
-    align = calculus.alignment_gradient(a, w, normalise)
-    size = float(calculus.inner(align, align) * calculus.inner(a, a)) ** 0.5
-    assert abs(float(calculus.inner(a, align))) <= 1e-9 * max(1.0, size)
+    align = directions.alignment_gradient(a, w, normalise)
+    size = float(directions.inner(align, align) * directions.inner(a, a)) ** 0.5
+    assert abs(float(directions.inner(a, align))) <= 1e-9 * max(1.0, size)
 
 
 def test_add_and_inner(parameters: Parameters) -> None:
     a, b = direction(parameters), direction(parameters)
     flat_a, flat_b = (torch.cat([t.flatten() for t in p.values()]) for p in (a, b))
-    assert_close(calculus.inner(a, b), flat_a @ flat_b)
-    assert_close(torch.cat([t.flatten() for t in calculus.add(a, b, scale=-0.25).values()]), flat_a - 0.25 * flat_b)
-    assert_close(torch.cat([t.flatten() for t in calculus.add(a, b).values()]), flat_a + flat_b)
+    assert_close(directions.inner(a, b), flat_a @ flat_b)
+    assert_close(torch.cat([t.flatten() for t in directions.add(a, b, scale=-0.25).values()]), flat_a - 0.25 * flat_b)
+    assert_close(torch.cat([t.flatten() for t in directions.add(a, b).values()]), flat_a + flat_b)
 
 
 # Nothing is left behind.
@@ -585,7 +596,7 @@ DERIVATIVES: dict[str, Derivative] = {
     "mixed_partial": lambda f, p, b, v: calculus.mixed_partial(f, p, *b, v),
     "mixed_partial_of_curvature": lambda f, p, b, v: calculus.mixed_partial_of_curvature(f, p, *b, v, v),
     "product_gradient": lambda f, p, b, v: product_gradient(f, p, b, b, "tensor"),
-    "alignment_gradient": lambda f, p, b, v: calculus.alignment_gradient(p, v, "tensor"),
+    "alignment_gradient": lambda f, p, b, v: directions.alignment_gradient(p, v, "tensor"),
 }
 
 
@@ -635,9 +646,9 @@ def test_signs_in_float32_equal_those_of_double_backward() -> None:
     net(x)  # statistics that are not the initial ones
     box = WhiteBox(net, loss_of)
     with box.objective() as objective:
-        w = calculus.unit(calculus.gradient(objective, box.parameters, torch.rand_like(x), y), "tensor")
+        w = directions.unit(calculus.gradient(objective, box.parameters, torch.rand_like(x), y), "tensor")
         g = calculus.gradient(objective, box.parameters, x, y)
-        v = calculus.alignment_gradient(g, w, "tensor")
+        v = directions.alignment_gradient(g, w, "tensor")
         found = calculus.mixed_partial(objective, box.parameters, x, y, v)
         p, x = tracked(box.parameters), x.requires_grad_()
         expected = backward_in_input(obvious_product(backward(objective(p, x, y), p), w, "tensor"), x)

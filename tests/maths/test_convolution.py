@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mithridate.core.model import WhiteBox
-from mithridate.maths import calculus
+from mithridate.maths import calculus, directions
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.convolution import CHEAPER_TWICE
 from mithridate.maths.elementary import Instead
@@ -84,7 +84,9 @@ def test_weights_that_the_inputs_make_have_their_part_in_the_slope(what: str) ->
     leaf, p = x.clone().requires_grad_(), {name: t.clone().requires_grad_() for name, t in box.parameters.items()}
     loss = F.cross_entropy(torch.func.functional_call(model, p, (leaf,)), y)
     g = torch.autograd.grad(loss, list(p.values()), create_graph=True, materialize_grads=True)
-    expected = torch.autograd.grad(calculus.inner(calculus.unit(dict(zip(p, g, strict=True)), "tensor"), w), leaf)[0]
+    expected = torch.autograd.grad(directions.inner(directions.unit(dict(zip(p, g, strict=True)), "tensor"), w), leaf)[
+        0
+    ]
     with box.objective() as objective:
         found = turn_towards(objective, box.parameters, x, y, w, normalise="tensor").gradient
     assert_close(found, expected, rtol=1e-8, atol=1e-11)

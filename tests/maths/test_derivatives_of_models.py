@@ -11,10 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
-from mithridate.maths import calculus
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
+from mithridate.maths import calculus, directions
 from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import NoDerivativeError, Parameters
+from mithridate.maths.calculus import NoDerivativeError
+from mithridate.maths.directions import Parameters
 from mithridate.maths.elementary import Instead
 
 WIDTH, PLACES, CLASSES = 6, 4, 3
@@ -143,11 +145,11 @@ def test_they_are_those_of_double_backward(layer: str, mode: BatchNormMode) -> N
     with box.objective(mode) as objective, sdpa_kernel([SDPBackend.MATH]), Instead({F.hardsigmoid: hard_sigmoid}):
         p = {name: t.clone().requires_grad_() for name, t in box.parameters.items()}
         pixels = x.clone().requires_grad_()
-        along = calculus.inner(slope(objective(p, pixels, y), p), v)
+        along = directions.inner(slope(objective(p, pixels, y), p), v)
         in_x, in_p = slope(along, {"x": pixels})["x"], slope(along, p)
-        units = calculus.unit(slope(objective(p, pixels, y), p), "tensor")
-        tensorwise = slope(calculus.inner(units, v), {"x": pixels})["x"]
-        third = slope(calculus.inner(in_p, u), {"x": pixels})["x"]
+        units = directions.unit(slope(objective(p, pixels, y), p), "tensor")
+        tensorwise = slope(directions.inner(units, v), {"x": pixels})["x"]
+        third = slope(directions.inner(in_p, u), {"x": pixels})["x"]
     with box.objective(mode) as objective:
         assert_close(calculus.mixed_partial(objective, box.parameters, x, y, v), in_x.detach(), rtol=1e-8, atol=1e-11)
         curvature = calculus.curved(objective, box.parameters, x, y).curvature(v)
@@ -167,7 +169,7 @@ def test_third_derivatives_of_an_encoder_are_differences_of_second_ones() -> Non
     h = 1e-5
     with box.objective() as objective:
         up, down = (
-            calculus.mixed_partial(objective, calculus.add(box.parameters, u, scale=s), x, y, v) for s in (h, -h)
+            calculus.mixed_partial(objective, directions.add(box.parameters, u, scale=s), x, y, v) for s in (h, -h)
         )
         found = calculus.mixed_partial_of_curvature(objective, box.parameters, x, y, u, v)
     assert_close(found, (up - down) / (2 * h), rtol=1e-5, atol=1e-6)

@@ -1037,7 +1037,7 @@ def test_foreign_statistics_are_refused_before_the_step(server: NewLearner) -> N
     ("run", "message"),
     [
         ({"per_round": 11}, "11 of 10 clients asked for"),
-        ({"local_batch": 11}, r"local_batch = 11, and a client of round 0 holds 10 images"),
+        ({"local_batch": 11}, r"local_batch = 11, and a client of round 0 holds 10 samples"),
     ],
     ids=str,
 )
@@ -1057,7 +1057,7 @@ def test_a_later_round_that_asks_for_too_much_is_found_at_the_start(stream: Stre
     first = next(r for r in range(31) if 7 in federation.round(r, dataclasses.replace(run, local_batch=1))[0])
     assert first > 0
     learner = server(run)
-    with pytest.raises(DataError, match=f"a client of round {first} holds 2 images"):
+    with pytest.raises(DataError, match=f"a client of round {first} holds 2 samples"):
         run_federated(learner, federation, CleanUpdates(), run)
     assert learner.step == 0
 
@@ -1110,6 +1110,24 @@ def test_a_users_own_module_runs(federation: Federation, attack: UpdateAttack) -
     assert math.isfinite(outcome.trace[-1]["loss"] or math.nan)
     assert torch.equal(model.frozen, torch.ones(64))
     assert not torch.equal(model.scale, torch.ones(64))
+
+
+@pytest.mark.parametrize("rule", [None, {"name": "median"}], ids=["mean", "median"])
+@pytest.mark.parametrize("many", [(), (3,)], ids=["a number", "many labels"])
+def test_targets_may_be_numbers_of_any_shape(many: tuple[int, ...], rule: dict[str, Any] | None) -> None:
+    """Of honest clients and hostile ones: a sample's targets stay together wherever clients' samples are joined."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 6)).astype(np.float32), (rng.random((80, *many)) < 0.5).astype(np.float32)
+    federation = federate(Stream.from_arrays(x, y, victim=40), Shards(clients=5), seed=0)
+    run = FederatedRun(rounds=1, lr=0.05, rule=rule)
+    model = nn.Linear(6, 3) if many else nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+    criterion = F.binary_cross_entropy_with_logits if many else F.mse_loss
+    _, data = federation.round(0, run)
+    before = criterion(model(data.x.flatten(0, 1)), data.y.flatten(0, 1)).item()
+    learner = Learner(model, victim_optimiser(model, run), criterion=criterion)
+    outcome = run_federated(learner, federation, SignFlip(poison_ratio=0.4), run)
+    assert [row["admitted"] for row in outcome.trace[1:]] == [True, True]
+    assert outcome.trace[1]["batch_loss"] == pytest.approx(before, rel=1e-5)
 
 
 def test_an_online_learner_is_the_federation_of_one_client(stream: Stream, server: NewLearner) -> None:

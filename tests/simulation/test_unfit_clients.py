@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import IGNORED
+from mithridate.core.targets import IGNORED
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream

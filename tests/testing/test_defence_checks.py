@@ -13,9 +13,10 @@ from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import check_moves
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, answer
+from mithridate.core.model import answer
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.defences.none import Standard

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 from mithridate.core import compiling
 from mithridate.core.batch import Batch
 from mithridate.core.errors import CheckpointError, ConfigError, WriteError
-from mithridate.core.model import Precision, passes_in
+from mithridate.core.modes import Precision, passes_in
 from mithridate.core.past import Snapshot, Weights
 from mithridate.data.stream import Part, Stream, StreamSettings, open_stream
 from mithridate.maths.norms import Norm

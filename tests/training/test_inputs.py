@@ -21,7 +21,7 @@ from mithridate.attacks.pgd import PGD
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
+from mithridate.core.targets import Criterion
 from mithridate.defences.at import AT
 from mithridate.defences.bound_update import BoundUpdate
 from mithridate.defences.chain import chain

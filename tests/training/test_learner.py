@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from mithridate.core.batch import Batch
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
 from mithridate.core.errors import CheckpointError, DataError, ThreatModelError
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View

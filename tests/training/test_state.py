@@ -16,7 +16,8 @@ from mithridate.attacks.pgd import PGD
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import Defence, Screened
 from mithridate.core.domain import PIXELS
-from mithridate.core.model import BatchNormMode, WhiteBox, in_mode
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode, in_mode
 from mithridate.core.past import Weights
 from mithridate.core.view import Need, View
 from mithridate.defences.at import AT

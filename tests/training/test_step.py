@@ -17,8 +17,8 @@ from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.defence import ADMITTED, Defence, Screened, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, ConfigError, DataError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Snapshot, Weights
+from mithridate.core.targets import IGNORED, Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.training.history import History
@@ -374,6 +374,18 @@ def test_weights_are_a_weighted_mean(weights: list[float], kind: str) -> None:
         assert theirs.grad is not None
         torch.testing.assert_close(mine, theirs - LR * theirs.grad, rtol=1e-4, atol=1e-6)
     assert torch.equal(learner.model.get_buffer("norm.running_mean"), twin.get_buffer("norm.running_mean"))
+
+
+@pytest.mark.parametrize(
+    "weights", [[1.0] * 3 + [0.5] * 5, [0.5] * 2 + [1.0] * 6], ids=["beside others", "of a whole group"]
+)
+def test_samples_that_no_loss_counts_have_no_part_in_a_weighted_mean(weights: list[float]) -> None:
+    batch, w = batch_of(), torch.tensor(weights)
+    batch.y[:2] = IGNORED
+    done = learner_of(Weighing(w)).update(batch)
+    each = F.cross_entropy(model().train()(batch.x), batch.y, reduction="none")
+    assert done.batch_loss == pytest.approx(float((w * each).sum().detach()) / 6, rel=1e-5)
+    assert done.verdict.admit
 
 
 def test_weights_of_one_are_the_plain_mean_bit_for_bit() -> None:

@@ -15,7 +15,8 @@ from torch.optim import SGD
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError, ThreatModelError
-from mithridate.core.model import WhiteBox, frozen_statistics
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import frozen_statistics
 from mithridate.core.registry import build
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import Need, View

@@ -14,17 +14,9 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.core.secrecy import Secrecy
 from mithridate.core.view import View
-from mithridate.maths.alignment import blend, trigger_ascent
-from mithridate.maths.calculus import (
-    Curved,
-    Parameters,
-    Slope,
-    alignment_gradient,
-    curved,
-    gradient,
-    product_gradient,
-    unit,
-)
+from mithridate.maths.alignment import trigger_ascent
+from mithridate.maths.calculus import Curved, Slope, curved, gradient, product_gradient
+from mithridate.maths.directions import Parameters, alignment_gradient, blend, unit
 
 PULL, AGE = "pull.", "pull age"
 """Where G_t is kept by parameter, and how many batches it has served."""

@@ -8,17 +8,20 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor
 
-from mithridate.attacks.losses import Loss, nudged
+from mithridate.attacks.losses import Loss, check_loss, nudged
 from mithridate.core.attack import ASCENT, Attack
+from mithridate.core.batch import AnyBatch
 from mithridate.core.compiling import turn_towards_compiled
 from mithridate.core.domain import Domain
-from mithridate.core.model import BatchNormMode, Precision, PureLoss, WhiteBox
+from mithridate.core.model import PureLoss, WhiteBox
+from mithridate.core.modes import BatchNormMode, Precision
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
 from mithridate.maths.alignment import turn_towards
 from mithridate.maths.ascent import Keep, Optimiser, StepSchedule, climb
-from mithridate.maths.calculus import Normalise, Parameters, Slope
-from mithridate.maths.norms import Ball, Norm
+from mithridate.maths.calculus import Slope
+from mithridate.maths.directions import Normalise, Parameters
+from mithridate.maths.norms import Ball, Norm, by_row
 
 Eps = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -77,7 +80,8 @@ class Sighted(Budgeted, ABC):
         model_access: The model that crafting looks at: the `victim`'s own, or a `surrogate` of the attacker's; then the
             victim's may not be looked at.
         loss: What the poisoned samples are crafted for: `ce`, the victim's own loss; `kl`, the divergence from the
-            model's answer to the clean sample; `cw`, the margin of the best other class over the label.
+            model's answer to the clean sample; `cw`, the margin of the best other class over the label. The last two
+            need class numbers for targets.
         craft_mode: BatchNorm while crafting: running statistics (`eval`) or those of the batch (`train`).
         precision: Of the passes that crafting makes: `float32`; `tf32` of a GPU (elsewhere the same as `float32`); or
             `bfloat16` by autocast, which is faster where the processor has it, and many times slower where it has not.
@@ -91,6 +95,16 @@ class Sighted(Budgeted, ABC):
     def __post_init__(self) -> None:
         if self.model_access == "surrogate":  # the class is frozen: this is set once, here, and follows from the field
             object.__setattr__(self, "needs", type(self).needs - {Need.MODEL} | {Need.SURROGATE})
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs that cannot be moved, and targets that `loss` has no meaning for, unless nothing is moved.
+
+        Raises:
+            ConfigError: Inputs are not one tensor of floats, or targets no class numbers where `loss` needs them.
+        """
+        super().check_inputs(batch)
+        if self.ball.eps > 0 and self.ratio > 0:
+            check_loss(self.loss, batch, who=type(self).__name__)
 
     def target(self, view: View) -> WhiteBox:
         """The model that the poison is crafted on."""
@@ -150,7 +164,7 @@ class Iterated(Sighted, ABC):
         """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
         if self.random_start:
             drawn = domain.clamp(x + self.ball.sample(x, rng))
-            return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), drawn, x)
+            return torch.where(by_row(mask, x), drawn, x)
         return nudged(x, self.ball, mask, domain, rng) if self.loss == "kl" else x
 
     def climb(

@@ -32,7 +32,7 @@ class Delusive(Phased, Sighted, ABC):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Adversarial examples of the current model."""
-        box, how = by_targets(self.target(view)), self.inner()
+        box, how = by_targets(self.target(view), self.loss), self.inner()
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         if self.loss == "kl" and not how.get("random_start"):
             how["start"] = nudged(batch.x, self.ball, mask, view.domain, rng)

@@ -12,9 +12,10 @@ from torch.optim import SGD
 
 from mithridate.attacks.budget import Budgeted, Factor
 from mithridate.core.attack import Attack
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox, answer, in_mode
+from mithridate.core.model import WhiteBox, answer
+from mithridate.core.modes import BatchNormMode, in_mode
 from mithridate.core.past import Epoch
 from mithridate.core.registry import build, config_of, register, settings
 from mithridate.core.seeding import no_draws
@@ -141,6 +142,14 @@ class GateAware(Tolerance, Budgeted):
     def old_epochs(self) -> frozenset[Epoch | None]:
         """The inner attack's."""
         return self.built.old_epochs
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse what the inner attack refuses.
+
+        Raises:
+            ConfigError: It cannot work on inputs or targets of this kind.
+        """
+        self.built.check_inputs(batch)
 
     def ready(self, view: View) -> bool:
         """When the inner attack is."""

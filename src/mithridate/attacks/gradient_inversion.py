@@ -10,8 +10,9 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, approach, nearness, opposite, turn_towards
-from mithridate.maths.calculus import Slope, gradient, unit
+from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
+from mithridate.maths.calculus import Slope, gradient
+from mithridate.maths.directions import opposite, unit
 
 
 @register("attack", "gradient_inversion")
@@ -43,7 +44,7 @@ class GradientInversion(Phased, Iterated):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Bring the gradient of the whole batch, clean samples included, to the wanted one."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         with box.objective(self.craft_mode, self.precision) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk

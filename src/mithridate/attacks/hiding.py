@@ -11,7 +11,8 @@ from mithridate.core.model import WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import View
-from mithridate.maths.calculus import Normalise, Parameters, Slope, add, gradient, input_gradient, unit
+from mithridate.maths.calculus import Slope, gradient, input_gradient
+from mithridate.maths.directions import Normalise, Parameters, add, unit
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
@@ -106,7 +107,7 @@ def discrepancy_gradient(box: WhiteBox, old: Weights, x: Tensor, *, chunk: int |
         Zhu et al., ICML 2023, Eq. (21), the term "keep imperceptibility".
     """
     answers = old.logits(box.module, x).softmax(1).detach()
-    with by_targets(box).objective("eval") as objective:
+    with by_targets(box, "kl").objective("eval") as objective:
         return gradient(objective, box.parameters, x, answers, chunk=chunk)
 
 

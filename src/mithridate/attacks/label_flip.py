@@ -10,8 +10,8 @@ from mithridate.core.attack import Power
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import check_classes
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import IGNORED
 from mithridate.core.registry import register, settings
+from mithridate.core.targets import IGNORED
 from mithridate.core.view import Need, View
 
 

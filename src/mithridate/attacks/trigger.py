@@ -21,17 +21,9 @@ from mithridate.core.model import PureLoss, WhiteBox
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite
-from mithridate.maths.calculus import (
-    Curved,
-    Normalise,
-    Parameters,
-    Slope,
-    curved,
-    gradient,
-    hessian_vector_product,
-    unit,
-)
+from mithridate.maths.alignment import alignment
+from mithridate.maths.calculus import Curved, Slope, curved, gradient, hessian_vector_product
+from mithridate.maths.directions import Normalise, Parameters, opposite, unit
 from mithridate.maths.norms import Ball
 
 TRIGGER = "trigger.x"
@@ -159,7 +151,7 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
     @contextmanager
     def round(self, view: View, rng: Generator) -> Iterator[CraftingRound]:
         """What this round looks at, with the model in the craft mode."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters = box.parameters
         trigger_y = targets(self.loss, box, view.clean_trigger, self.craft_mode)
         old = self.hidden_from(view)

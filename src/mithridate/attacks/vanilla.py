@@ -10,8 +10,9 @@ from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, opposite
-from mithridate.maths.calculus import Normalise, Slope, gradient, unit
+from mithridate.maths.alignment import alignment
+from mithridate.maths.calculus import Slope, gradient
+from mithridate.maths.directions import Normalise, opposite, unit
 
 
 @register(
@@ -45,7 +46,7 @@ class Vanilla(Iterated):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Descend <grad L(S_val), grad L(P(S_T))>, Eq. (6)."""
-        box = by_targets(self.target(view))
+        box = by_targets(self.target(view), self.loss)
         parameters, y = box.parameters, targets(self.loss, box, batch, self.craft_mode)
         with box.objective(self.craft_mode, self.precision) as objective:
             chunk = None if self.craft_mode == "train" else self.chunk

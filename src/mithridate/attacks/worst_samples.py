@@ -15,7 +15,7 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import Parameters
+from mithridate.maths.directions import Parameters
 
 REACH = 1e-3
 """How far the parameters are moved to see which losses rise, relative to their own length: far above what float32

@@ -25,7 +25,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.environment import environment
 from mithridate.core.errors import ConfigError, said
 from mithridate.core.files import path_of
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import config_of, fields_of
 from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.federated import run_federated

@@ -15,9 +15,9 @@ from mithridate.core.batch import AnyBatch, Batch, check_batch, each_tensor, ten
 from mithridate.core.defence import Defence
 from mithridate.core.domain import PIXELS, Domain
 from mithridate.core.errors import ComponentError, ConfigError, DataError, UserError, nearest, said, shown
-from mithridate.core.model import Criterion
 from mithridate.core.plugins import absolute, module_of
 from mithridate.core.seeding import derived_seed, seeded_default
+from mithridate.core.targets import Criterion
 from mithridate.data.stream import Stream
 from mithridate.guard.loop import Guard
 from mithridate.guard.loop_door import GUARDED, defence_of

@@ -16,7 +16,7 @@ from mithridate.core.batch import AnyBatch, each_tensor, tensors_of
 from mithridate.core.defence import Defence
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import config_of
 from mithridate.data.part import Part
@@ -180,8 +180,7 @@ class Victim:
     @cached_property
     def beginning(self) -> str:
         """A hash of the model and the stream."""
-        tensors = {f"parameter.{n}": t for n, t in self.begin.parameters.items()}
-        tensors |= {f"buffer.{n}": t for n, t in self.begin.buffers.items()}
+        tensors = Weights(self.begin.parameters, self.begin.buffers).named()
         return tensors_digest(tensors | _tensors({f"batch{i}": b for i, b in enumerate(self.samples.batches)}))
 
     @cached_property

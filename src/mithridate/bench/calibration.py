@@ -82,7 +82,7 @@ def calibrate_recipe(
             learner = burned_in_learner(cell, chosen.component, prepare(cell, context).burned, context)
             if learner.trusted is None:
                 raise DataError(
-                    "dsc: its threshold is measured on the trusted set, and [data] trusted has no image; give it some."
+                    "dsc: its threshold is measured on the trusted set, and [data] trusted has no sample; give it some."
                 )
             trusted = [b for b in learner.trusted.split(stream.batch_size) if b.size > 1]
             calibrated, calibration = calibrate(learner, trusted, wanted, defence=chosen.component)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mithridate.bench.surrogate import Surrogate
 from mithridate.core import registry
 from mithridate.core.errors import ConfigError, nearest
-from mithridate.core.settings import UNSET
+from mithridate.core.settings import UNSET, by_path
 
 Table = dict[str, Any]
 
@@ -129,7 +129,7 @@ def apply_change(tables: Table, change: str) -> None:
         grid = tables.get("grid", {})
         if not isinstance(grid, dict):
             raise ConfigError(f"{where}: the recipe has several grids; take them out by --set grid=none first.")
-        tables["grid"] = {**_flat(grid), path.removeprefix("grid."): value}
+        tables["grid"] = {**by_path(grid), path.removeprefix("grid."): value}
         return
     table, _, rest = path.partition(".")
     if not equals or not table or not rest.rpartition(".")[2]:
@@ -233,16 +233,9 @@ def expanded(tables: Table) -> Iterator[tuple[str, Table]]:
 
 
 def _grids(tables: Mapping[str, Any]) -> list[Table]:
+    """The grids of a recipe, each by path, however its keys are nested."""
     grids = tables.get("grid", [])
-    return [_flat(grid) for grid in (grids if isinstance(grids, list) else [grids])]
-
-
-def _flat(grid: Mapping[str, Any], prefix: str = "") -> Table:
-    """A grid by path, however its keys were nested."""
-    flat: Table = {}
-    for key, value in grid.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+    return [by_path(grid) for grid in (grids if isinstance(grids, list) else [grids])]
 
 
 def _variants(base: Table, fields: Mapping[_Field, Any]) -> Iterator[tuple[str, Table]]:

@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mithridate.core.batch import Batch, tensors_of
 from mithridate.data.stream import Stream
 
@@ -56,10 +54,7 @@ def samples_key(stream: Stream, ood: Sequence[Batch]) -> str:
     """16 hex digits of all parts of a stream and of the other images beside it."""
     digest = hashlib.sha256()
     for part in (stream.burn_in, stream.victim, stream.validation, stream.trusted, stream.test):
-        arrays = part.x if isinstance(part.x, Mapping) else {"": part.x}
-        for name, array in [*arrays.items(), ("targets", part.y)]:
-            digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
-            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+        part.hash_into(digest)
     for batch in ood:
         for tensor in tensors_of(batch.x):
             digest.update(tensor.cpu().contiguous().numpy().data)

@@ -1,7 +1,7 @@
 """Where a run is written, and whether what stands there already is the same run."""
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,6 +12,7 @@ from mithridate.bench.journal import RunJournal
 from mithridate.bench.origin import NOT_COMPARED, Origin, settings_key
 from mithridate.bench.recipe import Cell
 from mithridate.core.errors import StoreError
+from mithridate.core.settings import by_path
 
 
 class Standing(Enum):
@@ -102,13 +103,5 @@ class Place:
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    a, b = dict(_flat(stored)), dict(_flat(wanted))
+    a, b = by_path(stored), by_path(wanted)
     return [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in NOT_COMPARED]
-
-
-def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flat(item, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, value

@@ -101,7 +101,8 @@ class Prepared:
 
     Args:
         burned: The victim's burn-in.
-        surrogate: What an attacker without access to the victim's model crafts on; of one cell, see `with_surrogate`.
+        surrogate: What an attacker without access to the victim's model crafts on; None until `with_surrogate` adds
+            that of a cell.
         scorers: Detectors, fitted to the model as the burn-in left it.
         surrogate_burned: The surrogate's own burn-in; None if it had none.
     """
@@ -120,8 +121,10 @@ def prepare(cell: Cell, context: RunContext) -> Prepared:
         context: What all cells of the recipe share.
 
     Raises:
+        CheckpointError: The file of a finished model does not fit.
         ConfigError: The burn-in keeps no checkpoint that a detector needs.
         DataError: There are too few clean samples for a detector.
+        WriteError: The cache cannot be written to.
     """
     recipe = cell.recipe
     burned = burn_in(
@@ -164,7 +167,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[W
         put_weights(model, old)
         return WhiteBox(model, F.cross_entropy), None
     config = recipe.model if how.model is None else registry.build("model", how.model, where="[surrogate] model")
-    seed = (cell.seed if recipe.burn_in.seed is None else recipe.burn_in.seed) + how.seed_offset
+    seed = cell.burn_in_seed + how.seed_offset
     model = build_model(config, context.stream.info, seed=seed).to(context.device)
     own = burn_in(
         model,
@@ -179,9 +182,7 @@ def _surrogate(cell: Cell, burned: BurnInResult, context: RunContext) -> tuple[W
 
 
 def _model(cell: Cell, context: RunContext) -> nn.Module:
-    seed = cell.recipe.burn_in.seed
-    fresh = build_model(cell.recipe.model, context.stream.info, seed=cell.seed if seed is None else seed)
-    return fresh.to(context.device)
+    return build_model(cell.recipe.model, context.stream.info, seed=cell.burn_in_seed).to(context.device)
 
 
 def burned_in_learner(cell: Cell, defence: Defence, result: BurnInResult, context: RunContext) -> Learner:

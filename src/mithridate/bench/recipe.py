@@ -16,7 +16,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.files import path_of
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import older_epoch
 from mithridate.core.registry import Kind, config_of, fields_of, make
 from mithridate.core.settings import UNSET
@@ -102,6 +102,12 @@ class Cell:
         """The name of its directory."""
         return run_id(self.attack.label, self.defence.label, self.seed, variant=self.recipe.variant)
 
+    @property
+    def burn_in_seed(self) -> int:
+        """What the burn-in draws from."""
+        seed = self.recipe.burn_in.seed
+        return self.seed if seed is None else seed
+
     def config(self) -> Table:
         """The resolved settings, itself a valid recipe of this one run."""
         r = self.recipe
@@ -130,7 +136,7 @@ class Recipe:
 
     Args:
         title: One line.
-        data: Which images, in what portions.
+        data: Which samples, in what portions.
         model: Settings of the architecture; has `build(info, seed=...)`.
         burn_in: Training before the stream.
         attacks: One row of the grid each.
@@ -177,7 +183,7 @@ class Recipe:
         return self.run.update_mode if isinstance(self.run, OnlineRun) else "train"
 
     def each(self) -> Sequence["Recipe"]:
-        """The variants, each a recipe by itself; this one if there are no several."""
+        """The variants, each a recipe by itself; this one alone where no grid makes any."""
         return self.variants or [self]
 
     def cells(self) -> Iterator[Cell]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,21 +31,19 @@ from mithridate.training.checkpoint import load_snapshot, save_snapshot
 from mithridate.training.learner import Learner
 
 
-class deterministic:
-    """Ask torch for algorithms that give the same bits twice, and give the setting back afterwards."""
-
-    def __enter__(self) -> None:
-        self.before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
-        self.benchmark = torch.backends.cudnn.benchmark
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-
-    def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self.before[0], warn_only=self.before[1])
-        torch.backends.cudnn.benchmark = self.benchmark
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Ask torch for algorithms that give the same bits twice, inside the block; the settings come back afterwards."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str, Any]:
@@ -60,6 +59,7 @@ def run_cell(place: Place, prepared: Prepared, context: RunContext) -> dict[str,
 
     Raises:
         WriteError: The file system refuses.
+        UserError: What calibration, attack, defence or the loop itself can raise.
     """
     cell, directory, run = place.cell, place.directory, place.cell.recipe.run
     here = environment(context.device, code=_foreign_code(cell))

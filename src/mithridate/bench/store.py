@@ -2,12 +2,13 @@
 
 Layout of `DIR/<run id>/`:
 
-- `config.toml`: the resolved settings, tables `[data] [model] [burn_in] [attack] [defence] [monitor] [run]`.
+- `config.toml`: the resolved settings, itself a recipe of this one run: its title, plug-ins and variant, and the tables
+  `bench.changes.TABLES`, as far as the run has them.
 - `trace.parquet`: one row a step, columns `TRACE_SCHEMA`; the first row is the state before the stream.
 - `summary.json`: the outcome, and what it was made from: `settings_key`, `samples_key`, `inputs_key` (samples, and
   files that settings name) and `burn_in_key`.
-- `environment.json`: versions, processor, threads, precision; what of it was another when the burn-in was trained
-  (`burn_in`) or before the run was resumed (`resumed`).
+- `environment.json`: versions, processor, threads, precision; what of it was another when the burn-in of the victim
+  (`burn_in`) or of a surrogate (`surrogate`) was trained, or before the run was resumed (`resumed`).
 - `scores.parquet`: what detectors said of each sample, columns `SCORES_SCHEMA`; only if the recipe has detectors.
 - `images.safetensors`: a few images, float32 (n, channels, height, width) in [0, 1], as `<phase>.clean` and
   `<phase>.poisoned` for the phases `accumulative` and `trigger`.
@@ -15,6 +16,8 @@ Layout of `DIR/<run id>/`:
 - `state.safetensors`, `journal.jsonl`: where a killed run goes on; removed when it has finished.
 - `error.json`: why a run failed (see `bench.failure`), with a checksum of its own; removed when the run goes on.
 - `.lock`: held by the process that writes here.
+
+Beside the runs stands `DIR/grid.json`, which says which runs were planned (see `bench.plan`).
 """
 
 import hashlib

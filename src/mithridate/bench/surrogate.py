@@ -15,7 +15,7 @@ class Surrogate:
 
     Args:
         kind: `checkpoint`: an older state of the victim's own model; `trained`: another model, trained on the same
-            images.
+            samples.
         epoch: Burn-in epoch, for `checkpoint`, before the last; it must be among `[burn_in] checkpoints`. `half`: that
             at half of the burn-in; unset: the earliest kept.
         seed_offset: For `trained`: added to the run's seed, >= 1.

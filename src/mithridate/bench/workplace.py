@@ -31,7 +31,7 @@ from mithridate.training.burn_in import burn_in
 
 @dataclass(frozen=True)
 class Terms:
-    """What the same cells are run under in whatever process.
+    """How cells are run, the same in every process.
 
     Args:
         out: Directory of the store, absolute.
@@ -198,8 +198,7 @@ def prepared_key(cell: Cell) -> str:
 def burn_in_shared(cell: Cell) -> str:
     """A hash that is the same for cells that surely share a burn-in; others may, by what the cache knows."""
     config = cell.config()
-    seed = cell.seed if cell.recipe.burn_in.seed is None else cell.recipe.burn_in.seed
-    return _hash([config["data"], config["model"], config["burn_in"], seed])
+    return _hash([config["data"], config["model"], config["burn_in"], cell.burn_in_seed])
 
 
 def _samples_settings(recipe: Recipe) -> str:
@@ -223,7 +222,9 @@ def _check_needs(cells: Sequence[Cell], stream: Stream) -> None:
             (cell.defence.label, cell.defence.component.needs),
         ):
             for need in needs & empty:
-                raise DataError(f"{label} needs the {need}, and [data] {need.name.lower()} has no image; give it some.")
+                raise DataError(
+                    f"{label} needs the {need}, and [data] {need.name.lower()} has no sample; give it some."
+                )
 
 
 def _check_runs(cells: Sequence[Cell], stream: Stream) -> None:

@@ -79,7 +79,7 @@ class Bars(Watcher):
     def burn_in(self, cell: "Cell", seed: int, done: int, epochs: int) -> None:
         """An epoch has ended."""
         took = self._clock(cell)
-        if self.pace and seed == _burn_in_seed(cell):  # else it is that of a surrogate
+        if self.pace and seed == cell.burn_in_seed:  # else it is that of a surrogate
             self.pace.trained(cell.run_id, done, took)
             self._estimate_burn_ins()
         self._show(cell, f"burn-in, seed {seed}", done, epochs, "epochs")
@@ -184,8 +184,3 @@ class Bars(Watcher):
         if what not in self.said:
             self.said.add(what)
             self._line(text)
-
-
-def _burn_in_seed(cell: "Cell") -> int:
-    seed = cell.recipe.burn_in.seed
-    return cell.seed if seed is None else seed

@@ -11,7 +11,7 @@ from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import Component, check_moves
 from mithridate.core.domain import check_domain
 from mithridate.core.view import View
-from mithridate.maths.norms import Ball
+from mithridate.maths.norms import Ball, by_row
 
 Power = Literal["inputs", "labels", "samples"]
 """What of a sample an attack changes: its inputs, within the ball; its label; or all of it, by sending another one."""
@@ -60,6 +60,9 @@ class Attack(Component, ABC):
             view: What the attack declared.
             mask: (n,) bool, the samples that may change.
             rng: The only source of randomness.
+
+        Returns:
+            Shaped like `batch.x`, inside the ball and the domain; rows that may not change are put back by the caller.
         """
 
     def craft_trigger(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
@@ -132,7 +135,7 @@ class Attack(Component, ABC):
         x = craft(copy, view, mask.clone(), rng).detach()
         if (x.shape, x.dtype, x.device) != (batch.x.shape, batch.x.dtype, batch.x.device):
             raise AssertionError(f"{name} made {x.dtype} {tuple(x.shape)} of {batch.x.dtype} {tuple(batch.x.shape)}")
-        x = torch.where(mask.view(-1, *[1] * (x.ndim - 1)), x, batch.x)
+        x = torch.where(by_row(mask, x), x, batch.x)
         poisoned = Batch(x, batch.y)
         check_domain(poisoned, view.domain, where=f"batch made by {name}")
         if not ball.holds(x - batch.x, batch.x):

@@ -1,13 +1,10 @@
-"""An average of a model's states that moves along with it, kept as notes."""
+"""An average of a model's states that moves along with it, kept as notes by the names of `Weights.named`."""
 
 import torch
 from torch import Tensor, nn
 
 from mithridate.core.past import Weights
 from mithridate.core.view import Memory
-
-PARAMETER, BUFFER = "parameter.", "buffer."
-"""Notes: the average, by name."""
 
 
 @torch.no_grad()
@@ -21,7 +18,7 @@ def moved_along(notes: Memory, module: nn.Module, decay: float) -> Memory:
         module: In the state that is taken in.
         decay: In [0, 1).
     """
-    now = {key: tensor.detach() for key, tensor in state_of(module).items()}
+    now = {key: tensor.detach() for key, tensor in Weights.of(module).named().items()}
     wide = {
         key: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for key, tensor in now.items()
@@ -49,15 +46,5 @@ def weights_of(notes: Memory, module: nn.Module, label: str) -> Weights:
         module: Whose weights they are.
         label: Says what they are.
     """
-    average = {key: notes[key].to(tensor.dtype) for key, tensor in state_of(module).items()}
-    return Weights(
-        {key.removeprefix(PARAMETER): t for key, t in average.items() if key.startswith(PARAMETER)},
-        {key.removeprefix(BUFFER): t for key, t in average.items() if key.startswith(BUFFER)},
-        label,
-    )
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by the names of their notes."""
-    parameters = {PARAMETER + name: p for name, p in module.named_parameters()}
-    return parameters | {BUFFER + name: b for name, b in module.named_buffers()}
+    average = {key: notes[key].to(tensor.dtype) for key, tensor in Weights.of(module).named().items()}
+    return Weights.from_named(average, label)

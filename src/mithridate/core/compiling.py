@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mithridate.core.errors import ConfigError, UserError
 from mithridate.core.model import PureLoss
 from mithridate.maths.alignment import turn_towards
-from mithridate.maths.calculus import NoDerivativeError, Normalise, Parameters, Slope
+from mithridate.maths.calculus import NoDerivativeError, Slope
+from mithridate.maths.directions import Normalise, Parameters
 
 BACKEND: str | Callable[..., Any] = "inductor"
 """What compiles."""
@@ -21,7 +22,7 @@ MODELS = 256
 """How often torch may compile the same layer, each time for another model or size of a batch; it gives up at 8."""
 
 Step = Callable[..., tuple[Tensor, Tensor]]
-"""(pixels, labels, parameters, wanted direction, all else of the model's state) -> (gradient, value)."""
+"""(inputs, targets, parameters, wanted direction, all else of the model's state) -> (gradient, value)."""
 
 _STEPS: WeakKeyDictionary[nn.Module, tuple[object, dict[object, Step]]] = WeakKeyDictionary()
 
@@ -72,14 +73,14 @@ def turn_towards_compiled(
     """What `turn_towards` computes, to rounding, by a graph of all its operations that has been compiled.
 
     It is traced and compiled when it is first asked for: once for a model, its mode, kinds and sizes of the arguments.
-    Pixels, labels, parameters, buffers and `w` are inputs of the graph, so that later batches and an updated model get
+    Inputs, targets, parameters, buffers and `w` are inputs of the graph, so that later batches and an updated model get
     slopes of their own. A layer that has changed in a number or text since is traced again.
 
     Args:
         loss: Of a model, from `WhiteBox.objective`, inside its block.
         parameters: Where to differentiate: those of the model that are trained.
-        x: Pixels (n, c, h, w).
-        y: Labels (n,).
+        x: Inputs (n, ...).
+        y: Targets (n, ...).
         w: The wanted direction, shaped like the parameters.
         normalise: How `unit` divides the gradient.
         chunk: Samples computed at a time; None for all at once.

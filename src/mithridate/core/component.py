@@ -65,7 +65,7 @@ def check_classes(batch: AnyBatch, *, who: str) -> None:
     """Refuse targets that are no class numbers, for components that compare them with the class that a model says.
 
     Args:
-        batch: Any of the stream.
+        batch: Any batch of the stream.
         who: The component, for the message.
 
     Raises:

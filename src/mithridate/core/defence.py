@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mithridate.core.batch import AnyBatch
 from mithridate.core.component import Component
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, answer
+from mithridate.core.model import answer
 from mithridate.core.past import Weights
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import View
 

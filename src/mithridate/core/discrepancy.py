@@ -55,8 +55,8 @@ class LookingBack:
 
     @property
     def lookback(self) -> int:
-        """Past states that the history must hold."""
-        return max(self.back, 1) if self.old == "back" else 0
+        """How many updates back it looks; 0 if at a burn-in checkpoint."""
+        return self.back if self.old == "back" else 0
 
     @property
     def old_epochs(self) -> frozenset[Epoch | None]:

@@ -62,20 +62,20 @@ PIXELS = Domain(0.0, 1.0)
 """The domain of images."""
 
 
-def check_domain(batch: Batch, domain: Domain, *, n_classes: int | None = None, where: str = "batch") -> None:
-    """Refuse inputs that no stream with this domain yields, and labels that are no class numbers.
+def check_domain(batch: Batch, domain: Domain, *, where: str = "batch") -> None:
+    """Refuse inputs that no stream with this domain yields.
 
     Args:
         batch: Samples with a float tensor of inputs.
         domain: What a valid input is.
-        n_classes: Labels must be int64 in [0, n_classes); None skips that check.
         where: Named in the message.
 
     Raises:
-        DataError: Inputs are not float, not finite or outside the domain, or labels are out of range.
+        DataError: It is no batch (see `check_batch`), or inputs are not one tensor of floats, not finite or outside the
+            domain.
     """
     check_batch(batch, where=where)
-    x, y = batch
+    x = batch.x
     if not isinstance(x, Tensor) or not x.is_floating_point():
         what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise DataError(
@@ -86,19 +86,11 @@ def check_domain(batch: Batch, domain: Domain, *, n_classes: int | None = None, 
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise DataError(f"{where}: {bad} of {len(x)} samples hold NaN or infinity; drop them before they come here.")
     if not domain.holds(x):
-        low, high = (f"{float(b):.4g}" if not isinstance(b, Tensor) or b.ndim == 0 else "low to high" for b in domain)
+        plain = not any(isinstance(bound, Tensor) and bound.ndim for bound in domain)
+        bounds = f"[{float(domain.low):.4g}, {float(domain.high):.4g}]" if plain else "(bounds for each feature)"
+        bad = int((~domain.inside(x)).sum())
         raise DataError(
-            f"{where}: inputs span [{float(x.min()):.4g}, {float(x.max()):.4g}], outside the domain [{low}, {high}]; "
-            "scale them. Normalisation (mean, std) of images belongs inside the model, not in the stream."
-        )
-    if n_classes is None:
-        return
-    if y.dtype != torch.int64 or y.ndim != 1:
-        raise DataError(
-            f"{where}: labels are {y.dtype} of shape {tuple(y.shape)}; class numbers must be int64, one a sample."
-        )
-    if int(y.min()) < 0 or int(y.max()) >= n_classes:
-        raise DataError(
-            f"{where}: labels span [{int(y.min())}, {int(y.max())}], but the model has {n_classes} classes (0 to "
-            f"{n_classes - 1})."
+            f"{where}: {bad} of {len(x)} samples lie outside the domain {bounds}, for inputs span "
+            f"[{float(x.min()):.4g}, {float(x.max()):.4g}]; scale them. Normalisation (mean, std) of images belongs "
+            "inside the model, not in the stream."
         )

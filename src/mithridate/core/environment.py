@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mithridate.core.plugins import offered
+from mithridate.core.settings import by_path
 
 COUNTED = frozenset({"cpus"})
 """What is recorded for people alone: it moves no bit."""
@@ -60,16 +61,9 @@ def _cuda() -> dict[str, Any]:
 
 def differing(here: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, str]:
     """What two environments disagree about, as `key -> here, there`; what only counts cores is left out."""
-    a, b = _flat(here), _flat(there)
+    a, b = by_path(here), by_path(there)
     keys = sorted((a.keys() | b.keys()) - COUNTED)
     return {key: f"{a.get(key)}, {b.get(key)}" for key in keys if a.get(key) != b.get(key)}
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 @cache

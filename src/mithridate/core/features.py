@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import frozen_statistics
 from mithridate.core.watch import Observed
 
 
@@ -40,7 +41,7 @@ def observe(module: nn.Module, batches: Iterable[AnyBatch]) -> Observed:
     finally:
         handle.remove()
     if not logits:
-        raise DataError("no clean samples to look at: give the training batches at least one image ([data] burn_in).")
+        raise DataError("no clean samples to look at: give the training batches at least one sample ([data] burn_in).")
     if [f.ndim for f in features] != [2] * len(logits) or list(map(len, features)) != list(map(len, logits)):
         raise ConfigError(
             f"the last nn.Linear of {type(module).__name__} is not fed one vector a sample, once a batch, so its input "

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from mithridate.maths.norms import by_row
+
 Weighted = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -82,7 +84,7 @@ def _folded_weights(first: Weighted, norm: Norm) -> tuple[Tensor, Tensor]:
     shift = -norm.running_mean * scale
     shift = shift if norm.bias is None else norm.bias + shift
     shift = shift if first.bias is None else torch.addcmul(shift, first.bias, scale)
-    return first.weight * scale.view(-1, *[1] * (first.weight.ndim - 1)), shift
+    return first.weight * by_row(scale, first.weight), shift
 
 
 def _pairs(module: nn.Module) -> Sequence[tuple[Weighted, Norm]]:

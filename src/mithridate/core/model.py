@@ -1,37 +1,21 @@
-"""What is looked at: a model, its loss as a pure function, and what it was earlier."""
+"""What is looked at: a model, and its answers and loss as pure functions."""
 
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from mithridate.core.batch import Inputs, each_tensor
-from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.folding import folded
+from mithridate.core.errors import ConfigError
+from mithridate.core.modes import BatchNormMode, Precision, eager, frozen_statistics, other_buffers, passes_in, rounding
 from mithridate.core.seeding import no_draws
-from mithridate.core.soft_targets import improbable
-from mithridate.maths.calculus import NoDerivativeError, Parameters, refuse_once_differentiable
-
-BatchNormMode = Literal["eval", "train"]
-"""`eval`: running statistics; `train`: the statistics of the batch."""
-
-Precision = Literal["float32", "tf32", "bfloat16"]
-"""Of the passes through a model: `tf32` lets a GPU multiply with 10 bits of fraction, which elsewhere is `float32`;
-`bfloat16` is autocast's, which leaves the sums that need it in float32."""
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""(logits, targets) -> mean loss, a scalar."""
-
-IGNORED = -100
-"""The label that torch's cross-entropy leaves out (`ignore_index`)."""
+from mithridate.core.targets import Criterion, check_labels, check_probabilities, mean_loss
+from mithridate.maths.calculus import NoDerivativeError, refuse_once_differentiable
+from mithridate.maths.directions import Parameters
 
 
 def answer(module: nn.Module, x: Inputs, state: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -109,7 +93,7 @@ def _apart(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{what}, a {type(m).__name__}, is {kind}, so that it cannot be computed with other parameters than "
                 "its own; give the module that is inside, as it was before."
             )
-    written = {name: state.get(name, b).detach().clone() for name, b in _other_buffers(module).items()}
+    written = {name: state.get(name, b).detach().clone() for name, b in other_buffers(module).items()}
     return {**state, **written}
 
 
@@ -126,6 +110,9 @@ def answering(module: nn.Module, precision: Precision = "float32") -> Iterator[A
     Args:
         module: The model; it is as it was after the block.
         precision: Of the passes; logits come in float32.
+
+    Raises:
+        ConfigError: The model is of a kind whose parameters cannot be replaced.
     """
     _apart(module, {})  # of a kind whose parameters cannot be replaced, it says so
     with frozen_statistics(module, "eval", once=True), no_draws(module):
@@ -136,7 +123,7 @@ def answering(module: nn.Module, precision: Precision = "float32") -> Iterator[A
                 for key, t in table.items():
                     if t is not None:
                         places.setdefault(names[id(t)], []).append((table, key))
-        written = set(_other_buffers(module))
+        written = set(other_buffers(module))
 
         def run(state: Mapping[str, Tensor], x: Tensor) -> Tensor:
             held = []
@@ -154,144 +141,6 @@ def answering(module: nn.Module, precision: Precision = "float32") -> Iterator[A
                     table[key] = before
 
         yield run
-
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-"""Layers whose buffers are known to stay as they are in eval mode, and without `track_running_stats`."""
-
-
-def _other_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a forward pass may write to although BatchNorm does not record: those of all other layers."""
-    return {
-        f"{prefix}.{name}" if prefix else name: b
-        for prefix, m in module.named_modules()
-        if m._buffers and type(m) not in _NORMS
-        for name, b in m._buffers.items()
-        if b is not None
-    }
-
-
-def loss_of(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) -> Tensor:
-    """The mean loss, a scalar.
-
-    Args:
-        criterion: (logits, targets) -> mean loss.
-        logits: What a model said.
-        y: Targets.
-        where: Names the samples in messages.
-
-    Raises:
-        DataError: The targets do not fit the model, or the criterion.
-        ConfigError: The criterion gives no scalar.
-    """
-    check_labels(logits, y, where=where)
-    _check_probabilities(criterion, y, where=where)
-    return _compared(criterion, logits, y, where=where)
-
-
-def _compared(criterion: Criterion, logits: Tensor, y: Tensor, *, where: str) -> Tensor:
-    """The mean loss of targets that have been looked at before."""
-    try:
-        # Of outputs (n, 1) and targets (n,) torch makes n * n pairs, and only warns.
-        spread = y.is_floating_point() and logits.shape != y.shape
-        with _as_error("Using a target size") if spread else nullcontext():
-            loss = criterion(logits, y)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, IndexError, UserWarning) as error:
-        if isinstance(error, NotImplementedError):  # of forward mode, which is none of the targets' faults
-            raise
-        raise DataError(
-            f"{where}: the criterion cannot compare outputs {logits.dtype} {tuple(logits.shape)} with targets "
-            f"{y.dtype} {tuple(y.shape)}: {error}; give targets, or a model, of the shape and type that the criterion "
-            "takes (class numbers are int64: `y.long()`)."
-        ) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(
-            f"the criterion gives {shape}, and a loss is one number: give one that averages over samples "
-            '(reduction="mean").'
-        )
-    return loss.reshape(())
-
-
-@contextmanager
-def _as_error(message: str) -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=message)
-        yield
-
-
-def unknown_labels(outputs: float, y: Tensor) -> Tensor:
-    """Which class numbers a model has no output for: (n, ...) int64 -> (n,) bool; `IGNORED` ones are known.
-
-    Args:
-        outputs: How many the model has; infinite if targets are no class numbers.
-        y: Class numbers.
-    """
-    unknown = ((y < 0) & (y != IGNORED)) | (y >= outputs)
-    return unknown.flatten(1).any(1) if y.ndim > 1 else unknown
-
-
-def names_classes(logits: Tensor, y: Tensor) -> bool:
-    """Whether targets are class numbers of a model that gives such logits.
-
-    Args:
-        logits: (n, classes) or (n, positions, classes).
-        y: (n,) or (n, positions) int64.
-    """
-    return (
-        y.dtype == torch.int64 and logits.ndim == y.ndim + 1 and logits.shape[:-1] == y.shape and logits.shape[-1] > 1
-    )
-
-
-def check_labels(logits: Tensor, y: Tensor, *, where: str) -> None:
-    """Refuse class numbers that a model has no output for.
-
-    Args:
-        logits: (n, classes); of another shape nothing is checked.
-        y: (n,) int64; of another kind nothing is checked.
-        where: Named in the message.
-
-    Raises:
-        DataError: There are some.
-    """
-    if not names_classes(logits, y):
-        return
-    outputs = logits.shape[-1]
-    if bool(unknown_labels(outputs, y).any()):
-        labels = y[y != IGNORED]
-        raise DataError(
-            f"{where}: labels span [{int(labels.min())}, {int(labels.max())}], but the model has {outputs} outputs; "
-            "give labels of the model's own classes, or build it with as many outputs as there are classes."
-        )
-
-
-def _check_probabilities(criterion: Criterion, y: Tensor, *, where: str) -> None:
-    bad = improbable(criterion, y)
-    if bad is not None and bool(bad.any()):
-        raise DataError(
-            f"{where}: {int(bad.sum())} of {len(y)} targets hold numbers outside [0, 1], and the criterion reads them "
-            "as probabilities; give such, or a criterion that takes any number (F.mse_loss)."
-        )
-
-
-def right_answers(logits: Tensor, y: Tensor) -> Tensor | None:
-    """Which targets are hit; None where that has no meaning, as in regression.
-
-    Args:
-        logits: (n, classes) or (n, positions, classes) for class numbers, shaped like `y` for many labels.
-        y: Class numbers int64, (n,) or (n, positions), `IGNORED` ones left out; or many labels, floats of 0 and 1.
-
-    Returns:
-        (targets,) bool.
-    """
-    if y.dtype == torch.int64 and logits.shape[:-1] == y.shape:
-        counted = y != IGNORED
-        return (logits.argmax(-1) == y)[counted]
-    if y.is_floating_point() and logits.shape == y.shape and bool(((y == 0) | (y == 1)).all()):
-        return ((logits > 0) == (y > 0.5)).flatten()
-    return None
 
 
 @dataclass(frozen=True)
@@ -326,6 +175,9 @@ class WhiteBox:
             mode: `eval` uses BatchNorm's running statistics, `train` those of the batch.
             parameters: Trainable ones to use in place of the model's.
             precision: Of the pass; the logits come in float32.
+
+        Raises:
+            ConfigError: The model gives no logits (see `answer`).
         """
         device = next(self.module.parameters(), torch.empty(0)).device
         with frozen_statistics(self.module, mode), no_draws(self.module), passes_in(precision, device):
@@ -350,7 +202,7 @@ class WhiteBox:
         """
         loss = PureLoss(self, precision)
         device = next(self.module.parameters(), torch.empty(0)).device
-        with frozen_statistics(self.module, mode), eager(), _rounding(precision, device):
+        with frozen_statistics(self.module, mode), eager(), rounding(precision, device):
             try:
                 yield loss
             except NoDerivativeError as error:
@@ -384,21 +236,34 @@ class PureLoss:
             parameters: By name; buffers may stand among them.
             x: Inputs (n, ...).
             y: Targets (n, ...).
-            look: Refuse targets that do not fit, if they have not been looked at yet; a value is read for it.
+            look: Refuse targets that do not fit, if they have not been looked at yet; a GPU is waited for then.
+
+        Raises:
+            DataError: Targets do not fit the model or the criterion.
+            ConfigError: The model gives no logits, or the criterion no scalar.
         """
         with no_draws(self.box.module), passes_in(self.precision, x.device):
             logits = answer(self.box.module, x, parameters)
         logits = logits.float() if self.precision == "bfloat16" else logits
         if look and not self._has_seen(y):  # once: an ascent asks again and again, and each look waits for the device
             check_labels(logits, y, where=_ASKED)
-            _check_probabilities(self.box.criterion, y, where=_ASKED)
+            check_probabilities(self.box.criterion, y, where=_ASKED)
             self._looked_at[_place(y)] = y
         self.inputs = x
-        return _compared(self.box.criterion, logits, y, where=_ASKED)
+        return mean_loss(self.box.criterion, logits, y, where=_ASKED)
 
     @torch.no_grad()
     def look_at(self, parameters: Parameters, x: Tensor, y: Tensor) -> None:
-        """Refuse targets that do not fit the model or the criterion, if they have not been looked at yet."""
+        """Refuse targets that do not fit the model or the criterion, if they have not been looked at yet.
+
+        Args:
+            parameters: By name.
+            x: Inputs (n, ...).
+            y: Targets (n, ...).
+
+        Raises:
+            DataError: They do not fit.
+        """
         if not self._has_seen(y):
             self(parameters, x, y)
 
@@ -411,38 +276,6 @@ _ASKED = "targets that a gradient was asked of"
 
 def _place(t: Tensor) -> tuple[int, torch.Size, int]:
     return t.data_ptr(), t.shape, t._version
-
-
-def passes_in(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """Passes through a model in the given precision, inside the block."""
-    if precision != "bfloat16":
-        return _rounding(precision, device)
-    # Without a cache: what a parameter was cast to in one pass carries that pass's graph, or its dual part.
-    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
-
-
-@contextmanager
-def _rounding(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Whether matrix products and convolutions of a GPU may round to TF32; torch lets convolutions, by default."""
-    if device.type != "cuda":
-        yield
-        return
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for backend in backends:
-            backend.allow_tf32 = precision == "tf32"
-        yield
-    finally:
-        for backend, flag in zip(backends, before, strict=True):
-            backend.allow_tf32 = flag
-
-
-def eager() -> AbstractContextManager[None]:
-    """Compiled models as they were before: what the compiler makes can be differentiated only once."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]  # torch gives it no types
 
 
 def _without_second_derivative(module: nn.Module, x: Tensor) -> str:
@@ -481,82 +314,3 @@ def _without_second_derivative(module: nn.Module, x: Tensor) -> str:
         for handle in handles:
             handle.remove()
     return culprits[0] if culprits else f"the model, a {type(module).__name__},"
-
-
-_OWN_FLAGS: ContextVar[Mapping[nn.Module, bool]] = ContextVar("own train flags", default=MappingProxyType({}))
-"""What the train flags were before the outermost `in_mode`."""
-
-
-@contextmanager
-def in_mode(module: nn.Module, mode: BatchNormMode) -> Iterator[None]:
-    """Put a model in eval or train mode; every module's own flag comes back as it was.
-
-    A part that is in eval mode while the model as a whole is in train mode is frozen, and stays in eval mode.
-
-    Args:
-        module: The model.
-        mode: `eval` or `train`.
-    """
-    now = [(m, m.training) for m in module.modules()]
-    before = _OWN_FLAGS.get()
-    own = {m: before.get(m, flag) for m, flag in now}
-    token = _OWN_FLAGS.set({**before, **own})
-    try:
-        module.train(mode == "train")
-        if mode == "train" and own[module]:
-            for m, flag in own.items():
-                if not flag:
-                    m.training = False
-        yield
-    finally:
-        for m, flag in now:
-            m.training = flag
-        _OWN_FLAGS.reset(token)
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module, mode: BatchNormMode, *, once: bool = False) -> Iterator[None]:
-    """Put a model in eval or train mode without letting it record; every flag and buffer comes back as it was.
-
-    In eval mode BatchNorm is computed with the layer before it where it can be (`folding`), which rounds otherwise.
-
-    Args:
-        module: The model.
-        mode: `eval` or `train`.
-        once: Compute BatchNorm into those layers once for each set of weights, as `folding.folded` says.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    tracking = [m.track_running_stats for m in norms]
-    with in_mode(module, mode), _kept_buffers(module):
-        try:
-            if mode == "eval":
-                with folded(module, once=once):
-                    yield
-                return
-            for m in norms:
-                m.track_running_stats = False
-            yield
-        finally:
-            for m, flag in zip(norms, tracking, strict=True):
-                m.track_running_stats = flag
-
-
-@contextmanager
-def _kept_buffers(module: nn.Module) -> Iterator[None]:
-    """Bring back whatever a layer other than BatchNorm writes to its buffers inside the block."""
-    held = [
-        (m, {name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()})
-        for m in module.modules()
-        if m._buffers and type(m) not in _NORMS
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for m, buffers in held:
-                for name in m._buffers.keys() - buffers.keys():
-                    del m._buffers[name]
-                for name, (b, kept) in buffers.items():
-                    m._buffers[name] = b
-                    if b is not None and kept is not None and not torch.equal(b, kept):
-                        b.copy_(kept)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from mithridate.core.batch import Inputs
 from mithridate.core.errors import CheckpointError, ConfigError
-from mithridate.core.model import answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import frozen_statistics
 
 
 def _epoch(value: object) -> int | Literal["half"]:
@@ -50,17 +51,13 @@ def older_epoch(epoch: Epoch | None, kept: Collection[int], length: int | None, 
     elif wanted == length:
         problem = f"at burn-in epoch {wanted}, the model that the stream starts with: it would compare it with itself"
     else:
-        problem = f"at burn-in epoch {wanted}, which is not kept (older models: {listed(kept)})"
+        older = ", ".join(map(str, sorted(kept))) or "none"
+        problem = f"at burn-in epoch {wanted}, which is not kept (older models: {older})"
     example = wanted if isinstance(wanted, int) and wanted != length else (length or 40) // 2
     raise ConfigError(
         f"{who} looks back {problem}. Write e.g. `[burn_in] checkpoints = [{example}]`, or, if `checkpoint` names a "
         f'finished model, `older = {{ {example} = "FILE" }}`.'
     )
-
-
-def listed(epochs: Collection[int]) -> str:
-    """Epochs in words, in order."""
-    return ", ".join(map(str, sorted(epochs))) or "none"
 
 
 class Past(Protocol):
@@ -99,6 +96,20 @@ class Weights:
     def of(cls, module: nn.Module, label: str = "") -> "Weights":
         """The parameters and buffers of a model as it is now; they share its memory."""
         return cls(dict(module.named_parameters()), dict(module.named_buffers()), label)
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, Tensor], label: str = "") -> "Weights":
+        """What `named` gave as weights again; tensors of other names are passed over."""
+        parameters, buffers = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("parameter.", "buffer.")
+        )
+        return cls(parameters, buffers, label)
+
+    def named(self) -> dict[str, Tensor]:
+        """All tensors by one name each: `parameter.NAME` and `buffer.NAME`."""
+        parameters = {f"parameter.{name}": t for name, t in self.parameters.items()}
+        return parameters | {f"buffer.{name}": t for name, t in self.buffers.items()}
 
     def copied(self) -> "Weights":
         """A copy that shares no memory."""

@@ -204,6 +204,22 @@ def _default(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401  (a field 
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def by_path(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a table and of the tables in it, by dotted path.
+
+    Args:
+        table: Its keys are text.
+        prefix: What every path begins with.
+
+    >>> by_path({"run": {"lr": 0.1, "seeds": [0]}, "title": ""})
+    {'run.lr': 0.1, 'run.seeds': [0], 'title': ''}
+    """
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= by_path(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
+
+
 def fields_of(settings_object: object) -> dict[str, Any]:
     """Field values of a settings object, without those that are None."""
     cls: type = type(settings_object)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import IGNORED, Precision, WhiteBox, loss_of, right_answers
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import Precision
 from mithridate.core.past import Weights
 from mithridate.core.registry import settings
+from mithridate.core.targets import IGNORED, counted, loss_of, right_answers
 from mithridate.core.view import Memory
 
 CHUNK = 100
@@ -32,7 +34,7 @@ class Quality(NamedTuple):
     """How good a model is on samples.
 
     Args:
-        loss: Mean loss, in the unit of the criterion.
+        loss: Mean loss of the targets that count (not `IGNORED`), in the unit of the criterion; NaN if none does.
         worst: Accuracy of the class that fares worst, a fraction; of many labels, of the worst label; 1 where targets
             are neither.
         right: Which targets are hit, in order; empty where they are neither class numbers nor many labels.
@@ -71,8 +73,9 @@ class Tolerance:
         max_accuracy_drop: By how much the accuracy of the worst class may fall, a fraction, >= 0; `inf` is off. One
             sample of a class of n is 1/n, so a limit below that refuses any lost sample. Classes without samples are
             left out.
-        level: Of a paired test, in [0, 1): refused is what two equally good models would show at this rate or less, in
-            all samples, or in one class at the level divided by the number of classes. 0 is off.
+        level: Significance level of a paired test, in [0, 1): a step is refused if two equally good models would look
+            so different at this rate or less, on all samples, or on those of one class at the level divided by the
+            number of classes. 0 is off.
         test: `flips`: samples that were right are now wrong, more of them than the other way round (McNemar's exact
             test, one-sided): at 0.01, seven lost and none won, whatever the number of samples. `chances`: the
             probability of the right answer has fallen, on average (Student's t of the differences, one-sided), which
@@ -247,22 +250,26 @@ def quality(
     Raises:
         DataError: Class numbers do not fit the model.
     """
-    loss = 0.0
+    loss, count = 0.0, 0
     hits, chances, groups = [], [], []
     for piece in samples.split(CHUNK):
         logits = box.logits(piece.x, precision=precision) if weights is None else weights.logits(box.module, piece.x)
-        loss += float(loss_of(box.criterion, logits, piece.y, where="trusted samples")) * piece.size
+        size = counted(logits, piece.y)
+        mean = loss_of(box.criterion, logits, piece.y, where="trusted samples")
+        loss += float(mean) * size if size else 0.0  # of nothing the mean is NaN
+        count += size
         right = right_answers(logits, piece.y)
-        if right is not None:
+        if right is not None and len(right):
             hits.append(right)
             chances.append(_chances(logits, piece.y))
             groups.append(_group_of(piece.y))
+    loss = loss / count if count else math.nan
     if not hits:
-        return Quality(loss / samples.size, 1.0)
+        return Quality(loss, 1.0)
     right, group = torch.cat(hits), torch.cat(groups)
     worst = min(float(right[group == g].double().mean()) for g in torch.unique(group))
     each = (right, torch.cat(chances), group)
-    return Quality(loss / samples.size, worst, *(tuple(values.tolist()) for values in each))
+    return Quality(loss, worst, *(tuple(values.tolist()) for values in each))
 
 
 def _chances(logits: Tensor, y: Tensor) -> Tensor:
@@ -277,4 +284,5 @@ def _group_of(y: Tensor) -> Tensor:
     """What each target that `right_answers` counts belongs to: its class, its label, or all to one."""
     if y.is_floating_point():
         return torch.arange(y[0].numel(), device=y.device).repeat(len(y))
-    return y if y.ndim == 1 and not bool((y == IGNORED).any()) else torch.zeros_like(y[y != IGNORED])
+    known = y[y != IGNORED]
+    return known if y.ndim == 1 else torch.zeros_like(known)

@@ -20,12 +20,12 @@ class Honest:
         total: (parameters,), sum of the honest clients' rows.
         bounded_total: (parameters,), sum of those rows after the server's bound on each; `total` where it bounds none.
         n_honest: How many honest clients there are.
-        x: The hostile clients' own pixels (hostile clients, samples, channels, height, width).
-        y: Their own labels (hostile clients, samples).
+        x: Inputs of the hostile clients' own samples (hostile clients, samples, ...).
+        y: Their targets (hostile clients, samples, ...).
         rows: (honest clients, parameters), after the server's bound on single rows; not to be written to. Only
             an attack that declares `every_row` is sure to see them; for others they may be None.
-        gradients: (pixels, labels) of all hostile clients -> the updates that they would send, a row each, as the round
-            computes them.
+        gradients: (inputs, targets) of all hostile clients -> the updates that they would send, a row each, as the
+            round computes them.
     """
 
     total: Tensor

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from mithridate.maths.calculus import Parameters
+from mithridate.maths.directions import Parameters
 from mithridate.maths.norms import Norm, sample_norms
 
 

@@ -44,7 +44,7 @@ class View:
         domain: What a valid input is; that of images unless the loop says otherwise.
 
     Raises:
-        ThreatModelError: On looking at something that was not declared.
+        ThreatModelError: On looking at something that was not declared, or that learner and stream do not have.
     """
 
     step: int = 0
@@ -86,7 +86,7 @@ class View:
 
     @property
     def validation(self) -> Batch:
-        """The attacker's own validation images, S_val (`Need.VALIDATION`)."""
+        """The attacker's own validation samples, S_val (`Need.VALIDATION`)."""
         batch: Batch = self._get(Need.VALIDATION)
         return batch
 

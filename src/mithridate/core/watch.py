@@ -98,10 +98,13 @@ class Detector(Component, ABC):
 
 
 class Reading(NamedTuple):
-    """What a service can watch after a step: fractions and mean losses.
+    """What a service can watch after a step.
 
-    `accuracy` and `loss` are None where the service did not measure them after this step (it always does before the
-    first); `batch_loss` is None if nothing was learned.
+    Args:
+        step: Updates since the stream began; 0 is the state before it, which is always measured.
+        accuracy: On the service's test samples, a fraction; None where it was not measured after this step.
+        loss: Mean loss on them; None as `accuracy`.
+        batch_loss: Mean loss of the batch that was learned from; None if nothing was.
     """
 
     step: int

@@ -13,7 +13,11 @@ Size = int | float
 
 
 def pools(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The parts that are cut from each split, in order; a lone split gives all of them."""
+    """The parts that are cut from each split, in order; a lone split gives all of them.
+
+    Args:
+        splits: Names: `train` and `test`, or a lone one.
+    """
     names = tuple(splits)
     if len(names) == 1:
         return {names[0]: TRAINING[:-1] + HELD_OUT + TRAINING[-1:]}

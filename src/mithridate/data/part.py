@@ -1,5 +1,7 @@
 """Some samples of a stream, and batches of them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
@@ -52,6 +54,17 @@ class Part:
             return rows
 
         return Part(name, each_array(self.x, chosen), chosen(self.y))
+
+    def hash_into(self, digest: "hashlib._Hash") -> None:
+        """Add all samples in their order to a hash, the same on every machine.
+
+        Args:
+            digest: Of `hashlib`.
+        """
+        arrays = self.x if isinstance(self.x, Mapping) else {"": self.x}
+        for name, array in [*arrays.items(), ("targets", self.y)]:
+            digest.update(json.dumps([name, array.dtype.name, array.shape]).encode())
+            digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
 
     def batch(self, index: slice | NDArray[np.int64], device: torch.device | str = "cpu") -> AnyBatch:
         """Some samples in the given order.

@@ -1,4 +1,4 @@
-"""Clients of a federation: an image set divided into shards, and which clients take part in a round."""
+"""Clients of a federation: samples divided into shards, and which clients take part in a round."""
 
 from typing import Annotated, Literal
 
@@ -17,14 +17,14 @@ TRIES = 100
 
 @settings
 class Shards:
-    """How images are divided among clients.
+    """How samples are divided among clients.
 
     Args:
         clients: How many, >= 1.
         partition: `iid`: equal random shards; `dirichlet`: each class is divided by a Dirichlet draw; `one`: each
-            client holds a single image.
+            client holds a single sample.
         alpha: Concentration of the Dirichlet draw, > 0: small ones give each client few classes.
-        smallest: Images that every client of a Dirichlet draw must hold, >= 1.
+        smallest: Samples that every client of a Dirichlet draw must hold, >= 1.
 
     Source:
         `one`: Pang et al., NeurIPS 2021, Appendix C.1; `dirichlet`: Hsu et al., 2019, arXiv:1909.06335.
@@ -37,15 +37,15 @@ class Shards:
 
 
 def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
-    """Positions in `part` of each client's images; no image has two owners.
+    """Positions in `part` of each client's samples; no sample has two owners.
 
     Args:
-        part: The images.
+        part: The samples.
         how: Settings.
-        seed: Decides which images each client gets.
+        seed: Decides which samples each client gets.
 
     Raises:
-        DataError: There are fewer images than the clients need, no draw gave every client enough, or a draw by class
+        DataError: There are fewer samples than the clients need, no draw gave every client enough, or a draw by class
             finds no classes.
     """
     if how.partition == "dirichlet" and (part.y.ndim != 1 or part.y.dtype != np.int64):
@@ -57,8 +57,8 @@ def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
     needed = how.clients * (how.smallest if how.partition == "dirichlet" else 1)
     if needed > len(part):
         raise DataError(
-            f"{how.clients} clients need at least {needed} images, and the part '{part.name}' has {len(part)}: a shard "
-            "would be without samples. Use fewer clients, or a larger part."
+            f"{how.clients} clients need at least {needed} samples, and the part '{part.name}' has {len(part)}: a "
+            "shard would be empty. Use fewer clients, or a larger part."
         )
     order = rng.permutation(len(part))
     if how.partition == "one":
@@ -71,7 +71,7 @@ def divide(part: Part, how: Shards, *, seed: int) -> list[NDArray[np.int64]]:
             return [order[shard] for shard in shards]
     raise DataError(
         f"{TRIES} Dirichlet draws with alpha = {how.alpha:g} left one of {how.clients} clients with fewer than "
-        f"{how.smallest} of {len(part)} images; use fewer clients, a larger alpha, or a larger part."
+        f"{how.smallest} of {len(part)} samples; use fewer clients, a larger alpha, or a larger part."
     )
 
 

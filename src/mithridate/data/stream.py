@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -309,9 +309,6 @@ def _measured(part: Part, name: str) -> dict[str, tuple[float, ...]]:
 def _fingerprint(burn_in: Part, info: DatasetInfo) -> str:
     """A hash of what the data decide of a burn-in: samples in their order, and what models are built from."""
     digest = hashlib.sha256()
-    arrays = burn_in.x if isinstance(burn_in.x, Mapping) else {"": burn_in.x}
-    for key, array in [*arrays.items(), ("targets", burn_in.y)]:
-        digest.update(json.dumps([key, array.dtype.name, array.shape]).encode())
-        digest.update(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).data)
+    burn_in.hash_into(digest)
     digest.update(json.dumps([info.outputs, info.mean, info.std, info.flip, info.crop_padding]).encode())
     return digest.hexdigest()[:16]

@@ -13,7 +13,8 @@ from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.ascent import climb
-from mithridate.maths.calculus import Parameters, Slope, input_gradient
+from mithridate.maths.calculus import Slope, input_gradient
+from mithridate.maths.directions import Parameters
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 

@@ -19,9 +19,9 @@ from mithridate.core.defence import (
     overrides,
 )
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Epoch, Weights
 from mithridate.core.registry import build, config_of, register, settings
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 

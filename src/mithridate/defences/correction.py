@@ -10,12 +10,14 @@ from torch import Tensor
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.component import check_classes, check_moves
 from mithridate.core.defence import Defence, Screened
-from mithridate.core.model import Precision, loss_of
+from mithridate.core.modes import Precision
 from mithridate.core.registry import settings
 from mithridate.core.seeding import generator
+from mithridate.core.targets import loss_of
 from mithridate.core.view import Need, View
 from mithridate.maths.ascent import climb
-from mithridate.maths.calculus import Parameters, Slope, input_gradient
+from mithridate.maths.calculus import Slope, input_gradient
+from mithridate.maths.directions import Parameters
 from mithridate.maths.divergence import divergence
 from mithridate.maths.margin import margin
 from mithridate.maths.norms import Ball, Norm

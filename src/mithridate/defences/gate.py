@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import ADMITTED, Defence, Rounds, Verdict
-from mithridate.core.model import Precision
+from mithridate.core.modes import Precision
 from mithridate.core.past import Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.tolerance import Quality, Tolerance, check_trusted, in_equal_parts, quality

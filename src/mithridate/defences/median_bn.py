@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Defence
-from mithridate.core.model import Criterion
 from mithridate.core.registry import register, settings
+from mithridate.core.targets import Criterion
 from mithridate.core.view import View
 
 MAD_TO_STD = 1.4826

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import Criterion, answer
+from mithridate.core.model import answer
 from mithridate.core.registry import register, settings
+from mithridate.core.targets import Criterion
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
 from mithridate.maths.norms import Ball

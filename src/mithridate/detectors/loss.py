@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
-from mithridate.core.model import Criterion, loss_of
 from mithridate.core.past import Epoch
 from mithridate.core.registry import register, settings
+from mithridate.core.targets import Criterion, loss_of
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
 

@@ -21,8 +21,8 @@ from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
 from mithridate.core.files import path_of
-from mithridate.core.model import Criterion
 from mithridate.core.registry import fields_of
+from mithridate.core.targets import Criterion
 from mithridate.defences.none import Standard
 from mithridate.guard.events import Event, Journal, Tally, log
 from mithridate.guard.flower_bounds import bound_updates, cap_examples, cap_losses

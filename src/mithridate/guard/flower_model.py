@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
+from mithridate.core.targets import Criterion
 from mithridate.core.tolerance import quality
 from mithridate.core.view import Need
 from mithridate.guard.limits import Layout, State, is_statistic

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import DataError
-from mithridate.core.model import IGNORED
+from mithridate.core.targets import IGNORED
 
 LABELS = ("labels", "label", "targets", "target")
 """Names that targets have in batches that are mappings."""

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion, WhiteBox
+from mithridate.core.model import WhiteBox
 from mithridate.core.registry import build, settings
 from mithridate.core.seeding import generator
 from mithridate.core.sgd import LearningRate
+from mithridate.core.targets import Criterion
 from mithridate.core.update_attack import Honest, UpdateAttack
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View

@@ -16,8 +16,8 @@ from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.environment import environment
 from mithridate.core.errors import ConfigError, DataError, UserError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
+from mithridate.core.targets import Criterion
 from mithridate.guard import ranks
 from mithridate.guard.forms import called, opened
 from mithridate.guard.judging import Judging

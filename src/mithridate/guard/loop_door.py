@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
 from mithridate.core.errors import ConfigError, DataError, UserError, said
-from mithridate.core.model import loss_of
 from mithridate.core.registry import build, config_of
+from mithridate.core.targets import loss_of
 from mithridate.core.view import Need
 from mithridate.guard.surroundings import Stateful
 from mithridate.training.history import History

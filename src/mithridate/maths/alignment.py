@@ -1,25 +1,19 @@
 """Pixel gradients that turn the parameter gradient of a batch: the maths of `vanilla` and `accumulative`."""
 
-import torch
 from torch import Tensor
 from torch.func import grad
 
 from mithridate.maths.calculus import (
     Curved,
-    Normalise,
     Objective,
-    Parameters,
     Slope,
-    add,
-    alignment_gradient,
     derivative_along,
     gradient,
-    inner,
     mixed_partial,
     mixed_partial_of_curvature,
     slope_of_gradient,
-    unit,
 )
+from mithridate.maths.directions import Normalise, Parameters, add, alignment_gradient, inner, unit
 
 
 def turn_towards(
@@ -37,12 +31,15 @@ def turn_towards(
     Args:
         objective: The loss, a pure function.
         parameters: Where to differentiate.
-        x: Pixels (n, c, h, w).
-        y: Labels (n,).
+        x: Inputs (n, ...).
+        y: Targets (n, ...).
         w: The wanted direction, shaped like the parameters.
         normalise: How `unit` divides the gradient; `none` needs no gradient at `x` and costs a pass less.
         chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper if `normalise` asks
             for the gradient (`calculus`). See `calculus.gradient`.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "Compute H_t" and its gradient in the pixels.
@@ -80,11 +77,14 @@ def approach(
     Args:
         objective: The loss, a pure function.
         parameters: Where to differentiate.
-        x: Pixels (n, c, h, w).
-        y: Labels (n,).
+        x: Inputs (n, ...).
+        y: Targets (n, ...).
         wanted: A gradient, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once, which is cheaper. See
             `calculus.gradient`.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Inversion of a gradient: Bouaziz, El-Mhamdi and Usunier, arXiv:2410.21453.
@@ -121,7 +121,7 @@ def trigger_ascent(
     normalise: Normalise,
     chunk: int | None = None,
 ) -> Tensor:
-    """d/dx_T <u, G(x_T)>, where G = grad_theta product(g_val, g_tri(x_T)): how the trigger's pixels move H_t.
+    """d/dx_T <u, G(x_T)>, where G = grad_theta <unit(g_val), unit(g_tri(x_T))>: how the trigger's pixels move H_t.
 
     <u, G> is the derivative of the product along `u`. With b = g_tri(x_T), h = Hessian_tri(x_T) u, a' = Hessian_val u
     it is q(b, h) = <dP/da, a'> + <dP/db, h>, so the chain rule needs one mixed partial (along dq/db) and one of the
@@ -131,7 +131,7 @@ def trigger_ascent(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         validation: The loss on S_val.
-        trigger: Pixels and labels of the trigger.
+        trigger: Inputs and targets of the trigger.
         at_trigger: The loss on the trigger.
         u: A fixed direction, shaped like the parameters.
         normalise: How the two gradients enter their product.
@@ -139,6 +139,9 @@ def trigger_ascent(
 
     Returns:
         A tensor shaped like the trigger's pixels.
+
+    Raises:
+        NoDerivativeError: Torch has no third derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1, "update P(S_T)", read literally: H_t is not stopped at G_t.
@@ -156,15 +159,3 @@ def trigger_ascent(
     return mixed_partial(objective, parameters, *trigger, dq_db, chunk=chunk) + mixed_partial_of_curvature(
         objective, parameters, *trigger, u, dp_db, chunk=chunk
     )
-
-
-def blend(first: Parameters, second: Parameters, weights: tuple[float, float]) -> Parameters:
-    """The weighted sum of two directions; a weight of zero leaves its term out, even if that is not finite."""
-    zero = {name: torch.zeros_like(t) for name, t in first.items()}
-    total = add(zero, first, scale=weights[0]) if weights[0] else zero
-    return add(total, second, scale=weights[1]) if weights[1] else total
-
-
-def opposite(direction: Parameters) -> Parameters:
-    """The direction that points the other way."""
-    return {name: -t for name, t in direction.items()}

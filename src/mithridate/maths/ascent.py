@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from mithridate.maths.calculus import Slope
-from mithridate.maths.norms import Ball
+from mithridate.maths.norms import Ball, by_row
 
 Optimiser = Literal["pgd", "fgsm", "mim", "apgd"]
 
@@ -87,7 +87,7 @@ def climb(
         arXiv:2003.01690, section 3, Algorithm 1 and Eq. (2) (APGD).
     """
     moves = torch.ones(len(x), dtype=torch.bool, device=x.device) if mask is None else mask
-    moving = _by_sample(moves, x)
+    moving = by_row(moves, x)
     current = x if start is None else start
     if random_start:
         if rng is None:
@@ -120,7 +120,7 @@ def climb(
     for number in range(steps):
         g = point.gradient
         if optimiser == "mim":
-            mass = g.abs().flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
+            mass = by_row(g.abs().flatten(1).sum(1), x)
             g = velocity = decay * velocity + g / mass.clamp_min(torch.finfo(g.dtype).tiny)
         current = inside(point.x + lengths[number] * ball.direction(g), point.x)
         point = look(current) if number + 1 < steps else end(current, needed=keep == "best")
@@ -170,7 +170,7 @@ def _adapting(
     checkpoints = _checkpoints(steps)
     for number in range(1, steps + 1):
         x = point.x
-        current = inside(x + _by_sample(lengths, x) * ball.direction(point.gradient), x)
+        current = inside(x + by_row(lengths, x) * ball.direction(point.gradient), x)
         if number > 1:
             current = inside(x + MOMENTUM * (current - x) + (1 - MOMENTUM) * (x - previous), x)
         was, previous = point.values, x
@@ -203,17 +203,12 @@ def _better(best: _Point, point: _Point) -> _Point:
 
 def _chosen(first: Tensor, one: _Point, other: _Point) -> _Point:
     """`one` where `first` (n,) says so, else `other`."""
-    wide = _by_sample(first, one.x)
+    wide = by_row(first, one.x)
     return _Point(
         torch.where(wide, one.x, other.x),
         torch.where(wide, one.gradient, other.gradient),
         torch.where(first, one.values, other.values),
     )
-
-
-def _by_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(n,) as (n, 1, ...), to be combined with inputs."""
-    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def _mean(values: Tensor | None) -> float | None:

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -36,17 +36,12 @@ from torch.func import grad, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mithridate.maths.convolution import CHEAPER_TWICE, inputs_are, without_weights
+from mithridate.maths.directions import Normalise, Parameters, add, alignment_gradient, inner, unit
 from mithridate.maths.elementary import FOR_SECOND, FOR_THIRD, Instead
 from mithridate.maths.graph import nodes
 
-Parameters = dict[str, Tensor]
-"""Trainable parameters, or anything shaped like them (gradients, directions), by name."""
-
 Objective = Callable[[Parameters, Tensor, Tensor], Tensor]
 """(parameters, x, y) -> the mean loss of the batch, a scalar."""
-
-Normalise = Literal["none", "global", "tensor"]
-"""How gradients enter a product: as they are, as one unit vector, or as one unit vector a parameter tensor."""
 
 FOR_DOUBLE_BACKWARD = {**FOR_SECOND, **CHEAPER_TWICE}
 
@@ -79,7 +74,7 @@ class Curved:
 
 
 class NoDerivativeError(RuntimeError):
-    """Torch has no second derivative of the loss, neither in forward mode nor by double backward."""
+    """Torch has no second or third derivative of the loss, neither in forward mode nor by double backward."""
 
 
 _NO_FORWARD_MODE: WeakSet[Objective] = WeakSet()
@@ -233,7 +228,7 @@ def _hessian_at_once(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs, all computed at once.
-        y: Labels.
+        y: Targets.
         v: The direction.
         graph: Of the gradient, if there is one.
         again: Whether the graph is kept.
@@ -298,7 +293,7 @@ def gradient(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         chunk: Samples computed at a time (bounds memory); None for all at once. Exact only where the samples do not see
             each other, that is not with BatchNorm in train mode.
 
@@ -322,12 +317,15 @@ def hessian_vector_product(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         v: The direction, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         One tensor a parameter, detached.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
     """
 
     def term(piece_x: Tensor, piece_y: Tensor) -> Parameters:
@@ -345,9 +343,12 @@ def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         chunk: Samples computed at a time; None for all at once. If all are, the graph of the gradient is kept for the
             product with the Hessian as long as the result lives. See `gradient` for its limits.
+
+    Raises:
+        NoDerivativeError: (from `curvature`) torch has no second derivative of the loss.
     """
     if (chunk is None or len(x) <= chunk) and (graph := _graph(objective, parameters, x, y)) is not None:
         return Curved(
@@ -360,7 +361,14 @@ def curved(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor, *
 
 
 def input_gradient(objective: Objective, parameters: Parameters, x: Tensor, y: Tensor) -> Slope:
-    """The mean loss, and its gradient in the inputs."""
+    """The mean loss, and its gradient in the inputs.
+
+    Args:
+        objective: The loss, a pure function.
+        parameters: At which it is differentiated; constants here.
+        x: Inputs (n, ...), all computed at once.
+        y: Targets (n, ...).
+    """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(_detached(parameters), x, y)
@@ -376,7 +384,7 @@ def slope_of_gradient(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...), all computed at once.
-        y: Labels (n,).
+        y: Targets (n, ...).
         f: A differentiable function of a parameter gradient, a scalar.
 
     Returns:
@@ -407,9 +415,12 @@ def derivative_along(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         v: A fixed direction, shaped like the parameters.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
+
+    Raises:
+        NoDerivativeError: Torch has no second derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: H_t and its gradient in the pixels of the accumulative batch.
@@ -461,13 +472,16 @@ def mixed_partial_of_curvature(
         objective: The loss, a pure function.
         parameters: Where to differentiate.
         x: Inputs (n, ...).
-        y: Labels (n,).
+        y: Targets (n, ...).
         u: First direction, shaped like the parameters.
         v: Second direction, shaped like the parameters; the result is symmetric in the two.
         chunk: Samples computed at a time (bounds memory); None for all at once. See `gradient` for its limits.
 
     Returns:
         A tensor shaped like `x`.
+
+    Raises:
+        NoDerivativeError: Torch has no third derivative of the loss.
 
     Source:
         Pang et al., NeurIPS 2021, Algorithm 1: H_t depends on the trigger's pixels through G_t, a second derivative.
@@ -494,67 +508,8 @@ def mixed_partial_of_curvature(
         return torch.cat([share * curvature_of(px.detach(), py) for share, px, py in _chunks(x, y, chunk)])
 
 
-def inner(a: Parameters, b: Parameters) -> Tensor:
-    """Inner product over all parameters, a scalar."""
-    return torch.stack([(a[name] * b[name]).sum() for name in a]).sum()
-
-
-def add(a: Parameters, b: Parameters, *, scale: float = 1.0) -> Parameters:
-    """`a + scale * b`, tensor by tensor."""
-    return {name: a[name] + scale * b[name] for name in a}
-
-
-def _norms(a: Parameters, normalise: Normalise) -> dict[str, Tensor]:
-    """The length that `unit` divides each tensor of `a` by."""
-    lengths = {name: torch.linalg.vector_norm(t) for name, t in a.items()}
-    if normalise == "global":
-        whole = torch.linalg.vector_norm(torch.stack(list(lengths.values())))
-        return dict.fromkeys(a, whole)
-    return lengths
-
-
-def _divide(a: Tensor, by: Tensor) -> Tensor:
-    """Division that leaves zero, in derivatives too, where the divisor is: a tensor of zeros has no direction."""
-    return torch.where(by > 0, a / torch.where(by > 0, by, 1.0), 0.0)
-
-
-def unit(a: Parameters, normalise: Normalise) -> Parameters:
-    """`a` at unit length: as a whole (`global`), tensor by tensor (`tensor`), or untouched (`none`)."""
-    if normalise == "none":
-        return a
-    norms = _norms(a, normalise)
-    return {name: _divide(t, norms[name]) for name, t in a.items()}
-
-
-def product(a: Parameters, b: Parameters, normalise: Normalise) -> Tensor:
-    """<a, b> of the two after `unit`: an inner product, a cosine, or a sum of one cosine a tensor."""
-    return inner(unit(a, normalise), unit(b, normalise))
-
-
-def alignment_gradient(a: Parameters, w: Parameters, normalise: Normalise) -> Parameters:
-    """Derivative in `a` of <unit(a), w>, with `w` fixed and taken as it is.
-
-    Args:
-        a: A gradient.
-        w: The direction it is compared with, shaped alike; `unit(b, normalise)` gives the derivative of `product`.
-        normalise: How `unit` divides `a`.
-
-    Returns:
-        `w` itself for `none`; else (w - <â, w> â) / |a|, whole or tensor by tensor, and zero where |a| is zero.
-    """
-    if normalise == "none":
-        return w
-    norms = _norms(a, normalise)
-    hats = unit(a, normalise)
-    if normalise == "global":
-        along = dict.fromkeys(a, inner(hats, w))
-    else:
-        along = {name: (hats[name] * w[name]).sum() for name in a}
-    return {name: _divide(w[name] - along[name] * hats[name], norms[name]) for name in a}
-
-
 def product_gradient(first: Curved, second: Curved, *, normalise: Normalise) -> Parameters:
-    """grad_theta of product(grad_theta L(first), grad_theta L(second)): G_t of Algorithm 1.
+    """grad_theta of <unit(grad_theta L(first)), unit(grad_theta L(second))>: G_t of Algorithm 1.
 
     By the chain rule it is two Hessian-vector products, one a batch, along the derivative of the product in that
     batch's gradient.

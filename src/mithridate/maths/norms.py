@@ -1,4 +1,4 @@
-"""Balls for perturbed images and bounds for updates, in the l-infinity and l2 norms."""
+"""Balls for perturbed inputs and bounds for updates, in the l-infinity and l2 norms."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -25,8 +25,9 @@ def sample_norms(delta: Tensor, norm: Norm) -> Tensor:
     return torch.where(exact, lengths, torch.linalg.vector_norm(flat / unit.unsqueeze(1), dim=1) * unit)
 
 
-def _as_factor(per_sample: Tensor, like: Tensor) -> Tensor:
-    return per_sample.view(-1, *[1] * (like.ndim - 1))
+def by_row(values: Tensor, like: Tensor) -> Tensor:
+    """One value a row, (n,), as (n, 1, ...), to be combined with a tensor of n rows shaped as `like` is."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def shrink(lengths: Tensor, bound: float) -> Tensor:
@@ -36,11 +37,11 @@ def shrink(lengths: Tensor, bound: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Ball:
-    """The perturbations that an attack may use on one image.
+    """The perturbations that an attack may use on one sample.
 
     Args:
-        norm: `linf` (largest change of a pixel) or `l2` (Euclidean length over all pixels).
-        eps: Radius, in pixel units of [0, 1]; >= 0.
+        norm: `linf` (largest change of a value) or `l2` (Euclidean length over all values).
+        eps: Radius, in the unit of the inputs (of images: pixels in [0, 1]); >= 0.
     """
 
     norm: Norm
@@ -51,7 +52,7 @@ class Ball:
         if self.norm == "linf":
             return delta.clamp(-self.eps, self.eps)
         lengths = sample_norms(delta, "l2")
-        return delta * _as_factor(shrink(lengths, self.eps), delta)
+        return delta * by_row(shrink(lengths, self.eps), delta)
 
     def holds(self, delta: Tensor, moved: Tensor | None = None) -> bool:
         """Whether every sample's perturbation lies inside, up to rounding.
@@ -70,7 +71,7 @@ class Ball:
         """The steepest step of length one: the sign (linf) or each sample's unit gradient (l2); zero stays zero."""
         if self.norm == "linf":
             return gradient.sign()
-        lengths = _as_factor(sample_norms(gradient, "l2"), gradient)
+        lengths = by_row(sample_norms(gradient, "l2"), gradient)
         return torch.where(lengths > 0, gradient / lengths.clamp_min(torch.finfo(gradient.dtype).tiny), 0.0)
 
     def sample(self, like: Tensor, rng: Generator) -> Tensor:
@@ -84,7 +85,7 @@ class Ball:
             return (2 * noise - 1) * self.eps
         noise = torch.randn(like.shape, generator=rng, dtype=like.dtype).to(like.device)
         radius = torch.rand(len(like), generator=rng, dtype=like.dtype).to(like.device) ** (1 / like[0].numel())
-        return self.direction(noise) * _as_factor(radius, like) * self.eps
+        return self.direction(noise) * by_row(radius, like) * self.eps
 
 
 def clip_rows(rows: Tensor, bound: float, norm: Norm, *, how: Literal["scale", "project"] = "scale") -> Tensor:

@@ -8,7 +8,8 @@ from torch import nn
 
 from mithridate.core.batch import each_tensor
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import frozen_statistics
 from mithridate.core.registry import build
 from mithridate.data.catalogue import DatasetInfo
 from mithridate.models.resnet import ResNet18 as ResNet18

@@ -12,7 +12,7 @@ from typing import Any
 from mithridate.bench.changes import ARRAYS, TABLES
 from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest, shown
-from mithridate.core.settings import UNSET
+from mithridate.core.settings import UNSET, by_path
 from mithridate.report.rows import seed
 from mithridate.reproduce.quantities import check_measure, quantity
 
@@ -49,7 +49,7 @@ class Selection:
         Raises:
             ConfigError: Unknown table or measure, or a value that nothing can be compared with.
         """
-        flat = _flat(table)
+        flat = by_path(table)
         measure, detector = (_text(flat.pop(key, ""), f"{where}: {key}") for key in ("measure", "detector"))
         if measure:
             check_measure(measure)
@@ -105,13 +105,6 @@ def paired(several: Sequence[Mapping[Place, float]]) -> list[list[float]]:
     means = [by_seed(values) for values in shared]
     seeds = sorted(set.intersection(*map(set, means)), key=str) if means else []
     return [[mean[number] for mean in means] for number in seeds]
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _text(value: object, where: str) -> str:

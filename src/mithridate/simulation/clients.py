@@ -19,7 +19,7 @@ from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.data.shards import Shards, divide, sampled
 from mithridate.data.stream import Stream
 from mithridate.simulation.run import OnAlarm
-from mithridate.training.learner import Precision
+from mithridate.training.learner import EvaluationPrecision
 
 
 @settings
@@ -83,7 +83,7 @@ class FederatedRun:
     on_alarm: OnAlarm = "record"
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_size: Annotated[int, Field(ge=1)] | None = None
-    evaluate_precision: Precision = "float32"
+    evaluate_precision: EvaluationPrecision = "float32"
     save_every: Annotated[int, Field(ge=1)] = 1
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class Federation:
         size = smallest if run.local_batch is None else run.local_batch
         if size > smallest:
             raise DataError(
-                f"local_batch = {size}, and a client of round {number} holds {smallest} images; lower it, use fewer "
+                f"local_batch = {size}, and a client of round {number} holds {smallest} samples; lower it, use fewer "
                 "clients, or another partition."
             )
         return who, size
@@ -214,7 +214,7 @@ def federate(stream: Stream, how: Shards, *, seed: int) -> Federation:
         seed: Decides the division, which clients take part in a round, and what each draws from its shard.
 
     Raises:
-        DataError: There are too few images.
+        DataError: There are too few samples.
     """
     return Federation(stream, divide(stream.victim, how, seed=seed), seed)
 

@@ -14,7 +14,7 @@ from mithridate.core.past import Weights
 from mithridate.core.seeding import derived_seed
 from mithridate.data.part import Part
 from mithridate.training.burn_in import EVALUATION_BATCH
-from mithridate.training.learner import Learner, Precision
+from mithridate.training.learner import EvaluationPrecision, Learner
 
 
 class EvaluationSettings(Protocol):
@@ -25,7 +25,7 @@ class EvaluationSettings(Protocol):
         """Samples of the test part that are measured at the steps between; None: all."""
 
     @property
-    def evaluate_precision(self) -> Precision:
+    def evaluate_precision(self) -> EvaluationPrecision:
         """Of the model's forward passes in a measurement."""
 
 
@@ -59,7 +59,7 @@ class Evaluation:
 
     whole: Sequence[AnyBatch]
     between: Sequence[AnyBatch]
-    precision: Precision
+    precision: EvaluationPrecision
     classes_unread: int
 
     @classmethod
@@ -104,6 +104,10 @@ class Evaluation:
 
 def require_evaluation(test: Part, run: EvaluationSettings) -> None:
     """Refuse a subset that is larger than the test part.
+
+    Args:
+        test: The test part.
+        run: Says how large the subset is.
 
     Raises:
         ConfigError: It is; says how large it may be.

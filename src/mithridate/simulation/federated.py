@@ -204,7 +204,7 @@ class _Federated(Simulation):
 
 def _flat(data: Batch) -> Batch:
     """All clients' samples as one batch."""
-    return Batch(data.x.flatten(0, 1), data.y.flatten())
+    return Batch(data.x.flatten(0, 1), data.y.flatten(0, 1))
 
 
 def run_federated(

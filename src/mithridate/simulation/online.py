@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch, Batch, tensors_of
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, WhiteBox
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import settings
 from mithridate.core.sgd import LearningRate, Momentum
 from mithridate.core.view import Need
@@ -22,7 +23,7 @@ from mithridate.maths.norms import sample_norms
 from mithridate.simulation.run import Exchange, OnAlarm, Outcome, Progress, Simulation, Tested
 from mithridate.simulation.scoring import CLEAN, OOD, RECEIVED, Scorer, score_batches
 from mithridate.simulation.trace import Phase, Sent
-from mithridate.training.learner import Learner, Precision, Update
+from mithridate.training.learner import EvaluationPrecision, Learner, Update
 
 IMAGE_DIMENSIONS = 4
 
@@ -67,7 +68,7 @@ class OnlineRun:
     images: Annotated[int, Field(ge=0)] = 8
     evaluate_every: Annotated[int, Field(ge=1)] = 1
     evaluate_size: Annotated[int, Field(ge=1)] | None = None
-    evaluate_precision: Precision = "float32"
+    evaluate_precision: EvaluationPrecision = "float32"
     save_every: Annotated[int, Field(ge=1)] = 1
     ood: str | None = None
 

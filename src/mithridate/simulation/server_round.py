@@ -11,7 +11,8 @@ from torch.func import vmap
 from mithridate.core.aggregator import Context, NotFiniteError
 from mithridate.core.batch import Batch
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import BatchNormMode, call_with, in_mode
+from mithridate.core.model import call_with
+from mithridate.core.modes import BatchNormMode, in_mode
 from mithridate.core.seeding import generator
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
@@ -68,7 +69,7 @@ class SampleNotes:
             if len(labels) == 0:
                 continue
             with self.watched() as by_layer:
-                loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten())
+                loss = learner.criterion(learner.white_box.logits(inputs.flatten(0, 1)), labels.flatten(0, 1))
             self.add(by_layer, loss.expand(len(labels)), labels.shape[1])
 
     def buffers(self, x: Tensor) -> dict[str, Tensor]:

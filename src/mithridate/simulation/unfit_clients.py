@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mithridate.core.batch import Batch
-from mithridate.core.model import IGNORED, loss_of
+from mithridate.core.targets import IGNORED, loss_of
 from mithridate.training.learner import Learner
 
 NAMED = 8

@@ -20,7 +20,7 @@ from mithridate.core.compiling import asked_of_compiler, compiling
 from mithridate.core.environment import environment
 from mithridate.core.errors import CheckpointError, ConfigError
 from mithridate.core.files import AbsolutePath, locked, path_of, remove_parts
-from mithridate.core.model import Precision, passes_in
+from mithridate.core.modes import Precision, passes_in
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import fields_of, settings
 from mithridate.core.seeding import generator
@@ -56,7 +56,7 @@ class BurnIn:
 
     Args:
         epochs: Passes over the burn-in part; 0 leaves the model as initialised.
-        batch_size: Images a step.
+        batch_size: Samples a step.
         lr: Learning rate of SGD at the first step, in (0, 1e6).
         schedule: How the learning rate falls, step by step: `cosine` (half a wave, from `lr` to 0), `linear` (a
             straight line, from `lr` to 0), `steps` (see `lower_after`), or `constant`.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mithridate.core.errors import CheckpointError
 from mithridate.core.files import path_of, write_atomically
-from mithridate.core.past import Snapshot
+from mithridate.core.past import Snapshot, Weights
 
 FORMAT = "mithridate-snapshot-2"
 """Raised when a file's layout changes; 2 came with the checksum."""
@@ -58,8 +58,7 @@ def save_snapshot(
     Raises:
         WriteError: The file system refuses.
     """
-    tensors = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
-    tensors |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
+    tensors = Weights(snapshot.parameters, snapshot.buffers).named()
     tensors |= {f"extra.{n}": t for n, t in (extra or {}).items()}
     json_state: dict[str, dict[str, Any]] = {}
     for index, state in snapshot.optimiser["state"].items():

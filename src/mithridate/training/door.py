@@ -43,7 +43,17 @@ def too_few(what: str) -> str:
 
 
 def check_parts(model: object, optimiser: object, criterion: object, defence: object) -> None:
-    """Refuse what is no model, optimiser, criterion or defence."""
+    """Refuse what is no model, optimiser, criterion or defence.
+
+    Args:
+        model: Must be a `torch.nn.Module`.
+        optimiser: A torch optimiser; None where something else changes the model.
+        criterion: Must be callable.
+        defence: None for none.
+
+    Raises:
+        ConfigError: One is something else; says which, and what to give.
+    """
     for what, value, right, example in (
         ("model", model, isinstance(model, nn.Module), "a torch.nn.Module"),
         ("optimiser", optimiser, isinstance(optimiser, Optimizer | None), "a torch optimiser, such as torch.optim.SGD"),
@@ -57,7 +67,14 @@ def check_parts(model: object, optimiser: object, criterion: object, defence: ob
 
 
 def check_steps_on_a_gradient(optimiser: Optimizer | None) -> None:
-    """Refuse an optimiser that cannot step on one dense gradient."""
+    """Refuse an optimiser that cannot step on one dense gradient.
+
+    Args:
+        optimiser: None where something else changes the model.
+
+    Raises:
+        ConfigError: It needs sparse gradients or a closure.
+    """
     if optimiser is None:
         return
     closure = inspect.signature(type(optimiser).step).parameters.get("closure")
@@ -69,7 +86,15 @@ def check_steps_on_a_gradient(optimiser: Optimizer | None) -> None:
 
 
 def check_trainable(model: nn.Module, optimiser: Optimizer | None) -> None:
-    """Refuse a model that cannot learn."""
+    """Refuse a model that cannot learn.
+
+    Args:
+        model: The model.
+        optimiser: What is to step its parameters; None where something else changes the model.
+
+    Raises:
+        ConfigError: It has layers without a shape yet, no trainable parameter, or none that the optimiser has.
+    """
     if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
         raise ConfigError(
             f"{type(model).__name__} has layers whose shape is not known yet; call it once on a batch, and then make "

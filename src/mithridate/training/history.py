@@ -115,7 +115,7 @@ class History:
         """The recorded states as named tensors, so that a resumed run remembers; `load` takes them back."""
         out: dict[str, Tensor] = {}
         for step, state in self._states.items():
-            out |= {f"{step}.{name}": t for name, t in _named(self._load(state, "")).items()}
+            out |= {f"{step}.{name}": t for name, t in self._load(state, "").named().items()}
         return out
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -125,7 +125,7 @@ class History:
             step, _, name = key.partition(".")
             by_step.setdefault(int(step), {})[name] = tensor
         for when, named in sorted(by_step.items()):
-            weights = _weights(named, f"before update {when}")
+            weights = Weights.from_named(named, f"before update {when}")
             self._states[when] = self._kept(when, weights)
 
     def _kept(self, step: int, weights: Weights) -> Weights | Path:
@@ -135,28 +135,14 @@ class History:
         path = self.folder / f"update-{step:08d}.safetensors"
         if self._states.get(step) == path:  # what is there stays until it is known that this update is made
             path = path.with_stem(f"{path.stem}-again")
-        tensors = {name: t.cpu().contiguous() for name, t in _named(weights).items()}
+        tensors = {name: t.cpu().contiguous() for name, t in weights.named().items()}
         write_atomically(path, lambda part: part.write_bytes(safetensors.torch.save(tensors)))
         return path
 
     def _load(self, state: Weights | Path, label: str) -> Weights:
-        return state if isinstance(state, Weights) else _weights(safetensors.torch.load_file(state), label)
+        return state if isinstance(state, Weights) else Weights.from_named(safetensors.torch.load_file(state), label)
 
 
 def _delete(state: Weights | Path) -> None:
     if isinstance(state, Path):
         state.unlink(missing_ok=True)
-
-
-def _named(weights: Weights) -> dict[str, Tensor]:
-    """Weights as tensors by one name each; `_weights` takes them back."""
-    parameters = {f"parameter.{name}": t for name, t in weights.parameters.items()}
-    return parameters | {f"buffer.{name}": t for name, t in weights.buffers.items()}
-
-
-def _weights(named: Mapping[str, Tensor], label: str) -> Weights:
-    parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
-    for key, tensor in named.items():
-        kind, _, name = key.partition(".")
-        parts[kind][name] = tensor
-    return Weights(parts["parameter"], parts["buffer"], label)

@@ -16,24 +16,17 @@ from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Verdict
 from mithridate.core.domain import Domain
 from mithridate.core.errors import CheckpointError, DataError
-from mithridate.core.model import (
-    IGNORED,
-    BatchNormMode,
-    Criterion,
-    answer,
-    frozen_statistics,
-    loss_of,
-    names_classes,
-    right_answers,
-)
+from mithridate.core.model import answer
+from mithridate.core.modes import BatchNormMode, frozen_statistics
 from mithridate.core.past import Snapshot, Weights, uncompiled
+from mithridate.core.targets import Criterion, counted, loss_of, right_answers
 from mithridate.core.updates import Updates
 from mithridate.training.door import TOO_FEW, too_few
 from mithridate.training.history import History
 from mithridate.training.rollback import put_weights, require_weights
 from mithridate.training.step import DefendedStep
 
-Precision = Literal["float32", "bfloat16"]
+EvaluationPrecision = Literal["float32", "bfloat16"]
 """`float32`: the model's own precision; `bfloat16`: convolutions and products of matrices rounded to it (autocast)."""
 
 
@@ -130,8 +123,8 @@ class Learner(DefendedStep):
         """Learn from one batch: a defended step.
 
         Samples with NaN or infinity, outside the domain, with a class number that the model has no output for, or with
-        targets outside [0, 1] where the criterion (cross-entropy of torch) reads probabilities, never
-        reach the defence or the model: they are taken out and counted. A gradient or step that is not finite is
+        targets outside [0, 1] where the criterion (cross-entropy of torch) reads probabilities never reach the defence
+        or the model: they are taken out and counted. A gradient or step that is not finite is
         refused, whatever the defence, and so is a batch that BatchNorm cannot train on. If anything raises, the learner
         is as it was before the call.
 
@@ -180,6 +173,9 @@ class Learner(DefendedStep):
             batch_loss: Mean loss behind it, for the record.
             learned: Clients behind it.
             buffers: Taken over with the step (BatchNorm statistics), and rolled back with it.
+
+        Raises:
+            CheckpointError: Names or shapes of the buffers are not those of the model.
         """
         began = time.perf_counter()
         self.put_buffers(buffers)
@@ -190,7 +186,7 @@ class Learner(DefendedStep):
 
     @torch.no_grad()
     def evaluate(
-        self, batches: Iterable[AnyBatch], weights: Weights | None = None, *, precision: Precision = "float32"
+        self, batches: Iterable[AnyBatch], weights: Weights | None = None, *, precision: EvaluationPrecision = "float32"
     ) -> Score:
         """Accuracy and mean loss of the model that is served, in eval mode; train flags come back as they were.
 
@@ -212,13 +208,13 @@ class Learner(DefendedStep):
                     logits = answer(self.model, x) if served is None else served.logits(self.model, x)
                 if precision == "bfloat16":
                     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                counted = int((y != IGNORED).sum()) if names_classes(logits, y) else len(y)
+                size = counted(logits, y)
                 mean = loss_of(self.criterion, logits, y, where="batch to evaluate")
-                loss += float(mean) * counted if counted else 0.0  # of nothing the mean is NaN
+                loss += float(mean) * size if size else 0.0  # of nothing the mean is NaN
                 right = right_answers(logits, y)
                 if right is not None:
                     hits, targets = hits + int(right.sum()), targets + right.numel()
-                count += counted
+                count += size
         if count == 0:
             raise DataError("there is no sample to evaluate the model on; give at least one whose target counts.")
         return Score(hits / targets if targets else torch.nan, loss / count)
@@ -258,7 +254,7 @@ class Learner(DefendedStep):
         self.step = snapshot.step
 
 
-def _rounded(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+def _rounded(device: torch.device, precision: EvaluationPrecision) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 

@@ -161,6 +161,11 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def fitted(into: Mapping[str, Tensor], values: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
     """Tensors by the names of a model, which may have been compiled since, or not yet.
 
+    Args:
+        into: The model's own, by name.
+        values: By the names of the same model, compiled or not.
+        what: What they are, in the plural, for messages: `parameters` or `buffers`.
+
     Raises:
         CheckpointError: Names or shapes are not those of the model; says what differs.
     """
@@ -204,6 +209,11 @@ def put_weights(module: nn.Module, weights: Weights) -> None:
 
 @torch.no_grad()
 def write(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Write values into a model's tensors, by name."""
+    """Write values into a model's tensors, by name.
+
+    Args:
+        into: The model's tensors.
+        values: One for each of them, of its shape (see `fitted`).
+    """
     for name, target in into.items():
         target.copy_(values[name])

@@ -13,19 +13,10 @@ from mithridate.core.batch import AnyBatch, check_batch
 from mithridate.core.defence import Defence, Screened, Verdict, checked
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError, DataError, UserError
-from mithridate.core.model import (
-    IGNORED,
-    BatchNormMode,
-    Criterion,
-    WhiteBox,
-    eager,
-    in_mode,
-    loss_of,
-    names_classes,
-    unknown_labels,
-)
+from mithridate.core.model import WhiteBox
+from mithridate.core.modes import BatchNormMode, eager, in_mode
 from mithridate.core.seeding import derived_seed, seeded_default
-from mithridate.core.soft_targets import improbable
+from mithridate.core.targets import IGNORED, Criterion, counted, improbable, loss_of, names_classes, unknown_labels
 from mithridate.core.updates import Updates
 from mithridate.core.view import Memory, Need, View
 from mithridate.training.door import (
@@ -332,7 +323,7 @@ class DefendedStep:
         return loss_of(self.criterion, logits, y, where="the batch")
 
     def _weighted(self, weights: Tensor) -> Criterion:
-        """The mean over samples of their losses times their weights, from a criterion that gives means."""
+        """The mean over targets that count of their losses times their samples' weights, from one that gives means."""
 
         def criterion(logits: Tensor, y: Tensor) -> Tensor:
             if len(y) != len(weights):
@@ -340,12 +331,15 @@ class DefendedStep:
                     f"the defence gives weights to {len(weights)} samples, and its loss looks at {len(y)}; a part that "
                     "weighs samples cannot stand beside one that learns from others."
                 )
+            if not (count := counted(logits, y)):
+                return self._checked_criterion(logits, y)  # NaN, which no step is made on
             total = torch.zeros((), dtype=logits.dtype, device=logits.device)
             for weight in torch.unique(weights):
                 group = weights == weight
-                # The mean of a group times its size is the sum of its losses.
-                total = total + float(weight) * int(group.sum()) * self._checked_criterion(logits[group], y[group])
-            return total / len(y)
+                if size := counted(logits[group], y[group]):
+                    # The mean of a group times its size is the sum of its losses.
+                    total = total + float(weight) * size * self._checked_criterion(logits[group], y[group])
+            return total / count
 
         return criterion
 

@@ -8,21 +8,14 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import cosine_similarity
 
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import register, settings
 from mithridate.core.secrecy import Secrecy
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
-from mithridate.maths.calculus import (
-    Normalise,
-    Parameters,
-    alignment_gradient,
-    curved,
-    gradient,
-    product_gradient,
-    unit,
-)
+from mithridate.maths.calculus import curved, gradient, product_gradient
+from mithridate.maths.directions import Normalise, Parameters, alignment_gradient, unit
 from mithridate.maths.norms import Norm
 from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
 

@@ -4,7 +4,7 @@ from typing import ClassVar, Literal
 
 from torch import Generator, Tensor
 
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import register, settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.updates import Updates

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode
+from mithridate.core.modes import BatchNormMode
 from mithridate.models import build_model
 from mithridate.simulation.per_client import gradients as per_client
 from mithridate.simulation.per_client import sums as per_client_sums

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from mithridate.core.errors import ConfigError, DataError
-from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import BatchNormMode, frozen_statistics
+from mithridate.core.targets import Criterion
 from mithridate.simulation.per_client.layers import obstacle, record, trained_parameters, write_rows
 
 Way = Literal["auto", "layered", "mapped"]
@@ -39,9 +41,9 @@ def client_gradients(
 
     Args:
         module: The model; parameters, buffers, flags and `.grad` are left alone.
-        criterion: (logits, labels) -> mean loss, a mean over samples.
-        x: Pixels (clients, samples, channels, height, width).
-        y: Labels (clients, samples).
+        criterion: (logits, targets) -> mean loss, a mean over samples.
+        x: Inputs (clients, samples, ...).
+        y: Targets (clients, samples, ...).
         mode: BatchNorm: the running statistics (`eval`), or those of each client's own samples (`train`).
         way: How they are computed; see `Way`.
         out: Where to write, (clients, parameters); fresh memory takes most of the time of many small gradients, so a

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv2d_weight
 
-from mithridate.core.model import BatchNormMode, Criterion, answer, frozen_statistics
+from mithridate.core.model import answer
+from mithridate.core.modes import BatchNormMode, frozen_statistics
+from mithridate.core.targets import Criterion
 
 FEW_CHANNELS = 8
 """A CPU's convolutions take channels eight at a time; with fewer, computing weight gradients is slow."""

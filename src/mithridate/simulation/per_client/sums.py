@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from mithridate.core.model import Criterion
+from mithridate.core.targets import Criterion
+from mithridate.maths.norms import by_row
 from mithridate.simulation.per_client.layers import (
     Recorded,
     kernel_offsets,
@@ -66,9 +67,9 @@ def summed_gradients(
 
     Args:
         module: The model; parameters, buffers, flags and `.grad` are left alone.
-        criterion: (logits, labels) -> mean loss, a mean over samples.
-        x: Pixels (clients, samples, channels, height, width); best `SUMMED_PASS` samples at a time.
-        y: Labels (clients, samples).
+        criterion: (logits, targets) -> mean loss, a mean over samples.
+        x: Inputs (clients, samples, ...); best `SUMMED_PASS` samples at a time.
+        y: Targets (clients, samples, ...).
         factors: Gives each client's factor from its length; unset: 1.
         unmeasured: Names of parameters that do not count in the lengths given to `factors`, and get no factor.
         unweighted: Whether to return the sum without factors, too.
@@ -157,11 +158,7 @@ class _Product(NamedTuple):
     def sum(self, factors: Tensor | None) -> Tensor:
         """The sum over clients, each times its factor."""
         layer = self.layer
-        grad_output = (
-            self.grad_output
-            if factors is None
-            else self.grad_output * factors.view(-1, *[1] * (self.grad_output.ndim - 1))
-        )
+        grad_output = self.grad_output if factors is None else self.grad_output * by_row(factors, self.grad_output)
         if isinstance(layer, nn.Linear):
             return torch.mm(grad_output.flatten(0, -2).T, self.inputs.flatten(0, -2))
         a, g = self.inputs.flatten(0, 1), grad_output.flatten(0, 1)

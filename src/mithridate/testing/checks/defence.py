@@ -14,9 +14,9 @@ from mithridate.core.batch import AnyBatch, tensors_of
 from mithridate.core.defence import Defence, Screened, Verdict, checked, overrides
 from mithridate.core.domain import Domain
 from mithridate.core.errors import ConfigError
-from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.core.registry import entries
+from mithridate.core.targets import Criterion
 from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.data.shards import Shards

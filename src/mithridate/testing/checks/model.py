@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mithridate.core.model import frozen_statistics
+from mithridate.core.modes import frozen_statistics
 from mithridate.testing.checks.evidence import Evidence
 from mithridate.testing.checks.subject import Check, fields_in, made, named_choices, variants
 from mithridate.testing.checks.witness import Witness, bits, same_tensors

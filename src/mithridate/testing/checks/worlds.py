@@ -13,9 +13,9 @@ from torch.optim import SGD
 
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.domain import Domain
-from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.core.seeding import generator, seeded_default
+from mithridate.core.targets import Criterion
 from mithridate.core.view import Memory, Need, View
 from mithridate.data.stream import Stream
 from mithridate.simulation.trace import TraceRow
