@@ -552,6 +552,25 @@ def test_a_window_of_steps_is_taken_back_as_a_whole(front: str) -> None:
     assert same(before, after)
 
 
+@pytest.mark.parametrize("front", ["hooks", "with"])
+@pytest.mark.parametrize("kind", ["sgd", "sgd-fused"])
+def test_a_step_that_a_scaler_holds_back_leaves_the_window_open(kind: str, front: str) -> None:
+    loop = Loop(kind, "scaler")
+    defence = Says((False,))
+    guard = Guard(loop.model, loop.optimiser, defence=defence, every=3, also=loop.also)
+    weights = copy.deepcopy(loop.raw.head.weight)
+    loop.scaler.scale(torch.zeros(()))  # from here on its scale can be set
+    for i, scale in enumerate((8.0, 2.0**127, 8.0, 8.0)):  # gradients overflow at the second
+        loop.scaler.update(scale)
+        if front == "with":
+            with guard.step(data(seed=i)) as batch:
+                loop.step(batch)
+        else:
+            loop.step(data(seed=i))
+    assert (len(defence.asked), guard.attempts, guard.steps, guard.refused) == (1, 3, 0, 1)
+    assert torch.equal(weights, loop.raw.head.weight)
+
+
 def test_a_refused_window_is_gone_through_again_and_only_the_culprit_is_lost() -> None:
     loop = Loop()
     for i in range(40):

@@ -222,7 +222,7 @@ class Guard:
         if self._judging.attempt.stepped or self._judging.attempt.fault:
             self._conclude(everything=True)
         else:
-            self._judging.close()  # a scaler held an overflowing step back, and has to remember that it did
+            self._judging.forget()  # a scaler held an overflowing step back, and has to remember that it did
 
     def screen(self, batch: Any) -> Any:  # noqa: ANN401  (any form of batch)
         """A batch as the defence lets it through, before the forward pass; in the form that it came in.
@@ -380,7 +380,7 @@ class Guard:
         if self._judging.attempt.held_back:  # the optimiser itself has held the step back
             self._judging.attempt.held_back = False
             if not self._inside:
-                self._judging.close()
+                self._judging.forget()
             return
         self._judging.attempt.stepped = True
         if not self._inside:
