@@ -26,6 +26,7 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.defences.gate import Gate
 from mithridate.guard.loop import Guard, GuardStopped
+from mithridate.guard.readings import Readings
 from mithridate.guard.record import StepRecord
 
 CLASSES = 4
@@ -489,7 +490,7 @@ def test_refusals_in_a_row_are_counted_and_said(answer: str, caplog: pytest.LogC
     loop.step(data())
     assert not caplog.records
     if answer == "stop":
-        with pytest.raises(GuardStopped, match="2 steps in a row"):
+        with pytest.raises(GuardStopped, match="2 times in a row"):
             loop.step(data())
         return
     for _ in range(4):
@@ -569,6 +570,21 @@ def test_a_step_that_a_scaler_holds_back_leaves_the_window_open(kind: str, front
             loop.step(data(seed=i))
     assert (len(defence.asked), guard.attempts, guard.steps, guard.refused) == (1, 3, 0, 1)
     assert torch.equal(weights, loop.raw.head.weight)
+
+
+def test_the_record_of_a_window_counts_all_of_its_steps() -> None:
+    loop = Loop()
+    records: list[StepRecord] = []
+    trackers = [Keeps(records)]
+    guard = Guard(loop.model, loop.optimiser, defence=Says((True,)), every=3, domain=PIXELS, trackers=trackers)
+    outside = Batch(data().x.clone(), data().y)
+    outside.x[0] = 7.0
+    for batch in (outside, data(), outside):
+        with guard.step(batch) as screened:
+            loop.step(screened)
+    (record,) = records
+    assert (record.attempt, record.step, record.steps, record.quarantined) == (3, 0, 3, 2)
+    assert Readings().of(record)["guard/admitted"] == guard.steps == 3
 
 
 def test_a_refused_window_is_gone_through_again_and_only_the_culprit_is_lost() -> None:

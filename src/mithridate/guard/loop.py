@@ -46,7 +46,7 @@ Patience = Literal["warn", "stop", "accept"] | Callable[["Guard", StepRecord], N
 
 
 class GuardStopped(UserError):
-    """So many steps were refused in a row that the owner wants to be asked."""
+    """So many refusals came in a row that the owner wants to be asked."""
 
 
 class Guard:
@@ -95,7 +95,7 @@ class Guard:
         folder: The guard's own: a log of the steps (`steps.jsonl`) and the refused batches (`quarantine`), which
             `mithridate report` and `mithridate quarantine` read. None: neither is kept.
         quarantine_bytes: Of the refused batches together, >= 0.
-        trackers: Who else listens to the record of every step, such as `mi.guard.Prometheus`.
+        trackers: Who else hears of every judgement (`StepRecord`), such as `mi.guard.Prometheus`.
 
     Raises:
         ConfigError: The optimiser is not the model's, is wrapped or already guarded, the model lies on several devices
@@ -423,12 +423,13 @@ class Guard:
         return True
 
     def _report(self, verdict: Verdict, batches: Sequence[Any]) -> None:
-        """Tell everybody who listens, and ask the owner if too many steps in a row were refused."""
+        """Tell everybody who listens, and ask the owner after too many refusals in a row."""
         record = self.ledger.note(
             verdict,
             batches,
             attempt=self._judging.attempts,
             step=self._step.step - (self._judging.made if verdict.admit else 0),
+            steps=self._judging.made,
             seconds=self._judging.attempt.seconds,
             quarantined=self._judging.attempt.quarantined,
             flagged=self._judging.attempt.flagged,
@@ -437,14 +438,14 @@ class Guard:
         if not self.ledger.impatient:
             return
         self._judging.close()
-        log.warning("guard: %d steps in a row refused; the last one: %s", record.refusals_in_a_row, record.reason)
+        log.warning("guard: %d refusals in a row; the last one: %s", record.refusals_in_a_row, record.reason)
         if callable(self.on_refusals):
             self.on_refusals(self, record)
         elif self.on_refusals == "accept":
             self.rebase()
         elif self.on_refusals == "stop":
             raise GuardStopped(
-                f"the guard has refused {record.refusals_in_a_row} steps in a row, and on_refusals = stop; the last: "
+                f"the guard has refused {record.refusals_in_a_row} times in a row, and on_refusals = stop; the last: "
                 f"{record.reason}. Look at what was refused; guard.rebase() takes the model as it is for the reference."
             )
 
