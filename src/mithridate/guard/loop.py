@@ -101,6 +101,8 @@ class Guard:
         ConfigError: The optimiser is not the model's, is wrapped or already guarded, the model lies on several devices
             or is sharded, a setting is out of its range, or the defence cannot work here.
         DataError: The trusted samples are none, of one class, or do not fit the model.
+        StoreError: `folder` holds other files than a guard's.
+        WriteError: `folder` cannot be written.
     """
 
     def __init__(
@@ -195,6 +197,8 @@ class Guard:
     def step(self, batch: Any) -> Iterator[Any]:  # noqa: ANN401  (any form of batch)
         """One step of the loop, which is judged when the block ends; everything that it moved is taken back if refused.
 
+        What the block raises goes on up, once everything since the last judgement is taken back.
+
         Args:
             batch: As the loop has it: a pair, a mapping with `labels`, or a `Batch`.
 
@@ -203,8 +207,10 @@ class Guard:
             learned from, and the step is taken back.
 
         Raises:
-            ConfigError: The optimiser was stepped not at all, or twice; or the defence has a loss of its own and
-                `loss` was not asked for it.
+            ConfigError: The optimiser was stepped not at all, or twice; the defence has a loss of its own and `loss`
+                was not asked for it; or another block is open.
+            DataError: As for `screen`.
+            GuardStopped: After so many refusals in a row, with `on_refusals = "stop"`.
         """
         if self._inside:
             raise ConfigError("guard.step inside guard.step: end the first block before the next one begins.")
@@ -255,10 +261,13 @@ class Guard:
         return form(received.batch)
 
     def loss(self, batch: Any) -> Tensor:  # noqa: ANN401  (any form of batch)
-        """The loss to differentiate, for defences that have one of their own or weigh samples.
+        """The loss to differentiate, for defences that have one of their own or weigh samples: a scalar.
 
         Args:
             batch: What `step` or `screen` gave.
+
+        Raises:
+            DataError: It is none of the forms that these give.
         """
         screened = opened(batch)[0]
         received = self._judging.attempt.received.get(id(screened.y), Received(screened, None, None, 0))
@@ -266,7 +275,11 @@ class Guard:
         return self._step.loss(received)
 
     def rebase(self) -> None:
-        """Take the model as it is for the new reference: the owner's word that the task has changed."""
+        """Take the model as it is for the new reference: the owner's word that the task has changed.
+
+        Raises:
+            ConfigError: A step has begun, or `every` is above 1 and some are not judged yet.
+        """
         if self._judging.made or self._inside:
             raise ConfigError("guard.rebase inside a step: call it between two steps.")
         self._step.memory.clear()
@@ -291,7 +304,7 @@ class Guard:
             put_weights(self._step.model, own)
 
     def detach(self) -> None:
-        """Leave the loop: what is open is forgotten, and steps are not judged any more."""
+        """Leave the loop: steps that are not judged yet stay, and no further one is judged."""
         self.settle()
         for hook in self._hooks:
             hook.remove()
@@ -299,7 +312,10 @@ class Guard:
         self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed loop needs to go on as if it had not ended: numbers and tensors; call it between two steps."""
+        """What a resumed loop needs to go on as if it had not ended: numbers and tensors; call it between two steps.
+
+        With `every` above 1, steps that are not judged yet are taken as they are: save right after a judgement.
+        """
         self.settle()
         history = self._step.history
         return {
@@ -313,6 +329,9 @@ class Guard:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave, after model and optimiser were loaded.
+
+        Args:
+            state_dict: Of a guard with the same defence.
 
         Raises:
             ConfigError: It is of something else.

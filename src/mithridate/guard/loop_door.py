@@ -32,7 +32,17 @@ PURPOSES: Mapping[str, Mapping[str, Any]] = {
 
 
 def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None:
-    """Refuse a loop that cannot be guarded as it is."""
+    """Refuse a loop that cannot be guarded as it is.
+
+    Args:
+        model: Of the loop; what is no module is left to others to refuse.
+        optimizer: That it steps.
+        also: What a refused step leaves as it was besides.
+
+    Raises:
+        ConfigError: There is no optimiser, or it is wrapped or guarded already; something in `also` has no state; or
+            the model is sharded, or lies on several devices.
+    """
     wrapped = getattr(optimizer, "optimizer", None)
     if isinstance(wrapped, Optimizer):
         raise ConfigError(
@@ -63,7 +73,11 @@ def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None
 
 
 def defence_of(defence: Defence | Mapping[str, Any] | str) -> Defence:
-    """A defence by its name, from its table, or as it is."""
+    """A defence by its name or its purpose (`PURPOSES`), from its table, or as it is.
+
+    Raises:
+        ConfigError: There is none of that name, or a setting is wrong.
+    """
     if isinstance(defence, str):
         defence = PURPOSES.get(defence, {"name": defence})
     return build("defence", dict(defence)) if isinstance(defence, Mapping) else defence
@@ -97,7 +111,7 @@ def history_for(defence: Defence) -> History | None:
 
 
 def try_defence(step: DefendedStep) -> None:
-    """Whether the defence can work here, before the first step; what it notes of that is forgotten.
+    """Refuse a defence that cannot work here, before the first step; what it notes of that is forgotten.
 
     Raises:
         ConfigError: It needs something that is not there.
