@@ -1,4 +1,4 @@
-"""What attacks on images share: the budget, and the settings of the inner optimiser."""
+"""What attacks that move inputs share: the budget, and the settings of the inner optimiser."""
 
 from abc import ABC
 from collections.abc import Callable
@@ -29,11 +29,11 @@ Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @settings
 class Budgeted(Attack, ABC):
-    """The budget of an attack on images.
+    """The budget of an attack that moves inputs.
 
     Args:
-        eps: Radius of the ball around each clean sample, in the unit of the inputs (pixels in [0, 1]: 8/255 is about
-            0.031).
+        eps: Radius of the ball around each clean sample, >= 0, in the unit of the inputs (pixels in [0, 1]: 8/255 is
+            about 0.031).
         norm: Of the ball: `linf` or `l2`.
         poison_ratio: Share of each batch that may be changed, in [0, 1]; the positions are the same in every batch, the
             trigger included.
@@ -45,7 +45,7 @@ class Budgeted(Attack, ABC):
 
     @property
     def ball(self) -> Ball:
-        """The perturbation budget of one image."""
+        """The perturbation budget of one sample."""
         return Ball(self.norm, self.eps)
 
     @property
@@ -104,13 +104,13 @@ class Iterated(Sighted, ABC):
     Args:
         optimiser: `pgd`, `fgsm` (one step as long as the radius), `mim` (PGD with momentum) or `apgd` (steps that
             halve where progress stops; it keeps the best iterate).
-        steps: Number of inner steps a batch, C; 0 returns the start.
+        steps: Number of inner steps a batch, C, >= 0; 0 returns the start.
         step_size: Length of one inner step, in the unit of the inputs, the first if they fall; unset: all together are
             as long as 2 * eps (with `apgd`, the first is).
         step_schedule: Of the steps of `pgd` and `mim`: `constant` as in the paper, or `cosine`, falling over half a
             wave, which reached in 35 steps what constant ones need 100 for (`benchmarks/ascent.py`).
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.
-        decay: Momentum factor of `mim`.
+        decay: Momentum factor of `mim`, >= 0.
         random_start: Begin at a uniform draw from the ball.
         compile: Trace the second-order slope of an inner step into one graph, once, and compile it (`torch.compile`; on
             a GPU it is recorded and played as a CUDA graph): the same slope, to rounding, after minutes of compiling.
