@@ -23,8 +23,8 @@ from mithridate.maths.calculus import (
     product_gradient,
     unit,
 )
-from mithridate.maths.norms import Norm
-from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
+from mithridate.maths.norms import Norm, clip_rows
+from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, zero_sum
 
 TRIGGER, VELOCITY = "trigger", "velocity"
 """Where the attack keeps its poisoned trigger (1 or clients, parameters) and its velocity (parameters,)."""
@@ -159,7 +159,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         rows = shared_out(wanted, honest)
         if self.spread > 0:
             rows = rows + zero_sum(rows, self.spread, rng)
-        return within(rows, self.radius, self.norm, how=self.how)
+        return clip_rows(rows, self.radius, self.norm, how=self.how)
 
     def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Rows that make the round's mean the trigger's update."""
@@ -212,7 +212,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
 
     def _bounded_trigger(self, rows: Tensor) -> Tensor:
         radius = self.radius if self.trigger_radius is None else self.trigger_radius
-        return within(rows, radius, self.trigger_bound or self.norm, how=self.how)
+        return clip_rows(rows, radius, self.trigger_bound or self.norm, how=self.how)
 
     def _clean_trigger(self, view: View, honest: Honest | None) -> Tensor:
         """The honest updates on the trigger: their mean (1, parameters), or one a client as the round computes it."""
