@@ -258,8 +258,7 @@ class Quarantine:
                 )
 
     def _mark(self) -> None:
-        content = json.dumps({"format": FORMAT}) + "\n"
-        write_whole(self.folder / MARKER, content)
+        write_whole(self.folder / MARKER, json.dumps({"format": FORMAT}) + "\n")
 
     def _store(self, entry: Quarantined, content: bytes, described: bytes) -> str:
         """Write a batch's files, the description last: it is stored once that is there."""
