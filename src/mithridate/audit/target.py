@@ -19,13 +19,14 @@ from mithridate.core.model import Criterion
 from mithridate.core.plugins import absolute, module_of
 from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.data.stream import Stream
+from mithridate.guard import forms
 from mithridate.guard.loop import Guard
 from mithridate.guard.loop_door import GUARDED, defence_of
 
 IMAGE_DIMENSIONS = 4
 
-LABELS = ("labels", "label", "y", "targets")
-"""Under which key a mapping that is a whole batch may hold its targets."""
+LABELS = (*forms.LABELS, "y")
+"""Under which key a mapping that is a whole batch may hold its targets: those that a guard takes, and one more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +77,19 @@ class Target:
         """A target whose data are arrays.
 
         Args:
-            model: As above.
-            optimizer: As above.
-            criterion: As above.
+            model: Any module that gives logits, a tensor or an object with `.logits`.
+            optimizer: A torch optimiser over its parameters, with the state that it has.
+            criterion: (logits, targets) -> mean loss.
             x: Inputs that the model has not learned from.
             y: Their targets.
-            defence: As above.
-            older: As above.
+            defence: The guard in the user's loop, as in `Target`.
+            older: States of the model from before, by epoch, as in `Target`.
             settings: Of `Stream.from_arrays`: how many samples are the victim's, trusted, the attacker's (`validation`)
                 and for tests, `batch_size`, `seed`, `domain`.
+
+        Raises:
+            ConfigError: A setting is unknown or out of its range.
+            DataError: The arrays do not fit each other, or are too short.
         """
         stream = Stream.from_arrays(x, y, **settings)  # type: ignore[arg-type]  # checked there, name by name
         return cls(model, optimizer, criterion, stream, defence=defence, older=older or {})
@@ -133,6 +138,10 @@ def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
 
 def called(function: Callable[..., Any], seed: int) -> Target:
     """What a target function gives for a seed; torch's own generators are seeded while it works.
+
+    Args:
+        function: Called as `function(seed=seed)`.
+        seed: Of the runs.
 
     Raises:
         ComponentError: It raised.

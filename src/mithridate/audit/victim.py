@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,7 +63,10 @@ class GivenBatches:
             DataError: They do not fit.
         """
         if steps + 1 > len(self.batches):
-            raise DataError(f"{steps} batches and a last one are wanted, and there are {len(self.batches)}.")
+            raise DataError(
+                f"{steps} batches and a last one are wanted, and the stream has {len(self.batches)}; give more, or "
+                "lower [budget] batches."
+            )
 
     def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
         """One batch; the same in every seed that the user's function gave it in.
@@ -93,6 +97,9 @@ class Victim:
         defence: Its guard; None if there is none.
         seed: Of the runs.
         begin: The first state.
+
+    Raises:
+        DataError: The test targets are such that there is no accuracy to lose.
     """
 
     target: Target
@@ -104,7 +111,7 @@ class Victim:
     def __post_init__(self) -> None:
         learner = self._learner(None, "train")
         start = learner.evaluate(self.samples.test.split(500))
-        if start.accuracy != start.accuracy:  # NaN
+        if math.isnan(start.accuracy):
             raise DataError(
                 "the test targets are neither class numbers nor many labels, so there is no accuracy to lose; an audit "
                 "asks what attacks cost in accuracy."
