@@ -436,6 +436,13 @@ def test_a_defence_that_changes_batches_is_told_of_by_the_first_hook() -> None:
         loop.step(data())
 
 
+def test_a_replay_without_blocks_is_told_of_by_the_first_hook() -> None:
+    loop = Loop()
+    Guard(loop.model, loop.optimiser, defence=Says(), every=2, replay=loop.step)
+    with pytest.raises(ConfigError, match=r"with guard\.step\(batch\)"):
+        loop.step(data())
+
+
 def test_a_loss_of_the_defence_that_was_not_taken_is_told_of() -> None:
     loop = Loop()
     guard = Guard(loop.model, loop.optimiser, defence={"name": "trades", "steps": 1})

@@ -368,6 +368,11 @@ class Guard:
         judging = self._judging
         if judging.mine:
             return None
+        if self.replay is not None and not self._inside:
+            raise ConfigError(
+                "guard: replay gets the batches of a refused window, which a hook does not know: write `with "
+                "guard.step(batch) as batch:`, or leave replay out."
+            )
         if self._inside and judging.attempt.stepped:
             raise ConfigError("the optimiser was stepped twice in one guard.step: give each step a block of its own.")
         if changes_batches(self.defence) and not judging.attempt.screened and judging.attempts >= judging.warm_up:
