@@ -338,7 +338,9 @@ class Guard:
         """
         missing = {"attempts", "refused", "refusals_in_a_row", "step", "memory", "history"} - state_dict.keys()
         if missing:
-            raise ConfigError(f"guard: this is no state of a guard, it has no '{min(missing)}'.")
+            raise ConfigError(
+                f"guard: this is no state of a guard, it has no '{min(missing)}'; give what its state_dict() returned."
+            )
         self._judging.close()
         self._judging.attempts = int(state_dict["attempts"])
         self.ledger.refused, self.ledger.in_a_row = int(state_dict["refused"]), int(state_dict["refusals_in_a_row"])

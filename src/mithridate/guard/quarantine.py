@@ -188,7 +188,7 @@ class Quarantine:
                     with suppress(TypeError, KeyError):  # bfloat16 and the like
                         arrays[name] = handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} cannot be read ({said(error)}).") from error
+            raise DataError(f"{path} cannot be read ({said(error)}); make it readable, or drop the batch.") from error
         return arrays
 
     def release(self, id: str, *, to: str | Path) -> Path:
