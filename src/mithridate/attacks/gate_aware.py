@@ -1,8 +1,8 @@
 """The attacker who knows that a gate stands after the step, and stays inside its tolerance."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -175,11 +175,9 @@ class GateAware(Tolerance, Budgeted):
             x = self.built.trigger(batch, own, rng=rng).x
         return self._shrunk(batch, x, view, self.victim_momentum) if self.shrink_trigger else x
 
-    @contextmanager
-    def _inside(self, view: View) -> Iterator[View]:
+    def _inside(self, view: View) -> AbstractContextManager[View]:
         """What the inner attack sees."""
-        with view.inside(INNER, self.built.needs, type(self.built).__name__) as inside:
-            yield inside
+        return view.inside(INNER, self.built.needs, type(self.built).__name__)
 
     def _shrunk(self, batch: Batch, x: Tensor, view: View, factor: float) -> Tensor:
         """As much of the perturbation as passes."""
