@@ -105,8 +105,8 @@ class Iterated(Sighted, ABC):
         optimiser: `pgd`, `fgsm` (one step as long as the radius), `mim` (PGD with momentum) or `apgd` (steps that
             halve where progress stops; it keeps the best iterate).
         steps: Number of inner steps a batch, C, >= 0; 0 returns the start.
-        step_size: Length of one inner step, in the unit of the inputs, the first if they fall; unset: all together are
-            as long as 2 * eps (with `apgd`, the first is).
+        step_size: Length of one inner step, > 0, in the unit of the inputs, the first if they fall; unset: all together
+            are as long as 2 * eps (with `apgd`, the first is).
         step_schedule: Of the steps of `pgd` and `mim`: `constant` as in the paper, or `cosine`, falling over half a
             wave, which reached in 35 steps what constant ones need 100 for (`benchmarks/ascent.py`).
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.

@@ -45,8 +45,8 @@ class GateAware(Tolerance, Budgeted):
     would not pass, because of the momentum that earlier poison left, say, that is what it sends.
 
     Args:
-        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031); the inner attack's too, whatever a
-            preset of it says.
+        eps: Radius of the ball, >= 0, in pixel units of [0, 1] (8/255 is about 0.031); the inner attack's too, whatever
+            a preset of it says.
         norm: Of the ball: `linf` or `l2`; the inner attack's too.
         poison_ratio: Share of each batch that is changed, in [0, 1]; the inner attack's too.
         inner: The attack that is shrunk, a table as in a recipe, without the three fields above:

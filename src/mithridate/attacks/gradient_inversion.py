@@ -28,7 +28,7 @@ class GradientInversion(Phased, Iterated):
         strength: Length of the wanted gradient, in units of that of S_val, > 0. Of `cosine` it decides nothing.
         match: `l2`: the squared distance to the wanted gradient descends; `cosine`: the angle alone counts, and the
             length is as it comes.
-        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
+        chunk: Samples computed at a time, >= 1 (bounds memory; not used with `craft_mode = "train"`).
 
     Raises:
         ConfigError: `compile` with `match = "l2"`, whose slope is no graph that is compiled.

@@ -99,14 +99,14 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         trigger_bound: In which norm those are bounded; unset: `norm`.
         how: `project`: to the nearest row within the radius, which for `linf` clamps every entry; `scale`: the whole
             row is shortened. The two agree in l2.
-        validation_size: Images of S_val; unset: all that the attacker has.
+        validation_size: Images of S_val, >= 1; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
         rest: Hostile clients send their honest updates in rounds that begin with the published accuracy more than this
             fraction under that of the start, in [0, 1], so that the phase stays quiet; unset: they never do.
         max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
         craft_mode: BatchNorm in the attacker's gradients: running statistics (`eval`), or those of the batch (`train`,
             as in the released code).
-        chunk: Samples computed at a time; bounds memory (not used with `craft_mode = "train"`).
+        chunk: Samples computed at a time, >= 1; bounds memory (not used with `craft_mode = "train"`).
 
     Source:
         Pang et al., NeurIPS 2021, section 3.3, Eqs. (10)-(14), Algorithm 2, Appendix C; `released`: their code, which
