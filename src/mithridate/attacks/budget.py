@@ -142,12 +142,32 @@ class Iterated(Sighted, ABC):
         normalise: Normalise,
         chunk: int | None,
     ) -> Slope:
-        """How pixels turn their parameter gradient towards `w` (see `maths.alignment.turn_towards`)."""
+        """How inputs turn their parameter gradient towards `w`, compiled if the settings ask for that.
+
+        Args:
+            loss: Of the model that is crafted on, from its `objective`.
+            parameters: Of that model.
+            x: Inputs (n, ...).
+            y: Their targets.
+            w: The wanted direction, by parameter.
+            normalise: How the gradient is divided: not (`none`), by its length (`global`), or each tensor by its own.
+            chunk: Samples computed at a time; None for all at once.
+
+        Source:
+            See `maths.alignment.turn_towards`.
+        """
         turn = turn_towards_compiled if self.compile else turn_towards
         return turn(loss, parameters, x, y, w, normalise=normalise, chunk=chunk)
 
     def beginning(self, x: Tensor, mask: Tensor, domain: Domain, rng: Generator) -> Tensor:
-        """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
+        """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball.
+
+        Args:
+            x: Clean inputs (n, ...).
+            mask: (n,) bool, the samples that may change.
+            domain: What a valid input is.
+            rng: The only source of randomness.
+        """
         if self.random_start:
             drawn = domain.clamp(x + self.ball.sample(x, rng))
             return torch.where(mask.view(-1, *[1] * (x.ndim - 1)), drawn, x)
@@ -164,9 +184,22 @@ class Iterated(Sighted, ABC):
         start: Tensor | None = None,
         value_at: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Ascend with these settings (see `mithridate.maths.ascent.climb`), from `start` or from the `beginning`.
+        """Ascend with these settings; the values at both ends are noted (`ASCENT`).
 
-        The values at both ends are noted (`ASCENT`).
+        Args:
+            x: Clean inputs (n, ...), the centre of the ball.
+            slope_at: Inputs to the slope of the function there.
+            mask: (n,) bool, the samples that may change.
+            view: What the attack sees; its notes are written to.
+            rng: The only source of randomness.
+            start: Where to begin; unset: at the `beginning`.
+            value_at: Inputs to the function's value; unset: none is known, and none is noted.
+
+        Returns:
+            Inputs inside the ball and the domain.
+
+        Source:
+            See `maths.ascent.climb`.
         """
         found = climb(
             x,

@@ -56,7 +56,7 @@ class Guard:
     generators of torch, numpy and Python as they were, bit for bit, the very first step included. A step that is not
     finite is refused whatever the defence.
 
-    Two ways, on one object. **Hooks**: from its making on, each `optimizer.step()` is judged, in any loop. **With**:
+    Two ways, on one object. **Hooks**: once it is made, each `optimizer.step()` is judged, in any loop. **With**:
 
         with guard.step(batch) as batch:
             loss = criterion(model(batch.x), batch.y)
