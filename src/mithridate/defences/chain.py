@@ -94,7 +94,7 @@ class Chain(Defence):
         defences: list[Defence] = []
         for i, table in enumerate(self.parts):
             part = build("defence", table, where=f"[defence] chain, part {i}")
-            defences += part.built if table["name"] == "chain" else [part]
+            defences += part.built if isinstance(part, Chain) else [part]
         tables = tuple(config_of(part) for part in defences)
         losses = [i for i, part in enumerate(defences) if overrides(part, "loss")]
         if len(losses) > 1:
