@@ -193,7 +193,7 @@ class Iterated(Sighted, ABC):
             view: What the attack sees; its notes are written to.
             rng: The only source of randomness.
             start: Where to begin; unset: at the `beginning`.
-            value_at: Inputs to the function's value; unset: none is known, and none is noted.
+            value_at: Inputs to the function's value; unset: taken from its slope where it is needed.
 
         Returns:
             Inputs inside the ball and the domain.
