@@ -594,6 +594,17 @@ def test_the_record_of_a_window_counts_all_of_its_steps() -> None:
     assert Readings().of(record)["guard/admitted"] == guard.steps == 3
 
 
+def test_a_window_that_begins_in_the_warm_up_is_not_defended_and_says_so() -> None:
+    loop = Loop()
+    records: list[StepRecord] = []
+    defence = Says((True,))
+    Guard(loop.model, loop.optimiser, defence=defence, every=2, warm_up=3, trackers=[Keeps(records)])
+    for i in range(6):
+        loop.step(data(seed=i))
+    assert len(defence.asked) == 1
+    assert [record.warm_up for record in records] == [True, True, False]
+
+
 def test_a_refused_window_is_gone_through_again_and_only_the_culprit_is_lost() -> None:
     loop = Loop()
     for i in range(40):

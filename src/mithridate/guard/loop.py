@@ -84,7 +84,8 @@ class Guard:
         domain: What a valid input is, such as `mi.PIXELS`; samples outside are left out of a batch that is screened.
         history: Past states, for defences that look back; unset: the states that the defence looks back at, in memory.
         training: Clean batches that the model was trained on, for defences that declare them.
-        warm_up: Steps, >= 0, that are not defended; only what is not finite is refused. A new head learns first.
+        warm_up: Steps, >= 0, that are not defended; only what is not finite is refused. A new head learns first. With
+            `every`, all that are judged with the last of them are not defended either.
         every: Steps between two judgements, >= 1. A refusal takes all of them back; see `replay`.
         replay: Makes one step of the loop on a batch, such as `lambda batch: train_step(batch)`. With `every` above 1
             it is called on each batch of a refused window, and the steps are judged one by one: only culprits are
@@ -459,7 +460,7 @@ class Guard:
             seconds=self._judging.attempt.seconds,
             quarantined=self._judging.attempt.quarantined,
             flagged=self._judging.attempt.flagged,
-            warm_up=self._judging.attempts <= self._judging.warm_up,
+            warm_up=self._judging.attempts - self._judging.made < self._judging.warm_up,
         )
         if not self.ledger.impatient:
             return
