@@ -84,6 +84,7 @@ BAD: list[tuple[Any, str]] = [
     (part(defence={"name": "gate", "trusted": 1}), "unknown key 'trusted'"),
     (part(defence="gate", trusted=None), "trusted set"),
     (part(defence="dsc", trusted=table_target(0).test), "looks back at an older state"),
+    (part(defence="filter", trusted=table_target(0).test), r"compares with samples .* training=\.\.\."),
 ]
 
 

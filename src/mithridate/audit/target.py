@@ -48,6 +48,8 @@ class Target:
         validation: Samples that the attacker has. Unset: half of the test samples, 500 at most, on which accuracy is
             then not measured.
         older: States of the model from before (`model.state_dict()`), by epoch, for defences that look back at one.
+        training: Samples that the model was trained on before the stream, for defences that compare with some
+            (`filter`): a batch, or several. Not the trusted ones, which the model should not know.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Target:
     domain: Domain | None = None
     validation: Any = None
     older: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    training: Any = None
 
     @classmethod
     def from_arrays(
@@ -72,6 +75,7 @@ class Target:
         *,
         defence: Guard | Defence | str | Mapping[str, Any] | None = None,
         older: Mapping[int, Mapping[str, Tensor]] | None = None,
+        training: object = None,
         **settings: object,
     ) -> "Target":
         """A target whose data are arrays.
@@ -84,6 +88,7 @@ class Target:
             y: Their targets.
             defence: The guard in the user's loop, as in `Target`.
             older: States of the model from before, by epoch, as in `Target`.
+            training: Samples that the model was trained on, as in `Target`.
             settings: Of `Stream.from_arrays`: how many samples are the victim's, trusted, the attacker's (`validation`)
                 and for tests, `batch_size`, `seed`, `domain`.
 
@@ -92,7 +97,7 @@ class Target:
             DataError: The arrays do not fit each other, or are too short.
         """
         stream = Stream.from_arrays(x, y, **settings)  # type: ignore[arg-type]  # checked there, name by name
-        return cls(model, optimizer, criterion, stream, defence=defence, older=older or {})
+        return cls(model, optimizer, criterion, stream, defence=defence, older=older or {}, training=training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,7 @@ class TargetSamples:
         test: What accuracy is measured on.
         validation: The attacker's own.
         domain: What a valid input is.
+        training: What the model was trained on before; None if there is nothing.
     """
 
     batches: Sequence[AnyBatch]
@@ -112,6 +118,7 @@ class TargetSamples:
     test: AnyBatch
     validation: AnyBatch
     domain: Domain
+    training: AnyBatch | None = None
 
 
 def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
@@ -225,8 +232,10 @@ def samples_of(target: Target, batches: int, seed: int) -> TargetSamples:
     else:
         attackers = _joined(validation, "validation samples")
     known = None if trusted is None else _joined(trusted, "trusted samples")
-    _check_alike(stream[0], {"test samples": measured, "validation samples": attackers, "trusted samples": known})
-    return TargetSamples(stream, known, measured, attackers, _domain(domain, stream))
+    learned = None if target.training is None else _joined(target.training, "training samples")
+    others = {"test": measured, "validation": attackers, "trusted": known, "training": learned}
+    _check_alike(stream[0], {f"{name} samples": batch for name, batch in others.items()})
+    return TargetSamples(stream, known, measured, attackers, _domain(domain, stream), learned)
 
 
 def _several(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a user calls a stream)

@@ -20,6 +20,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import config_of
+from mithridate.core.view import Need
 from mithridate.data.part import Part
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
@@ -135,7 +136,8 @@ class Victim:
             mode: BatchNorm in its updates.
 
         Raises:
-            ConfigError: The guard looks back, and the target names no older state.
+            ConfigError: The guard looks back, and the target names no older state; or it compares with training
+                samples, and the target names none.
         """
         learner = self._learner(self.defence if guarded else None, mode)
         learner.restore(self.begin)
@@ -156,6 +158,11 @@ class Victim:
                     "older={EPOCH: model.state_dict()}), kept before the model was trained on."
                 )
             history = History(keep=defence.lookback + 1 if defence else 0, checkpoints=self._older)
+        if defence is not None and Need.TRAINING in defence.needs and samples.training is None:
+            raise ConfigError(
+                f"{type(defence).__name__} compares with samples that the model was trained on; give Target(..., "
+                "training=...), other ones than the trusted."
+            )
         return Learner(
             target.model,
             target.optimizer,
@@ -163,7 +170,7 @@ class Victim:
             defence=defence,
             trusted=trusted,
             history=history,
-            training=None if trusted is None else [trusted],
+            training=None if samples.training is None else list(samples.training.split(500)),
             domain=samples.domain,
             seed=self.seed,
             update_mode=mode,
@@ -197,7 +204,9 @@ class Victim:
         named = {"test": self.samples.test, "validation": self.samples.validation}
         if isinstance(self.target.stream, Stream):  # of which a federation divides all
             named["victim"] = self.target.stream.victim.all()
-        named |= {} if self.samples.trusted is None else {"trusted": self.samples.trusted}
+        for name in ("trusted", "training"):
+            given = getattr(self.samples, name)
+            named |= {} if given is None else {name: given}
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.target.optimizer.param_groups]
         criterion = getattr(self.target.criterion, "__qualname__", type(self.target.criterion).__name__)
         text = json.dumps([type(self.target.optimizer).__name__, groups, criterion, _table(self.defence)], default=str)
