@@ -429,6 +429,18 @@ def test_every_defence_stands_in_a_loop(name: str) -> None:
         assert bool(loop.model(data().x).isfinite().all())
 
 
+def test_training_batches_may_have_the_form_of_the_loops() -> None:
+    loop = Loop()
+    for i in range(30):
+        loop.step(data(seed=50 + i))
+    batches = [list(data(40, i)) for i in range(20, 23)]  # as a data loader gives them
+    filtering = {"name": "filter", "fpr": 0.2, "fit_samples": 60}
+    guard = Guard(loop.model, loop.optimiser, defence=filtering, trusted=data(40, 9), training=batches)
+    with guard.step(data()) as batch:
+        loop.step(batch)
+    assert guard.attempts == 1
+
+
 def test_a_defence_that_changes_batches_is_told_of_by_the_first_hook() -> None:
     loop = Loop()
     Guard(loop.model, loop.optimiser, defence={"name": "at", "steps": 1})

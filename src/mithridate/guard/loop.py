@@ -19,7 +19,7 @@ from mithridate.core.errors import ConfigError, DataError, UserError
 from mithridate.core.model import Criterion
 from mithridate.core.past import Weights
 from mithridate.guard import ranks
-from mithridate.guard.forms import called, opened
+from mithridate.guard.forms import OpenedBatches, called, opened
 from mithridate.guard.judging import Judging
 from mithridate.guard.ledger import Ledger
 from mithridate.guard.loop_door import (
@@ -83,7 +83,8 @@ class Guard:
             belong here.
         domain: What a valid input is, such as `mi.PIXELS`; samples outside are left out of a batch that is screened.
         history: Past states, for defences that look back; unset: the states that the defence looks back at, in memory.
-        training: Clean batches that the model was trained on, for defences that declare them.
+        training: Clean batches that the model was trained on, for defences that declare them (`filter`): as batches of
+            the loop, in a list or a loader, which are gone through more than once.
         warm_up: Steps, >= 0, that are not defended; only what is not finite is refused. A new head learns first. With
             `every`, all that are judged with the last of them are not defended either.
         every: Steps between two judgements, >= 1. A refusal takes all of them back; see `replay`.
@@ -117,7 +118,7 @@ class Guard:
         also: Sequence[Stateful] = (),
         domain: Domain | None = None,
         history: History | None = None,
-        training: Iterable[AnyBatch] | None = None,
+        training: Iterable[object] | None = None,
         warm_up: int = 0,
         every: int = 1,
         replay: Callable[[Any], object] | None = None,
@@ -157,7 +158,7 @@ class Guard:
             defence=self.defence,
             trusted=None if trusted is None else opened(trusted)[0].to(next(inner(model).parameters()).device),
             history=history or history_for(self.defence),
-            training=training,
+            training=None if training is None else OpenedBatches(training),
             domain=domain,
             foreign=True,
         )
