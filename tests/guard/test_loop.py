@@ -351,10 +351,11 @@ def test_a_batch_comes_back_in_the_form_that_it_had(form: str) -> None:
     assert guard.steps == 1
 
 
-def test_samples_outside_the_domain_are_left_out_of_a_screened_batch() -> None:
+@pytest.mark.parametrize("domain", [PIXELS, (0.0, 1.0)], ids=["PIXELS", "pair"])
+def test_samples_outside_the_domain_are_left_out_of_a_screened_batch(domain: Any) -> None:
     loop = Loop()
     records: list[StepRecord] = []
-    guard = Guard(loop.model, loop.optimiser, defence=Says((True,) * 2), domain=PIXELS, trackers=[Keeps(records)])
+    guard = Guard(loop.model, loop.optimiser, defence=Says((True,) * 2), domain=domain, trackers=[Keeps(records)])
     bad = data()
     bad.x[3] = 7.0
     bad.x[4] = torch.nan
@@ -755,6 +756,8 @@ BAD: dict[str, tuple[Callable[[], Guard], type[Exception], str]] = {
     "an unknown answer": (_loop_with(on_refusals="shout"), ConfigError, "on_refusals"),
     "dsc in windows": (_loop_with(defence={"name": "dsc", **NEEDED["dsc"]}, every=2), ConfigError, "every = 1"),
     "a stateless companion": (_loop_with(also=[3]), ConfigError, "state_dict"),
+    "no defence at all": (_loop_with(defence=None), ConfigError, "defence = None: give a defence"),
+    "less than no room": (_loop_with(quarantine_bytes=-1), ConfigError, "quarantine_bytes"),
 }
 
 

@@ -188,10 +188,6 @@ def guard_of(target: Target) -> Defence | None:
         raise ConfigError(
             "the target's optimiser is guarded already; give the guard itself, Target(..., defence=guard)."
         )
-    if given is not None and not isinstance(given, Defence | Mapping | str):
-        raise ConfigError(
-            f"defence = {shown(given)}: give a guard, a defence, its name, or a table {{'name': 'gate'}}."
-        )
     return None if given is None else defence_of(given)
 
 

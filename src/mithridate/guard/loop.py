@@ -81,7 +81,8 @@ class Guard:
             hooks, each is taken to move at most once a step, after `optimizer.step()`; what it did for a refused step
             is undone when the next one begins (or by `settle`). A schedule that moves at the end of an epoch does not
             belong here.
-        domain: What a valid input is, such as `mi.PIXELS`; samples outside are left out of a batch that is screened.
+        domain: What a valid input is, such as `mi.PIXELS`, or the least and the largest value; samples outside are left
+            out of a batch that is screened. Unset: anything finite.
         history: Past states, for defences that look back; unset: the states that the defence looks back at, in memory.
         training: Clean batches that the model was trained on, for defences that declare them (`filter`): as batches of
             the loop, in a list or a loader, which are gone through more than once.
@@ -116,7 +117,7 @@ class Guard:
         trusted: object | None = None,
         criterion: Criterion = functional.cross_entropy,
         also: Sequence[Stateful] = (),
-        domain: Domain | None = None,
+        domain: Domain | tuple[Tensor | float, Tensor | float] | None = None,
         history: History | None = None,
         training: Iterable[object] | None = None,
         warm_up: int = 0,
@@ -128,7 +129,8 @@ class Guard:
         quarantine_bytes: int = 2**30,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        for name, value, least in (("warm_up", warm_up, 0), ("every", every, 1), ("patience", patience, 1)):
+        whole = {"warm_up": (warm_up, 0), "every": (every, 1), "patience": (patience, 1)}
+        for name, (value, least) in {**whole, "quarantine_bytes": (quarantine_bytes, 0)}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"guard: {name} is a whole number >= {least}, not {value!r}.")
         if not callable(on_refusals) and on_refusals not in {"warn", "stop", "accept"}:
@@ -159,7 +161,7 @@ class Guard:
             trusted=None if trusted is None else opened(trusted)[0].to(next(inner(model).parameters()).device),
             history=history or history_for(self.defence),
             training=None if training is None else OpenedBatches(training),
-            domain=domain,
+            domain=None if domain is None else Domain(*domain),
             foreign=True,
         )
         self._judging = Judging(self._step, optimizer, also, warm_up=warm_up, every=every)

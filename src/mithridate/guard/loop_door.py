@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
-from mithridate.core.errors import ConfigError, DataError, UserError, said
+from mithridate.core.errors import ConfigError, DataError, UserError, said, shown
 from mithridate.core.model import loss_of
 from mithridate.core.registry import build, config_of
 from mithridate.core.view import Need
@@ -76,8 +76,10 @@ def defence_of(defence: Defence | Mapping[str, Any] | str) -> Defence:
     """A defence by its name or its purpose (`PURPOSES`), from its table, or as it is.
 
     Raises:
-        ConfigError: There is none of that name, or a setting is wrong.
+        ConfigError: It is none of these, there is none of that name, or a setting is wrong.
     """
+    if not isinstance(defence, Defence | Mapping | str):
+        raise ConfigError(f"defence = {shown(defence)}: give a defence, its name, or a table {{'name': 'gate'}}.")
     if isinstance(defence, str):
         defence = PURPOSES.get(defence, {"name": defence})
     return build("defence", dict(defence)) if isinstance(defence, Mapping) else defence
