@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import SGD
 
+from mithridate.attacks import budget
 from mithridate.attacks.gradient_inversion import GradientInversion
 from mithridate.attacks.noise import Noise
 from mithridate.core.batch import Batch
@@ -16,6 +17,8 @@ from mithridate.core.errors import ConfigError
 from mithridate.core.registry import build
 from mithridate.core.view import Need, View
 from mithridate.data.stream import Stream
+from mithridate.maths.alignment import turn_towards
+from mithridate.maths.calculus import Slope
 from mithridate.testing import toy_learner, toy_stream
 from mithridate.training.learner import Learner
 
@@ -108,6 +111,20 @@ def test_it_poisons_every_batch_or_the_trigger_alone() -> None:
     assert GradientInversion(phase=False).ready(View())
 
 
+def test_compile_is_heard(several: list[tuple[Stream, Learner]], monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Slope:
+        compiled.append(1)
+        return turn_towards(*args, **kwargs)
+
+    monkeypatch.setattr(budget, "turn_towards_compiled", counted)
+    stream, learner = several[0]
+    attack = GradientInversion(eps=EPS, steps=3, match="cosine", compile=True)
+    attack.poison(doubled(stream.victim_batch(0, 0)), view_of(learner, stream), rng=rng())
+    assert len(compiled) >= 3
+
+
 @pytest.mark.parametrize("match", ["l2", "cosine"])
 def test_chunks_bound_memory_and_change_nothing(several: list[tuple[Stream, Learner]], match: Any) -> None:
     stream, learner = several[0]
@@ -120,7 +137,13 @@ def test_chunks_bound_memory_and_change_nothing(several: list[tuple[Stream, Lear
 
 
 @pytest.mark.parametrize(
-    ("values", "message"), [({"strength": 0.0}, "strength = 0.0"), ({"match": "l1"}, "match = 'l1'")], ids=str
+    ("values", "message"),
+    [
+        ({"strength": 0.0}, "strength = 0.0"),
+        ({"match": "l1"}, "match = 'l1'"),
+        ({"compile": True}, 'set match = "cosine", or compile = false'),
+    ],
+    ids=str,
 )
 def test_settings_out_of_range_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

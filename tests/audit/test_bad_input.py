@@ -80,10 +80,11 @@ BAD: list[tuple[Any, str]] = [
     (part(optimizer="sgd"), "optimiser is 'sgd'"),
     (part(criterion=lambda x, y: F.cross_entropy(x, y, reduction="none")), "a loss is one number"),
     (part(defence="gait"), "unknown defence 'gait'.*did you mean 'gate'"),
-    (part(defence=3), "defence = 3: give a guard, a defence"),
+    (part(defence=3), "defence = 3: give a defence, its name"),
     (part(defence={"name": "gate", "trusted": 1}), "unknown key 'trusted'"),
     (part(defence="gate", trusted=None), "trusted set"),
     (part(defence="dsc", trusted=table_target(0).test), "looks back at an older state"),
+    (part(defence="filter", trusted=table_target(0).test), r"compares with samples .* training=\.\.\."),
 ]
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
 
-from mithridate.audit.verdict import Cost, Judged, Measure, judged, reach
+from mithridate.audit.result import Measure
+from mithridate.audit.verdict import Cost, Judged, judged, reach
 
 ALLOWED: Mapping[Measure, float] = {"step": 5.0, "phase": 10.0}
 CONTROLS = frozenset({"clean", "clean_trigger", "noise", "noise_trigger"})

@@ -408,6 +408,8 @@ def test_a_chain_among_the_parts_is_its_own_parts(stream: Stream) -> None:
     nested = chain(parts[0], chain(parts[1], chain(*parts[2:4])), chain(), chain(parts[4]))
     assert nested == flat
     assert [part["name"] for part in nested.parts] == ["clip", "skip", "gate", "ema", "bound_update"]
+    by_place = {"name": "mithridate.defences.chain:Chain", "parts": flat.parts}
+    assert Chain(parts=(by_place,)) == flat
     assert (nested.needs, nested.lookback, hash(nested)) == (flat.needs, flat.lookback, hash(flat))
     assert rows(stream, nested) == rows(stream, flat)
     one, other = (toy_learner(stream, defence=defence) for defence in (flat, nested))

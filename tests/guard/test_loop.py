@@ -26,6 +26,7 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import View
 from mithridate.defences.gate import Gate
 from mithridate.guard.loop import Guard, GuardStopped
+from mithridate.guard.readings import Readings
 from mithridate.guard.record import StepRecord
 
 CLASSES = 4
@@ -350,10 +351,11 @@ def test_a_batch_comes_back_in_the_form_that_it_had(form: str) -> None:
     assert guard.steps == 1
 
 
-def test_samples_outside_the_domain_are_left_out_of_a_screened_batch() -> None:
+@pytest.mark.parametrize("domain", [PIXELS, (0.0, 1.0)], ids=["PIXELS", "pair"])
+def test_samples_outside_the_domain_are_left_out_of_a_screened_batch(domain: Any) -> None:
     loop = Loop()
     records: list[StepRecord] = []
-    guard = Guard(loop.model, loop.optimiser, defence=Says((True,) * 2), domain=PIXELS, trackers=[Keeps(records)])
+    guard = Guard(loop.model, loop.optimiser, defence=Says((True,) * 2), domain=domain, trackers=[Keeps(records)])
     bad = data()
     bad.x[3] = 7.0
     bad.x[4] = torch.nan
@@ -428,10 +430,29 @@ def test_every_defence_stands_in_a_loop(name: str) -> None:
         assert bool(loop.model(data().x).isfinite().all())
 
 
+def test_training_batches_may_have_the_form_of_the_loops() -> None:
+    loop = Loop()
+    for i in range(30):
+        loop.step(data(seed=50 + i))
+    batches = [list(data(40, i)) for i in range(20, 23)]  # as a data loader gives them
+    filtering = {"name": "filter", "fpr": 0.2, "fit_samples": 60}
+    guard = Guard(loop.model, loop.optimiser, defence=filtering, trusted=data(40, 9), training=batches)
+    with guard.step(data()) as batch:
+        loop.step(batch)
+    assert guard.attempts == 1
+
+
 def test_a_defence_that_changes_batches_is_told_of_by_the_first_hook() -> None:
     loop = Loop()
     Guard(loop.model, loop.optimiser, defence={"name": "at", "steps": 1})
     with pytest.raises(ConfigError, match=r"guard\.screen"):
+        loop.step(data())
+
+
+def test_a_replay_without_blocks_is_told_of_by_the_first_hook() -> None:
+    loop = Loop()
+    Guard(loop.model, loop.optimiser, defence=Says(), every=2, replay=loop.step)
+    with pytest.raises(ConfigError, match=r"with guard\.step\(batch\)"):
         loop.step(data())
 
 
@@ -489,7 +510,7 @@ def test_refusals_in_a_row_are_counted_and_said(answer: str, caplog: pytest.LogC
     loop.step(data())
     assert not caplog.records
     if answer == "stop":
-        with pytest.raises(GuardStopped, match="2 steps in a row"):
+        with pytest.raises(GuardStopped, match="2 times in a row"):
             loop.step(data())
         return
     for _ in range(4):
@@ -550,6 +571,51 @@ def test_a_window_of_steps_is_taken_back_as_a_whole(front: str) -> None:
     after = loop.state()
     after[-2] = after[-2][: len(before[-2])]
     assert same(before, after)
+
+
+@pytest.mark.parametrize("front", ["hooks", "with"])
+@pytest.mark.parametrize("kind", ["sgd", "sgd-fused"])
+def test_a_step_that_a_scaler_holds_back_leaves_the_window_open(kind: str, front: str) -> None:
+    loop = Loop(kind, "scaler")
+    defence = Says((False,))
+    guard = Guard(loop.model, loop.optimiser, defence=defence, every=3, also=loop.also)
+    weights = copy.deepcopy(loop.raw.head.weight)
+    loop.scaler.scale(torch.zeros(()))  # from here on its scale can be set
+    for i, scale in enumerate((8.0, 2.0**127, 8.0, 8.0)):  # gradients overflow at the second
+        loop.scaler.update(scale)
+        if front == "with":
+            with guard.step(data(seed=i)) as batch:
+                loop.step(batch)
+        else:
+            loop.step(data(seed=i))
+    assert (len(defence.asked), guard.attempts, guard.steps, guard.refused) == (1, 3, 0, 1)
+    assert torch.equal(weights, loop.raw.head.weight)
+
+
+def test_the_record_of_a_window_counts_all_of_its_steps() -> None:
+    loop = Loop()
+    records: list[StepRecord] = []
+    trackers = [Keeps(records)]
+    guard = Guard(loop.model, loop.optimiser, defence=Says((True,)), every=3, domain=PIXELS, trackers=trackers)
+    outside = Batch(data().x.clone(), data().y)
+    outside.x[0] = 7.0
+    for batch in (outside, data(), outside):
+        with guard.step(batch) as screened:
+            loop.step(screened)
+    (record,) = records
+    assert (record.attempt, record.step, record.steps, record.quarantined) == (3, 0, 3, 2)
+    assert Readings().of(record)["guard/admitted"] == guard.steps == 3
+
+
+def test_a_window_that_begins_in_the_warm_up_is_not_defended_and_says_so() -> None:
+    loop = Loop()
+    records: list[StepRecord] = []
+    defence = Says((True,))
+    Guard(loop.model, loop.optimiser, defence=defence, every=2, warm_up=3, trackers=[Keeps(records)])
+    for i in range(6):
+        loop.step(data(seed=i))
+    assert len(defence.asked) == 1
+    assert [record.warm_up for record in records] == [True, True, False]
 
 
 def test_a_refused_window_is_gone_through_again_and_only_the_culprit_is_lost() -> None:
@@ -690,6 +756,8 @@ BAD: dict[str, tuple[Callable[[], Guard], type[Exception], str]] = {
     "an unknown answer": (_loop_with(on_refusals="shout"), ConfigError, "on_refusals"),
     "dsc in windows": (_loop_with(defence={"name": "dsc", **NEEDED["dsc"]}, every=2), ConfigError, "every = 1"),
     "a stateless companion": (_loop_with(also=[3]), ConfigError, "state_dict"),
+    "no defence at all": (_loop_with(defence=None), ConfigError, "defence = None: give a defence"),
+    "less than no room": (_loop_with(quarantine_bytes=-1), ConfigError, "quarantine_bytes"),
 }
 
 

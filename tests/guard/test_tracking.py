@@ -42,6 +42,7 @@ def test_readings_count_verdicts_and_leave_out_what_is_not_measured() -> None:
     }
     assert first.keys() - second.keys() == {"guard/trusted_loss", "guard/trusted_worst"}
     assert (last["guard/admitted"], last["guard/refused"], last["guard/shortened"]) == (1, 2, 1)
+    assert readings.of(replace(STEPS[1], attempt=14, steps=10))["guard/refused"] == 12
 
 
 @pytest.mark.parametrize(
@@ -84,6 +85,8 @@ class TestPrometheus:
         assert after["mithridate_trusted_worst_accuracy"] == 0.8
         assert after["mithridate_refusals_in_a_row"] == 0
         assert (after["mithridate_samples_quarantined_total"], after["mithridate_samples_flagged_total"]) == (2, 3)
+        tracker.note(replace(STEPS[1], attempt=14, steps=10))
+        assert self.fetched(tracker.port)['mithridate_steps_total{verdict="refused"}'] == 12
         port = tracker.port
         tracker.close()
         tracker.close()

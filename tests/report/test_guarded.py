@@ -101,6 +101,13 @@ def test_a_guard_that_refuses_everything_says_so_first(tmp_path: Path) -> None:
     assert "no reason given refused 174 1 174" in text(built.html)
 
 
+def test_every_step_of_a_refused_window_is_counted(tmp_path: Path) -> None:
+    steps = [replace(STEP, attempt=1), replace(STEP, attempt=11, steps=10, verdict="refused", refusals_in_a_row=1)]
+    built = build_guard_report(written(tmp_path / "guard", steps))
+    assert built.headline == "1 refusal in 11 steps."
+    assert "<dd>10 of 11</dd>" in built.html.read_text()
+
+
 def test_a_quiet_guard_and_one_that_has_not_begun_have_a_page_too(tmp_path: Path) -> None:
     quiet = build_guard_report(written(tmp_path / "quiet", [STEP, *(replace(STEP, attempt=n) for n in (450, 900))]))
     assert quiet.headline == "No refusal in 900 steps."

@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from mithridate.core.registry import settings
 from mithridate.core.update_attack import Honest
 from mithridate.core.view import Need, View
-from mithridate.update_attacks.hostile import within, zero_sum
+from mithridate.maths.norms import clip_rows
+from mithridate.update_attacks.hostile import zero_sum
 from mithridate.update_attacks.noise import NoiseUpdates
 from mithridate.update_attacks.sign_flip import SignFlip
 
@@ -137,7 +138,7 @@ class Bounded(NoiseUpdates):
     radius: Annotated[float, Field(gt=0)] = math.inf
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        return within(super().craft(honest, view, rng), self.radius, "l2")
+        return clip_rows(super().craft(honest, view, rng), self.radius, "l2")
 
 
 class IgnoresItsRadius(Bounded):

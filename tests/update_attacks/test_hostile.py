@@ -27,7 +27,7 @@ from mithridate.simulation.federated import run_federated
 from mithridate.simulation.run import victim_optimiser
 from mithridate.training.learner import Learner, Update
 from mithridate.update_attacks.direct import Direct
-from mithridate.update_attacks.hostile import scaled, shared_out, within, zero_sum
+from mithridate.update_attacks.hostile import scaled, shared_out, zero_sum
 
 
 class Watched(Learner):
@@ -221,13 +221,6 @@ def test_an_update_at_a_length() -> None:
     assert not scaled(torch.zeros(2), 1.0, 3.0).any()
     tiny = scaled(update * 1e-30, 1.0, 1.0)
     assert float(tiny.norm()) == pytest.approx(1.0, rel=1e-5)
-
-
-def test_rows_within_a_radius() -> None:
-    rows = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    assert torch.allclose(within(rows, 1.0, "l2"), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
-    assert torch.allclose(within(rows, 1.0, "linf"), torch.tensor([[1.0, 1.0], [0.3, 0.4]]))
-    assert within(rows, math.inf, "l2") is rows
 
 
 @pytest.mark.parametrize("length", [0.1, 7.0])

@@ -1,13 +1,12 @@
 """Bucketing: rows are averaged in small random groups."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from mithridate.aggregators.mixing import Front, inner_context
-from mithridate.aggregators.worker_momentum import Beta
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
@@ -44,9 +43,7 @@ class Bucketing(Front):
         momentum).
     """
 
-    inner: dict[str, Any] = Field(default_factory=lambda: {"name": "median"})
     bucket_size: Annotated[int, Field(ge=1)] = 2
-    worker_momentum: Beta = 0.0
 
     def __hash__(self) -> int:
         """Equal fronts have equal hashes; the table itself has none."""

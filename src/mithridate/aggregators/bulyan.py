@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.aggregators.bounded import Bounded
 from mithridate.aggregators.krum import ranking
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
@@ -37,10 +37,8 @@ class Bulyan(Bounded):
     times: ClassVar[int] = 4
     besides: ClassVar[int] = 3
 
-    hostile: HostileRows | None = None
-
     def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
-        """The width of the box in every parameter, as above."""
+        """The width of the box in every parameter, as the class says."""
         return honest.diagonal
 
     def combine(self, rows: Tensor, context: Context) -> Tensor:

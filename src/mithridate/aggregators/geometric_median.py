@@ -44,7 +44,7 @@ class GeometricMedian(Aggregator):
         return max((n - 1) // 2, 0)
 
     def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
-        """The distance from every honest row, as above, if the hostile rows have the largest weights."""
+        """The distance from every honest row, as the class says, if the hostile rows have the largest weights."""
         a = float(context.shares().sort(descending=True).values[: self.most_hostile(n)].sum())
         if a >= 0.5:
             return math.inf

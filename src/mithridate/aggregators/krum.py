@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.aggregators.bounded import Bounded
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import squared_distances
@@ -39,10 +39,8 @@ class Krum(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 3
 
-    hostile: HostileRows | None = None
-
     def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
-        """The distance from the nearest honest row, as above."""
+        """The distance from the nearest honest row, as the class says."""
         return reach(honest.diameter, n, self.most_hostile(n))
 
     def combine(self, rows: Tensor, context: Context) -> Tensor:

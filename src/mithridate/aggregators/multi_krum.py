@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.aggregators.bounded import Bounded
 from mithridate.aggregators.krum import ranking, reach
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
@@ -36,7 +36,6 @@ class MultiKrum(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 3
 
-    hostile: HostileRows | None = None
     keep: Annotated[int, Field(ge=1)] | None = None
 
     def check(self, n: int) -> None:
@@ -54,7 +53,7 @@ class MultiKrum(Bounded):
             )
 
     def worst_deviation(self, honest: Spread, n: int, context: Context) -> float:
-        """The distance from the honest rows' hull, as above."""
+        """The distance from the honest rows' hull, as the class says."""
         return reach(honest.diameter, n, self.most_hostile(n))
 
     def combine(self, rows: Tensor, context: Context) -> Tensor:

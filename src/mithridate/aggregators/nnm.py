@@ -1,15 +1,12 @@
 """Nearest-neighbour mixing: each row becomes the mean of those around it."""
 
 import math
-from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mithridate.aggregators.bounded import HostileRows
 from mithridate.aggregators.mixing import Front, inner_context
-from mithridate.aggregators.worker_momentum import Beta
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
@@ -43,9 +40,7 @@ class NearestNeighbourMixing(Front):
         Allouah et al., AISTATS 2023, arXiv:2302.01772, Algorithm 2 (NNM) and Algorithm 1 (with worker momentum).
     """
 
-    inner: dict[str, Any] = Field(default_factory=lambda: {"name": "median"})
     hostile: HostileRows | None = None
-    worker_momentum: Beta = 0.0
 
     def __hash__(self) -> int:
         """Equal fronts have equal hashes; the table itself has none."""

@@ -25,7 +25,8 @@ class NormBounding(Aggregator):
     al., whose accumulative phase needs only short updates.
 
     Args:
-        clip_norm: The longest that a row may be, > 0, in the units of the rows; `inf`: the plain mean.
+        clip_norm: The longest that a row may be, > 0, in the units of the rows; `inf`: the plain mean. No value fits
+            all models: take about the length of honest rows.
         norm: In which norm it is measured: `l2` or `linf` (its largest entry).
 
     Source:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.aggregators.bounded import Bounded, HostileRows
+from mithridate.aggregators.bounded import Bounded
 from mithridate.core.aggregator import Context, Spread
 from mithridate.core.registry import register, settings
 from mithridate.maths.rows import by_column
@@ -34,7 +34,6 @@ class TrimmedMean(Bounded):
     times: ClassVar[int] = 2
     besides: ClassVar[int] = 1
 
-    hostile: HostileRows | None = None
     trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
 
     def most_hostile(self, n: int) -> int:

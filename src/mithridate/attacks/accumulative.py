@@ -54,8 +54,8 @@ class Accumulative(Secrecy, TriggerPoisoner):
         clean_weight: Weight of g(S_t), >= 0; 0 leaves only the second-order term.
         pull_every: Batches that one G_t serves, >= 1; 1 computes it for each, which is exact. Not with a trigger that
             is poisoned jointly, on which G_t depends in every inner step.
-        weight_momentum: Momentum factor that the victim's SGD is given in the accumulative phase (the paper: 1.1);
-            unset: left alone. It is power over the optimiser, not over data.
+        weight_momentum: Momentum factor, >= 0, that the victim's SGD is given in the accumulative phase (the paper:
+            1.1); unset: left alone. It is power over the optimiser, not over data.
 
     Source:
         Pang et al., NeurIPS 2021, section 3.2, Eqs. (7)-(9), Algorithm 1; the options from section 4.1 and Tables

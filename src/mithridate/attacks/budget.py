@@ -1,4 +1,4 @@
-"""What attacks on images share: the budget, and the settings of the inner optimiser."""
+"""What attacks that move inputs share: the budget, and the settings of the inner optimiser."""
 
 from abc import ABC
 from collections.abc import Callable
@@ -32,11 +32,11 @@ Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @settings
 class Budgeted(Attack, ABC):
-    """The budget of an attack on images.
+    """The budget of an attack that moves inputs.
 
     Args:
-        eps: Radius of the ball around each clean sample, in the unit of the inputs (pixels in [0, 1]: 8/255 is about
-            0.031).
+        eps: Radius of the ball around each clean sample, >= 0, in the unit of the inputs (pixels in [0, 1]: 8/255 is
+            about 0.031).
         norm: Of the ball: `linf` or `l2`.
         poison_ratio: Share of each batch that may be changed, in [0, 1]; the positions are the same in every batch, the
             trigger included.
@@ -48,7 +48,7 @@ class Budgeted(Attack, ABC):
 
     @property
     def ball(self) -> Ball:
-        """The perturbation budget of one image."""
+        """The perturbation budget of one sample."""
         return Ball(self.norm, self.eps)
 
     @property
@@ -118,13 +118,13 @@ class Iterated(Sighted, ABC):
     Args:
         optimiser: `pgd`, `fgsm` (one step as long as the radius), `mim` (PGD with momentum) or `apgd` (steps that
             halve where progress stops; it keeps the best iterate).
-        steps: Number of inner steps a batch, C; 0 returns the start.
-        step_size: Length of one inner step, in the unit of the inputs, the first if they fall; unset: all together are
-            as long as 2 * eps (with `apgd`, the first is).
+        steps: Number of inner steps a batch, C, >= 0; 0 returns the start.
+        step_size: Length of one inner step, > 0, in the unit of the inputs, the first if they fall; unset: all together
+            are as long as 2 * eps (with `apgd`, the first is).
         step_schedule: Of the steps of `pgd` and `mim`: `constant` as in the paper, or `cosine`, falling over half a
             wave, which reached in 35 steps what constant ones need 100 for (`benchmarks/ascent.py`).
         keep: Which iterate is sent: the `last`, or the `best`, by the function that is climbed.
-        decay: Momentum factor of `mim`.
+        decay: Momentum factor of `mim`, >= 0.
         random_start: Begin at a uniform draw from the ball.
         compile: Trace the second-order slope of an inner step into one graph, once, and compile it (`torch.compile`; on
             a GPU it is recorded and played as a CUDA graph): the same slope, to rounding, after minutes of compiling.
@@ -156,12 +156,32 @@ class Iterated(Sighted, ABC):
         normalise: Normalise,
         chunk: int | None,
     ) -> Slope:
-        """How pixels turn their parameter gradient towards `w` (see `maths.alignment.turn_towards`)."""
+        """How inputs turn their parameter gradient towards `w`, compiled if the settings ask for that.
+
+        Args:
+            loss: Of the model that is crafted on, from its `objective`.
+            parameters: Of that model.
+            x: Inputs (n, ...).
+            y: Their targets.
+            w: The wanted direction, by parameter.
+            normalise: How the gradient is divided: not (`none`), by its length (`global`), or each tensor by its own.
+            chunk: Samples computed at a time; None for all at once.
+
+        Source:
+            See `maths.alignment.turn_towards`.
+        """
         turn = turn_towards_compiled if self.compile else turn_towards
         return turn(loss, parameters, x, y, w, normalise=normalise, chunk=chunk)
 
     def beginning(self, x: Tensor, mask: Tensor, domain: Domain, rng: Generator) -> Tensor:
-        """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball."""
+        """Where the climb from clean samples begins: at them, beside them (`kl`), or at a draw from the ball.
+
+        Args:
+            x: Clean inputs (n, ...).
+            mask: (n,) bool, the samples that may change.
+            domain: What a valid input is.
+            rng: The only source of randomness.
+        """
         if self.random_start:
             drawn = domain.clamp(x + self.ball.sample(x, rng))
             return torch.where(by_row(mask, x), drawn, x)
@@ -178,9 +198,22 @@ class Iterated(Sighted, ABC):
         start: Tensor | None = None,
         value_at: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Ascend with these settings (see `mithridate.maths.ascent.climb`), from `start` or from the `beginning`.
+        """Ascend with these settings; the values at both ends are noted (`ASCENT`).
 
-        The values at both ends are noted (`ASCENT`).
+        Args:
+            x: Clean inputs (n, ...), the centre of the ball.
+            slope_at: Inputs to the slope of the function there.
+            mask: (n,) bool, the samples that may change.
+            view: What the attack sees; its notes are written to.
+            rng: The only source of randomness.
+            start: Where to begin; unset: at the `beginning`.
+            value_at: Inputs to the function's value; unset: taken from its slope where it is needed.
+
+        Returns:
+            Inputs inside the ball and the domain.
+
+        Source:
+            See `maths.ascent.climb`.
         """
         found = climb(
             x,

@@ -12,7 +12,7 @@ class FGSM(Delusive):
     """Ascend the loss of every batch by one step as long as the radius; labels are left alone.
 
     Args:
-        eps: Radius of the ball and length of the step, in pixel units of [0, 1] (8/255 is about 0.031).
+        eps: Radius of the ball and length of the step, >= 0, in pixel units of [0, 1] (8/255 is about 0.031).
 
     Source:
         Goodfellow et al., ICLR 2015, arXiv:1412.6572, section 4; Pang et al., NeurIPS 2021, Appendix B.2, Eq. (15).

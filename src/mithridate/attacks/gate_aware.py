@@ -1,8 +1,8 @@
 """The attacker who knows that a gate stands after the step, and stays inside its tolerance."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -46,8 +46,8 @@ class GateAware(Tolerance, Budgeted):
     would not pass, because of the momentum that earlier poison left, say, that is what it sends.
 
     Args:
-        eps: Radius of the ball, in pixel units of [0, 1] (8/255 is about 0.031); the inner attack's too, whatever a
-            preset of it says.
+        eps: Radius of the ball, >= 0, in pixel units of [0, 1] (8/255 is about 0.031); the inner attack's too, whatever
+            a preset of it says.
         norm: Of the ball: `linf` or `l2`; the inner attack's too.
         poison_ratio: Share of each batch that is changed, in [0, 1]; the inner attack's too.
         inner: The attack that is shrunk, a table as in a recipe, without the three fields above:
@@ -184,11 +184,9 @@ class GateAware(Tolerance, Budgeted):
             x = self.built.trigger(batch, own, rng=rng).x
         return self._shrunk(batch, x, view, self.victim_momentum) if self.shrink_trigger else x
 
-    @contextmanager
-    def _inside(self, view: View) -> Iterator[View]:
+    def _inside(self, view: View) -> AbstractContextManager[View]:
         """What the inner attack sees."""
-        with view.inside(INNER, self.built.needs, type(self.built).__name__) as inside:
-            yield inside
+        return view.inside(INNER, self.built.needs, type(self.built).__name__)
 
     def _shrunk(self, batch: Batch, x: Tensor, view: View, factor: float) -> Tensor:
         """As much of the perturbation as passes."""

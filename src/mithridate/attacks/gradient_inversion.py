@@ -8,9 +8,10 @@ from torch import Generator, Tensor
 from mithridate.attacks.budget import Iterated, Phased
 from mithridate.attacks.losses import by_targets, targets
 from mithridate.core.batch import Batch
+from mithridate.core.errors import ConfigError
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
-from mithridate.maths.alignment import alignment, approach, nearness, turn_towards
+from mithridate.maths.alignment import alignment, approach, nearness
 from mithridate.maths.calculus import Slope, gradient
 from mithridate.maths.directions import opposite, unit
 
@@ -28,7 +29,10 @@ class GradientInversion(Phased, Iterated):
         strength: Length of the wanted gradient, in units of that of S_val, > 0. Of `cosine` it decides nothing.
         match: `l2`: the squared distance to the wanted gradient descends; `cosine`: the angle alone counts, and the
             length is as it comes.
-        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
+        chunk: Samples computed at a time, >= 1 (bounds memory; not used with `craft_mode = "train"`).
+
+    Raises:
+        ConfigError: `compile` with `match = "l2"`, whose slope is no graph that is compiled.
 
     Source:
         Bouaziz, El-Mhamdi and Usunier, arXiv:2410.21453: a malicious gradient (there gradient ascent among others) is
@@ -41,6 +45,14 @@ class GradientInversion(Phased, Iterated):
     strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     match: Literal["l2", "cosine"] = "l2"
     chunk: Annotated[int, Field(ge=1)] = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile and self.match == "l2":
+            raise ConfigError(
+                '[attack] gradient_inversion: compile = true works on a product of gradients, and match = "l2" follows '
+                'a distance; set match = "cosine", or compile = false.'
+            )
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """Bring the gradient of the whole batch, clean samples included, to the wanted one."""
@@ -56,7 +68,7 @@ class GradientInversion(Phased, Iterated):
 
             def slope_at(x: Tensor) -> Slope:
                 if self.match == "cosine":
-                    return turn_towards(objective, parameters, x, y, wanted, normalise="global", chunk=chunk)
+                    return self.turned(objective, parameters, x, y, wanted, normalise="global", chunk=chunk)
                 return approach(objective, parameters, x, y, wanted, chunk=chunk)
 
             def value_at(x: Tensor) -> Tensor:

@@ -77,7 +77,16 @@ class Hiding:
         normalise: Normalise,
         chunk: int | None,
     ) -> Parameters:
-        """The direction that the batch's gradient is turned towards, with Eq. (21)'s third term if it hides by that."""
+        """The direction that the batch's gradient is turned towards, with Eq. (21)'s third term if it hides by that.
+
+        Args:
+            w: The direction without it, by parameter.
+            box: The model now.
+            old: Its earlier self (`hidden_from`); None hides nothing.
+            x: The poisoned inputs (n, ...) as they are.
+            normalise: As the other terms of `w` are.
+            chunk: Samples computed at a time; None for all at once.
+        """
         if old is None or self.hide != "gradient":
             return w
         return add(w, unit(discrepancy_gradient(box, old, x, chunk=chunk), normalise), scale=self.beta)
@@ -88,6 +97,14 @@ class Hiding:
         """The slope that is followed in the pixels: away from the discrepancy, where these hide from it.
 
         Two slopes at unit length are together that of no function, so it has no value then.
+
+        Args:
+            slope: Of what the attack climbs.
+            box: The model now.
+            old: Its earlier self (`hidden_from`); None hides nothing.
+            x: The poisoned inputs (n, ...) as they are.
+            chunk: Samples computed at a time; None for all at once.
+            trigger: The inputs are the trigger's, which hide only with `hide_trigger`.
         """
         if old is None or not self.pixels_hide(trigger=trigger):
             return slope

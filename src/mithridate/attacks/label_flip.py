@@ -25,6 +25,9 @@ class WrongLabels(Substituting):
             toy stream; the class that the model takes for least likely (`least_likely`), whose gradient is the longest;
             or a `random` one.
 
+    Raises:
+        ConfigError: (from `poison`) the model has one output alone.
+
     Source:
         Biggio, Nelson and Laskov, ACML 2011 (label noise by an adversary); in federated learning Tolpegin et al.,
         ESORICS 2020, arXiv:2007.08432. The least likely class: Kurakin et al., ICLR 2017, arXiv:1611.01236, there as
@@ -50,7 +53,9 @@ class WrongLabels(Substituting):
             logits = view.model.logits(batch.x)
         classes = logits.shape[-1]
         if classes < 2:
-            raise ConfigError("label_flip: the model has one output alone, so that no label can be turned.")
+            raise ConfigError(
+                "label_flip: the model has one output alone, so that no label can be turned; take an attack on inputs."
+            )
         true = batch.y.clamp_min(0)  # a label that no loss counts stays what it is, below
         if self.rule == "least_likely":
             wrong = logits.scatter(1, true.unsqueeze(1), torch.inf).argmin(1)

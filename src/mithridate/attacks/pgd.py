@@ -13,8 +13,8 @@ class PGD(Delusive):
     """Ascend the loss of every batch by projected gradient steps; labels are left alone.
 
     Args:
-        steps: Number of steps; 0 returns the start.
-        step_size: Length of one step, in pixel units; unset: 2 * eps / steps.
+        steps: Number of steps, >= 0; 0 returns the start.
+        step_size: Length of one step, > 0, in pixel units; unset: 2 * eps / steps.
         random_start: Begin at a uniform draw from the ball.
 
     Source:

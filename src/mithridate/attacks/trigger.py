@@ -79,13 +79,13 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             step (a report says so), and the one that is fed was made for the model before the last step.
         normalise: Gradients in products as they are (`none`), at unit length (`global`), or each tensor of them
             (`tensor`).
-        validation_size: Images of S_val; unset: all that the attacker has.
+        validation_size: Images of S_val, >= 1; unset: all that the attacker has.
         resample_validation: Draw S_val anew at every step, with replacement ("re-sampling S_val").
-        validation_batch: Images of S_val that stand for its curvature in G_t, drawn anew at every step; its gradient
-            is still that of all of it. Unset: all, which is exact.
-        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`). What is computed at
-            once shares the graph of its gradient: S_val is cheapest if it is no larger than this. With 100 instead of
-            500, crafting takes a quarter of the memory and a sixth longer.
+        validation_batch: Images of S_val, >= 1, that stand for its curvature in G_t, drawn anew at every step; its
+            gradient is still that of all of it. Unset: all, which is exact.
+        chunk: Samples computed at a time, >= 1 (bounds memory; not used with `craft_mode = "train"`). What is computed
+            at once shares the graph of its gradient: S_val is cheapest if it is no larger than this. With 100 instead
+            of 500, crafting takes a quarter of the memory and a sixth longer.
 
     Source:
         Pang et al., NeurIPS 2021, section 3.2 and section 4.1.

@@ -28,7 +28,7 @@ class Vanilla(Iterated):
         loss: Whose parameter gradient the poisoned samples are taken to offer: `ce`, the victim's own loss; `kl`, the
             divergence from the model's answer to the clean sample; `cw`, the margin of the best other class over the
             label. S_val keeps the victim's own.
-        chunk: Samples computed at a time (bounds memory; not used with `craft_mode = "train"`).
+        chunk: Samples computed at a time, >= 1 (bounds memory; not used with `craft_mode = "train"`).
 
     Source:
         Pang et al., NeurIPS 2021, section 3.1, Eqs. (5)-(6); Wang and Chaudhuri, arXiv:1808.08994. Losses: Zhu et al.,

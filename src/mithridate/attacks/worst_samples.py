@@ -35,6 +35,9 @@ class WorstSamples(Substituting):
         distinct: How many different samples a batch holds at most, >= 1: the worst ones, as often as there is room.
             Few push in one direction.
 
+    Raises:
+        ConfigError: (from `poison`) S_val has one sample alone.
+
     Source:
         The alignment of a sample's gradient with that of a validation set as the value of the sample: Ren et al., ICML
         2018, arXiv:1803.09050; poisoning by choice and order of clean samples: Shumailov et al., NeurIPS 2021,

@@ -30,6 +30,7 @@ from mithridate.core.registry import build, entry
 from mithridate.core.tolerance import Tolerance
 from mithridate.core.update_attack import UpdateAttack
 from mithridate.core.view import Need
+from mithridate.defences.chain import Chain
 from mithridate.maths.calculus import NoDerivativeError
 
 CONTROLS = frozenset({"clean", "clean_trigger", "noise", "noise_trigger"})
@@ -171,8 +172,12 @@ def _scaled(attack: Attack, facts: Facts) -> Attack:
 
 
 def gates_of(defence: Defence | None) -> Sequence[Tolerance]:
-    """The parts of a defence that judge a step by a tolerance."""
-    parts = getattr(defence, "built", [defence])
+    """The parts of a defence that judge by a tolerance, in order.
+
+    Args:
+        defence: Of the target; None if there is none.
+    """
+    parts: Sequence[object] = defence.built if isinstance(defence, Chain) else [defence]
     return [part for part in parts if isinstance(part, Tolerance)]
 
 

@@ -1,8 +1,7 @@
 """An audit from its plan to its verdict: every attack against every seed, with and without the guard."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,16 @@ from typing import Any
 import torch
 
 from mithridate.audit.attempts import CONTROLS, Facts, Trial, attempts, records_statistics, update_attempts
+from mithridate.audit.costs import costs_of
 from mithridate.audit.deadline import BudgetSpentError, Deadline
 from mithridate.audit.identifiers import findings_of
 from mithridate.audit.output import write_outputs
 from mithridate.audit.plan import AuditPlan, plan_of, read_plan
-from mithridate.audit.result import Audited, AuditRun, Points, Ruled, Side
+from mithridate.audit.result import Audited, AuditRun, Measure, Points, Ruled, Side
 from mithridate.audit.rows import FinishedRuns, key_of
 from mithridate.audit.scaling import Scaled
 from mithridate.audit.target import Target, called, guard_of, samples_of, target_function
-from mithridate.audit.verdict import Cost, Judged, Measure, Reach, judged
+from mithridate.audit.verdict import Judged, Reach, judged
 from mithridate.audit.victim import GivenBatches, Victim
 from mithridate.audit.wording import notes_of, statement
 from mithridate.core.attack import Attack
@@ -27,13 +27,11 @@ from mithridate.core.errors import ConfigError, said
 from mithridate.core.files import path_of
 from mithridate.core.modes import BatchNormMode
 from mithridate.core.registry import config_of, fields_of
+from mithridate.guard.json_lines import plain_json
 from mithridate.simulation.clients import FederatedRun
 from mithridate.simulation.federated import run_federated
 from mithridate.simulation.online import OnlineRun, run_online
 from mithridate.simulation.run import Outcome, Progress
-
-POINTS = 100
-"""Points of accuracy in one."""
 
 Watch = Callable[[str], None]
 """Called with a line on every run that ends."""
@@ -309,53 +307,6 @@ class _Audit:
         )
 
 
-def costs_of(runs: Sequence[AuditRun]) -> Iterator[Cost]:
-    """What everything cost, in points, by attack and measure.
-
-    In one step: the largest fall of accuracy between one step and the next. Over the phase: how much lower accuracy
-    ends than on the same stream left clean; of the clean stream itself, than where it began.
-
-    Args:
-        runs: Of one side.
-    """
-    by: dict[tuple[str, bool], dict[int, AuditRun]] = {}
-    for one in runs:
-        by.setdefault((one.attack, one.frozen), {})[one.seed] = one
-    for (name, frozen), of_seed in by.items():
-        if frozen:
-            continue
-        at_once = all(len(one.accuracy) == 2 for one in of_seed.values())
-        clean, noise = ("clean_trigger", "noise_trigger") if at_once else ("clean", "noise")
-        measures: list[Measure] = ["step"] if at_once else ["step", "phase"]
-        for measure in measures:
-            values = _values(by, name, clean, measure, frozen=False)
-            beside = [other for other in (clean, noise) if other != name and (other, False) in by]
-            if name in CONTROLS:
-                beside = [other for other in beside if other == clean]
-            if measure == "phase":
-                beside = [other for other in beside if other != clean]  # it is what the cost is counted from
-            control = {other: _values(by, other, clean, measure, frozen=False) for other in beside}
-            of_frozen = _values(by, name, clean, measure, frozen=True) if (name, True) in by else None
-            yield Cost(name, measure, values, control, of_frozen)
-
-
-def _values(
-    by: Mapping[tuple[str, bool], Mapping[int, AuditRun]], name: str, clean: str, measure: Measure, *, frozen: bool
-) -> dict[int, float]:
-    """Points by seed; a seed whose clean run is missing is left out where that is compared with."""
-    values = {}
-    for seed, one in by[name, frozen].items():
-        reference = by.get((clean, frozen), {}).get(seed)
-        if measure == "step":
-            falls = [before - after for before, after in itertools.pairwise(one.accuracy)]
-            values[seed] = POINTS * max(falls, default=0.0)
-        elif name == clean:
-            values[seed] = POINTS * (one.accuracy[0] - one.accuracy[-1])
-        elif reference is not None:
-            values[seed] = POINTS * (reference.accuracy[-1] - one.accuracy[-1])
-    return values
-
-
 def _points(cost: Reach) -> Points:
     def number(value: float) -> float | None:
         return round(value, 6) if math.isfinite(value) else None
@@ -366,9 +317,9 @@ def _points(cost: Reach) -> Points:
 def _settings(attempt: Trial) -> Any:  # noqa: ANN401  (as JSON has it)
     attack = attempt.attack
     if not isinstance(attack, Scaled):
-        return _jsonable(config_of(attack))
+        return plain_json(config_of(attack))
     scale = [float(f"{s:.6g}") for s in attack.scale.flatten().tolist()]
-    return _jsonable({**config_of(attack.inner), "scale": scale})
+    return plain_json({**config_of(attack.inner), "scale": scale})
 
 
 def _plain(plan: AuditPlan) -> Any:  # noqa: ANN401  (as JSON has it)
@@ -376,13 +327,4 @@ def _plain(plan: AuditPlan) -> Any:  # noqa: ANN401  (as JSON has it)
     for name in ("budget", "damage", "federated"):
         if name in values:
             values[name] = fields_of(values[name])
-    return _jsonable(values)
-
-
-def _jsonable(value: Any) -> Any:  # noqa: ANN401  (whatever a setting holds)
-    """The same with infinity as text, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return plain_json(values)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mithridate.audit.result import AuditFinding, Identifier, Level, Ruled, Side
+from mithridate.audit.result import WHERE, AuditFinding, Identifier, Level, Ruled, Side
 
 Kind = Literal["inputs", "labels", "samples", "updates", "none"]
 """What was poisoned."""
@@ -131,11 +131,10 @@ def _finding(side: Side, rule: AuditRule, r: Ruled | None, message: str, level: 
 
 
 def _told(r: Ruled, side: Side, decisive: bool) -> str:
-    where = "in one step" if r.measure == "step" else "over the phase"
     low, high = (f"{bound:.1f}" if bound is not None else "?" for bound in (r.cost.low, r.cost.high))
     who = "the guarded model" if side.guarded else "the model" if decisive else "the model without its guard"
     name = "learning from the clean stream" if r.attack == "clean" else r.attack
     return (
-        f"{name} cost {who} {r.cost.mean:.1f} points of accuracy {where} (95 % interval {low} to {high}, "
+        f"{name} cost {who} {r.cost.mean:.1f} points of accuracy {WHERE[r.measure]} (95 % interval {low} to {high}, "
         f"{r.cost.seeds} seeds; {r.allowed:g} allowed)."
     )

@@ -58,8 +58,8 @@ class AuditBudget:
     """What an attacker may do, and what the audit may take.
 
     Args:
-        eps: How far an input may be moved, in the unit that `unit` says: a number, a fraction as text ("8/255"), or a
-            list with one number a feature.
+        eps: How far an input may be moved, >= 0, in the unit that `unit` says: a number, a fraction as text ("8/255"),
+            or a list with one number a feature.
         unit: `value`: the inputs' own (pixels in [0, 1]); `std`: standard deviations of each feature in the stream,
             for tables whose columns have different scales.
         norm: Of that distance: `linf`, each value alone, or `l2`, all together.
@@ -87,8 +87,8 @@ class Damage:
     """How much accuracy an attack may cost, in points (0 to 100).
 
     Args:
-        step: In any one step.
-        phase: From the first batch to the last, compared with the same stream left clean.
+        step: In any one step, in [0, 100].
+        phase: In [0, 100], from the first batch to the last, compared with the same stream left clean.
     """
 
     step: Points = 5.0
@@ -100,9 +100,9 @@ class FederatedAudit:
     """A federation in place of one stream.
 
     Args:
-        clients: Among whom the stream's samples are divided, >= 1; all take part in every round.
+        clients: Among whom the stream's samples are divided, >= 2; all take part in every round.
         hostile: Share of them that is hostile, in [0, 1], rounded up to a whole client.
-        scale: How much longer than an honest update a hostile one may be; 1 is as long.
+        scale: How many times as long as an honest update a hostile one may be, > 0.
         rule: The server's robust rule, a table as in a recipe; unset: the mean.
     """
 
@@ -118,8 +118,8 @@ class AuditPlan:
 
     Args:
         target: `package.module:function` or `file.py:function`; see `audit.Target`.
-        seeds: One run of each attack a seed, paired with the clean stream of the same seed. Fewer than three show
-            nothing.
+        seeds: One run of each attack a seed, paired with the clean stream of the same seed; each >= 0 and once. Fewer
+            than three show nothing.
         guard: `on`: the target's defence stands in every step; `off`: nothing does; `both`: one after the other, and
             the verdict is of the defended model. Unset: `both` if the target has a defence.
         attacks: Which are tried; empty: all that fit.
@@ -128,6 +128,9 @@ class AuditPlan:
         federated: Audit a federation of clients that send updates; unset: a stream.
         folder: Where relative paths of the target begin.
         file: The audit.toml, as findings name it.
+
+    Raises:
+        ConfigError: An attack is unknown, or seeds are none or repeated.
     """
 
     target: str = ""
@@ -194,6 +197,9 @@ def _keys() -> set[str]:
 
 def read_plan(path: str | Path) -> AuditPlan:
     """The plan that an audit.toml holds.
+
+    Args:
+        path: The file; relative paths in it begin where it lies.
 
     Raises:
         ConfigError: It is not there, no TOML, or its values are wrong.

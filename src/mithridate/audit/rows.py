@@ -56,5 +56,4 @@ class FinishedRuns:
         if self._folder is None:
             self._memory[run.key] = run
             return
-        text = run.model_dump_json(indent=1)
-        write_whole(self._folder / f"{run.key}.json", text)
+        write_whole(self._folder / f"{run.key}.json", run.model_dump_json(indent=1))

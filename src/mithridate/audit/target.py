@@ -19,13 +19,14 @@ from mithridate.core.plugins import absolute, module_of
 from mithridate.core.seeding import derived_seed, seeded_default
 from mithridate.core.targets import Criterion
 from mithridate.data.stream import Stream
+from mithridate.guard import forms
 from mithridate.guard.loop import Guard
 from mithridate.guard.loop_door import GUARDED, defence_of
 
 IMAGE_DIMENSIONS = 4
 
-LABELS = ("labels", "label", "y", "targets")
-"""Under which key a mapping that is a whole batch may hold its targets."""
+LABELS = (*forms.LABELS, "y")
+"""Under which key a mapping that is a whole batch may hold its targets: those that a guard takes, and one more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,8 @@ class Target:
         validation: Samples that the attacker has. Unset: half of the test samples, 500 at most, on which accuracy is
             then not measured.
         older: States of the model from before (`model.state_dict()`), by epoch, for defences that look back at one.
+        training: Samples that the model was trained on before the stream, for defences that compare with some
+            (`filter`): a batch, or several. Not the trusted ones, which the model should not know.
     """
 
     model: nn.Module
@@ -59,6 +62,7 @@ class Target:
     domain: Domain | None = None
     validation: Any = None
     older: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    training: Any = None
 
     @classmethod
     def from_arrays(
@@ -71,23 +75,29 @@ class Target:
         *,
         defence: Guard | Defence | str | Mapping[str, Any] | None = None,
         older: Mapping[int, Mapping[str, Tensor]] | None = None,
+        training: object = None,
         **settings: object,
     ) -> "Target":
         """A target whose data are arrays.
 
         Args:
-            model: As above.
-            optimizer: As above.
-            criterion: As above.
+            model: Any module that gives logits, a tensor or an object with `.logits`.
+            optimizer: A torch optimiser over its parameters, with the state that it has.
+            criterion: (logits, targets) -> mean loss.
             x: Inputs that the model has not learned from.
             y: Their targets.
-            defence: As above.
-            older: As above.
+            defence: The guard in the user's loop, as in `Target`.
+            older: States of the model from before, by epoch, as in `Target`.
+            training: Samples that the model was trained on, as in `Target`.
             settings: Of `Stream.from_arrays`: how many samples are the victim's, trusted, the attacker's (`validation`)
                 and for tests, `batch_size`, `seed`, `domain`.
+
+        Raises:
+            ConfigError: A setting is unknown or out of its range.
+            DataError: The arrays do not fit each other, or are too short.
         """
         stream = Stream.from_arrays(x, y, **settings)  # type: ignore[arg-type]  # checked there, name by name
-        return cls(model, optimizer, criterion, stream, defence=defence, older=older or {})
+        return cls(model, optimizer, criterion, stream, defence=defence, older=older or {}, training=training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +110,7 @@ class TargetSamples:
         test: What accuracy is measured on.
         validation: The attacker's own.
         domain: What a valid input is.
+        training: What the model was trained on before; None if there is nothing.
     """
 
     batches: Sequence[AnyBatch]
@@ -107,6 +118,7 @@ class TargetSamples:
     test: AnyBatch
     validation: AnyBatch
     domain: Domain
+    training: AnyBatch | None = None
 
 
 def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
@@ -133,6 +145,10 @@ def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
 
 def called(function: Callable[..., Any], seed: int) -> Target:
     """What a target function gives for a seed; torch's own generators are seeded while it works.
+
+    Args:
+        function: Called as `function(seed=seed)`.
+        seed: Of the runs.
 
     Raises:
         ComponentError: It raised.
@@ -171,10 +187,6 @@ def guard_of(target: Target) -> Defence | None:
     if target.optimizer in GUARDED:
         raise ConfigError(
             "the target's optimiser is guarded already; give the guard itself, Target(..., defence=guard)."
-        )
-    if given is not None and not isinstance(given, Defence | Mapping | str):
-        raise ConfigError(
-            f"defence = {shown(given)}: give a guard, a defence, its name, or a table {{'name': 'gate'}}."
         )
     return None if given is None else defence_of(given)
 
@@ -216,8 +228,10 @@ def samples_of(target: Target, batches: int, seed: int) -> TargetSamples:
     else:
         attackers = _joined(validation, "validation samples")
     known = None if trusted is None else _joined(trusted, "trusted samples")
-    _check_alike(stream[0], {"test samples": measured, "validation samples": attackers, "trusted samples": known})
-    return TargetSamples(stream, known, measured, attackers, _domain(domain, stream))
+    learned = None if target.training is None else _joined(target.training, "training samples")
+    others = {"test": measured, "validation": attackers, "trusted": known, "training": learned}
+    _check_alike(stream[0], {f"{name} samples": batch for name, batch in others.items()})
+    return TargetSamples(stream, known, measured, attackers, _domain(domain, stream), learned)
 
 
 def _several(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a user calls a stream)

@@ -3,18 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
-VerdictName = Literal["pass", "fail", "inconclusive"]
-Measure = Literal["step", "phase"]
-
-MEASURES: Mapping[Measure, str] = {
-    "step": "in one step",
-    "phase": "over the phase, compared with the same stream left clean",
-}
+from mithridate.audit.result import WHERE, Measure, Says, VerdictName
 
 LEAST_SEEDS = 3
 """Fewer paired seeds have no interval worth the name."""
@@ -58,7 +52,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Shown:
+class Ruling:
     """What is said of one attack and measure.
 
     Args:
@@ -67,9 +61,7 @@ class Shown:
         cost: In points.
         allowed: In points.
         beyond: What it cost more than each control, in points, by the control's name.
-        says: `above`: more than is allowed, and more than every control; `below`: less than is allowed; `open`:
-            neither; `no_better`: more than is allowed, but not shown to be more than a control; `batch_norm`: more than
-            is allowed, but not once BatchNorm's statistics are frozen.
+        says: As `result.Says` explains.
         frozen: The cost with BatchNorm's statistics frozen; None if that was not tried.
     """
 
@@ -78,7 +70,7 @@ class Shown:
     cost: Reach
     allowed: float
     beyond: Mapping[str, Reach]
-    says: Literal["above", "below", "open", "no_better", "batch_norm"]
+    says: Says
     frozen: Reach | None = None
 
 
@@ -94,7 +86,7 @@ class Judged:
 
     verdict: VerdictName
     reasons: Sequence[str]
-    rulings: Sequence[Shown]
+    rulings: Sequence[Ruling]
 
 
 def reach(values: Sequence[float]) -> Reach:
@@ -113,7 +105,7 @@ def reach(values: Sequence[float]) -> Reach:
     return Reach(mean, mean - half, mean + half, n)
 
 
-def ruling(cost: Cost, allowed: float) -> Shown:
+def ruling(cost: Cost, allowed: float) -> Ruling:
     """What the numbers of one attack say.
 
     Args:
@@ -126,14 +118,14 @@ def ruling(cost: Cost, allowed: float) -> Shown:
         for name, control in cost.control.items()
     }
     frozen = None if cost.frozen is None else reach(list(cost.frozen.values()))
-    says: Literal["above", "below", "open", "no_better", "batch_norm"] = "open"
+    says: Says = "open"
     if whole.n >= LEAST_SEEDS and whole.high < allowed:
         says = "below"
     elif whole.n >= LEAST_SEEDS and whole.low > allowed:
         says = "above" if all(b.low > 0 for b in beyond.values()) else "no_better"
         if says == "above" and frozen is not None and not frozen.low > allowed:
             says = "batch_norm"
-    return Shown(cost.attack, cost.measure, whole, allowed, beyond, says, frozen)
+    return Ruling(cost.attack, cost.measure, whole, allowed, beyond, says, frozen)
 
 
 def judged(
@@ -193,21 +185,20 @@ def judged(
     return Judged("inconclusive", reasons or ["nothing was measured"], rulings)
 
 
-def _above(r: Shown) -> str:
+def _above(r: Ruling) -> str:
     than = " and ".join(f"{_signed(b)} more than {name.replace('_', ' ')}" for name, b in r.beyond.items())
     return f"{r.attack} {_cost(r, f', {than}' if than else '')}"
 
 
-def _cost_of(r: Shown) -> str:
+def _cost_of(r: Ruling) -> str:
     return f"{r.attack} {_cost(r)}"
 
 
-def _cost(r: Shown, than: str = "") -> str:
-    where = "in one step" if r.measure == "step" else "over the phase"
-    return f"cost {_points(r.cost)} {where}{than} ({r.allowed:g} allowed)"
+def _cost(r: Ruling, than: str = "") -> str:
+    return f"cost {_points(r.cost)} {WHERE[r.measure]}{than} ({r.allowed:g} allowed)"
 
 
-def _no_better(r: Shown) -> str:
+def _no_better(r: Ruling) -> str:
     near = [f"{_signed(b)} more than {name.replace('_', ' ')}" for name, b in r.beyond.items() if not b.low > 0]
     return f"{' and '.join(near)} is not shown to be more"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.modes import BatchNormMode
 from mithridate.core.past import Snapshot, Weights
 from mithridate.core.registry import config_of
+from mithridate.core.view import Need
 from mithridate.data.part import Part
 from mithridate.data.shards import Shards
 from mithridate.data.stream import Stream
@@ -62,7 +64,10 @@ class GivenBatches:
             DataError: They do not fit.
         """
         if steps + 1 > len(self.batches):
-            raise DataError(f"{steps} batches and a last one are wanted, and there are {len(self.batches)}.")
+            raise DataError(
+                f"{steps} batches and a last one are wanted, and the stream has {len(self.batches)}; give more, or "
+                "lower [budget] batches."
+            )
 
     def victim_batch(self, step: int, seed: int, device: torch.device | str = "cpu") -> AnyBatch:
         """One batch; the same in every seed that the user's function gave it in.
@@ -93,6 +98,9 @@ class Victim:
         defence: Its guard; None if there is none.
         seed: Of the runs.
         begin: The first state.
+
+    Raises:
+        DataError: The test targets are such that there is no accuracy to lose.
     """
 
     target: Target
@@ -104,7 +112,7 @@ class Victim:
     def __post_init__(self) -> None:
         learner = self._learner(None, "train")
         start = learner.evaluate(self.samples.test.split(500))
-        if start.accuracy != start.accuracy:  # NaN
+        if math.isnan(start.accuracy):
             raise DataError(
                 "the test targets are neither class numbers nor many labels, so there is no accuracy to lose; an audit "
                 "asks what attacks cost in accuracy."
@@ -128,7 +136,8 @@ class Victim:
             mode: BatchNorm in its updates.
 
         Raises:
-            ConfigError: The guard looks back, and the target names no older state.
+            ConfigError: The guard looks back, and the target names no older state; or it compares with training
+                samples, and the target names none.
         """
         learner = self._learner(self.defence if guarded else None, mode)
         learner.restore(self.begin)
@@ -149,6 +158,11 @@ class Victim:
                     "older={EPOCH: model.state_dict()}), kept before the model was trained on."
                 )
             history = History(keep=defence.lookback + 1 if defence else 0, checkpoints=self._older)
+        if defence is not None and Need.TRAINING in defence.needs and samples.training is None:
+            raise ConfigError(
+                f"{type(defence).__name__} compares with samples that the model was trained on; give Target(..., "
+                "training=...), other ones than the trusted."
+            )
         return Learner(
             target.model,
             target.optimizer,
@@ -156,7 +170,7 @@ class Victim:
             defence=defence,
             trusted=trusted,
             history=history,
-            training=None if trusted is None else [trusted],
+            training=None if samples.training is None else list(samples.training.split(500)),
             domain=samples.domain,
             seed=self.seed,
             update_mode=mode,
@@ -189,7 +203,9 @@ class Victim:
         named = {"test": self.samples.test, "validation": self.samples.validation}
         if isinstance(self.target.stream, Stream):  # of which a federation divides all
             named["victim"] = self.target.stream.victim.all()
-        named |= {} if self.samples.trusted is None else {"trusted": self.samples.trusted}
+        for name in ("trusted", "training"):
+            given = getattr(self.samples, name)
+            named |= {} if given is None else {name: given}
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.target.optimizer.param_groups]
         criterion = getattr(self.target.criterion, "__qualname__", type(self.target.criterion).__name__)
         text = json.dumps([type(self.target.optimizer).__name__, groups, criterion, _table(self.defence)], default=str)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from mithridate.audit.plan import AuditPlan
-from mithridate.audit.result import AuditRun, Side
-from mithridate.audit.verdict import VerdictName
+from mithridate.audit.result import AuditRun, Side, VerdictName
 
 
 def statement(verdict: VerdictName, reasons: Sequence[str], plan: AuditPlan) -> str:

@@ -27,11 +27,11 @@ class AdversariallyLearned(Correcting, ABC):
     differentiated run, and record BatchNorm statistics, in update mode.
 
     Args:
-        eps: Radius of the ball in which a sample may be corrected, in pixel units of [0, 1].
+        eps: Radius of the ball in which a sample may be corrected, >= 0, in pixel units of [0, 1].
         norm: Of both balls: `linf` or `l2`.
-        step_size: Length of one step of the correction, in pixel units.
-        adv_steps: Steps of the ascent around the corrected sample; 0 stays at it.
-        adv_step_size: Length of one step of that ascent, in pixel units; unset: twice the radius over `adv_steps`.
+        step_size: Length of one step of the correction, > 0, in pixel units.
+        adv_steps: Steps of the ascent around the corrected sample, >= 0; 0 stays at it.
+        adv_step_size: Length of one step of that ascent, > 0, in pixel units; unset: twice the radius over `adv_steps`.
     """
 
     adv_steps: Annotated[int, Field(ge=0)] = 10

@@ -61,13 +61,14 @@ class Chain(Defence):
     than the one that learns is the one that answers. A chain among the parts is replaced by its own parts.
 
     Preset `recommended` needs a trusted set and no setting that belongs to a model: a gate takes back a step that a
-    hundred trusted samples show to be harmful, so that the model that learns is never lost, and `promote` tests an
-    average of what is left on five hundred before anybody is answered by it. On digits (`results/leaderboard`: three
-    seeds, six attacks, one of which knows a gate's limits) none moved what is served by half a point; it has not been
-    tried on larger models. What breaks it: damage that the trusted set does not show, such as a backdoor; a steady
-    attacker, who cannot harm what is served but keeps it from being renewed; and a task that really changes, while the
-    trusted set stays as it was. `light` is the same with half of the trusted samples, for a third of a
-    step.
+    hundred trusted samples show to be harmful, and `promote` tests an average of what is left on five hundred before
+    anybody is answered by it. On digits (`results/leaderboard`: three seeds, six attacks, one of which knows a gate's
+    limits) and in loops on CIFAR-10, tokens and rows (`results/loops`, three seeds) no attack moved what is served by
+    half a point; but on CIFAR-10 and tokens no average passed its test in so few steps, so that the model of the start
+    went on answering, while the one that learns was worn down behind it. What breaks it: damage that the trusted set
+    does not show, such as a backdoor; a steady attacker, who cannot harm what is served but keeps it from being
+    renewed; and a task that really changes, while the trusted set stays as it was. `light` is the same with half of the
+    trusted samples, for a third of a step.
 
     What breaks it: whatever breaks all its parts at once; and a bad order: `skip` before `clip`, else it sees clipped
     gradients.
@@ -93,7 +94,7 @@ class Chain(Defence):
         defences: list[Defence] = []
         for i, table in enumerate(self.parts):
             part = build("defence", table, where=f"[defence] chain, part {i}")
-            defences += part.built if table["name"] == "chain" else [part]
+            defences += part.built if isinstance(part, Chain) else [part]
         tables = tuple(config_of(part) for part in defences)
         losses = [i for i, part in enumerate(defences) if overrides(part, "loss")]
         if len(losses) > 1:

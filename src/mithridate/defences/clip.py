@@ -27,7 +27,8 @@ class Clip(Defence):
     learning, too.
 
     Args:
-        clip_norm: The bound, > 0, in the units of the gradient; `inf` never clips.
+        clip_norm: The bound, > 0, in the units of the gradient; `inf` never clips. No value fits all models: take about
+            the length of gradients of clean batches of your own (column `gradient_norm` of a trace), or less.
         norm: In which norm the whole gradient is measured: `l2` or `linf` (its largest entry).
         how: `scale` shortens the whole gradient; `project` takes the nearest gradient inside the bound, which for
             `linf` clamps every entry alone.

@@ -35,10 +35,10 @@ class Correcting(Defence, ABC):
     """Reverse PGD: descend the loss of a received sample.
 
     Args:
-        eps: Radius of the ball in which a sample may be moved, in pixel units of [0, 1].
+        eps: Radius of the ball in which a sample may be moved, >= 0, in pixel units of [0, 1].
         norm: Of the ball: `linf` or `l2`.
-        steps: Steps of the correction, K; 0 corrects nothing.
-        step_size: Length of one step, in pixel units.
+        steps: Steps of the correction, K, >= 0; 0 corrects nothing.
+        step_size: Length of one step, > 0, in pixel units.
         correction_loss: What is descended. `ce`: the learner's own criterion (cross-entropy). `cw`: the margin of the
             best other class over the label. `kl`: KL(answer to the received sample || answer now), from a start beside
             the sample, since it is least at the sample itself: alone, it holds the answer to what it was. `ce_kl`: `ce`

@@ -54,13 +54,14 @@ class DSC(LookingBack, Correcting):
     of the paper; at the price of a weaker attack), and a threshold that was set on another data set or model.
 
     Args:
-        steps: Corrections of a sample at most; 0 corrects none. The text's Algorithm 1 counts from n = 1 while n < K,
-            which is K - 1 of them; the released code makes K.
+        steps: Corrections of a sample at most, >= 0; 0 corrects none. The text's Algorithm 1 counts from n = 1 while n
+            < K, which is K - 1 of them; the released code makes K.
         divergence: `kl`: KL(old || now), as in Eq. (5) and the released code; `kl_reverse`: KL(now || old), as Eq. (6)
             and Algorithm 1 write it; `js`; `tv`; `l2` of the logits.
-        mu: Threshold at the start of the stream, in the unit of the divergence; `inf` corrects nothing. The paper's
-            0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models: let yours be measured (`target_rate`).
-        tau: Added to the threshold with every update: P = mu + tau * m.
+        mu: Threshold at the start of the stream, >= 0, in the unit of the divergence; `inf` corrects nothing. The
+            paper's 0.5 (CIFAR-10, SVHN) and 1.7 (CIFAR-100) belong to its models: let yours be measured
+            (`target_rate`).
+        tau: Added to the threshold with every update, >= 0: P = mu + tau * m.
         target_rate: Share of clean samples to be corrected, in (0, 1): `mu` and `tau` are then measured on the trusted
             set before the stream, in a recipe by the engine, in your own loop by `calibrate`. Unset: they are as given.
         stop: `sample`: a sample is left alone as soon as it is at or below P (the text); `batch`: all are corrected

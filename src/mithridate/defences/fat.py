@@ -32,7 +32,7 @@ class Fat(Correcting):
     `at` does. A mislabelled sample is pulled all the way towards its wrong label.
 
     Args:
-        steps: Steps of the correction at most, K; 0 corrects nothing.
+        steps: Steps of the correction at most, K, >= 0; 0 corrects nothing.
         tau: Steps from points that are classified as labelled, >= 0; as many as `steps` is `at`.
 
     Source:

@@ -31,9 +31,9 @@ class Gate(Tolerance, Defence):
     """Keep a step only if the model is still good on a trusted set; else roll all of it back, momentum and buffers too.
 
     The model is measured in eval mode, as it learns (an average that `ema` serves is not what is measured). A state is
-    measured once: what the kept one measured is the next step's start. A step after which the
-    loss is NaN or infinite is refused, unless both limits are off. In a chain, put the gate last, so that it measures
-    the step that will be kept.
+    measured once: what the kept one measured is the next step's start. A step after which the loss is NaN or infinite
+    is refused, unless both limits and `level` are off. In a chain, put the gate last, so that it measures the step that
+    will be kept.
 
     Preset `paired` has no fixed limits: it refuses what the trusted samples show (`level`), of 100 samples a loss of 7
     points at once, of 1000 one of less than one. As long as steps are small, a test of `flips` refuses hardly any clean
@@ -89,7 +89,7 @@ class Gate(Tolerance, Defence):
             view.memory[KEPT] = quality(view.model, trusted, precision=self.precision).note()
 
     def admit(self, before: Weights, view: View) -> Verdict:
-        """Admit the step if neither limit is broken."""
+        """Admit the step if no limit is broken."""
         if self.off:
             return ADMITTED
         now = quality(view.model, self._trusted(view), precision=self.precision)

@@ -38,9 +38,9 @@ class Mart(AdversariallyLearned):
     through the model for each step of the ascent.
 
     Args:
-        adv_eps: Radius of the ball around the corrected sample, in pixel units; 0 learns the sample itself.
-        adv_steps: Steps of the ascent around the corrected sample; 0 learns the sample itself.
-        adv_step_size: Length of one step of that ascent, in pixel units; unset: 2 * adv_eps / adv_steps.
+        adv_eps: Radius of the ball around the corrected sample, >= 0, in pixel units; 0 learns the sample itself.
+        adv_steps: Steps of the ascent around the corrected sample, >= 0; 0 learns the sample itself.
+        adv_step_size: Length of one step of that ascent, > 0, in pixel units; unset: 2 * adv_eps / adv_steps.
         boost: Weight of the margin term, >= 0; 1 in the paper, 0 leaves plain cross-entropy.
         lam: Weight of the divergence, lambda, >= 0.
 

@@ -40,11 +40,11 @@ class Mma(AdversariallyLearned):
     passes through the model for each step of the ascent and one for each of the bisection.
 
     Args:
-        max_margin: Margins wider than this are wide enough, d_max, in pixel units; 0 widens none.
-        adv_steps: Steps of PGD towards the boundary; 0 finds none.
-        adv_step_size: Length of one step of that PGD, in pixel units; unset: 2 * max_margin / adv_steps.
-        bisections: Halvings of the way between sample and end point; the point learned lies at most 2^-bisections of it
-            beyond the boundary.
+        max_margin: Margins wider than this are wide enough, d_max, >= 0, in pixel units; 0 widens none.
+        adv_steps: Steps of PGD towards the boundary, >= 0; 0 finds none.
+        adv_step_size: Length of one step of that PGD, > 0, in pixel units; unset: 2 * max_margin / adv_steps.
+        bisections: Halvings of the way between sample and end point, >= 0; the point learned lies at most 2^-bisections
+            of it beyond the boundary.
         clean_weight: Share of the plain loss, in [0, 1]; 1 is that alone.
 
     Source:

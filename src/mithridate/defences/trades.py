@@ -34,9 +34,10 @@ class Trades(AdversariallyLearned):
     for each step of the ascent.
 
     Args:
-        adv_eps: Radius of the ball around the corrected sample, in pixel units; 0 has no neighbours and no penalty.
-        adv_steps: Steps of the ascent around the corrected sample; 0 has no penalty.
-        adv_step_size: Length of one step of that ascent, in pixel units; unset: 2 * adv_eps / adv_steps.
+        adv_eps: Radius of the ball around the corrected sample, >= 0, in pixel units; 0 has no neighbours and no
+            penalty.
+        adv_steps: Steps of the ascent around the corrected sample, >= 0; 0 has no penalty.
+        adv_step_size: Length of one step of that ascent, > 0, in pixel units; unset: 2 * adv_eps / adv_steps.
         beta: Weight of the penalty, >= 0; 0 is the plain loss of the corrected sample.
 
     Source:

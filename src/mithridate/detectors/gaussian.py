@@ -78,7 +78,7 @@ def squared_distances(features: Tensor, means: Tensor, lower: Tensor) -> Tensor:
 
 
 def log_densities(features: Tensor, means: Tensor, lower: Tensor) -> Tensor:
-    """Log density of each sample under each class's Gaussian, (n, classes) float64; arguments as above."""
+    """Log density of each sample under each class's Gaussian, (n, classes); arguments as in `squared_distances`."""
     log_volume = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * means.shape[1] * math.log(2 * math.pi)
     densities: Tensor = -0.5 * squared_distances(features, means, lower) - log_volume
     return densities

@@ -49,8 +49,8 @@ class GMM(Detector):
             class's sum over samples, which is then divided by their number (the released code, 1e-10).
 
     Raises:
-        DataError: (from `fit`) fewer than two correctly classified clean samples of a class, or a covariance that is
-            singular for want of a ridge.
+        DataError: (from `fit`) fewer than two correctly classified clean samples of a class, a feature that is not
+            finite, or a covariance that is singular for want of a ridge.
 
     Source:
         Pang et al., NeurIPS 2021, section 4.1 and appendix B.3; Zheng and Hong, NeurIPS 2018 (its [97]).

@@ -38,8 +38,8 @@ class KernelDensity(Detector):
         per_class: Features stored of each class at most, >= 2; more are drawn from.
 
     Raises:
-        DataError: (from `fit`) fewer than two correctly classified clean samples of a class, or, with no bandwidth
-            given, more than half of them have a twin.
+        DataError: (from `fit`) fewer than two correctly classified clean samples of a class, a feature that is not
+            finite, or, with no bandwidth given, more than half of the samples have a twin.
 
     Source:
         Pang et al., NeurIPS 2021, section 4.1 and appendix B.3, after Feinman et al., arXiv:1703.00410, Eq. (3). The

@@ -39,7 +39,8 @@ class LID(Detector):
         stored: Features stored at most, >= 3; more are drawn from.
 
     Raises:
-        DataError: (from `fit`) not more correctly classified clean samples than neighbours.
+        DataError: (from `fit`) not more correctly classified clean samples than neighbours, or a feature that is not
+            finite.
 
     Source:
         Pang et al., NeurIPS 2021, appendix B.3, Eq. (19), after Ma et al., ICLR 2018, arXiv:1801.02613, Eq. (4).
@@ -49,11 +50,7 @@ class LID(Detector):
     stored: Annotated[int, Field(ge=3)] = 10_000
 
     def fit(self, clean: Observed, *, rng: Generator) -> Memory:
-        """The stored features.
-
-        Raises:
-            DataError: Too few clean samples are classified as labelled.
-        """
+        """The stored features."""
         right = right_features(clean, where="lid").features
         kept = torch.randperm(len(right), generator=rng)[: self.stored]
         count = self._count(len(kept))

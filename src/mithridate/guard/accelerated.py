@@ -27,7 +27,7 @@ def attach_accelerated(
         optimizer: As prepared.
         also: What a refused step leaves as it was besides, such as the prepared schedule. A GradScaler of the
             accelerator's is taken along by itself.
-        settings: Of the guard; see `mithridate.guard.Guard`.
+        settings: Of the guard; see `mithridate.guard.Guard`, also for what it raises.
     """
     scaler = accelerator.scaler
     guard = Guard(

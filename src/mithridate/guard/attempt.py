@@ -20,7 +20,7 @@ class Attempt:
         received: Screened batches whose samples are weighed, or whose loss is the defence's, by the id of their
             targets.
         seen: The batches as received, or what the model was called with.
-        quarantined: Samples that were shown to nobody.
+        quarantined: Samples that were shown to nobody; like the next two, of all steps that are judged with this one.
         flagged: Samples that the defence corrected, dropped or gives less weight.
         seconds: What the guard itself has taken.
     """
@@ -36,3 +36,7 @@ class Attempt:
     quarantined: int = 0
     flagged: int = 0
     seconds: float = 0.0
+
+    def next(self) -> "Attempt":
+        """The step after this one, which will be judged with it."""
+        return Attempt(quarantined=self.quarantined, flagged=self.flagged, seconds=self.seconds)

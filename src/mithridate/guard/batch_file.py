@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch, Batch, Inputs, check_batch
-from mithridate.core.errors import DataError, said
+from mithridate.core.errors import DataError, said, shown
 from mithridate.core.files import path_of
 from mithridate.guard.entry import HEADER, INPUTS, TARGETS, header_of, read_entry, tensors_file, verified
 
@@ -54,7 +54,10 @@ def read_batch(path: str | Path) -> AnyBatch:
     try:
         header = json.loads(header_of(where)[HEADER])
         if header["format"] != FORMAT:
-            raise DataError(f"{where} has the format {header['format']!r}, this version reads {FORMAT!r}.")
+            raise DataError(
+                f"{where} has the format {shown(header['format'])}, and this version reads '{FORMAT}'; read it with "
+                "the version that wrote it."
+            )
         tensors = safetensors.torch.load(content)
         targets = tensors.pop(TARGETS)
         x: Inputs
@@ -68,6 +71,7 @@ def read_batch(path: str | Path) -> AnyBatch:
         check_batch(batch, where=str(where))
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(
-            f"{where} is damaged or no batch of this library ({type(error).__name__}: {said(error)})."
+            f"{where} is damaged or no batch of this library ({type(error).__name__}: {said(error)}); it can only be "
+            "dropped."
         ) from error
     return batch

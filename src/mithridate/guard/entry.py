@@ -109,7 +109,7 @@ def verified(folder: Path, entry: Quarantined) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); make it readable, or drop the batch.") from error
     if hashlib.sha256(content).hexdigest() != entry.sha256 or not entry.id.endswith(entry.sha256[:8]):
         raise DataError(f"{path} is not what was put into quarantine: its SHA-256 differs; it can only be dropped.")
     return content

@@ -85,8 +85,8 @@ class GuardedStrategy(Strategy):
             inner strategy's own (`train_loss_key` of QFedAvg).
 
     Raises:
-        ConfigError: The inner strategy exchanges no weights or brings its own `start`; or the defence needs something
-            that is not given, or has nothing to do in a federation.
+        ConfigError: The inner strategy exchanges no weights or brings its own `start`; the defence needs something that
+            is not given, or has nothing to do in a federation; or `report_path` cannot be written.
         DataError: The trusted samples are no batch.
     """
 

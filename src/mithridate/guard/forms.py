@@ -1,6 +1,7 @@
 """Batches as people's loops have them, and as components take them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,20 @@ def opened(batch: object) -> tuple[AnyBatch, Callable[[AnyBatch], Any]]:
         f"the guard cannot tell inputs from targets in a {kind_of}; give a pair (inputs, targets), a mapping with a "
         "tensor under 'labels', or mithridate.Batch(x, y)."
     )
+
+
+@dataclass(frozen=True)
+class OpenedBatches:
+    """Batches as a loop has them, as components take them; to be gone through as often as those can be.
+
+    Args:
+        batches: A list or a loader, whose batches are of the forms that `opened` takes.
+    """
+
+    batches: Iterable[object]
+
+    def __iter__(self) -> Iterator[AnyBatch]:
+        return (opened(batch)[0] for batch in self.batches)
 
 
 def called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> AnyBatch | None:

@@ -26,7 +26,7 @@ class GarbageClients(NamedClients):
     """Clients that send what breaks a careless server; they need neither model nor data.
 
     Args:
-        partitions: Numbers of the hostile clients (`partition-id` of the node), each once.
+        partitions: Numbers of the hostile clients (`partition-id` of the node), each >= 0 and once.
         kind: `nan`; `huge` (1e30 in every weight); `shape` (every array of another shape); `missing` (one array left
             out); `count` (an honest model and an absurd number of examples); `all`: `nan`, `shape`, `missing`, `huge`
             in turn, one a round; each client begins one later in that order than the one before it in `partitions`.

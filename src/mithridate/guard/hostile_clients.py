@@ -76,7 +76,7 @@ class NamedClients(ABC):
     """Some clients of a federation, by their numbers, and what they send in place of an honest reply.
 
     Args:
-        partitions: Numbers of the hostile clients (`partition-id` of the node), each once.
+        partitions: Numbers of the hostile clients (`partition-id` of the node), each >= 0 and once.
 
     Raises:
         ConfigError: None is named, or one twice.
@@ -117,7 +117,7 @@ class HostileClients(NamedClients):
     each other as in a simulation; the rows sum to zero as far as their own updates are equally long.
 
     Args:
-        partitions: Numbers of the hostile clients (`partition-id` of the node), each once.
+        partitions: Numbers of the hostile clients (`partition-id` of the node), each >= 0 and once.
         attack: What they play: a table as in a recipe (`{name = "accumulative", lam = 0.02}`), or the attack itself.
             Its own share of hostile clients does not count here. On servers without momentum (FedAvg), give the
             accumulative attack a `momentum` of its own.

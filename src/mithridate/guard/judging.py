@@ -117,7 +117,7 @@ class Judging:
         if self.made >= self.every or self.attempt.fault:
             return True
         self.step.step += 1
-        self.attempt = Attempt()
+        self.attempt = self.attempt.next()
         return False
 
     def judge(self, *, everything: bool) -> Verdict:
@@ -144,6 +144,13 @@ class Judging:
                 groups = self.optimizer.param_groups
                 self._rates = [{k: copy.deepcopy(v) for k, v in group.items() if k != "params"} for group in groups]
         return verdict
+
+    def forget(self) -> None:
+        """The optimiser held a step back: none was made, and what was made before it is still to be judged."""
+        if self.made:
+            self.attempt = self.attempt.next()
+        else:
+            self.close()
 
     def close(self) -> None:
         """The steps so far are judged, or forgotten."""

@@ -21,7 +21,7 @@ class Store(Protocol):
 
 
 class Ledger:
-    """Counts refusals, keeps refused batches, and tells trackers of every step.
+    """Counts refusals, keeps refused batches, and tells trackers of every judgement.
 
     Args:
         patience: Refusals in a row, >= 1, at which the owner is to be asked, and again whenever they have doubled.
@@ -43,11 +43,11 @@ class Ledger:
         return times >= 1 and math.log2(times).is_integer()
 
     def note(self, verdict: Verdict, batches: Sequence[AnyBatch], **facts: Any) -> StepRecord:  # noqa: ANN401  (its fields)
-        """Take in what became of a step.
+        """Take in what became of a step, or of several that were judged at once.
 
         Args:
-            verdict: Of the step, or of a window of them.
-            batches: What it was made on.
+            verdict: Of all of them.
+            batches: What they were made on.
             facts: The fields of the record that the guard knows.
         """
         self.in_a_row = 0 if verdict.admit else self.in_a_row + 1

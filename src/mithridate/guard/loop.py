@@ -19,7 +19,7 @@ from mithridate.core.errors import ConfigError, DataError, UserError
 from mithridate.core.past import Weights
 from mithridate.core.targets import Criterion
 from mithridate.guard import ranks
-from mithridate.guard.forms import called, opened
+from mithridate.guard.forms import OpenedBatches, called, opened
 from mithridate.guard.judging import Judging
 from mithridate.guard.ledger import Ledger
 from mithridate.guard.loop_door import (
@@ -46,7 +46,7 @@ Patience = Literal["warn", "stop", "accept"] | Callable[["Guard", StepRecord], N
 
 
 class GuardStopped(UserError):
-    """So many steps were refused in a row that the owner wants to be asked."""
+    """So many refusals came in a row that the owner wants to be asked."""
 
 
 class Guard:
@@ -56,7 +56,7 @@ class Guard:
     generators of torch, numpy and Python as they were, bit for bit, the very first step included. A step that is not
     finite is refused whatever the defence.
 
-    Two ways, on one object. **Hooks**: from its making on, each `optimizer.step()` is judged, in any loop. **With**:
+    Two ways, on one object. **Hooks**: once it is made, each `optimizer.step()` is judged, in any loop. **With**:
 
         with guard.step(batch) as batch:
             loss = criterion(model(batch.x), batch.y)
@@ -81,10 +81,13 @@ class Guard:
             hooks, each is taken to move at most once a step, after `optimizer.step()`; what it did for a refused step
             is undone when the next one begins (or by `settle`). A schedule that moves at the end of an epoch does not
             belong here.
-        domain: What a valid input is, such as `mi.PIXELS`; samples outside are left out of a batch that is screened.
+        domain: What a valid input is, such as `mi.PIXELS`, or the least and the largest value; samples outside are left
+            out of a batch that is screened. Unset: anything finite.
         history: Past states, for defences that look back; unset: the states that the defence looks back at, in memory.
-        training: Clean batches that the model was trained on, for defences that declare them.
-        warm_up: Steps, >= 0, that are not defended; only what is not finite is refused. A new head learns first.
+        training: Clean batches that the model was trained on, for defences that declare them (`filter`): as batches of
+            the loop, in a list or a loader, which are gone through more than once.
+        warm_up: Steps, >= 0, that are not defended; only what is not finite is refused. A new head learns first. With
+            `every`, all that are judged with the last of them are not defended either.
         every: Steps between two judgements, >= 1. A refusal takes all of them back; see `replay`.
         replay: Makes one step of the loop on a batch, such as `lambda batch: train_step(batch)`. With `every` above 1
             it is called on each batch of a refused window, and the steps are judged one by one: only culprits are
@@ -95,12 +98,14 @@ class Guard:
         folder: The guard's own: a log of the steps (`steps.jsonl`) and the refused batches (`quarantine`), which
             `mithridate report` and `mithridate quarantine` read. None: neither is kept.
         quarantine_bytes: Of the refused batches together, >= 0.
-        trackers: Who else listens to the record of every step, such as `mi.guard.Prometheus`.
+        trackers: Who else hears of every judgement (`StepRecord`), such as `mi.guard.Prometheus`.
 
     Raises:
         ConfigError: The optimiser is not the model's, is wrapped or already guarded, the model lies on several devices
             or is sharded, a setting is out of its range, or the defence cannot work here.
         DataError: The trusted samples are none, of one class, or do not fit the model.
+        StoreError: `folder` holds other files than a guard's.
+        WriteError: `folder` cannot be written.
     """
 
     def __init__(
@@ -112,9 +117,9 @@ class Guard:
         trusted: object | None = None,
         criterion: Criterion = functional.cross_entropy,
         also: Sequence[Stateful] = (),
-        domain: Domain | None = None,
+        domain: Domain | tuple[Tensor | float, Tensor | float] | None = None,
         history: History | None = None,
-        training: Iterable[AnyBatch] | None = None,
+        training: Iterable[object] | None = None,
         warm_up: int = 0,
         every: int = 1,
         replay: Callable[[Any], object] | None = None,
@@ -124,7 +129,8 @@ class Guard:
         quarantine_bytes: int = 2**30,
         trackers: Sequence[Tracker] = (),
     ) -> None:
-        for name, value, least in (("warm_up", warm_up, 0), ("every", every, 1), ("patience", patience, 1)):
+        whole = {"warm_up": (warm_up, 0), "every": (every, 1), "patience": (patience, 1)}
+        for name, (value, least) in {**whole, "quarantine_bytes": (quarantine_bytes, 0)}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"guard: {name} is a whole number >= {least}, not {value!r}.")
         if not callable(on_refusals) and on_refusals not in {"warn", "stop", "accept"}:
@@ -154,8 +160,8 @@ class Guard:
             defence=self.defence,
             trusted=None if trusted is None else opened(trusted)[0].to(next(inner(model).parameters()).device),
             history=history or history_for(self.defence),
-            training=training,
-            domain=domain,
+            training=None if training is None else OpenedBatches(training),
+            domain=None if domain is None else Domain(*domain),
             foreign=True,
         )
         self._judging = Judging(self._step, optimizer, also, warm_up=warm_up, every=every)
@@ -195,6 +201,8 @@ class Guard:
     def step(self, batch: Any) -> Iterator[Any]:  # noqa: ANN401  (any form of batch)
         """One step of the loop, which is judged when the block ends; everything that it moved is taken back if refused.
 
+        What the block raises goes on up, once everything since the last judgement is taken back.
+
         Args:
             batch: As the loop has it: a pair, a mapping with `labels`, or a `Batch`.
 
@@ -203,8 +211,10 @@ class Guard:
             learned from, and the step is taken back.
 
         Raises:
-            ConfigError: The optimiser was stepped not at all, or twice; or the defence has a loss of its own and
-                `loss` was not asked for it.
+            ConfigError: The optimiser was stepped not at all, or twice; the defence has a loss of its own and `loss`
+                was not asked for it; or another block is open.
+            DataError: As for `screen`.
+            GuardStopped: After so many refusals in a row, with `on_refusals = "stop"`.
         """
         if self._inside:
             raise ConfigError("guard.step inside guard.step: end the first block before the next one begins.")
@@ -222,7 +232,7 @@ class Guard:
         if self._judging.attempt.stepped or self._judging.attempt.fault:
             self._conclude(everything=True)
         else:
-            self._judging.close()  # a scaler held an overflowing step back, and has to remember that it did
+            self._judging.forget()  # a scaler held an overflowing step back, and has to remember that it did
 
     def screen(self, batch: Any) -> Any:  # noqa: ANN401  (any form of batch)
         """A batch as the defence lets it through, before the forward pass; in the form that it came in.
@@ -255,10 +265,13 @@ class Guard:
         return form(received.batch)
 
     def loss(self, batch: Any) -> Tensor:  # noqa: ANN401  (any form of batch)
-        """The loss to differentiate, for defences that have one of their own or weigh samples.
+        """The loss to differentiate, for defences that have one of their own or weigh samples: a scalar.
 
         Args:
             batch: What `step` or `screen` gave.
+
+        Raises:
+            DataError: It is none of the forms that these give.
         """
         screened = opened(batch)[0]
         received = self._judging.attempt.received.get(id(screened.y), Received(screened, None, None, 0))
@@ -266,7 +279,11 @@ class Guard:
         return self._step.loss(received)
 
     def rebase(self) -> None:
-        """Take the model as it is for the new reference: the owner's word that the task has changed."""
+        """Take the model as it is for the new reference: the owner's word that the task has changed.
+
+        Raises:
+            ConfigError: A step has begun, or `every` is above 1 and some are not judged yet.
+        """
         if self._judging.made or self._inside:
             raise ConfigError("guard.rebase inside a step: call it between two steps.")
         self._step.memory.clear()
@@ -291,7 +308,7 @@ class Guard:
             put_weights(self._step.model, own)
 
     def detach(self) -> None:
-        """Leave the loop: what is open is forgotten, and steps are not judged any more."""
+        """Leave the loop: steps that are not judged yet stay, and no further one is judged."""
         self.settle()
         for hook in self._hooks:
             hook.remove()
@@ -299,7 +316,10 @@ class Guard:
         self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed loop needs to go on as if it had not ended: numbers and tensors; call it between two steps."""
+        """What a resumed loop needs to go on as if it had not ended: numbers and tensors; call it between two steps.
+
+        With `every` above 1, steps that are not judged yet are taken as they are: save right after a judgement.
+        """
         self.settle()
         history = self._step.history
         return {
@@ -314,12 +334,17 @@ class Guard:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what `state_dict` gave, after model and optimiser were loaded.
 
+        Args:
+            state_dict: Of a guard with the same defence.
+
         Raises:
             ConfigError: It is of something else.
         """
         missing = {"attempts", "refused", "refusals_in_a_row", "step", "memory", "history"} - state_dict.keys()
         if missing:
-            raise ConfigError(f"guard: this is no state of a guard, it has no '{min(missing)}'.")
+            raise ConfigError(
+                f"guard: this is no state of a guard, it has no '{min(missing)}'; give what its state_dict() returned."
+            )
         self._judging.close()
         self._judging.attempts = int(state_dict["attempts"])
         self.ledger.refused, self.ledger.in_a_row = int(state_dict["refused"]), int(state_dict["refusals_in_a_row"])
@@ -349,6 +374,11 @@ class Guard:
         judging = self._judging
         if judging.mine:
             return None
+        if self.replay is not None and not self._inside:
+            raise ConfigError(
+                "guard: replay gets the batches of a refused window, which a hook does not know: write `with "
+                "guard.step(batch) as batch:`, or leave replay out."
+            )
         if self._inside and judging.attempt.stepped:
             raise ConfigError("the optimiser was stepped twice in one guard.step: give each step a block of its own.")
         if changes_batches(self.defence) and not judging.attempt.screened and judging.attempts >= judging.warm_up:
@@ -380,7 +410,7 @@ class Guard:
         if self._judging.attempt.held_back:  # the optimiser itself has held the step back
             self._judging.attempt.held_back = False
             if not self._inside:
-                self._judging.close()
+                self._judging.forget()
             return
         self._judging.attempt.stepped = True
         if not self._inside:
@@ -423,28 +453,29 @@ class Guard:
         return True
 
     def _report(self, verdict: Verdict, batches: Sequence[Any]) -> None:
-        """Tell everybody who listens, and ask the owner if too many steps in a row were refused."""
+        """Tell everybody who listens, and ask the owner after too many refusals in a row."""
         record = self.ledger.note(
             verdict,
             batches,
             attempt=self._judging.attempts,
             step=self._step.step - (self._judging.made if verdict.admit else 0),
+            steps=self._judging.made,
             seconds=self._judging.attempt.seconds,
             quarantined=self._judging.attempt.quarantined,
             flagged=self._judging.attempt.flagged,
-            warm_up=self._judging.attempts <= self._judging.warm_up,
+            warm_up=self._judging.attempts - self._judging.made < self._judging.warm_up,
         )
         if not self.ledger.impatient:
             return
         self._judging.close()
-        log.warning("guard: %d steps in a row refused; the last one: %s", record.refusals_in_a_row, record.reason)
+        log.warning("guard: %d refusals in a row; the last one: %s", record.refusals_in_a_row, record.reason)
         if callable(self.on_refusals):
             self.on_refusals(self, record)
         elif self.on_refusals == "accept":
             self.rebase()
         elif self.on_refusals == "stop":
             raise GuardStopped(
-                f"the guard has refused {record.refusals_in_a_row} steps in a row, and on_refusals = stop; the last: "
+                f"the guard has refused {record.refusals_in_a_row} times in a row, and on_refusals = stop; the last: "
                 f"{record.reason}. Look at what was refused; guard.rebase() takes the model as it is for the reference."
             )
 

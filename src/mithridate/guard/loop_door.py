@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mithridate.core.batch import AnyBatch
 from mithridate.core.defence import Defence
-from mithridate.core.errors import ConfigError, DataError, UserError, said
+from mithridate.core.errors import ConfigError, DataError, UserError, said, shown
 from mithridate.core.registry import build, config_of
 from mithridate.core.targets import loss_of
 from mithridate.core.view import Need
@@ -32,7 +32,17 @@ PURPOSES: Mapping[str, Mapping[str, Any]] = {
 
 
 def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None:
-    """Refuse a loop that cannot be guarded as it is."""
+    """Refuse a loop that cannot be guarded as it is.
+
+    Args:
+        model: Of the loop; what is no module is left to others to refuse.
+        optimizer: That it steps.
+        also: What a refused step leaves as it was besides.
+
+    Raises:
+        ConfigError: There is no optimiser, or it is wrapped or guarded already; something in `also` has no state; or
+            the model is sharded, or lies on several devices.
+    """
     wrapped = getattr(optimizer, "optimizer", None)
     if isinstance(wrapped, Optimizer):
         raise ConfigError(
@@ -63,7 +73,13 @@ def check_loop(model: object, optimizer: object, also: Sequence[object]) -> None
 
 
 def defence_of(defence: Defence | Mapping[str, Any] | str) -> Defence:
-    """A defence by its name, from its table, or as it is."""
+    """A defence by its name or its purpose (`PURPOSES`), from its table, or as it is.
+
+    Raises:
+        ConfigError: It is none of these, there is none of that name, or a setting is wrong.
+    """
+    if not isinstance(defence, Defence | Mapping | str):
+        raise ConfigError(f"defence = {shown(defence)}: give a defence, its name, or a table {{'name': 'gate'}}.")
     if isinstance(defence, str):
         defence = PURPOSES.get(defence, {"name": defence})
     return build("defence", dict(defence)) if isinstance(defence, Mapping) else defence
@@ -97,7 +113,7 @@ def history_for(defence: Defence) -> History | None:
 
 
 def try_defence(step: DefendedStep) -> None:
-    """Whether the defence can work here, before the first step; what it notes of that is forgotten.
+    """Refuse a defence that cannot work here, before the first step; what it notes of that is forgotten.
 
     Raises:
         ConfigError: It needs something that is not there.

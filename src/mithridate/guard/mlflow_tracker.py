@@ -21,7 +21,7 @@ MOST_WAITING = 100_000
 
 
 class MLflow:
-    """Sends every reading of every step, from a thread of its own, so that no step waits for a server.
+    """Sends every reading of every record, from a thread of its own, so that no step waits for a server.
 
     Args:
         experiment: In which a run is begun, if none is going on in this process and no `run_id` is given.
@@ -61,7 +61,7 @@ class MLflow:
         self._sending: Future[None] | None = None
 
     def note(self, record: StepRecord) -> None:
-        """Keep one step, and send what has come since the last request, if that has been answered."""
+        """Keep one record, and send what has come since the last request, if that has been answered."""
         now = int(1000 * time.time())
         self._waiting.extend(Metric(k, v, now, record.attempt) for k, v in self._readings.of(record).items())
         if time.monotonic() < self._next or (self._sending is not None and not self._sending.done()):

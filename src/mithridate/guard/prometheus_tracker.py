@@ -46,13 +46,16 @@ class Prometheus:
         for verdict in WORDS:  # 0, and not absent, before the first one
             self._steps.labels(verdict)
         self._seconds = Histogram(
-            "mithridate_guard_seconds", "What the guard took of a step", buckets=BUCKETS, registry=registry
+            "mithridate_guard_seconds",
+            "What the guard took of a step, or of all that it judged at once",
+            buckets=BUCKETS,
+            registry=registry,
         )
         samples = "Samples taken out of batches", "Samples that the defence corrected, dropped or gives less weight"
         self._quarantined = Counter("mithridate_samples_quarantined", samples[0], registry=registry)
         self._flagged = Counter("mithridate_samples_flagged", samples[1], registry=registry)
         self._in_a_row = Gauge(
-            "mithridate_refusals_in_a_row", "Refused steps since the last one that stayed", registry=registry
+            "mithridate_refusals_in_a_row", "Refusals since the last step that stayed", registry=registry
         )
         self._loss = Gauge("mithridate_trusted_loss", "Mean loss on the trusted set", registry=registry)
         self._worst = Gauge(
@@ -74,8 +77,8 @@ class Prometheus:
         self.port: int | None = None if self._server is None else self._server.server_port
 
     def note(self, record: StepRecord) -> None:
-        """Count one step; the textfile is written if it is time."""
-        self._steps.labels(record.verdict).inc()
+        """Count the steps of one record; the textfile is written if it is time."""
+        self._steps.labels(record.verdict).inc(record.steps)
         self._seconds.observe(record.seconds)
         self._quarantined.inc(record.quarantined)
         self._flagged.inc(record.flagged)

@@ -188,7 +188,7 @@ class Quarantine:
                     with suppress(TypeError, KeyError):  # bfloat16 and the like
                         arrays[name] = handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} cannot be read ({said(error)}).") from error
+            raise DataError(f"{path} cannot be read ({said(error)}); make it readable, or drop the batch.") from error
         return arrays
 
     def release(self, id: str, *, to: str | Path) -> Path:
@@ -258,8 +258,7 @@ class Quarantine:
                 )
 
     def _mark(self) -> None:
-        content = json.dumps({"format": FORMAT}) + "\n"
-        write_whole(self.folder / MARKER, content)
+        write_whole(self.folder / MARKER, json.dumps({"format": FORMAT}) + "\n")
 
     def _store(self, entry: Quarantined, content: bytes, described: bytes) -> str:
         """Write a batch's files, the description last: it is stored once that is there."""

@@ -7,7 +7,7 @@ from mithridate.guard.record import WORDS, StepRecord
 
 
 class Readings:
-    """Makes named numbers of each step, the same for every tracker that draws curves."""
+    """Makes named numbers of each record, the same for every tracker that draws curves."""
 
     def __init__(self) -> None:
         self._verdicts: Counter[str] = Counter(dict.fromkeys(WORDS, 0))
@@ -16,14 +16,14 @@ class Readings:
         """What there is to be drawn at `record.attempt`; what the defence does not measure is left out.
 
         Args:
-            record: The step.
+            record: Of a step, or of several that were judged at once.
 
         Returns:
-            By name: `guard/admitted`, `guard/shortened`, `guard/refused` (how many so far), `guard/seconds`,
-            `guard/refusals_in_a_row`, `guard/quarantined` and `guard/flagged` (samples of this step),
+            By name: `guard/admitted`, `guard/shortened`, `guard/refused` (how many steps so far), `guard/seconds`,
+            `guard/refusals_in_a_row`, `guard/quarantined` and `guard/flagged` (samples of this record),
             `guard/trusted_loss`, `guard/trusted_worst`.
         """
-        self._verdicts[record.verdict] += 1
+        self._verdicts[record.verdict] += record.steps
         measured = {"trusted_loss": record.trusted_loss, "trusted_worst": record.trusted_worst}
         counted = {
             **self._verdicts,

@@ -1,4 +1,4 @@
-"""What a guard tells others about a step of a user's own loop, and who may listen. Imports no torch."""
+"""What a guard tells others about steps of a user's own loop, and who may listen. Imports no torch."""
 
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -11,17 +11,18 @@ WORDS: tuple[Word, ...] = ("admitted", "shortened", "refused")
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One step that a loop tried, and what the guard made of it.
+    """One step that a loop tried, or several that were judged at once (`every`), and what the guard made of it.
 
     Args:
         attempt: Steps of the optimiser that the loop has tried, this one among them: from 1.
-        step: Those that stayed, before this one: from 0.
-        verdict: What became of it.
+        step: Those that stayed, before all that were judged: from 0.
+        steps: Steps of the optimiser that were judged at once, >= 1; that of `attempt` is the last one.
+        verdict: What became of all that were judged.
         reason: Why, where it was not admitted.
-        seconds: What the guard itself took of this step.
-        quarantined: Samples that were shown to nobody: not finite, outside the domain, of an unknown class.
-        flagged: Samples that the defence corrected, dropped or gives less weight.
-        refusals_in_a_row: Refused steps since the last one that stayed, this one among them.
+        seconds: What the guard itself took of them.
+        quarantined: Samples of them that were shown to nobody: not finite, outside the domain, of an unknown class.
+        flagged: Samples of them that the defence corrected, dropped or gives less weight.
+        refusals_in_a_row: Refusals since the last step that stayed, this one among them.
         trusted_loss: Mean loss on the trusted set of the state that the step reached, where the defence measures it.
         trusted_worst: Accuracy of the worst class there, a fraction.
         rank: Of the process, from 0.
@@ -31,6 +32,7 @@ class StepRecord:
 
     attempt: int
     step: int
+    steps: int = 1
     verdict: Word
     reason: str = ""
     seconds: float
@@ -48,7 +50,7 @@ class Tracker(Protocol):
     """Whoever listens to a guard: a log, MLflow, TensorBoard, Prometheus, a user's own."""
 
     def note(self, record: StepRecord) -> None:
-        """Take in one step."""
+        """Take in one record."""
 
     def close(self) -> None:
         """Write what is not written yet: no step will follow. May be called twice."""

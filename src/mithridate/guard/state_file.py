@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mithridate.core.errors import CheckpointError, said
-from mithridate.core.files import write_atomically
+from mithridate.core.files import write_whole
 
 FORMAT = "mithridate-guard-1"
 STATE = "mithridate-guard.safetensors"
@@ -32,7 +32,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
     tensors = {f"{table}/{name}": t.cpu().contiguous() for table in _TABLES for name, t in state[table].items()}
     numbers = {name: value for name, value in state.items() if name not in _TABLES}
     header = {"format": FORMAT, "numbers": json.dumps(numbers)}
-    write_atomically(path, lambda part: part.write_bytes(safetensors.torch.save(tensors, metadata=header)))
+    write_whole(path, safetensors.torch.save(tensors, metadata=header))
 
 
 def read_state(path: Path) -> dict[str, Any]:

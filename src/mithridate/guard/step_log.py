@@ -132,7 +132,7 @@ class Steps:
 
 
 def is_guard_folder(directory: str | Path) -> bool:
-    """Whether a guard writes its log there."""
+    """Whether a guard has written its log there."""
     return (path_of(directory) / STEPS).is_file()
 
 
@@ -157,7 +157,7 @@ def read_steps(folder: str | Path) -> Steps:
             _check_ours(file)
             entries, unreadable = read_json_lines(file)
         except OSError as error:
-            raise StoreError(f"{file} cannot be read ({error.strerror}).") from error
+            raise StoreError(f"{file} cannot be read ({error.strerror}); make it readable, or take it away.") from error
         steps, openings, undone, odd = _in_order(entries)
         rank = steps[0].record.rank if steps else int("".join(filter(str.isdigit, file.stem)) or 0)
         by_rank[rank] = tuple(steps)

@@ -10,7 +10,7 @@ from mithridate.guard.record import StepRecord
 
 
 class TensorBoard:
-    """Writes every reading of every step to a folder that `tensorboard --logdir` shows, and the reason of a refusal.
+    """Writes every reading of every record to a folder that `tensorboard --logdir` shows, and the reason of a refusal.
 
     Args:
         log_dir: The folder; give each rank one of its own.
@@ -26,7 +26,7 @@ class TensorBoard:
         self._readings = Readings()
 
     def note(self, record: StepRecord) -> None:
-        """Write one step."""
+        """Write one record."""
         for name, value in self._readings.of(record).items():
             self._writer.add_scalar(name, value, record.attempt)
         if record.verdict != "admitted":

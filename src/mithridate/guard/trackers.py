@@ -10,7 +10,7 @@ log = logging.getLogger("mithridate")
 
 
 class Trackers:
-    """Tells every tracker; what one of them raises is said once, and the others hear of the step all the same.
+    """Tells every tracker; what one of them raises is said once, and the others hear of the record all the same.
 
     Args:
         members: The trackers, in the order in which they are told.
@@ -21,7 +21,7 @@ class Trackers:
         self._failed: set[int] = set()
 
     def note(self, record: StepRecord) -> None:
-        """Tell all of them of one step."""
+        """Tell all of them of one record."""
         for number, tracker in enumerate(self._members):
             try:
                 tracker.note(record)

@@ -17,8 +17,8 @@ class AccuracyFloor(Monitor):
     """Alarm when accuracy is below a floor, or has fallen too far since the start.
 
     Args:
-        floor: Lowest tolerated accuracy, a fraction; unset: none.
-        max_drop: Largest tolerated loss of accuracy since the start, a fraction; unset: none.
+        floor: Lowest tolerated accuracy, a fraction in [0, 1]; unset: none.
+        max_drop: Largest tolerated loss of accuracy since the start, a fraction in [0, 1]; unset: none.
 
     Source:
         Pang et al., NeurIPS 2021, section 4 "Poisoning target" and section 4.1 (80 % on CIFAR-10, from 83.4 %).

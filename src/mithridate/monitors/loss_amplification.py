@@ -19,8 +19,9 @@ class LossAmplification(Monitor):
 
     Args:
         factor: The multiple, > 1.
-        slack: Added to the bound, in nats; keeps a model with almost no loss from alarming at trifles.
-        window: Compare with the median of the last `window` batches instead; unset: with the first batch.
+        slack: Added to the bound, >= 0, in the unit of the loss; keeps a model with almost no loss from alarming at
+            trifles.
+        window: Compare with the median of so many last batches, >= 1, instead; unset: with the first batch.
 
     Source:
         Zhu et al., ICML 2023, section 4.2: batches are counted until the training loss is amplified to a monitored

@@ -158,9 +158,10 @@ def _headline(steps: Sequence[Logged]) -> str:
 def _key_numbers(steps: Sequence[Logged]) -> list[KeyNumber]:
     if not steps:
         return []
-    counts, total = _counts(steps)
+    _, total = _counts(steps)
+    refused = sum(step.record.steps for step in steps if step.record.verdict == "refused")
     return [
-        KeyNumber(f"{counts['refused']:,} of {total:,}", "steps refused"),
+        KeyNumber(f"{refused:,} of {total:,}", "steps refused"),
         KeyNumber(
             _short(median(step.record.seconds for step in steps)), "that the guard itself took of a step, median"
         ),

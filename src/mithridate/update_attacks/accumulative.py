@@ -16,8 +16,8 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.calculus import curved, gradient, product_gradient
 from mithridate.maths.directions import Normalise, Parameters, alignment_gradient, unit
-from mithridate.maths.norms import Norm
-from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, within, zero_sum
+from mithridate.maths.norms import Norm, clip_rows
+from mithridate.update_attacks.hostile import Factor, HostileShare, Length, Share, scaled, shared_out, zero_sum
 
 TRIGGER, VELOCITY = "trigger", "velocity"
 """Where the attack keeps its poisoned trigger (1 or clients, parameters) and its velocity (parameters,)."""
@@ -92,14 +92,14 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         trigger_bound: In which norm those are bounded; unset: `norm`.
         how: `project`: to the nearest row within the radius, which for `linf` clamps every entry; `scale`: the whole
             row is shortened. The two agree in l2.
-        validation_size: Images of S_val; unset: all that the attacker has.
+        validation_size: Images of S_val, >= 1; unset: all that the attacker has.
         resample_validation: Draw S_val anew in every round, with replacement.
         rest: Hostile clients send their honest updates in rounds that begin with the published accuracy more than this
             fraction under that of the start, in [0, 1], so that the phase stays quiet; unset: they never do.
         max_rounds: End the phase after so many rounds, >= 0; unset: only when the run does.
         craft_mode: BatchNorm in the attacker's gradients: running statistics (`eval`), or those of the batch (`train`,
             as in the released code).
-        chunk: Samples computed at a time; bounds memory (not used with `craft_mode = "train"`).
+        chunk: Samples computed at a time, >= 1; bounds memory (not used with `craft_mode = "train"`).
 
     Source:
         Pang et al., NeurIPS 2021, section 3.3, Eqs. (10)-(14), Algorithm 2, Appendix C; `released`: their code, which
@@ -152,7 +152,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
         rows = shared_out(wanted, honest)
         if self.spread > 0:
             rows = rows + zero_sum(rows, self.spread, rng)
-        return within(rows, self.radius, self.norm, how=self.how)
+        return clip_rows(rows, self.radius, self.norm, how=self.how)
 
     def craft_trigger(self, honest: Honest, view: View, rng: Generator) -> Tensor:
         """Rows that make the round's mean the trigger's update."""
@@ -205,7 +205,7 @@ class AccumulativeUpdates(Secrecy, HostileShare):
 
     def _bounded_trigger(self, rows: Tensor) -> Tensor:
         radius = self.radius if self.trigger_radius is None else self.trigger_radius
-        return within(rows, radius, self.trigger_bound or self.norm, how=self.how)
+        return clip_rows(rows, radius, self.trigger_bound or self.norm, how=self.how)
 
     def _clean_trigger(self, view: View, honest: Honest | None) -> Tensor:
         """The honest updates on the trigger: their mean (1, parameters), or one a client as the round computes it."""

@@ -16,7 +16,8 @@ class CleanUpdates(HostileShare):
     """Every client is honest.
 
     Args:
-        poison_ratio: Has no effect here: nobody is hostile, whatever the other attacks of a grid are set to.
+        poison_ratio: In [0, 1], and of no effect here: nobody is hostile, whatever the other attacks of a grid are set
+            to.
         phase: True: rounds as usual before the trigger round; False: the trigger round alone.
 
     Source:

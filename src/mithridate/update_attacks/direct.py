@@ -27,7 +27,8 @@ class Direct(HostileShare):
             released code, rows "Poisoned trigger" of Tables 3 to 5).
         trigger_scale: The multiple, >= 0 ("loss scaling" in the rows "Poisoned trigger" of Tables 3 to 5); 1 keeps the
             norm of the honest update.
-        trigger_norm: l2 length that the update is given instead, > 0, so that triggers can be compared at equal length.
+        trigger_norm: l2 length that the update is given instead, > 0, so that triggers can be compared at equal length;
+            unset: its own times trigger_scale.
         craft_mode: BatchNorm in grad L(S_val): running statistics (`eval`), or those of the batch (`train`).
 
     Source:
@@ -51,7 +52,7 @@ class Direct(HostileShare):
         return True
 
     def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
-        """Up the loss."""
+        """Rows that make the round's mean the wanted multiple."""
         if self.target == "update":
             update = honest.mean
         else:

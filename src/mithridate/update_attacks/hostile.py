@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from mithridate.core.errors import DataError
 from mithridate.core.registry import settings
 from mithridate.core.update_attack import Honest, UpdateAttack
-from mithridate.maths.norms import Norm, clip_rows, sample_norms
+from mithridate.maths.norms import sample_norms
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -56,7 +56,7 @@ def shared_out(wanted: Tensor, honest: Honest) -> Tensor:
 
 
 def scaled(update: Tensor, factor: float, length: float | None) -> Tensor:
-    """An update times a factor, or at a given l2 length."""
+    """An update times a factor, or at a given l2 length; an update of zero has no direction, and stays zero."""
     if length is None:
         return factor * update
     now = float(sample_norms(update.unsqueeze(0), "l2"))
@@ -82,13 +82,8 @@ def zero_sum(rows: Tensor, spread: float, rng: Generator) -> Tensor:
     return drawn * (spread * length / math.sqrt(rows.shape[1]))
 
 
-def within(rows: Tensor, radius: float, norm: Norm, *, how: Literal["scale", "project"] = "project") -> Tensor:
-    """Rows within the radius that the attacker keeps to; infinity leaves them alone."""
-    return clip_rows(rows, radius, norm, how=how)
-
-
 def every_honest_row(honest: Honest) -> Tensor:
-    """(honest clients, parameters).
+    """Each honest client's update, (honest clients, parameters), for attacks that look at every one.
 
     Raises:
         DataError: There is no honest client, or the round is too large to be held at once.

@@ -35,5 +35,4 @@ def write_outputs(audited: Audited, folder: Path) -> None:
     texts = {name: form(audited) for name, form in FORMS.items()}
     with locked(folder / LOCK):
         for name, text in texts.items():
-            data = text.encode()
-            write_whole(folder / name, data)
+            write_whole(folder / name, text)

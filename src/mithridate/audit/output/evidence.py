@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from mithridate.audit.identifiers import RULES
-from mithridate.audit.result import Audited, AuditRun, Points, Ruled, Side
+from mithridate.audit.result import WHERE, Audited, AuditRun, Points, Ruled, Says, Side
 from mithridate.report.tables.section import TableSection, Toned
 from mithridate.report.wording import MISSING
 
-SAYS: Mapping[str, str] = {
+SAYS: Mapping[Says, str] = {
     "above": "too much",
     "below": "within what is allowed",
     "open": "not shown either way",
@@ -17,7 +17,7 @@ SAYS: Mapping[str, str] = {
 
 MENDS: Mapping[str, str] = {rule.id: rule.mend for rule in RULES}
 
-TONES: Mapping[str, str] = {"above": "apart", "below": "near"}
+TONES: Mapping[Says, str] = {"above": "apart", "below": "near"}
 """The colour of a cell, by what is said in it."""
 
 
@@ -46,9 +46,8 @@ def lines(audited: Audited) -> list[str]:
     for side in audited.sides:
         worst = worst_of(side)
         if worst is not None:
-            where = "in one step" if worst.measure == "step" else "over the phase"
             said.append(
-                f"The worst {side_name(side)}: {worst.attack}, {points(worst.cost)} points {where} "
+                f"The worst {side_name(side)}: {worst.attack}, {points(worst.cost)} points {WHERE[worst.measure]} "
                 f"({worst.allowed:g} allowed)."
             )
         if side.guarded and side.clean_steps:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 
 from mithridate.audit.output.evidence import points, side_name
-from mithridate.audit.result import Audited, Ruled, Side
+from mithridate.audit.result import WHERE, Audited, Ruled, Says, Side
 from mithridate.report.figures.drawing import PALETTE, Drawing, fitting, panels, rendered, style, title
 
-COLOURS: Mapping[str, str] = {"above": PALETTE["red"], "below": PALETTE["green"]}
+COLOURS: Mapping[Says, str] = {"above": PALETTE["red"], "below": PALETTE["green"]}
 OTHER = PALETTE["edge"]
 
 FARTHEST = 105.0
@@ -22,12 +22,12 @@ def intervals(audited: Audited) -> list[Drawing]:
 
 def _drawn(side: Side) -> Drawing:
     shown = [r for r in side.rulings if r.cost.low is not None]
-    by = {measure: [r for r in shown if r.measure == measure] for measure in ("step", "phase")}
+    by = {measure: [r for r in shown if r.measure == measure] for measure in WHERE}
     by = {measure: rows for measure, rows in by.items() if rows}
     with style():
         figure, axes = panels(len(by), width=3.6, height=0.6 + 0.27 * max(map(len, by.values())), top=0.2)
         for ax, (measure, rows) in zip(axes, by.items(), strict=True):
-            _panel(ax, rows, "in one step" if measure == "step" else "over the phase")
+            _panel(ax, rows, WHERE[measure])
         return rendered(
             figure,
             stem=f"intervals-{'guarded' if side.guarded else 'unguarded'}",

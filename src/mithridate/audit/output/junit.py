@@ -3,7 +3,7 @@
 from xml.etree import ElementTree
 
 from mithridate.audit.output.evidence import SAYS, points, side_name
-from mithridate.audit.result import Audited, Ruled, Side
+from mithridate.audit.result import WHERE, Audited, Ruled, Side
 
 
 def junit(audited: Audited) -> str:
@@ -30,7 +30,7 @@ def _suite(root: ElementTree.Element, side: Side, *, decisive: bool) -> None:
             ElementTree.SubElement(element, outcome, message=_clean(message))
 
     for r in side.rulings:
-        name = f"{r.attack} {'in one step' if r.measure == 'step' else 'over the phase'}"
+        name = f"{r.attack} {WHERE[r.measure]}"
         if decisive and r.says == "above" and (not r.control or r.attack == "clean"):
             case(name, "failure", _message(r))
         elif r.says == "below":
