@@ -52,7 +52,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Ruling:
+class CostRuling:
     """What is said of one attack and measure.
 
     Args:
@@ -86,7 +86,7 @@ class Judged:
 
     verdict: VerdictName
     reasons: Sequence[str]
-    rulings: Sequence[Ruling]
+    rulings: Sequence[CostRuling]
 
 
 def reach(values: Sequence[float]) -> Reach:
@@ -105,7 +105,7 @@ def reach(values: Sequence[float]) -> Reach:
     return Reach(mean, mean - half, mean + half, n)
 
 
-def ruling(cost: Cost, allowed: float) -> Ruling:
+def ruling(cost: Cost, allowed: float) -> CostRuling:
     """What the numbers of one attack say.
 
     Args:
@@ -125,7 +125,7 @@ def ruling(cost: Cost, allowed: float) -> Ruling:
         says = "above" if all(b.low > 0 for b in beyond.values()) else "no_better"
         if says == "above" and frozen is not None and not frozen.low > allowed:
             says = "batch_norm"
-    return Ruling(cost.attack, cost.measure, whole, allowed, beyond, says, frozen)
+    return CostRuling(cost.attack, cost.measure, whole, allowed, beyond, says, frozen)
 
 
 def judged(
@@ -185,20 +185,20 @@ def judged(
     return Judged("inconclusive", reasons or ["nothing was measured"], rulings)
 
 
-def _above(r: Ruling) -> str:
+def _above(r: CostRuling) -> str:
     than = " and ".join(f"{_signed(b)} more than {name.replace('_', ' ')}" for name, b in r.beyond.items())
     return f"{r.attack} {_cost(r, f', {than}' if than else '')}"
 
 
-def _cost_of(r: Ruling) -> str:
+def _cost_of(r: CostRuling) -> str:
     return f"{r.attack} {_cost(r)}"
 
 
-def _cost(r: Ruling, than: str = "") -> str:
+def _cost(r: CostRuling, than: str = "") -> str:
     return f"cost {_points(r.cost)} {WHERE[r.measure]}{than} ({r.allowed:g} allowed)"
 
 
-def _no_better(r: Ruling) -> str:
+def _no_better(r: CostRuling) -> str:
     near = [f"{_signed(b)} more than {name.replace('_', ' ')}" for name, b in r.beyond.items() if not b.low > 0]
     return f"{' and '.join(near)} is not shown to be more"
 
