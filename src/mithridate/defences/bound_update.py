@@ -32,8 +32,9 @@ class BoundUpdate(Defence):
         clip_norm: The longest step, > 0, in the units of the parameters, up to rounding; `inf` never clips. No value
             fits all models, since learning rate, momentum and number of parameters make a step long or short: look how
             long steps are on clean batches of your own (column `update_norm` of a trace), and take once or twice the
-            longest. The default is a seat belt against explosions: on digits (`results/leaderboard`) clean steps are
-            0.2 long at most and those of the attacks 0.7, so that it does not act.
+            longest. The default is a seat belt against explosions: on digits clean steps are 0.13 long at most (seeds
+            10 to 13) and those of the attacks 0.7, so that it does not act. A bound of 0.13 does: the worst attack
+            leaves 56 % there, where it leaves 11 % without a defence (`results/leaderboard`).
         norm: In which norm the step over all parameters is measured: `l2`, or `linf` (the largest change of one). The
             whole step is scaled in both.
 
