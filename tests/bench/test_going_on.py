@@ -21,6 +21,7 @@ from mithridate.bench.engine import run_recipe
 from mithridate.bench.prepare import prepare
 from mithridate.bench.recipe import Cell, make_recipe
 from mithridate.bench.store import Run, read_run
+from mithridate.core import registry
 from mithridate.core.errors import StoreError, WriteError
 from tests.recipes import Log, same_runs, tiny_recipe, tiny_tables
 
@@ -398,7 +399,10 @@ def test_a_run_says_that_it_was_resumed_or_started_elsewhere(
     assert found["burn_in"] == {"cpu_capability": f"OTHER, {here}"}
 
 
-def test_the_code_of_a_plug_in_is_part_of_the_environment(tmp_path: Path, cache: Path) -> None:
+def test_the_code_of_a_plug_in_is_part_of_the_environment(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry._entries, "defence", dict(registry.entries("defence")))  # what it adds goes with it
     plugin = tmp_path / "going_on_plugin.py"
     plugin.write_text(
         "from mithridate.core.registry import register\nfrom mithridate.core.settings import settings\n"

@@ -188,6 +188,22 @@ def test_several_write_to_one_folder_and_keep_to_its_size(tmp_path: Path) -> Non
     assert sum(p.stat().st_size for p in quarantine.folder.iterdir() if p.stem in stored) <= 20_000
 
 
+def test_a_folder_that_another_process_makes_at_the_same_moment_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, is_file = tmp_path / "q", Path.is_file
+
+    def made_after_the_look(path: Path) -> bool:
+        there = is_file(path)
+        if path == folder / MARKER and not there:
+            monkeypatch.undo()
+            Quarantine(folder)  # the other process
+        return there
+
+    monkeypatch.setattr(Path, "is_file", made_after_the_look)
+    assert Quarantine(folder).list() == ()
+
+
 def test_a_process_that_was_killed_while_it_wrote_leaves_no_batch_that_can_be_taken(
     quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

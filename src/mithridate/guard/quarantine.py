@@ -250,7 +250,11 @@ class Quarantine:
                     "another folder for the quarantine."
                 )
         elif self.folder.is_dir():
-            others = sorted(path.name for path in self.folder.iterdir() if not _is_ours_in_the_making(path.name))
+            names = {path.name for path in self.folder.iterdir()}
+            if MARKER in names:  # another process has made it since
+                self._check_free()
+                return
+            others = sorted(name for name in names if not _is_ours_in_the_making(name))
             if others:
                 raise StoreError(
                     f"{self.folder} holds {shown(others[0])} and no {MARKER}, so it is no quarantine of this library; "
