@@ -42,7 +42,8 @@ def list_items(directory: Path) -> None:
     out.print(table)
     out.print(
         "At each scale: runs; behind the comma the processor time that they took us on two shared cores, where we have "
-        f"measured it; 'done', or how many are, in {directory}.",
+        "measured it (a burn-in that several items share counts for the first of them); 'done', or how many are, in "
+        f"{directory}.",
         markup=False,
     )
 
