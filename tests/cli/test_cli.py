@@ -410,6 +410,7 @@ def test_mistakes_in_a_report_are_told(tmp_path: Path) -> None:
     assert invoke("frobnicate").code == 2
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_that_code_and_no_traceback() -> None:
     Path("a.toml").write_text('[attack]\nname = "noise"\n[run]\nstep = 3\n', encoding="utf-8")
     done = started("run", "a.toml", folder=Path.cwd())

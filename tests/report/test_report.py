@@ -229,6 +229,7 @@ def test_every_run_and_setting_is_there(demo_store: Path, page: Page) -> None:
         assert piece in page.text
 
 
+@pytest.mark.slow
 def test_same_runs_give_the_same_bytes(demo_store: Path, built: ReportPaths, tmp_path: Path) -> None:
     again = build_report([demo_store], tmp_path)
     assert again.html.read_bytes() == built.html.read_bytes()
@@ -309,6 +310,7 @@ def test_many_sentences_of_a_finding_are_a_list(make_row: MakeRow) -> None:
     assert "<li>The attack is accumulative.</li>" in page
 
 
+@pytest.mark.slow
 def test_names_that_look_alike_get_files_of_their_own(make_run: Make, save_run: Save, tmp_path: Path) -> None:
     for i, label in enumerate(("a b", "a/b", "A:b")):
         save_run(replace(make_run(label=label, channels=1), path=tmp_path / "store" / str(i)))
@@ -335,6 +337,7 @@ def test_one_run_is_enough(make_run: Make, save_run: Save, tmp_path: Path, how: 
     assert "1 seed (0)" in source
 
 
+@pytest.mark.slow
 def test_several_groups_share_a_page(make_run: Make, save_run: Save, tmp_path: Path) -> None:
     for dataset in ("digits", "mnist"):
         save_run(replace(make_run(dataset=dataset), path=tmp_path / "store" / dataset))
@@ -399,6 +402,7 @@ def test_a_report_on_a_disk_that_is_full_is_one_message_and_keeps_the_old_one(
     assert old.html.is_file()
 
 
+@pytest.mark.slow
 def test_a_report_where_no_folder_can_be(demo_store: Path, tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine", encoding="utf-8")
     with pytest.raises(WriteError, match="cannot be written"):
@@ -406,6 +410,7 @@ def test_a_report_where_no_folder_can_be(demo_store: Path, tmp_path: Path) -> No
     assert (tmp_path / "report").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_what_a_killed_report_left_is_removed(demo_store: Path, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     for folder in (tmp_path, tmp_path / "figures"):
@@ -414,6 +419,7 @@ def test_what_a_killed_report_left_is_removed(demo_store: Path, tmp_path: Path) 
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_runs_that_have_not_ended_are_named(demo_store: Path, tmp_path: Path) -> None:
     shutil.copytree(demo_store, tmp_path / "store")
     store.write_toml(tmp_path / "store" / "later__none__seed7" / store.CONFIG, {})

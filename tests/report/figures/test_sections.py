@@ -89,6 +89,7 @@ STRANGE: dict[Any, Any] = {
 """What a user's matplotlibrc may say."""
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_whatever_the_settings_of_the_user(scored_rows: list[Row], make_row: MakeRow) -> None:
     def drawings() -> list[Drawing | None]:
         _characters.cache_clear()
@@ -172,6 +173,7 @@ def test_one_budget_is_no_line(scored_rows: list[Row]) -> None:
     assert set(HEADINGS) - headings == {"Discrepancy by budget", "Detectors by budget"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [-np.inf, 0.0, -1e30, 5.0])
 def test_degenerate_scores_can_be_drawn(make_run: Make, scored: Callable[..., Run], value: float) -> None:
     run = scored(make_run(), lambda table, kind, sample: value, ood=False)
