@@ -62,6 +62,31 @@ def test_an_interrupt_in_an_import_is_no_traceback(tmp_path: Path, module: str) 
     assert "interrupted" in done.stdout
 
 
+def test_an_interrupt_that_a_finaliser_swallows_is_heard_all_the_same(tmp_path: Path) -> None:
+    code = (
+        "import time, mithridate.cli.app as app\n"
+        "class Held:\n"
+        "    def __del__(self):\n"
+        "        print('READY', flush=True)\n"
+        "        time.sleep(30)\n"
+        "def command():\n"
+        "    Held()\n"
+        "    print('GOES ON', flush=True)\n"
+        "    time.sleep(30)\n"
+        "app.main = command\n"
+        "from mithridate.cli import main\n"
+        "main()\n"
+    )
+    start = time.monotonic()
+    done = interrupted(code, "READY", tmp_path)
+    assert done.returncode == 130
+    assert "GOES ON" in done.stdout
+    assert "interrupted" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert "ignored" not in done.stdout
+    assert time.monotonic() - start < 30, "it does not wait until the command has ended by itself"
+
+
 def test_an_error_that_foreign_code_makes_of_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
     code = (
         "import sys, time, mithridate.cli.app as app\n"

@@ -355,7 +355,7 @@ def test_a_safetensors_file_of_somebody_else_is_no_batch(quarantine: Quarantine)
 FILLS = """
 import sys, torch
 from mithridate.core.batch import Batch
-from mithridate.core.model import IGNORED
+from mithridate.core.targets import IGNORED
 from mithridate.guard import Quarantine, StepLog, StepRecord
 folder, rank, life = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 quarantine, log = Quarantine(folder + "/quarantine"), StepLog(folder, defence={}, environment={}, rank=rank)
