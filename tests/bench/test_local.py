@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,16 @@ def test_a_cell_that_fails_or_takes_its_process_along_is_named_and_the_others_go
     assert_whole(tmp_path, whole)
 
 
+@contextmanager
+def interrupts_heard() -> Iterator[None]:
+    """Processes started inside hear Ctrl-C, also where these tests run in a shell's background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Started:
     """`mithridate run` in a process group of its own.
 
@@ -144,7 +155,7 @@ class Started:
     def __init__(self, folder: Path, out: Path, *arguments: str, recipe: str = "grid.toml") -> None:
         self.out, self.log = out, out.with_suffix(".txt")
         call = ["run", str(folder / recipe), "--out", str(out), "--device", "cpu", "--threads", "1", *arguments]
-        with self.log.open("w", encoding="utf-8") as log:
+        with self.log.open("w", encoding="utf-8") as log, interrupts_heard():
             self.process = subprocess.Popen(  # noqa: S603  (our own command)
                 [sys.executable, "-m", "mithridate", *call, "--cache", str(folder / "cache")],
                 env={**os.environ, "PYTHONPATH": str(SRC)},
