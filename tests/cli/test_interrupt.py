@@ -40,6 +40,7 @@ def interrupted(code: str, ready: str, folder: Path) -> subprocess.CompletedProc
     return subprocess.CompletedProcess([], process.returncode, log.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["typer", "torch", "mithridate.bench.engine"])
 def test_an_interrupt_in_an_import_is_no_traceback(tmp_path: Path, module: str) -> None:
     """The import stands still until it is interrupted."""

@@ -74,6 +74,7 @@ def test_one_batch_is_shown_in_full(quarantine: Quarantine, guard: Path) -> None
     assert "its SHA-256 differs" in invoke("quarantine", "show", guard, "--all").out
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_of_images_alone(quarantine: Quarantine, guard: Path, tmp_path: Path) -> None:
     images, texts = put(quarantine), put(quarantine, TEXTS)
     path = tmp_path / "batch.png"

@@ -185,6 +185,7 @@ def test_a_matplotlibrc_that_cannot_be_read_is_told(runs: Path, tmp_path: Path) 
 # `~`.
 
 
+@pytest.mark.slow
 def test_the_home_directory_is_known_by_its_sign_everywhere(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

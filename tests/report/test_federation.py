@@ -1,6 +1,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import pytest
+
 from mithridate.bench.store import Run
 from mithridate.report import build_report
 from mithridate.report.doubts import examine
@@ -56,6 +58,7 @@ def test_columns_stand_in_the_order_of_the_paper(federated: Make, clips: Mapping
     assert [row.defence for row in by_bound(found)] == ["none", "wide", "narrow", "linf-1"]
 
 
+@pytest.mark.slow
 def test_the_report_holds_figures_and_table(federated: Make, save_run: Save, tmp_path: Path) -> None:
     for attack in ("clean", "accumulative"):
         for defence in ("none", "wide"):

@@ -159,6 +159,7 @@ def test_nothing_is_drawn_of_scores_that_are_not_there(
     assert [one.heading for one in drawn(rows([run]))] == (HEADINGS[:1] if missing == "detectors" else [])
 
 
+@pytest.mark.slow
 def test_a_trigger_alone_can_be_drawn(make_run: Make, scored: Callable[..., Run]) -> None:
     (row,) = rows([scored(make_run(attack="vanilla", accuracies=(0.96,)))])
     assert [panel.info.label for panel in distributions(row, TRIGGER)][-1] == "gda"
@@ -167,6 +168,7 @@ def test_a_trigger_alone_can_be_drawn(make_run: Make, scored: Callable[..., Run]
     assert "Discrepancy by budget" not in headings
 
 
+@pytest.mark.slow
 def test_one_budget_is_no_line(scored_rows: list[Row]) -> None:
     single = [row for row in scored_rows if not row.attack.endswith("0.1")]
     headings = {drawing.heading for drawing in drawn(single)}
