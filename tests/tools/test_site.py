@@ -68,6 +68,17 @@ def test_every_table_of_the_papers_is_there_and_says_where_we_have_none(tmp_path
     assert "83.38" in page
 
 
+def test_what_we_have_run_stands_with_the_verdict_on_each_claim() -> None:
+    page = papers()
+    for folder in sorted((ROOT / "results").glob("*/small")):
+        item = read_item(folder.parent.name)
+        _, _, part = page.partition(f"## {folder.parent.name}\n")
+        part = part.partition("\n## ")[0]
+        assert f"of {len(item.checks)} checks hold" in part
+        for check in item.checks:
+            assert f"| {check.says} | " in part
+
+
 def test_the_lists_of_the_front_page_are_the_tree_of_contents() -> None:
     page = "# Title\n\n## Start\n- [One](one.md), first\n- [Two](a/two.ipynb)\n\n## Words\nNone.\n"
     assert trees(page) == "```{toctree}\n:hidden:\n:caption: Start\n\none\na/two\n```\n"
