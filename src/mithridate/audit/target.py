@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def target_function(spelled: str, folder: Path) -> Callable[..., Any]:
         defined = {key: v for key, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
         inside = [key for key, value in defined.items() if callable(value)]
         raise ConfigError(f"target = {shown(spelled)}: {place} has no function {shown(name)}: {nearest(name, inside)}")
-    return function  # type: ignore[no-any-return]  # a function of the user's
+    return cast("Callable[..., Any]", function)
 
 
 def called(function: Callable[..., Any], seed: int) -> Target:

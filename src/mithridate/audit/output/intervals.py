@@ -43,7 +43,7 @@ def _drawn(side: Side) -> Drawing:
 def _panel(ax: Axes, rows: Sequence[Ruled], heading: str) -> None:
     rows = sorted(rows, key=lambda r: (not r.control, r.cost.mean or 0.0))
     for place, r in enumerate(rows):
-        assert r.cost.low is not None and r.cost.high is not None and r.cost.mean is not None  # noqa: S101, PT018
+        assert r.cost.low is not None and r.cost.high is not None and r.cost.mean is not None  # noqa: S101, PT018  (`_drawn` leaves others out)
         colour = COLOURS.get(r.says, OTHER)
         ends = [max(r.cost.low, -FARTHEST / 5), min(r.cost.high, FARTHEST)]
         ax.plot(ends, [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
