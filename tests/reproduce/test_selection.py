@@ -73,6 +73,36 @@ def test_two_conditions_of_one_setting_must_both_hold() -> None:
 
 
 @pytest.mark.parametrize(
+    ("conditions", "picked"),
+    [
+        (["attack=ours"], [0, 1]),
+        (["attack=ours,others", "run.lr=0.1"], [0, 1]),
+        ([" defence = clip , none ", "variant=a,b"], [2, 3]),
+        (["run.lr=1/10", 'attack="ours+eps-0.2"'], [1]),
+        (["burn_in.clip_norm=none"], [0, 1, 3]),
+    ],
+)
+def test_conditions_of_a_command_line_choose_the_same(conditions: list[str], picked: list[int]) -> None:
+    assert Selection.asked(conditions).runs(RUNS) == [RUNS[i] for i in picked]
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("defence", "--only defence: write"),
+        ("defence=,", "write a label"),
+        ("=clip", "unknown condition"),
+        ("lr=0.1", "unknown condition 'lr'"),
+        ("measure=drop", "write a label"),
+        ("detector=distance", "write a label"),
+    ],
+)
+def test_a_condition_of_a_command_line_that_cannot_choose_is_refused(condition: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Selection.asked([condition])
+
+
+@pytest.mark.parametrize(
     ("condition", "message"),
     [
         ({"atack": "ours"}, "attack"),

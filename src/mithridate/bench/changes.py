@@ -111,7 +111,7 @@ def apply_change(tables: Table, change: str) -> None:
     """
     path, equals, text = change.partition("=")
     path, text, where = path.strip(), text.strip(), f"--set {change}"
-    value = _toml_value(text)
+    value = toml_value(text)
     check_depth(value, where=where)
     if equals and value == UNSET and path in (*TABLES, "grid"):
         tables.pop(path, None)
@@ -335,7 +335,8 @@ def _keys(kind: Any, table: Table) -> set[str]:  # noqa: ANN401  (one of ARRAYS,
     return set(registry.entry(kind, name).fields) if isinstance(name, str) else set()
 
 
-def _toml_value(text: str) -> object:
+def toml_value(text: str) -> object:
+    """A value as TOML, or as the text that it is."""
     try:
         values = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):  # no TOML, a number of too many digits, or nested too deep

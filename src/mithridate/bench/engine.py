@@ -1,7 +1,7 @@
 """Run a recipe's grid: check all of it, run every cell, in this process or in others, and say what failed."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,7 @@ def run_recipe(
     watcher: Watcher | None = None,
     jobs: int | None = 1,
     engine: Engine = "local",
+    only: Callable[[Cell], bool] | None = None,
 ) -> Grid:
     """Run every cell of a recipe and write each to `out/<run id>/`. A cell that fails is told of in `Grid.failed`.
 
@@ -77,6 +78,7 @@ def run_recipe(
         jobs: Cells that are run at a time, >= 1. With more than one each has a process of its own, and a script that
             calls this needs the guard `if __name__ == "__main__"`. None, with `ray`: as many as the cluster takes.
         engine: Where.
+        only: Which cells are run; None: all. A variant that has none of them is not even checked.
 
     Raises:
         UserError: Anything in the recipe, the data, the device or the store that cannot work; found before anything is
@@ -94,7 +96,11 @@ def run_recipe(
     workplace = Workplace(terms, watcher)
     places: list[tuple[Place, bool]] = []
     for variant in recipe.each():  # all are checked before the first is run
-        places += [(place, place.standing() is Standing.FINISHED) for place in workplace.places(variant)]
+        wanted = {cell.run_id for cell in variant.cells() if only is None or only(cell)}
+        placed = workplace.places(variant) if wanted else []
+        places += [(p, p.standing() is Standing.FINISHED) for p in placed if p.cell.run_id in wanted]
+    if not places and only is not None:
+        raise ConfigError("none of the recipe's runs is among those that are chosen.")
     if not places:
         raise ConfigError("the recipe's grid has no cell: it names no attack, no defence or no seed.")
     works = [_work(place.cell) for place, _ in places]

@@ -316,6 +316,15 @@ def reproduce(
             "cores; `paper`: the full protocol."
         ),
     ] = ScaleName.smoke,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH=VALUE[,VALUE]",
+            help="Make only some of the runs, by label or setting: defence=none,dsc, variant=svhn, data.name=cifar10; "
+            "repeatable: all must be so.",
+        ),
+    ] = None,
+    changes: ChangesOption = None,
     seeds: SeedsOption = None,
     form: Annotated[Form, typer.Option("--format", help="How tables are printed.")] = Form.table,
     device: DeviceOption = Device.auto,
@@ -347,6 +356,8 @@ def reproduce(
             scale.value,
             out_dir,
             seeds=seeds_of(seeds),
+            changes=changes or [],
+            only=only or [],
             form=form.value,
             record=record,
             device=device.value,

@@ -75,6 +75,8 @@ def reproduce_items(
     directory: Path,
     *,
     seeds: Sequence[int] | None,
+    changes: Sequence[str] = (),
+    only: Sequence[str] = (),
     form: str,
     record: Path | None,
     **options: Any,  # noqa: ANN401  (those of `run_recipe`)
@@ -86,6 +88,8 @@ def reproduce_items(
         scale: At which size.
         directory: Where runs and pages go.
         seeds: In place of the recipes'.
+        changes: Settings in which runs differ from the recipes', as `--set` takes them.
+        only: Conditions on the runs that are made, as `--only` takes them; none: all are.
         form: `table` for the terminal, or `md`, `csv`, `latex`: that file alone is printed.
         record: Folder for records of the runs; None keeps none.
         options: Of `bench.engine.run_recipe`: device, data_root, cache, jobs, engine.
@@ -98,14 +102,17 @@ def reproduce_items(
     """
     from mithridate.reproduce.records import write_records
     from mithridate.reproduce.run import reproduce
+    from mithridate.reproduce.selection import Selection
 
+    chosen = Selection.asked(only) if only else None
+    options |= {"seeds": seeds, "changes": changes, "only": chosen}
     failures: dict[Path, Failure] = {}
     of = 0
     for item in items:
         if form == "table":
             out.print(f"{item.source}: {item.title}", style="bold", markup=False, highlight=False)
         with Bars() as bars:
-            done = reproduce(item, scale, directory, seeds=seeds, watcher=bars if form == "table" else None, **options)
+            done = reproduce(item, scale, directory, watcher=bars if form == "table" else None, **options)
         failures |= done.failures
         of += len(done.runs) + len(done.failures)
         if record is not None:

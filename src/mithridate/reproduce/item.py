@@ -1,5 +1,6 @@
 """One table or figure of a paper: its recipe at three scales, how its cells are found in our runs, and its claims."""
 
+import copy
 import csv
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any, Literal, get_args
 
-from mithridate.bench.changes import TABLES
+from mithridate.bench.changes import TABLES, apply_change
 from mithridate.bench.inheritance import merged
 from mithridate.bench.recipe import Recipe, make_recipe
 from mithridate.core.errors import ConfigError, nearest, shown
@@ -136,14 +137,22 @@ class Item:
         """The items whose runs it shows: itself, if it has a recipe, and others."""
         return [*([self] if any(self.tables.values()) else []), *self.also]
 
-    def recipe(self, scale: Scale) -> Recipe:
+    def recipe(self, scale: Scale, changes: Sequence[str] = ()) -> Recipe:
         """What is run at a scale.
 
+        Args:
+            scale: At which size.
+            changes: Settings that are to differ, as `bench.changes.apply_change` takes them.
+
         Raises:
-            ConfigError: The item is not described at that scale, or its recipe is wrong.
+            ConfigError: The item is not described at that scale, or its recipe or a change is wrong.
         """
+        tables = copy.deepcopy(dict(self.tables[scale]))
+        but = f" ({', '.join(changes)})" if changes else ""
         try:
-            return make_recipe({**self.tables[scale], "title": f"{self.source}, {scale} scale: {self.title}"})
+            for change in changes:
+                apply_change(tables, change)
+            return make_recipe({**tables, "title": f"{self.source}, {scale} scale{but}: {self.title}"})
         except ConfigError as error:
             raise ConfigError(f"{self.name} at scale {scale}: {error}") from None
 

@@ -44,12 +44,13 @@ def summary(outcomes: Iterable[Ruling]) -> str:
     return ", ".join([f"{holding} of {total} checks hold", *others]) if total else "no check"
 
 
-def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
+def lead_of(item: Item, scale: Scale, changes: Sequence[str] = ()) -> Callable[[Sequence[Row]], Lead]:
     """What stands at the head of the page of an item.
 
     Args:
         item: The table or figure.
         scale: Of the runs.
+        changes: In what they differ from the item's recipe.
     """
 
     def lead(rows: Sequence[Row]) -> Lead:
@@ -68,7 +69,10 @@ def lead_of(item: Item, scale: Scale) -> Callable[[Sequence[Row]], Lead]:
         return Lead(
             title=f"{item.source}: {item.title}",
             headline=f"{summary(v.outcome for v in judgements)} ({of_runs}).",
-            details=[f"What the paper says: {item.claim}."],
+            details=[
+                f"What the paper says: {item.claim}.",
+                *([f"Run with other settings than the item's: {', '.join(changes)}."] if changes else []),
+            ],
             parts=parts,
             drawn=item.draw,
             numbers=_key_numbers(judgements, cells),

@@ -9,7 +9,7 @@ from mithridate.bench.engine import run_recipe
 from mithridate.bench.failure import Failure
 from mithridate.bench.recipe import Recipe
 from mithridate.bench.store import Run, finished, read_runs
-from mithridate.core.errors import StoreError
+from mithridate.core.errors import ConfigError, StoreError
 from mithridate.core.files import path_of, write_whole
 from mithridate.report import ReportPaths, build_report
 from mithridate.report.records import as_files
@@ -19,6 +19,7 @@ from mithridate.reproduce.checks import Judgement
 from mithridate.reproduce.comparison import beside, compared, records
 from mithridate.reproduce.item import Item, Scale
 from mithridate.reproduce.outcome import check_records, checks_table, lead_of, verdicts
+from mithridate.reproduce.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def directory_of(out: str | Path, item: Item, scale: Scale) -> Path:
     return path_of(out) / item.name / scale
 
 
-def recipe_of(item: Item, scale: Scale, seeds: Sequence[int] | None) -> Recipe:
-    """The recipe of an item, with other seeds if some are given."""
-    recipe = item.recipe(scale)
+def recipe_of(item: Item, scale: Scale, seeds: Sequence[int] | None, changes: Sequence[str] = ()) -> Recipe:
+    """The recipe of an item, with other seeds and settings if some are given."""
+    recipe = item.recipe(scale, changes)
     if seeds is None:
         return recipe
     variants = [replace(variant, seeds=tuple(seeds)) for variant in recipe.variants]
@@ -66,6 +67,8 @@ def reproduce(
     out: str | Path,
     *,
     seeds: Sequence[int] | None = None,
+    changes: Sequence[str] = (),
+    only: Selection | None = None,
     **options: Any,  # noqa: ANN401  (those of `run_recipe`)
 ) -> Reproduction:
     """Run what an item needs, as far as it has not been run, and write its page.
@@ -77,23 +80,51 @@ def reproduce(
         scale: At which size.
         out: Runs and page go to `out/<item>/<scale>/`.
         seeds: In place of the recipe's.
+        changes: Settings in which the runs differ from the recipe's, as `--set` takes them; the page names them.
+        only: Which runs are made, and shown; None: all.
         options: Of `bench.engine.run_recipe`: device, data_root, cache, watcher, jobs, engine.
 
     Raises:
-        UserError: Anything in the item, the data, the device or the store that cannot work; or no run was finished.
+        UserError: Anything in the item, the data, the device or the store that cannot work; no run is chosen, or none
+            was finished.
     """
     runs: list[Path] = []
     failures: dict[Path, Failure] = {}
-    for part in item.parts:
-        grid = run_recipe(recipe_of(part, scale, seeds), directory_of(out, part, scale), resume=True, **options)
+    for part, recipe in _chosen(item, scale, seeds, changes, only):
+        chosen = only.picks_cell if only else None
+        grid = run_recipe(recipe, directory_of(out, part, scale), resume=True, only=chosen, **options)
         runs += grid.directories
         failures |= grid.failures
     if len(failures) == len(runs):
         raise StoreError(f"every run of {item.name} failed: {next(iter(failures.values())).message}")
-    return replace(write_page(item, scale, directory_of(out, item, scale), runs), failures=failures)
+    return replace(write_page(item, scale, directory_of(out, item, scale), runs, changes), failures=failures)
 
 
-def write_page(item: Item, scale: Scale, directory: Path, places: Sequence[Path]) -> Reproduction:
+def _chosen(
+    item: Item, scale: Scale, seeds: Sequence[int] | None, changes: Sequence[str], only: Selection | None
+) -> list[tuple[Item, Recipe]]:
+    """The parts of an item that have a run which is chosen, each with its recipe."""
+    parts = [(part, recipe_of(part, scale, seeds, changes)) for part in item.parts]
+    if only is None:
+        return parts
+    chosen = [(part, recipe) for part, recipe in parts if any(map(only.picks_cell, recipe.cells()))]
+    if not chosen:
+        labels: dict[str, dict[str, None]] = {"attack": {}, "defence": {}, "variant": {}}  # sets in order
+        for cell in (cell for _, recipe in parts for cell in recipe.cells()):
+            for kind, label in (
+                ("attack", cell.attack.label),
+                ("defence", cell.defence.label),
+                ("variant", cell.recipe.variant),
+            ):
+                labels[kind][label] = None
+        there = "; ".join(f"{kind}: {', '.join(filter(None, of))}" for kind, of in labels.items() if any(of))
+        raise ConfigError(f"no run of {item.name} at {scale} scale is what --only asks for; there are {there}.")
+    return chosen
+
+
+def write_page(
+    item: Item, scale: Scale, directory: Path, places: Sequence[Path], changes: Sequence[str] = ()
+) -> Reproduction:
     """Write the page and the tables of runs that are finished.
 
     Args:
@@ -101,12 +132,13 @@ def write_page(item: Item, scale: Scale, directory: Path, places: Sequence[Path]
         scale: Of the runs.
         directory: Where the files go.
         places: Directories of the runs, or such that hold them.
+        changes: In what the runs differ from the item's recipe.
 
     Raises:
         StoreError: There is no finished run, or one is damaged.
     """
     runs = read_runs(places)
-    report = build_report(places, directory, lead_of(item, scale))
+    report = build_report(places, directory, lead_of(item, scale, changes))
     said = verdicts(item, runs)
     files: dict[str, str | bytes] = {}
     tables = []

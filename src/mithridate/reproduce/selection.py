@@ -9,7 +9,8 @@ from fractions import Fraction
 from statistics import fmean
 from typing import Any
 
-from mithridate.bench.changes import ARRAYS, TABLES
+from mithridate.bench.changes import ARRAYS, TABLES, toml_value
+from mithridate.bench.recipe import Cell
 from mithridate.bench.store import Run
 from mithridate.core.errors import ConfigError, nearest, shown
 from mithridate.core.settings import UNSET, by_path
@@ -61,13 +62,46 @@ class Selection:
                 raise ConfigError(f"{where}: [{first}] has parts; choose by attack, defence, detector or variant.")
         return cls([(path, v if isinstance(v, list) else [v]) for path, v in flat.items()], measure, detector)
 
+    @classmethod
+    def asked(cls, conditions: Sequence[str]) -> "Selection":
+        """From conditions on a command line, all of which must be so.
+
+        Args:
+            conditions: `PATH=VALUE` or `PATH=VALUE,VALUE`: such as `defence=none,dsc` or `run.lr=0.1`.
+
+        Raises:
+            ConfigError: No `=` or no value, or an unknown table.
+        """
+        chosen = cls()
+        for condition in conditions:
+            path, _, text = (part.strip() for part in condition.partition("="))
+            values = [toml_value(value.strip()) for value in text.split(",") if value.strip()]
+            where = f"--only {condition[:80]}"
+            if not values or path in {"measure", "detector"}:
+                raise ConfigError(f"{where}: write a label or setting and its values, such as defence=none,dsc.")
+            chosen = chosen.joined(cls.of({path: values}, where=where))
+        return chosen
+
     def joined(self, other: "Selection") -> "Selection":
         """What both ask for; measure and detector are the other's, if it names them."""
         return Selection([*self.where, *other.where], other.measure or self.measure, other.detector or self.detector)
 
     def picks(self, run: Run) -> bool:
         """Whether a run is among them."""
-        return all(any(_fits(run, path, v) for v in values) for path, values in self.where)
+        return self.fits(run.summary, run.config)
+
+    def picks_cell(self, cell: Cell) -> bool:
+        """Whether a run that is yet to be made would be among them."""
+        return self.fits({"attack": cell.attack.label, "defence": cell.defence.label}, cell.config())
+
+    def fits(self, labels: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+        """Whether a run is among them that is called so and has these settings.
+
+        Args:
+            labels: Of `attack` and `defence`.
+            config: Its settings.
+        """
+        return all(any(_fits(labels, config, path, v) for v in values) for path, values in self.where)
 
     def runs(self, runs: Iterable[Run]) -> list[Run]:
         """Those of some runs."""
@@ -115,30 +149,34 @@ def _text(value: object, where: str) -> str:
 
 def setting_of(run: Run, path: str) -> object:
     """A label (`attack`, `defence`), the variant, or a setting by its path; None if the run has not got it."""
+    return _setting(run.summary, run.config, path)
+
+
+def _setting(labels: Mapping[str, Any], config: Mapping[str, Any], path: str) -> object:
     if path in LABELS:
-        return run.summary.get(path)
-    value: object = run.config
+        return labels.get(path)
+    value: object = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _fits(run: Run, path: str, wanted: object) -> bool:
+def _fits(labels: Mapping[str, Any], config: Mapping[str, Any], path: str, wanted: object) -> bool:
     """Whether a setting is as wanted; of a label, also whether one that a recipe multiplied was called so before."""
-    value = setting_of(run, path)
+    value = _setting(labels, config, path)
     if _equal(value, wanted):
         return True
     if path not in LABELS or not isinstance(value, str) or not value.startswith(f"{wanted}+"):
         return False
     added = value.removeprefix(f"{wanted}+")
-    table, rule = run.config.get(path), setting_of(run, "federated.rule")
+    table, rule = config.get(path), _setting(labels, config, "federated.rule")
     keys = set(table) - {"label"} if isinstance(table, Mapping) else set()
     names = [part.get("label", part.get("name")) for part in (table, rule) if isinstance(part, Mapping)]
     # A grid adds KEY-VALUE, TABLE.KEY-VALUE or a component; a list of rules or surrogates adds the label of each.
     return (
         any(added.startswith((f"{key}-", f"{path}.{key}-")) for key in keys)
         or any(re.match(rf"{re.escape(name)}($|[+-])", added) for name in names if isinstance(name, str))
-        or (path == "attack" and "surrogate" in run.config and "+" not in added)
+        or (path == "attack" and "surrogate" in config and "+" not in added)
     )
 
 
