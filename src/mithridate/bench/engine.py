@@ -123,18 +123,17 @@ def run_recipe(
 
 def _run_here(tasks: Sequence[Task], cells: Mapping[str, Cell], workplace: Workplace, heard: "_Heard") -> None:
     """One after the other, in this process and in the order of the recipe."""
-    left = list(tasks)
+    busy: list[Task] = []
     with deterministic():
-        for again in (False, True):
-            busy: list[Task] = []
+        for left, patient in ((tasks, False), (busy, True)):
             for task in left:
                 heard.begun(task)
-                ended = workplace.run(task.run, partial(cells.__getitem__, task.run), task.origin)
-                if ended.failure is not None and ended.failure.busy and not again:
+                cell = partial(cells.__getitem__, task.run)
+                ended = workplace.run(task.run, cell, task.origin, patient=patient)
+                if ended.busy and not patient:
                     busy.append(task)  # perhaps the other process has finished it when the others are done
                 else:
                     heard.ended(task, ended)
-            left = busy
 
 
 class _Heard:

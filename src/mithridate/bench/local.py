@@ -140,7 +140,9 @@ def _heard(worker: _Worker, queue: Queue, terms: Terms, hears: Hears) -> bool:
             worker.task = None
             queue.over(task)
             (ended,) = values
-            if not (ended.failure is not None and ended.failure.busy and queue.put_back(task)):
+            if ended.busy and not task.patient:
+                queue.put_back(task)
+            else:
                 hears.ended(task, ended)
         case _:
             if name == "prepared":

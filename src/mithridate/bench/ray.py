@@ -117,7 +117,9 @@ def _drive(ray: Any, tasks: Sequence[Task], terms: Terms, jobs: int | None, hear
                 task = at_work.pop(reference)
                 queue.over(task)
                 how = _told(ray, reference)
-                if not (how.failure is not None and how.failure.busy and queue.put_back(task)):
+                if how.busy and not task.patient:
+                    queue.put_back(task)
+                else:
                     hears.ended(task, how)
     finally:
         with suppress(ray.exceptions.RayError, ValueError):  # a cluster that goes on without us, after an interrupt

@@ -1,7 +1,7 @@
 """The cells of a grid as they are handed to processes: which one next, and what is heard of it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from mithridate.bench.origin import Origin, settings_key
@@ -21,6 +21,7 @@ class Task:
         origin: What it is to be made from.
         prepared: The same for cells that a process prepares once.
         burn_in: The same for cells that surely share a burn-in.
+        patient: Whether to wait where another process is at work on it.
     """
 
     run: str
@@ -28,10 +29,11 @@ class Task:
     origin: Origin
     prepared: str
     burn_in: str
+    patient: bool = False
 
     def carried_out(self, workplace: Workplace) -> Ended:
         """Run the cell."""
-        return workplace.run(self.run, self._cell, self.origin)
+        return workplace.run(self.run, self._cell, self.origin, patient=self.patient)
 
     def _cell(self) -> Cell:
         (cell,) = make_recipe(self.config).cells()
@@ -74,6 +76,10 @@ class Sender(Watcher):
         """What the cell starts from is there."""
         self._send("prepared", ())
 
+    def waiting(self, cell: Cell) -> None:
+        """Another process is at work on the cell."""
+        self._send("waiting", ())
+
     def step(self, cell: Cell, done: int, steps: int, accuracy: float) -> None:
         """A step has ended."""
         self._send("step", (done, steps, accuracy))
@@ -95,7 +101,6 @@ class Queue:
     _waiting: list[Task] = field(init=False)
     _training: dict[str, str] = field(init=False, default_factory=dict)
     _trained: set[str] = field(init=False, default_factory=set)
-    _put_back: set[str] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self._waiting = list(self.tasks)
@@ -120,7 +125,7 @@ class Queue:
     def _rank(self, task: Task, last: Task | None) -> tuple[bool, bool, bool, bool]:
         return (
             task.burn_in in self._training,
-            task.run in self._put_back,
+            task.patient,
             last is None or task.prepared != last.prepared,
             task.burn_in in self._trained,  # burn-ins first, so that no process has to wait for them at the end
         )
@@ -135,10 +140,6 @@ class Queue:
         if self._training.get(task.burn_in) == task.run:
             del self._training[task.burn_in]
 
-    def put_back(self, task: Task) -> bool:
-        """Try a task again after all others, once; false if that has been done."""
-        if task.run in self._put_back:
-            return False
-        self._put_back.add(task.run)
-        self._waiting.append(task)
-        return True
+    def put_back(self, task: Task) -> None:
+        """Try a task again after all others, and then wait for whoever is at work on it."""
+        self._waiting.append(replace(task, patient=True))

@@ -27,6 +27,9 @@ class Watcher:
     def prepared(self, cell: "Cell") -> None:
         """What the cell starts from is there: the burn-in is in the cache."""
 
+    def waiting(self, cell: "Cell") -> None:
+        """Another process is at work on the cell; this one waits until that has ended, and has nothing else to do."""
+
     def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
         """A step of the accumulative phase has ended; `accuracy` is the newest that was measured."""
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,11 @@ class Ended:
     skipped: bool = False
     failure: Failure | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether it was left to another process, which is at work on it."""
+        return self.failure is not None and self.failure.busy
+
 
 @dataclass(frozen=True)
 class _Samples:
@@ -111,19 +116,20 @@ class Workplace:
             burn_in(model, stream, variant.burn_in, seed=0)
         return [self._place(cell, samples) for cell in cells]
 
-    def run(self, run: str, cell: Callable[[], Cell], origin: Origin) -> Ended:
+    def run(self, run: str, cell: Callable[[], Cell], origin: Origin, *, patient: bool = False) -> Ended:
         """Run a cell, go on with it, or find it finished; an error of its own is recorded in its directory.
 
         Args:
             run: Its id.
             cell: Makes it.
             origin: What it is to be made from; it was checked by `places`.
+            patient: Wait, where another process is at work on it, until that has ended; else its failure says so.
 
         Raises:
             WriteError: The file system refuses, which no other cell would survive either.
         """
         try:
-            return self._run(cell(), origin)
+            return self._run(cell(), origin, patient=patient)
         except WriteError:
             raise
         except (BusyError, StoreError) as error:  # the directory is another's: nothing is written there
@@ -131,7 +137,7 @@ class Workplace:
         except Exception as error:  # whatever a component or a machine can raise: the other cells go on
             return Ended(None, failure=self._recorded(run, Failure.of(error)))
 
-    def _run(self, cell: Cell, origin: Origin) -> Ended:
+    def _run(self, cell: Cell, origin: Origin, *, patient: bool) -> Ended:
         samples = self._opened(cell.recipe)
         place = self._place(cell, samples)
         if place.origin != origin:
@@ -143,8 +149,16 @@ class Workplace:
         if isinstance(prepared, Failure):
             return Ended(None, failure=self._recorded(cell.run_id, prepared))
         self.watcher.prepared(cell)
-        with locked(place.directory / store.LOCK, timeout=0):
-            if place.standing() is Standing.FINISHED:  # by another process, while this one prepared
+        with ExitStack() as held:
+            lock = place.directory / store.LOCK
+            try:
+                held.enter_context(locked(lock, timeout=0))
+            except BusyError:
+                if not patient:
+                    raise
+                self.watcher.waiting(cell)
+                held.enter_context(locked(lock))
+            if place.standing() is Standing.FINISHED:  # by another process, while this one prepared or waited
                 return Ended(place.summary(), skipped=True)
             return Ended(run_cell(place, with_surrogate(prepared, cell, context), context))
 

@@ -93,6 +93,10 @@ class Bars(Watcher):
         if self.pace:
             self.pace.stepped(cell.run_id, 0)
 
+    def waiting(self, cell: "Cell") -> None:
+        """Another command is at work on a run."""
+        self._line(f"{cell.run_id}: another command is at work on it; waiting until that has ended")
+
     def step(self, cell: "Cell", done: int, steps: int, accuracy: float) -> None:
         """A step has ended."""
         took = self._clock(cell)
