@@ -83,7 +83,6 @@ class GateAware(Tolerance, Budgeted):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MODEL, Need.VALIDATION, Need.TRIGGER, Need.ACCURACY})
 
     restrained: ClassVar[bool] = True
-    """It may well send less than its budget allows, or nothing."""
 
     inner: dict[str, Any] = Field(default_factory=lambda: dict(INNER_DEFAULT))
     trusted_size: Annotated[int, Field(ge=2)] | None = None

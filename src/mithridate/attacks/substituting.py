@@ -10,7 +10,7 @@ from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch, Batch, check_batch, tensors_of
 from mithridate.core.registry import settings
 from mithridate.core.view import View
-from mithridate.maths.norms import Ball
+from mithridate.maths.norms import Ball, by_row
 
 
 @settings
@@ -72,7 +72,7 @@ class Substituting(Attack, ABC):
         pairs = list(zip(_tensors(batch), _tensors(sent), strict=True))
         if any((a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device) for a, b in pairs):
             raise AssertionError(f"{name} made a batch of another shape, type or device")
-        replaced = iter([torch.where(_as_rows(mask, a), b.detach(), a) for a, b in pairs])
+        replaced = iter([torch.where(by_row(mask.to(a.device), a), b.detach(), a) for a, b in pairs])
         return batch.each(lambda _: next(replaced))
 
     def trigger(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
@@ -82,7 +82,3 @@ class Substituting(Attack, ABC):
 
 def _tensors(batch: AnyBatch) -> list[Tensor]:
     return [*tensors_of(batch.x), batch.y]
-
-
-def _as_rows(mask: Tensor, like: Tensor) -> Tensor:
-    return mask.to(like.device).view(-1, *[1] * (like.ndim - 1))

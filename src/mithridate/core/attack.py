@@ -30,6 +30,9 @@ class Attack(Component, ABC):
     control: ClassVar[bool] = False
     """Whether it is a control, which is not meant to beat noise."""
 
+    restrained: ClassVar[bool] = False
+    """Whether it may well send less than its budget allows, or nothing, on purpose."""
+
     power: ClassVar[Power] = "inputs"
     """What of a sample it changes. Only inputs have a ball."""
 

@@ -13,7 +13,7 @@ from mithridate.core.registry import register, settings
 from mithridate.core.targets import Criterion
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
-from mithridate.maths.norms import Ball
+from mithridate.maths.norms import Ball, by_row
 
 
 @register("defence", "mma")
@@ -99,10 +99,9 @@ class Mma(AdversariallyLearned):
 
     def _bisected(self, batch: Batch, end: Tensor, view: View) -> Tensor:
         """The misclassified end of the last interval between samples and misclassified pixels."""
-        shape = (-1, *[1] * (end.ndim - 1))
         low, high = end.new_zeros(len(end)), end.new_ones(len(end))
         for _ in range(self.bisections):
             middle = (low + high) / 2
-            beyond = self.says(torch.lerp(batch.x, end, middle.view(shape)), view).argmax(1) != batch.y
+            beyond = self.says(torch.lerp(batch.x, end, by_row(middle, end)), view).argmax(1) != batch.y
             low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
-        return torch.lerp(batch.x, end, high.view(shape))
+        return torch.lerp(batch.x, end, by_row(high, end))

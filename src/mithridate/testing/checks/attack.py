@@ -174,7 +174,7 @@ def _in_power(attack: Attack, batch: AnyBatch) -> list[torch.Tensor]:
 
 def _may_hold_back(attack: Attack) -> bool:
     """Controls, and attacks that send less than their budget on purpose (`restrained`)."""
-    return attack.control or bool(getattr(attack, "restrained", False))
+    return attack.control or attack.restrained
 
 
 def _judge(attack: Attack, clean: AnyBatch, sent: AnyBatch, ball: Ball, domain: Domain, evidence: Evidence) -> None:
