@@ -36,12 +36,16 @@ def summary(outcomes: Iterable[Ruling]) -> str:
     """How many claims hold, in words.
 
     >>> summary([Ruling.HOLDS, Ruling.HOLDS, Ruling.UNDECIDED])
-    '2 of 3 checks hold, 1 not decided'
+    '2 of 3 checks hold, 1 is not decided'
     """
     count = Counter(outcomes)
-    total, holding = count.total(), count[Ruling.HOLDS]
-    others = [f"{count[o]} {o.value}" for o in (Ruling.FAILS, Ruling.UNDECIDED, Ruling.ABSENT) if count[o]]
-    return ", ".join([f"{holding} of {total} checks hold", *others]) if total else "no check"
+    if not count:
+        return "no check"
+    said = {Ruling.FAILS: ("does not", "do not"), Ruling.UNDECIDED: ("is not decided", "are not decided")}
+    said[Ruling.ABSENT] = ("was not run", "were not run")
+    others = [f"{count[ruling]} {words[count[ruling] > 1]}" for ruling, words in said.items() if count[ruling]]
+    holding, total = count[Ruling.HOLDS], count.total()
+    return ", ".join([f"{holding} of {total} checks {'holds' if holding == 1 else 'hold'}", *others])
 
 
 def lead_of(item: Item, scale: Scale, changes: Sequence[str] = ()) -> Callable[[Sequence[Row]], Lead]:
