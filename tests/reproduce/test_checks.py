@@ -47,6 +47,16 @@ def test_a_claim_is_judged_by_its_whole_interval(check: dict[str, Any], outcomes
     assert made.verdict([]).n == 0
 
 
+@pytest.mark.parametrize(
+    ("ends", "outcome"),
+    [({}, "does not hold"), ({"by": 0}, "holds"), ({"by": 0.1}, "does not hold"), ({"by": -0.1}, "holds")],
+)
+def test_what_is_the_same_is_as_high_and_not_higher(ends: dict[str, float], outcome: str) -> None:
+    same = runs(none=[60, 61, 62], clip=[60, 61, 62])
+    for pair in ({"greater": [CLIP, NONE]}, {"increasing": [NONE, CLIP]}):
+        assert Check.of({"says": "so", **pair, **ends}, where="").verdict(same).outcome.value == outcome
+
+
 def test_the_interval_is_students() -> None:
     values = [1.0, 2.0, 4.0, 4.5]
     interval = Interval.of(values)

@@ -174,12 +174,13 @@ def _ratio(row: Sequence[float]) -> float:
     return row[0] / row[1] if row[1] else math.nan
 
 
-def _greater(selections: Sequence[Selection], by: float = 0) -> list[RangeTest]:
-    return [RangeTest(selections, _difference, by, math.inf, strict=True)]
+def _greater(selections: Sequence[Selection], by: float | None = None) -> list[RangeTest]:
+    """The first is above the second; with `by`, by that much or more: 0 is "as high, or higher"."""
+    return [RangeTest(selections, _difference, by or 0, math.inf, strict=by is None)]
 
 
-def _increasing(selections: Sequence[Selection], by: float = 0) -> list[RangeTest]:
-    return [RangeTest((above, below), _difference, by, math.inf, strict=True) for below, above in pairwise(selections)]
+def _increasing(selections: Sequence[Selection], by: float | None = None) -> list[RangeTest]:
+    return [part for below, above in pairwise(selections) for part in _greater((above, below), by)]
 
 
 def _in_ratio(
