@@ -161,6 +161,30 @@ def test_the_threshold_rises_with_every_update_made(burned_in: Learner, stream: 
     assert counts[0] > counts[1] > counts[2]
 
 
+def test_a_relative_threshold_is_a_multiple_of_what_the_first_update_found(burned_in: Learner, stream: Stream) -> None:
+    """Also when the model has moved since: the reference stays that of the start."""
+    probe = DGC(threshold=math.inf, lr=LR, trusted_size=7)
+    learner = learner_of(burned_in, stream, probe)
+    updates = rows_of(learner, stream)
+    assert learner.history is not None
+    assert learner.trusted is not None
+    old, view = learner.history.checkpoint(), learner.view()
+    assert old is not None
+    start = float(memorization_discrepancy(view.model, old, learner.trusted.x[:7]).mean())
+    low, high = probe._discrepancies(updates, old, view).sort().values[[1, 3]].tolist()
+    middle = (low + high) / 2
+    defence = DGC(threshold=middle / start, relative=True, clip_norm=0.01, lr=LR, trusted_size=7)
+    absolute = DGC(threshold=middle, clip_norm=0.01, lr=LR, trusted_size=7)
+    for scale in (1.0, 1.2):
+        with torch.no_grad():
+            learner.model.get_parameter(next(iter(updates.shapes))).mul_(scale)
+        bounded = defence.bound(updates, view).rows
+        assert torch.equal(bounded, absolute.bound(updates, view).rows)
+    assert 0 < int((bounded != updates.rows).any(1).sum()) < 5
+    with pytest.raises(ConfigError, match=r'relative .*old = "checkpoint"'):
+        DGC(old="back", relative=True)
+
+
 def test_a_dropped_row_is_zero_whatever_the_bound(burned_in: Learner, stream: Stream) -> None:
     learner = learner_of(burned_in, stream, DGC(threshold=0.0, flagged="drop", clip_norm=math.inf, lr=LR))
     updates = rows_of(learner, stream)

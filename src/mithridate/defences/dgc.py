@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.defence import Defence, Rounds
-from mithridate.core.discrepancy import LookingBack
+from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
 from mithridate.core.errors import ConfigError
 from mithridate.core.past import Past, Weights
 from mithridate.core.registry import register, settings
@@ -18,6 +18,9 @@ from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
 from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, clip_rows
+
+START = "start"
+"""Where the mean discrepancy before the first update is noted."""
 
 
 @register("defence", "dgc")
@@ -39,6 +42,8 @@ class DGC(LookingBack, Defence):
             row, `inf` none. A step after which the model answers with NaN counts as above it.
         rise: By how much the threshold grows with every update made, tau, >= 0: an honest model moves away from its
             past, too.
+        relative: `threshold` and `rise` are multiples of the mean discrepancy before the first update: how far a model
+            has moved since its old self depends on its burn-in. With `old = "checkpoint"` alone.
         flagged: What becomes of a flagged row: `clip` to `clip_norm`, or `drop`: it becomes zero and counts as the
             update of a client that changes nothing. Online, where the batch's gradient is the only row, a dropped one
             is a step with a zero gradient: momentum and weight decay still move the model.
@@ -51,7 +56,8 @@ class DGC(LookingBack, Defence):
         trusted_size: Use only the first so many trusted samples, >= 1; unset: all.
 
     Raises:
-        ConfigError: (from `bound`) the wanted checkpoint was not kept, or some parameters have no gradient.
+        ConfigError: `relative` with `old = "back"`; (from `bound`) the wanted checkpoint was not kept, or some
+            parameters have no gradient.
 
     Source:
         Zhu et al., ICML 2023, C.10, Table 13.
@@ -63,12 +69,20 @@ class DGC(LookingBack, Defence):
 
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 0.5
     rise: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    relative: bool = False
     flagged: Literal["clip", "drop"] = "clip"
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     norm: Norm = "l2"
     back: Annotated[int, Field(ge=0)] = 20
     lr: LearningRate = 0.1
     trusted_size: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.relative and self.old != "checkpoint":
+            raise ConfigError(
+                '[defence] dgc: relative compares with the discrepancy before the first update, and with old = "back" '
+                'there is none yet; set old = "checkpoint", or relative = false.'
+            )
 
     def past(self, view: View) -> Past:
         """The old model may be the current one, such as the start of a federation: a row's step is compared with it."""
@@ -86,7 +100,7 @@ class DGC(LookingBack, Defence):
             raise ConfigError("dgc: it steps on whole updates, and some parameters have none.")
         rows = updates.rows
         bounded = torch.zeros_like(rows) if self.flagged == "drop" else clip_rows(rows, self.clip_norm, self.norm)
-        threshold = self.threshold + self.rise * view.step
+        threshold = (self.threshold + self.rise * view.step) * self._unit(old, view)
         if threshold == 0:  # a discrepancy of nothing can round to less than nothing
             return updates.with_rows(bounded)
         suspicious = ~(self._discrepancies(updates, old, view) <= threshold)  # NaN is
@@ -100,6 +114,15 @@ class DGC(LookingBack, Defence):
         """
         if run.distances != "all":
             raise ConfigError('dgc: it steps on whole updates; set distances = "all" in [federated].')
+
+    def _unit(self, old: Weights, view: View) -> float:
+        """What the threshold is a multiple of, noted at the first update."""
+        if not self.relative:
+            return 1.0
+        if START not in view.memory:
+            x = view.trusted.take(slice(self.trusted_size)).x
+            view.memory[START] = memorization_discrepancy(view.model, old, x, kind=self.divergence).mean()
+        return float(view.memory[START])
 
     @torch.no_grad()
     def _discrepancies(self, updates: Updates, old: Weights, view: View) -> Tensor:
