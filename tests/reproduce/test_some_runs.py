@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from mithridate.bench.engine import run_recipe
+from mithridate.cli.reproduce import reproduce_items
 from mithridate.core.errors import ConfigError
 from mithridate.reproduce.item import read_item
 from mithridate.reproduce.run import reproduce
@@ -52,3 +53,23 @@ def test_a_variant_of_which_nothing_is_chosen_needs_no_data(folder: Path, tmp_pa
     nothing: dict[str, Any] = {"data_root": tmp_path, "device": "cpu", "cache": tmp_path / "cache"}
     grid = run_recipe(recipe, tmp_path / "out", only=only.picks_cell, **nothing)
     assert [path.name for path in grid.directories] == [f"clean-stream__none__digits__seed{s}" for s in (0, 1)]
+
+
+def test_records_lie_where_the_runs_belong(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A figure that shows a table's runs keeps none of its own."""
+    monkeypatch.setattr("mithridate.report.figure_sections", lambda *_: [])
+    head = f'title = "The same"\nsource = "Somebody et al., Figure 1"\nclaim = "the same"\nalso = ["{NAME}"]\n'
+    (folder / "items" / "some2020-figure1.toml").write_text(head, encoding="utf-8")
+    reproduce_items(
+        [read_item("some2020-figure1", folder)],
+        "smoke",
+        tmp_path / "out",
+        seeds=[0],
+        only=["attack=clean-stream", "defence=none"],
+        form="md",
+        record=tmp_path / "results",
+        device="cpu",
+        cache=tmp_path / "cache",
+    )
+    kept = [path.relative_to(tmp_path / "results") for path in (tmp_path / "results").rglob("*.json")]
+    assert kept == [Path(NAME, "smoke", "clean-stream__none__seed0.json")]

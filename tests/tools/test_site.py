@@ -70,11 +70,15 @@ def test_every_table_of_the_papers_is_there_and_says_where_we_have_none(tmp_path
 
 def test_what_we_have_run_stands_with_the_verdict_on_each_claim() -> None:
     page = papers()
+    overview, _, _ = page.partition("\n## ")
     for folder in sorted((ROOT / "results").glob("*/small")):
         item = read_item(folder.parent.name)
         _, _, part = page.partition(f"## {folder.parent.name}\n")
         part = part.partition("\n## ")[0]
         assert f"of {len(item.checks)} checks hold" in part
+        (line,) = (line for line in overview.splitlines() if line.startswith(f"| [{item.name}]"))
+        _, seeds, claims, *by_verdict = map(int, line.strip("| ").split(" | ")[3:])
+        assert (seeds, claims, sum(by_verdict)) == (3, len(item.checks), len(item.checks))
         for check in item.checks:
             assert f"| {check.says} | " in part
 

@@ -101,7 +101,7 @@ def reproduce_items(
         UserError: Anything in an item, the data, the device or the store that cannot work.
     """
     from mithridate.reproduce.records import write_records
-    from mithridate.reproduce.run import reproduce
+    from mithridate.reproduce.run import directory_of, reproduce
     from mithridate.reproduce.selection import Selection
 
     chosen = Selection.asked(only) if only else None
@@ -116,7 +116,9 @@ def reproduce_items(
         failures |= done.failures
         of += len(done.runs) + len(done.failures)
         if record is not None:
-            write_records(done.runs, record / item.name / scale)
+            for part in item.parts:  # runs of another item are kept where that has them
+                own = [run for run in done.runs if run.path.parent == directory_of(directory, part, scale)]
+                write_records(own, record / part.name / scale)
         if form == "table":
             _show(done)
         else:
