@@ -43,13 +43,13 @@ def _records(item: Item, results: Path) -> dict[Scale, list[Run]]:
 def _overview(items: Iterable[tuple[Item, dict[Scale, list[Run]]]]) -> Iterable[str]:
     """How many claims hold, an item a line; nothing if nothing was run."""
     lines = [
-        f"| [{item.name}](#{item.name}) | {item.source} | {scale} | {_counts(item, runs)} |"
+        f"| [{item.name}](#{item.name}) | {scale} | {_counts(item, runs)} |"
         for item, by_scale in items
         for scale, runs in by_scale.items()
     ]
     if lines:
-        names = ("item", "of", "scale", "runs", "seeds", "claims", *(ruling.value for ruling in Ruling))
-        yield from ("| " + " | ".join(names) + " |", "|---" * 3 + "|---:" * 7 + "|", *lines, "")
+        names = ("item", "scale", "runs", "seeds", "claims", *(ruling.value for ruling in Ruling))
+        yield from ("| " + " | ".join(names) + " |", "|---" * 2 + "|---:" * 7 + "|", *lines, "")
 
 
 def _counts(item: Item, runs: list[Run]) -> str:
