@@ -1,5 +1,7 @@
 """What an attacker sees of a round, and what an update attack is by default."""
 
+import dataclasses
+
 import torch
 from torch import Generator, Tensor
 
@@ -27,6 +29,20 @@ def test_the_hostile_clients_own_updates_are_made_when_they_are_looked_at_and_on
     assert torch.equal(honest.own, OWN)
     assert torch.equal(honest.mean, (ROWS.sum(0) + OWN.sum(0)) / 5)  # of rows that nobody has bounded
     assert asked == [2]
+
+
+def test_a_sum_forms_no_row_that_nobody_has_looked_at() -> None:
+    asked: list[int] = []
+    honest = dataclasses.replace(honest_of(asked), summed=lambda x, y: OWN.sum(0))
+    assert torch.equal(honest.mean, (ROWS.sum(0) + OWN.sum(0)) / 5)
+    assert asked == []
+    assert torch.equal(honest.own, OWN)
+
+    def never(x: Tensor, y: Tensor) -> Tensor:
+        raise AssertionError("the rows are there")
+
+    seen = dataclasses.replace(honest_of([]), summed=never)
+    assert torch.equal(seen.own.sum(0), seen.own_total)
 
 
 def test_the_trigger_is_sent_as_any_round_by_default() -> None:

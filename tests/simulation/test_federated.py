@@ -67,6 +67,24 @@ def federation(stream: Stream) -> Federation:
     return federate(stream, Shards(clients=10), seed=0)
 
 
+class Looks(HostileShare):
+    """Keeps what it is shown, and sends what it would have sent anyway."""
+
+    seen: ClassVar[list[tuple[Tensor, Tensor]]] = []
+
+    def craft(self, honest: Honest, view: View, rng: Generator) -> Tensor:
+        total = honest.own_total
+        self.seen.append((total, honest.own.sum(0)))
+        return honest.own
+
+
+class Doubled(nn.Linear):
+    """A layer whose formula nobody knows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
 class Watched(Learner):
     """Keeps what each round came to."""
 
@@ -439,6 +457,10 @@ SUMMED: dict[str, tuple[UpdateAttack, Defence | None, FederatedRun]] = {
 }
 
 
+OWN_SUMS = {"accumulative": 2 * 3, "accumulative, all": 2 * 10, "apart": 10}
+"""Of hostile clients' updates, those that an attack wants the sum of, in all rounds."""
+
+
 @pytest.mark.parametrize("name", SUMMED)
 def test_sums_are_those_of_the_rows(
     federation: Federation, server: NewLearner, name: str, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +477,7 @@ def test_sums_are_those_of_the_rows(
     summed, by_rows = server(run, defence), server(run, defence)
     first = run_federated(summed, federation, attack, run)
     honest = 10 - hostile_clients(attack, 10)
-    assert sum(calls) == 3 * honest  # every honest client of three rounds, none by rows
+    assert sum(calls) == 3 * honest + OWN_SUMS.get(name, 0)  # every honest client of three rounds, none by rows
     monkeypatch.setattr("mithridate.simulation.server_round.summed_gradients", lambda *_, **__: "not today")
     second = run_federated(by_rows, federation, attack, run)
     for one, other in zip(timeless_rows(first.trace), timeless_rows(second.trace), strict=True):
@@ -1171,3 +1193,21 @@ def test_rounds_between_are_measured_on_a_subset(federation: Federation, server:
         assert getattr(outcome, key) == getattr(whole, key)
     with pytest.raises(ConfigError, match="evaluate_size"):
         run_federated(server(run), federation, CleanUpdates(), dataclasses.replace(run, evaluate_size=n + 1))
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "averaged"])
+@pytest.mark.parametrize("known", [True, False])
+def test_the_sum_of_hostile_updates_is_that_of_their_rows(
+    federation: Federation, server: NewLearner, monkeypatch: pytest.MonkeyPatch, batch_norm: Any, *, known: bool
+) -> None:
+    """Whether it is formed without rows, or from them where statistics or a layer want that."""
+    monkeypatch.setattr(Looks, "seen", [])
+    run = dataclasses.replace(RUN, batch_norm=batch_norm, local_batch=4)
+    learner = server(run)
+    if not known:
+        learner.model.fc2 = Doubled(32, 4)
+        learner.optimiser = victim_optimiser(learner.model, run)
+    run_federated(learner, federation, Looks(poison_ratio=0.5), run)
+    assert len(Looks.seen) == 3
+    for total, rows in Looks.seen:
+        assert float((total - rows).norm()) < 1e-5 * float(rows.norm())

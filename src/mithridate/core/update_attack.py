@@ -26,6 +26,7 @@ class Honest:
             an attack that declares `every_row` is sure to see them; for others they may be None.
         gradients: (inputs, targets) of all hostile clients -> the updates that they would send, a row each, as the
             round computes them.
+        summed: (inputs, targets) -> the sum of these updates, for which a model may need no rows; None: of the rows.
     """
 
     total: Tensor
@@ -35,11 +36,19 @@ class Honest:
     y: Tensor
     rows: Tensor | None
     gradients: Callable[[Tensor, Tensor], Tensor]
+    summed: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @cached_property
     def own(self) -> Tensor:
         """(hostile clients, parameters), the updates of the hostile clients' data; computed when first looked at."""
         return self.gradients(self.x, self.y)
+
+    @cached_property
+    def own_total(self) -> Tensor:
+        """(parameters,), the sum of `own`, which is formed for it only if it must be."""
+        if self.summed is None or "own" in vars(self):
+            return self.own.sum(0)
+        return self.summed(self.x, self.y)
 
     @property
     def hostile(self) -> int:
@@ -54,7 +63,7 @@ class Honest:
     @property
     def mean(self) -> Tensor:
         """(parameters,), the mean update of the round if every client were honest and no row bounded."""
-        return (self.total + self.own.sum(0)) / self.clients
+        return (self.total + self.own_total) / self.clients
 
 
 class UpdateAttack(Component, ABC):

@@ -226,6 +226,18 @@ class ServerRound:
             self.rows[self.filled : self.filled + len(rows)] = bounded
         self.filled += len(rows) * times
 
+    def _summed(self, x: Tensor, y: Tensor) -> Tensor:
+        """(parameters,), the sum of clients' gradients; no row is formed where the model allows that."""
+        learner, size = self.learner, max(1, SUMMED_PASS // y.shape[1])
+        total = torch.zeros_like(self.total)
+        for inputs, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
+            sums = "" if self.mode == "train" else summed_gradients(learner.model, learner.criterion, inputs, labels)
+            if isinstance(sums, str):
+                rows = client_gradients(learner.model, learner.criterion, x, y, mode=self.mode)
+                return rows.sum(0)
+            total += sums.total
+        return total
+
     def honest(self, hostile: Batch) -> Honest:
         """What an attacker who sees every update sees before it sends its own.
 
@@ -241,6 +253,7 @@ class ServerRound:
             y=hostile.y,
             rows=self.rows[: self.filled] if self.rows is not None else None,
             gradients=lambda x, y: client_gradients(learner.model, learner.criterion, x, y, mode=mode),
+            summed=self._summed,
         )
 
     def aggregated(self) -> Updates:
