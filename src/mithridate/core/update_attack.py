@@ -43,7 +43,7 @@ class Honest:
         """(hostile clients, parameters), the updates of the hostile clients' data; computed when first looked at."""
         return self.gradients(self.x, self.y)
 
-    @cached_property
+    @property
     def own_total(self) -> Tensor:
         """(parameters,), the sum of `own`, which is formed for it only if it must be."""
         if self.summed is None or "own" in vars(self):
