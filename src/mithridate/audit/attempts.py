@@ -108,7 +108,7 @@ def update_attempts(plan: AuditPlan, federated: FederatedAudit) -> list[Trial]:
         federated: How many clients are hostile.
     """
 
-    def attack(name: str, **values: Any) -> UpdateAttack:  # noqa: ANN401  (of the attack)
+    def attack(name: str, **values: object) -> UpdateAttack:
         known = entry("update_attack", name).fields
         longer: dict[str, Any] = {k: federated.scale for k in ("scale", "trigger_scale") if k in known}
         built: UpdateAttack = build("update_attack", {"name": name, **longer, **values}, where="[federated]")

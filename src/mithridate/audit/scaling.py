@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -30,7 +29,7 @@ class Rescaled(nn.Module):
         self.model = model
         self.register_buffer("scale", scale, persistent=False)
 
-    def forward(self, x: Tensor) -> Any:  # noqa: ANN401  (whatever the model gives)
+    def forward(self, x: Tensor) -> object:
         """What the model says."""
         return self.model(x * self.get_buffer("scale").to(x.dtype))
 

@@ -234,13 +234,13 @@ def samples_of(target: Target, batches: int, seed: int) -> TargetSamples:
     return TargetSamples(stream, known, measured, attackers, _domain(domain, stream), learned)
 
 
-def _several(value: Any) -> Iterable[Any]:  # noqa: ANN401  (whatever a user calls a stream)
+def _several(value: object) -> Iterable[object]:
     if not isinstance(value, Iterable) or isinstance(value, Tensor | str | Mapping | Batch):
         raise DataError(f"the target's stream is a {type(value).__name__}; give a list or a loader of batches.")
     return value
 
 
-def _batch(value: Any, where: str) -> AnyBatch:  # noqa: ANN401  (whatever a user calls a batch)
+def _batch(value: object, where: str) -> AnyBatch:
     """One batch, however it is written."""
     if isinstance(value, Mapping):
         key = next((key for key in LABELS if key in value), None)
@@ -249,8 +249,8 @@ def _batch(value: Any, where: str) -> AnyBatch:  # noqa: ANN401  (whatever a use
         value = Batch({str(k): t for k, t in value.items() if k != key}, value[key])
     elif isinstance(value, tuple | list) and len(value) == 2 and not isinstance(value, Batch):
         value = Batch(*value)
-    check_batch(value, where=where)
-    batch: AnyBatch = value
+    batch = cast("AnyBatch", value)  # whatever a user calls one: what is none is refused in the next line
+    check_batch(batch, where=where)
     if not isinstance(batch.x, Tensor | Mapping):
         raise DataError(f"{where}: inputs are a {type(batch.x).__name__}; give a tensor, or a mapping by argument.")
     if any(t.dtype == torch.uint8 for t in tensors_of(batch.x)):
@@ -260,7 +260,7 @@ def _batch(value: Any, where: str) -> AnyBatch:  # noqa: ANN401  (whatever a use
     return batch.each(Tensor.detach).with_class_numbers()
 
 
-def _joined(value: Any, where: str) -> AnyBatch:  # noqa: ANN401  (a batch, or several)
+def _joined(value: object, where: str) -> AnyBatch:
     """A batch, or several as one."""
     single = isinstance(value, Batch | Mapping) or (
         isinstance(value, tuple | list) and len(value) == 2 and isinstance(value[1], Tensor)

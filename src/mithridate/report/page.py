@@ -129,7 +129,7 @@ def _by_stem(files: Sequence[str]) -> dict[str, list[str]]:
     return by_stem
 
 
-def _rendered(template: str, **values: Any) -> str:  # noqa: ANN401  (whatever the template takes)
+def _rendered(template: str, **values: object) -> str:
     """A page whose style and script are inside it, and which may load or run nothing else."""
     environment = Environment(
         loader=PackageLoader("mithridate.report", "."),

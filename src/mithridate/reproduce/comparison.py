@@ -82,8 +82,12 @@ def beside(item: Item, cells: Sequence[Compared], scale: str) -> TableSection:
         item: With a table.
         cells: Its numbers and ours.
         scale: Of our runs.
+
+    Raises:
+        ValueError: It is a figure without a table.
     """
-    assert item.table is not None  # noqa: S101  (whoever calls has looked)
+    if item.table is None:
+        raise ValueError(f"{item.name} has no table.")
     down, across = item.table.rows, item.table.columns
 
     def place(cell: PublishedCell, keys: Sequence[str]) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ def record_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _in_json(value: Any) -> Any:  # noqa: ANN401  (settings are of any kind)
+def _in_json(value: object) -> object:
     """Settings as JSON can hold them: infinity, which it has not, as TOML writes it."""
     if isinstance(value, Mapping):
         return {key: _in_json(item) for key, item in value.items()}

@@ -109,15 +109,13 @@ def _chosen(
         return parts
     chosen = [(part, recipe) for part, recipe in parts if any(map(only.picks_cell, recipe.cells()))]
     if not chosen:
-        labels: dict[str, dict[str, None]] = {"attack": {}, "defence": {}, "variant": {}}  # sets in order
-        for cell in (cell for _, recipe in parts for cell in recipe.cells()):
-            for kind, label in (
-                ("attack", cell.attack.label),
-                ("defence", cell.defence.label),
-                ("variant", cell.recipe.variant),
-            ):
-                labels[kind][label] = None
-        there = "; ".join(f"{kind}: {', '.join(filter(None, of))}" for kind, of in labels.items() if any(of))
+        cells = [cell for _, recipe in parts for cell in recipe.cells()]
+        labels = {
+            "attack": [cell.attack.label for cell in cells],
+            "defence": [cell.defence.label for cell in cells],
+            "variant": [cell.recipe.variant for cell in cells if cell.recipe.variant],
+        }
+        there = "; ".join(f"{kind}: {', '.join(dict.fromkeys(of))}" for kind, of in labels.items() if of)
         raise ConfigError(f"no run of {item.name} at {scale} scale is what --only asks for; there are {there}.")
     return chosen
 

@@ -128,7 +128,8 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
         with safe_open(path_of(path), framework="pt") as handle:
             metadata = handle.metadata() or {}
             header = json.loads(metadata["mithridate"])
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  (not a dict)
+            names = handle.keys()
+            tensors = {name: handle.get_tensor(name) for name in names}
         if header["format"] != FORMAT:
             raise CheckpointError(
                 f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew."

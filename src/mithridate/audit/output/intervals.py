@@ -1,5 +1,6 @@
 """What each attack cost, with its interval beside what is allowed."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -43,11 +44,11 @@ def _drawn(side: Side) -> Drawing:
 def _panel(ax: Axes, rows: Sequence[Ruled], heading: str) -> None:
     rows = sorted(rows, key=lambda r: (not r.control, r.cost.mean or 0.0))
     for place, r in enumerate(rows):
-        assert r.cost.low is not None and r.cost.high is not None and r.cost.mean is not None  # noqa: S101, PT018  (`_drawn` leaves others out)
+        low, mean, high = (math.nan if value is None else value for value in (r.cost.low, r.cost.mean, r.cost.high))
         colour = COLOURS.get(r.says, OTHER)
-        ends = [max(r.cost.low, -FARTHEST / 5), min(r.cost.high, FARTHEST)]
+        ends = [max(low, -FARTHEST / 5), min(high, FARTHEST)]
         ax.plot(ends, [place, place], color=colour, linewidth=2.4, solid_capstyle="butt")
-        ax.plot([r.cost.mean], [place], color=colour, marker="o", markersize=5.5)
+        ax.plot([mean], [place], color=colour, marker="o", markersize=5.5)
     ax.axvline(rows[0].allowed, color=PALETTE["ink"], linestyle="--", linewidth=1)
     ax.axvline(0, color=PALETTE["faint"], linewidth=0.8)
     ax.set_yticks(range(len(rows)), [fitting(r.attack) for r in rows])
