@@ -192,6 +192,14 @@ def test_a_grid_can_be_given_changed_and_taken_out_by_set() -> None:
     assert [a.label for a in eps.attacks] == ["noise", "accu+eps-8-255", "accu+eps-0.1"]
 
 
+def test_of_several_grids_set_changes_those_that_have_the_setting_or_else_all() -> None:
+    text = "[[grid]]\nrun.lr = [0.1, 0.2]\n[[grid]]\nrun.momentum = [0.5]\n"
+    assert [v.variant for v in recipe_of(text, "grid.run.lr=[0.3]").variants] == ["lr-0.3", "momentum-0.5"]
+    both = recipe_of(text, "grid.burn_in.epochs=1")
+    assert [v.variant for v in both.variants] == ["lr-0.1", "lr-0.2", "momentum-0.5"]
+    assert {setting(cell, "burn_in.epochs") for cell in both.cells()} == {1}
+
+
 @pytest.mark.parametrize(
     ("grid", "change"),
     [
@@ -203,7 +211,8 @@ def test_a_grid_can_be_given_changed_and_taken_out_by_set() -> None:
     ],
 )
 def test_what_the_grid_would_overrule_is_refused(grid: str, change: str) -> None:
-    with pytest.raises(ConfigError, match=r"the recipe's grid has .*--set grid=none"):
+    shown = r"=\[\.\.\.\]'," if "[" in grid else r"=\.\.\.,"
+    with pytest.raises(ConfigError, match=rf"the recipe's grid has .*{shown} .*--set grid=none"):
         recipe_of(f"[grid]\n{grid}\n", change)
     with pytest.raises(ConfigError, match="the recipe's grid has"):
         recipe_of(f"[[grid]]\n{grid}\n[[grid]]\nrun.momentum = [0.5]\n", change)

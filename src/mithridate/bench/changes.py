@@ -100,7 +100,7 @@ def apply_change(tables: Table, change: str) -> None:
 
     Without a label, every component of the recipe's table that has the key is changed. Values are TOML; what is not
     TOML is taken as text. `table.key=none` unsets an optional setting, `table=none` takes the whole table out, and
-    `grid.table.key=[...]` crosses the values.
+    `grid.table.key=[...]` crosses the values: in each of several grids that has the setting, in all if none has.
 
     Args:
         tables: The recipe's tables; changed in place.
@@ -126,20 +126,21 @@ def apply_change(tables: Table, change: str) -> None:
             f"is quoted, as in --set '{path}={example}'."
         )
     if equals and path.startswith("grid."):
-        grid = tables.get("grid", {})
-        if not isinstance(grid, dict):
-            raise ConfigError(f"{where}: the recipe has several grids; take them out by --set grid=none first.")
-        tables["grid"] = {**by_path(grid), path.removeprefix("grid."): value}
+        setting, grids = path.removeprefix("grid."), _grids(tables) or [{}]
+        for grid in [grid for grid in grids if setting in grid] or grids:
+            grid[setting] = value
+        tables["grid"] = grids
         return
     table, _, rest = path.partition(".")
     if not equals or not table or not rest.rpartition(".")[2]:
         raise ConfigError(f"{where}: write table.key=value, such as attack.eps=0.1.")
     field = _Field.of(path, where=where)
-    for crossed in (name for grid in _grids(tables) for name in grid):
+    for crossed, values in (item for grid in _grids(tables) for item in grid.items()):
         if field.meets(_Field.of(crossed, where="[grid]")):
+            example = f"'grid.{crossed}=[...]'" if isinstance(values, list) else f"grid.{crossed}=..."
             raise ConfigError(
-                f"{where}: the recipe's grid has {crossed}; change that by --set 'grid.{crossed}=[...]', or take the "
-                "grid out by --set grid=none."
+                f"{where}: the recipe's grid has {crossed}; change that by --set {example}, or take the grid out by "
+                "--set grid=none."
             )
     for target in _targets(tables, field, where=where):
         target[field.key] = value
