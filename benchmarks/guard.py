@@ -112,7 +112,7 @@ class Loop:
         settings = copy.copy(GUARDS.get(name, {}))
         if name == "dsc":
             with torch.no_grad():
-                scores = memorization_discrepancy(WhiteBox(model, functional.cross_entropy), old, trusted.x)
+                scores = memorization_discrepancy(WhiteBox(model, functional.cross_entropy), old, trusted)
             limit = float(scores.quantile(0.95))
             settings["defence"] = {"name": "dsc", "mu": limit, "tau": 0.0}
             settings["history"] = History(checkpoints={1: old}, length=2)

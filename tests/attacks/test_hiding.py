@@ -115,8 +115,9 @@ def close(a: Tensor, b: Tensor) -> bool:
 def test_the_derivatives_are_those_of_the_discrepancy(learner: Learner, old: Weights, chunk: int | None) -> None:
     model = learner.model.eval()
     value = naive_discrepancy(model, old, POINT)
+    point = Batch(POINT, BATCH.y)
     assert float(value.detach()) == pytest.approx(
-        float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, POINT).mean())
+        float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, point).mean())
     )
     expected = torch.autograd.grad(value, list(model.parameters()))
     model.train()  # which must not matter
@@ -203,9 +204,9 @@ def test_by_the_gradient_the_victims_step_itself_lowers_the_discrepancy(several:
         short.append(missing[1] / missing[0])
         twin = copy.deepcopy(model)
         victim = Learner(twin, SGD(twin.parameters(), lr=1e-3), update_mode="eval")
-        before = float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean())
+        before = float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent).mean())
         victim.update(sent)  # the batch that hides
-        rises.append(float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent.x).mean()) - before)
+        rises.append(float(memorization_discrepancy(WhiteBox(twin, F.cross_entropy), old, sent).mean()) - before)
     assert median(short) < 1  # of what the cosine lacks of 1 without hiding
     assert median(rises) < 0
 
@@ -224,7 +225,7 @@ def test_by_the_pixels_the_batch_itself_stands_out_less_and_aligns_less(several:
             attack = Accumulative(**{**SHARED, "normalise": "none"}, beta=beta, hide="pixels", hide_from=4)
             view = view_of(learner, attack)
             sent = attack.poison(batch, view, rng=rng())
-            seen.append(float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, sent.x).mean()))
+            seen.append(float(memorization_discrepancy(WhiteBox(model, F.cross_entropy), old, sent).mean()))
             product = dot(slope(VALIDATION), slope(Batch(view.memory[TRIGGER], CLEAN_TRIGGER.y)))
             w = [k + p for k, p in zip(slope(batch), parameter_gradient(model, product), strict=True)]
             gained.append(float(dot(slope(sent), w).detach()))
@@ -244,7 +245,7 @@ def test_the_trigger_hides_if_asked(several: Several, update: Any) -> None:
             attack.poison(first(batch, 3), view, rng=rng())
             sent = attack.trigger(CLEAN_TRIGGER, view, rng=rng())
             return float(
-                memorization_discrepancy(WhiteBox(learner.model, F.cross_entropy), old_of(learner), sent.x).mean()
+                memorization_discrepancy(WhiteBox(learner.model, F.cross_entropy), old_of(learner), sent).mean()
             )
 
         free = Accumulative(**{**SHARED, "steps": 3, "trigger_update": update}, hide_from=4)

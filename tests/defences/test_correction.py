@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mithridate.attacks.pgd import PGD
+from mithridate.core.batch import Batch
 from mithridate.core.discrepancy import memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.modes import Precision
@@ -49,19 +50,20 @@ def seen_by(learner: Learner, defence: Correcting) -> View:
 def scores(learner: Learner, defence: DSC, x: torch.Tensor) -> torch.Tensor:
     old = defence.old_model(seen_by(learner, defence))
     assert old is not None
-    return memorization_discrepancy(learner.white_box, old, x, kind=defence.divergence)
+    batch = Batch(x, torch.zeros(len(x), dtype=torch.int64))
+    return memorization_discrepancy(learner.white_box, old, batch, kind=defence.divergence)
 
 
 def test_discrepancy_is_zero_against_oneself_and_leaves_the_model_alone() -> None:
     learner = moved_learner()
     learner.model.train()
-    x = STREAM.victim_batch(3, 0).x
+    batch = STREAM.victim_batch(3, 0)
     before = learner.snapshot()
     itself = Weights.of(learner.model).copied()
-    assert float(memorization_discrepancy(learner.white_box, itself, x).abs().max()) < 1e-6
+    assert float(memorization_discrepancy(learner.white_box, itself, batch).abs().max()) < 1e-6
     with pytest.raises(ConfigError, match="back = 0"):
         replace(LOOK_BACK, back=0)
-    assert float(scores(learner, LOOK_BACK, x).max()) > 1e-3
+    assert float(scores(learner, LOOK_BACK, batch.x).max()) > 1e-3
     after = learner.snapshot()
     assert all(torch.equal(before.buffers[n], after.buffers[n]) for n in before.buffers)
     assert all(m.training for m in learner.model.modules())

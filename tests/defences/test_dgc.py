@@ -56,7 +56,7 @@ def discrepancies(learner: Learner, gradient: Updates, old: Weights, kind: Any, 
                 model.get_parameter(name).sub_(LR * g)
         assert learner.trusted is not None
         box = WhiteBox(model, learner.criterion)
-        found.append(memorization_discrepancy(box, old, learner.trusted.x[:size], kind=kind).mean())
+        found.append(memorization_discrepancy(box, old, learner.trusted.take(slice(size)), kind=kind).mean())
     return torch.stack(found)
 
 
@@ -170,7 +170,7 @@ def test_a_relative_threshold_is_a_multiple_of_what_the_first_update_found(burne
     assert learner.trusted is not None
     old, view = learner.history.checkpoint(), learner.view()
     assert old is not None
-    start = float(memorization_discrepancy(view.model, old, learner.trusted.x[:7]).mean())
+    start = float(memorization_discrepancy(view.model, old, learner.trusted.take(slice(7))).mean())
     low, high = probe._discrepancies(updates, old, view).sort().values[[1, 3]].tolist()
     middle = (low + high) / 2
     defence = DGC(threshold=middle / start, relative=True, clip_norm=0.01, lr=LR, trusted_size=7)

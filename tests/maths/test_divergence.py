@@ -33,6 +33,14 @@ def test_against_scipy() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_of_several_answers_to_a_sample_the_mean_counts_and_l2_takes_them_as_one(kind: Divergence) -> None:
+    old, now = (torch.stack([logits(seed), logits(seed + 1), logits(seed + 2)], 1) for seed in (0, 3))
+    each = torch.stack([divergence(old[:, k], now[:, k], kind) for k in range(3)])
+    expected = each.square().sum(0).sqrt() if kind == "l2" else each.mean(0)
+    torch.testing.assert_close(divergence(old, now, kind), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 50), shift=st.floats(-5, 5))
 def test_equal_answers_have_no_distance_and_shifted_logits_are_equal_answers(
     kind: Divergence, seed: int, shift: float

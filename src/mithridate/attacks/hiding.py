@@ -6,6 +6,8 @@ from pydantic import Field
 from torch import Tensor, cat, split
 
 from mithridate.attacks.losses import by_targets
+from mithridate.core.batch import AnyBatch
+from mithridate.core.component import check_classes
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import WhiteBox
 from mithridate.core.past import Epoch, Weights
@@ -49,6 +51,15 @@ class Hiding:
         """Refuse settings that contradict each other."""
         if self.hide_trigger and self.hide != "pixels":
             raise ConfigError('hide_trigger works on pixels; set hide = "pixels" with it.')
+
+    def check_hidden(self, batch: AnyBatch) -> None:
+        """Refuse targets of a model whose answers are not one distribution over classes, unless nothing is hidden.
+
+        Raises:
+            ConfigError: They are no class numbers, one a sample.
+        """
+        if self.beta > 0:
+            check_classes(batch, who=f"{type(self).__name__} with beta > 0")
 
     def pixels_hide(self, *, trigger: bool = False) -> bool:
         """Whether the pixels of a batch, or of the trigger, descend the discrepancy."""

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from mithridate.attacks.budget import Iterated
 from mithridate.attacks.hiding import Hiding
 from mithridate.attacks.losses import by_targets, targets
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.errors import ConfigError
 from mithridate.core.model import PureLoss, WhiteBox
 from mithridate.core.past import Epoch, Weights
@@ -111,6 +111,15 @@ class TriggerPoisoner(Hiding, Iterated, ABC):
             )
         if self.beta > 0:
             object.__setattr__(self, "needs", self.needs | {Need.HISTORY})
+
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse what it cannot move, and targets that its loss, or hiding, has no meaning for.
+
+        Raises:
+            ConfigError: Inputs are not one tensor of floats, or targets no class numbers where these are needed.
+        """
+        super().check_inputs(batch)
+        self.check_hidden(batch)
 
     @property
     def old_epochs(self) -> frozenset[Epoch | None]:

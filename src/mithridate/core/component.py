@@ -78,3 +78,23 @@ def check_classes(batch: AnyBatch, *, who: str) -> None:
         f"{who} compares targets with the class that the model says, and needs class numbers (int64, one a sample); "
         f"these targets are {y.dtype} of shape {tuple(y.shape)}. Take a component that looks at losses or updates only."
     )
+
+
+def check_answers(batch: AnyBatch, *, who: str) -> None:
+    """Refuse targets that are numbers, for components that take a model's answers for probabilities.
+
+    Args:
+        batch: Any batch of the stream.
+        who: The component, for the message.
+
+    Raises:
+        ConfigError: They are neither class numbers nor in [0, 1], as probabilities and labels are.
+    """
+    y = batch.y
+    if not y.is_floating_point() or not bool(((y < 0) | (y > 1)).any()):  # NaN is dealt with elsewhere
+        return
+    raise ConfigError(
+        f"{who} takes a model's answers for probabilities of classes or labels, and these targets ({y.dtype} of shape "
+        f'{tuple(y.shape)}) are numbers outside [0, 1]. Where there is the choice, set divergence = "l2"; else take a '
+        "component that looks at losses or updates only."
+    )

@@ -177,6 +177,41 @@ _OF_CLASSES = (F.cross_entropy, nn.CrossEntropyLoss)
 _OF_LABELS = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 
+def labels_apart(criterion: object, logits: Tensor, y: Tensor) -> bool:
+    """Whether each output is the log-odds of a label by itself; if not, all outputs together are one distribution.
+
+    Of torch's cross-entropies it is known. Under a function of the user's own, targets of 0 and 1 that are shaped like
+    the outputs are labels, as in `right_answers`.
+
+    Args:
+        criterion: (logits, targets) -> mean loss.
+        logits: What a model said.
+        y: Targets.
+
+    Raises:
+        ConfigError: Outputs are no probabilities, as in regression.
+    """
+    if names_classes(logits, y):
+        return False
+    kind = _kind(criterion)
+    if y.is_floating_point() and kind in (*_OF_LABELS, *_OF_CLASSES):
+        return kind in _OF_LABELS
+    if y.is_floating_point() and right_answers(logits, y) is not None:
+        return True
+    raise ConfigError(
+        f"beside outputs of shape {tuple(logits.shape)}, targets {y.dtype} of shape {tuple(y.shape)} are neither class "
+        "numbers nor labels: the model's answers are no probabilities, between which there could be a divergence; "
+        'where there is the choice, set divergence = "l2".'
+    )
+
+
+def _kind(criterion: object) -> object:
+    """The function or class that a criterion is of, whatever a `partial` of it sets."""
+    while isinstance(criterion, partial):
+        criterion = criterion.func
+    return criterion if criterion in (*_OF_CLASSES, *_OF_LABELS) else type(criterion)
+
+
 def improbable(criterion: object, y: Tensor) -> Tensor | None:
     """Which targets hold a number outside [0, 1] where the criterion reads it as a probability.
 
@@ -190,9 +225,7 @@ def improbable(criterion: object, y: Tensor) -> Tensor | None:
     Returns:
         (n,) bool; None where targets are no probabilities.
     """
-    while isinstance(criterion, partial):
-        criterion = criterion.func
-    kind = criterion if criterion in (*_OF_CLASSES, *_OF_LABELS) else type(criterion)
+    kind = _kind(criterion)
     if not y.is_floating_point() or not (kind in _OF_LABELS or (kind in _OF_CLASSES and y.ndim > 1)):
         return None
     outside = ~((y >= 0) & (y <= 1))

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from mithridate.core.batch import Batch
 from mithridate.core.defence import Screened
+from mithridate.core.discrepancy import distance
 from mithridate.core.registry import settings
 from mithridate.core.view import View
 from mithridate.defences.correction import Correcting
 from mithridate.maths.ascent import climb
 from mithridate.maths.calculus import Slope, input_gradient
 from mithridate.maths.directions import Parameters
-from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
 
@@ -60,8 +60,9 @@ class AdversariallyLearned(Correcting, ABC):
         box = view.model
         clean = self.says(batch.x, view)
 
-        def from_clean(p: Parameters, x: Tensor, _: Tensor) -> Tensor:
-            return divergence(clean, box.logits(x, parameters=p, precision=self.precision), "kl").mean()
+        def from_clean(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
+            now = box.logits(x, parameters=p, precision=self.precision)
+            return distance(clean, now, y, criterion=box.criterion).mean()
 
         def slope_at(x: Tensor) -> Slope:
             return input_gradient(from_clean, box.parameters, x, batch.y)

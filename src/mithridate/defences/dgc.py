@@ -9,14 +9,13 @@ from pydantic import Field
 from torch import Tensor
 
 from mithridate.core.defence import Defence, Rounds
-from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
+from mithridate.core.discrepancy import LookingBack, distance, memorization_discrepancy
 from mithridate.core.errors import ConfigError
 from mithridate.core.past import Past, Weights
 from mithridate.core.registry import register, settings
 from mithridate.core.sgd import LearningRate
 from mithridate.core.updates import Updates
 from mithridate.core.view import Need, View
-from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Norm, clip_rows
 
 START = "start"
@@ -120,19 +119,19 @@ class DGC(LookingBack, Defence):
         if not self.relative:
             return 1.0
         if START not in view.memory:
-            x = view.trusted.take(slice(self.trusted_size)).x
-            view.memory[START] = memorization_discrepancy(view.model, old, x, kind=self.divergence).mean()
+            trusted = view.trusted.take(slice(self.trusted_size))
+            view.memory[START] = memorization_discrepancy(view.model, old, trusted, kind=self.divergence).mean()
         return float(view.memory[START])
 
     @torch.no_grad()
     def _discrepancies(self, updates: Updates, old: Weights, view: View) -> Tensor:
         """(rows,), of the model after a plain step on each row."""
-        x = view.trusted.take(slice(self.trusted_size)).x
-        box = view.model
-        before = old.logits(box.module, x)
+        trusted, box = view.trusted.take(slice(self.trusted_size)), view.model
+        before = old.logits(box.module, trusted.x)
         means = []
         for row in range(len(updates.rows)):
             step = updates.named(row)
             stepped = {name: p - self.lr * step[name] for name, p in box.parameters.items()}
-            means.append(divergence(before, box.logits(x, parameters=stepped), self.divergence).mean())
+            now = box.logits(trusted.x, parameters=stepped)
+            means.append(distance(before, now, trusted.y, criterion=box.criterion, kind=self.divergence).mean())
         return torch.stack(means)

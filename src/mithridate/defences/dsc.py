@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.component import check_answers
 from mithridate.core.defence import Calibration, Defence, Rehearsal, Screened
-from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
+from mithridate.core.discrepancy import LookingBack, distance, memorization_discrepancy
 from mithridate.core.errors import ConfigError, DataError
 from mithridate.core.model import answering
 from mithridate.core.past import Weights
@@ -19,7 +20,6 @@ from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.defences.correction import Correcting
 from mithridate.defences.threshold import Share, quantile_line
-from mithridate.maths.divergence import divergence
 
 PAPER = {
     "stop": "sample",
@@ -87,10 +87,20 @@ class DSC(LookingBack, Correcting):
     stop: Literal["sample", "batch"] = "sample"
     on_missing: Literal["pass", "closed"] = "pass"
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs that cannot be moved, and targets that its loss or its divergence has no meaning for.
+
+        Raises:
+            ConfigError: Says which.
+        """
+        super().check_inputs(batch)
+        if self.steps > 0 and self.divergence != "l2":
+            check_answers(batch, who=type(self).__name__)
+
     def discrepancy(self, batch: Batch, view: View) -> Tensor | None:
         """Of each sample (n,); None while there is no old model."""
         old = self.old_model(view)
-        return None if old is None else memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)
+        return None if old is None else memorization_discrepancy(view.model, old, batch, kind=self.divergence)
 
     def above(self, rehearse: Rehearsal) -> Share:
         """Which share of clean samples it would correct.
@@ -174,7 +184,8 @@ class DSC(LookingBack, Correcting):
                     received = now
                 beside = self.beside(x, self.ball, view) if number == 0 and self.correction_loss == "kl" else None
                 with torch.no_grad():
-                    scores = divergence(answers(before, piece), now, self.divergence)
+                    then, y = answers(before, piece), batch.y[active]
+                    scores = distance(then, now, y, criterion=box.criterion, kind=self.divergence)
                 if not torch.isfinite(scores).all():
                     raise DataError("DSC: the discrepancy of a sample is not finite; one of the models has diverged.")
                 above = self._above(scores, limit)

@@ -6,13 +6,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from mithridate.core.batch import Batch
+from mithridate.core.batch import AnyBatch, Batch
+from mithridate.core.component import check_answers
+from mithridate.core.discrepancy import distance
 from mithridate.core.model import answer
 from mithridate.core.registry import register, settings
 from mithridate.core.targets import Criterion
 from mithridate.core.view import View
 from mithridate.defences.adversarial_loss import AdversariallyLearned
-from mithridate.maths.divergence import divergence
 from mithridate.maths.norms import Ball
 
 
@@ -56,10 +57,21 @@ class Trades(AdversariallyLearned):
         """Where neighbours of the corrected sample are looked for."""
         return Ball(self.norm, self.adv_eps)
 
+    def check_inputs(self, batch: AnyBatch) -> None:
+        """Refuse inputs that cannot be moved, and targets that are numbers, between which there is no divergence.
+
+        Raises:
+            ConfigError: Says which.
+        """
+        super().check_inputs(batch)
+        if self.beta > 0 and self.searches:
+            check_answers(batch, who=type(self).__name__)
+
     def loss(self, model: nn.Module, batch: Batch, criterion: Criterion, view: View) -> Tensor:
         """The plain loss and the penalty."""
         if self.beta == 0 or not self.searches:
             return super().loss(model, batch, criterion, view)
         nearby = self.up_the_divergence(batch, view)
         logits = answer(model, batch.x)
-        return criterion(logits, batch.y) + self.beta * divergence(logits, answer(model, nearby), "kl").mean()
+        apart = distance(logits, answer(model, nearby), batch.y, criterion=criterion)
+        return criterion(logits, batch.y) + self.beta * apart.mean()

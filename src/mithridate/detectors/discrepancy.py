@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mithridate.core.batch import AnyBatch
-from mithridate.core.discrepancy import LookingBack, memorization_discrepancy
+from mithridate.core.component import check_answers
+from mithridate.core.discrepancy import LookingBack, distance, memorization_discrepancy
 from mithridate.core.registry import register, settings
 from mithridate.core.view import Need, View
 from mithridate.core.watch import Detector
-from mithridate.maths.divergence import divergence
 
 
 @register("detector", "discrepancy")
@@ -42,14 +42,20 @@ class Discrepancy(LookingBack, Detector):
     on_missing: Literal["pass", "closed"] = "pass"
 
     def check_inputs(self, batch: AnyBatch) -> None:
-        """Any: it compares two models' answers, and looks at no target."""
+        """Refuse targets that are numbers, but for `l2`: it compares two models' answers, and looks at no target.
+
+        Raises:
+            ConfigError: They are, and `divergence` takes answers for probabilities.
+        """
+        if self.divergence != "l2":
+            check_answers(batch, who=type(self).__name__)
 
     def score(self, batch: AnyBatch, view: View, fitted: Mapping[str, Tensor]) -> Tensor:
         """(n,), <= 0 up to rounding; in nats for `kl`, `kl_reverse` and `js`."""
         old = self.old_model(view)
         if old is None:
             return torch.full((batch.size,), 0.0 if self.on_missing == "pass" else -torch.inf, device=batch.y.device)
-        return -memorization_discrepancy(view.model, old, batch.x, kind=self.divergence)
+        return -memorization_discrepancy(view.model, old, batch, kind=self.divergence)
 
     @torch.no_grad()
     def moved(self, clean: AnyBatch, received: AnyBatch, view: View) -> Mapping[str, Tensor]:
@@ -62,9 +68,9 @@ class Discrepancy(LookingBack, Detector):
         if old is None:
             return {}
         box = view.model
+        now = (box.logits(received.x), box.logits(clean.x))
+        then = (old.logits(box.module, received.x), old.logits(box.module, clean.x))
         return {
-            "moved_now": divergence(box.logits(received.x), box.logits(clean.x), self.divergence),
-            "moved_then": divergence(
-                old.logits(box.module, received.x), old.logits(box.module, clean.x), self.divergence
-            ),
+            name: distance(*answers, clean.y, criterion=box.criterion, kind=self.divergence)
+            for name, answers in (("moved_now", now), ("moved_then", then))
         }

@@ -21,17 +21,24 @@ def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
 
     Shape:
         old and now (n, classes), -inf where a class is impossible; returns (n,), >= 0 up to rounding, and infinite for
-        a KL where what is certain not to be in the one answer may be in the other.
+        a KL where what is certain not to be in the one answer may be in the other. Of (n, ..., classes), several
+        answers to each sample, the mean over these counts; `l2` takes all outputs of a sample as one vector.
 
     Source:
         Zhu et al., ICML 2023, Definition 3.3 (KL; the released code takes KL(old || now)) and Fig. 7 (JS).
     """
     if kind == "l2":
-        lengths: Tensor = torch.linalg.vector_norm(torch.where(old == now, 0.0, old - now), dim=1)  # inf - inf is NaN
+        moved = torch.where(old == now, 0.0, old - now).reshape(len(now), -1)  # inf - inf is NaN
+        lengths: Tensor = torch.linalg.vector_norm(moved, dim=1)
         return lengths
-    p, q = F.log_softmax(old, 1), F.log_softmax(now, 1)
+    each = _of_distributions(F.log_softmax(old, -1), F.log_softmax(now, -1), kind)
+    return each.flatten(1).mean(1) if each.ndim > 1 else each
+
+
+def _of_distributions(p: Tensor, q: Tensor, kind: Divergence) -> Tensor:
+    """Of log-distributions (..., classes): (...)."""
     if kind == "tv":
-        return 0.5 * (p.exp() - q.exp()).abs().sum(1)
+        return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
     if kind == "kl":
         return _kl(p, q)
     if kind == "kl_reverse":
@@ -44,4 +51,4 @@ def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of two log-distributions; a class of probability 0 in p adds nothing (0 log 0 = 0)."""
-    return (p.exp() * torch.where(p == -math.inf, 0.0, p - q)).sum(1)
+    return (p.exp() * torch.where(p == -math.inf, 0.0, p - q)).sum(-1)
