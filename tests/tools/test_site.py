@@ -76,11 +76,21 @@ def test_what_we_have_run_stands_with_the_verdict_on_each_claim() -> None:
         _, _, part = page.partition(f"## {folder.parent.name}\n")
         part = part.partition("\n## ")[0]
         assert f"of {len(item.checks)} checks hold" in part
-        (line,) = (line for line in overview.splitlines() if line.startswith(f"| [{item.name}]"))
+        (line,) = (line for line in overview.splitlines() if line.startswith(f"| [{item.name}](#{item.name}) | small "))
         _, seeds, claims, *by_verdict = map(int, line.strip("| ").split(" | ")[2:])
         assert (seeds, claims, sum(by_verdict)) == (3, len(item.checks), len(item.checks))
-        for check in item.checks:
-            assert f"| {check.says} | " in part
+        _, _, small = part.partition("At the scale `small`")
+        assert sum(f"| {check.says} | " in small for check in item.checks) == len(item.checks) - by_verdict[-1]
+
+
+def test_a_row_at_paper_scale_says_what_was_set_otherwise_and_only_claims_that_it_has_runs_for() -> None:
+    _, _, part = papers().partition("## zhu2023-table1\n")
+    paper, _, small = part.partition("\n## ")[0].partition("At the scale `small`")
+    assert "Settings changed: `burn_in.precision=bfloat16, " in paper
+    assert "Settings changed" not in small
+    assert "| CIFAR-10: DSC ends above ST under the attack | not decided | " in paper
+    assert "SVHN: DSC" not in paper
+    assert "SVHN: DSC" in small
 
 
 def test_the_lists_of_the_front_page_are_the_tree_of_contents() -> None:

@@ -21,8 +21,8 @@ SHOWN: Sequence[Scale] = ("paper", "small")
 def papers(results: Path = ROOT / "results") -> str:
     """Every printed table with our numbers in it, and the verdict on each claim of what we have run, as Markdown.
 
-    A table that we have not run says so; figures are there once they were run. At the head stands how many claims of
-    each hold.
+    A table that we have not run says so; figures and claims are there once they were run. At the head stands how many
+    claims of each hold.
 
     Args:
         results: Committed records, a folder an item and in it one a scale.
@@ -59,6 +59,14 @@ def _counts(item: Item, runs: list[Run]) -> str:
     return " | ".join(map(str, (len(runs), len(seeds), count.total(), *(count[ruling] for ruling in Ruling))))
 
 
+def _changes(scale: Scale, runs: Iterable[Run]) -> Iterable[str]:
+    """What was set otherwise than the protocol of a scale has it, which a run's title says."""
+    titles = dict.fromkeys(str(run.config["title"]) for run in runs)
+    said = [title.partition(f", {scale} scale (")[2].partition("): ")[0] for title in titles]
+    if any(said):
+        yield from (f"Settings changed: {', or '.join(f'`{changes}`' for changes in said if changes)}.", "")
+
+
 def _item(item: Item, by_scale: dict[Scale, list[Run]]) -> Iterable[str]:
     if item.table is None and not by_scale:
         return
@@ -69,7 +77,9 @@ def _item(item: Item, by_scale: dict[Scale, list[Run]]) -> Iterable[str]:
     for scale, runs in by_scale.items():
         judgements = verdicts(item, runs)
         yield from (f"At the scale `{scale}`: {summary(judgement.outcome for judgement in judgements)}.", "")
-        yield from (checks_table(judgements).markdown(), "")
+        yield from _changes(scale, runs)
+        made = [judgement for judgement in judgements if judgement.outcome is not Ruling.ABSENT]
+        yield from (checks_table(made).markdown(), "")
         if item.table is not None:
             section = beside(item, compared(item, runs), scale)
             yield from (f"Ours at the scale `{scale}`, in brackets what the paper prints:", "")
