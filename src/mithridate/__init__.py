@@ -75,11 +75,13 @@ def _homes() -> dict[str, str]:
 
 _HOMES = _homes()
 
-__all__ = sorted([*_HOMES, "UserError", "errors"])  # noqa: PLE0605  (a list of names, computed)
+_PUBLIC = sorted([*_HOMES, "UserError", "errors"])
+
+__all__ = list(_PUBLIC)
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return list(_PUBLIC)
 
 
 if not TYPE_CHECKING:  # with it, a type checker would take any name for a public one

@@ -235,13 +235,15 @@ class _Audit:
             run = OnlineRun(steps=self.plan.budget.batches, update_mode=mode, images=0)
             batches = GivenBatches.of(victim.samples)
             return run_online(learner, batches, attack, run, seed=victim.seed, on_step=self._on_step)
-        assert self.plan.federated is not None  # noqa: S101  (else there are no update attacks)
+        federated = self.plan.federated
+        if federated is None:
+            raise ConfigError(f"{attempt.name} attacks updates of clients; give the plan a table [federated].")
         rounds = FederatedRun(
             rounds=self.plan.budget.batches,
-            rule=self.plan.federated.rule,
+            rule=federated.rule,
             batch_norm="frozen" if frozen else "synchronised",
         )
-        federation = victim.federation(self.plan.federated.clients)
+        federation = victim.federation(federated.clients)
         return run_federated(learner, federation, attack, rounds, on_step=self._on_step)
 
     def _on_step(self, progress: Progress) -> None:
@@ -314,17 +316,23 @@ def _points(cost: Reach) -> Points:
     return Points(mean=number(cost.mean), low=number(cost.low), high=number(cost.high), seeds=cost.n)
 
 
-def _settings(attempt: Trial) -> Any:  # noqa: ANN401  (as JSON has it)
+def _settings(attempt: Trial) -> dict[str, object]:
+    """Of the attack, as JSON has them."""
     attack = attempt.attack
     if not isinstance(attack, Scaled):
-        return plain_json(config_of(attack))
+        return _in_json(config_of(attack))
     scale = [float(f"{s:.6g}") for s in attack.scale.flatten().tolist()]
-    return plain_json({**config_of(attack.inner), "scale": scale})
+    return _in_json({**config_of(attack.inner), "scale": scale})
 
 
-def _plain(plan: AuditPlan) -> Any:  # noqa: ANN401  (as JSON has it)
+def _plain(plan: AuditPlan) -> dict[str, object]:
+    """All settings, as JSON has them."""
     values = {key: value for key, value in fields_of(plan).items() if key not in ("folder", "file")}
     for name in ("budget", "damage", "federated"):
         if name in values:
             values[name] = fields_of(values[name])
-    return plain_json(values)
+    return _in_json(values)
+
+
+def _in_json(table: Mapping[str, object]) -> dict[str, object]:
+    return {key: plain_json(value) for key, value in table.items()}

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Generator, Tensor, nn
 
-from mithridate.core.attack import Attack, Power
+from mithridate.core.attack import Attack
 from mithridate.core.batch import AnyBatch, Batch
 from mithridate.core.domain import Domain
 from mithridate.core.model import WhiteBox
@@ -50,9 +50,6 @@ class Scaled(Attack):
         for name in ("needs", "power", "control", "weight_momentum"):
             object.__setattr__(self, name, getattr(self.inner, name))
 
-    needs: frozenset[Need] = frozenset()  # type: ignore[misc]  # the inner attack's
-    power: Power = "inputs"  # type: ignore[misc]  # the inner attack's
-
     @cached_property
     def _safe(self) -> Tensor:
         """The scale with 1 where it is 0."""
@@ -88,7 +85,8 @@ class Scaled(Attack):
 
     def craft(self, batch: Batch, view: View, mask: Tensor, rng: Generator) -> Tensor:
         """The inputs that the inner attack sends."""
-        return self.poison(batch, view, rng=rng).x  # type: ignore[no-any-return]  # a batch of one tensor
+        x: Tensor = self.poison(batch, view, rng=rng).x
+        return x
 
     def poison(self, batch: AnyBatch, view: View, *, rng: Generator) -> AnyBatch:
         """What the inner attack makes of the batch, in the old unit."""

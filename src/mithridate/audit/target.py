@@ -96,7 +96,8 @@ class Target:
             ConfigError: A setting is unknown or out of its range.
             DataError: The arrays do not fit each other, or are too short.
         """
-        stream = Stream.from_arrays(x, y, **settings)  # type: ignore[arg-type]  # checked there, name by name
+        checked_there: dict[str, Any] = settings
+        stream = Stream.from_arrays(x, y, **checked_there)
         return cls(model, optimizer, criterion, stream, defence=defence, older=older or {}, training=training)
 
 

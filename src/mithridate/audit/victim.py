@@ -281,10 +281,11 @@ def _tensors(batches: Mapping[str, AnyBatch]) -> dict[str, Tensor]:
     return {f"{name}.{i}": t for name, batch in batches.items() for i, t in enumerate([*tensors_of(batch.x), batch.y])}
 
 
-def _table(defence: Defence | None) -> Any:  # noqa: ANN401  (a table, or what stands for it)
+def _table(defence: Defence | None) -> object:
+    """Its settings; of a class that is registered nowhere, what it says of itself."""
     if defence is None:
         return None
     try:
         return config_of(defence)
-    except ConfigError:  # of a class that is registered nowhere
+    except ConfigError:
         return repr(defence)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from mithridate.bench.prepare import RunContext, burned_in_learner, choose_device, prepare
 from mithridate.bench.recipe import Cell, Labelled, Recipe
@@ -30,6 +31,17 @@ class Checked:
     seed: int
     calibration: Calibration
     unseen: Share
+
+
+class CalibrationOptions(TypedDict, total=False):
+    """What callers of `calibrate_recipe` hand on to it; it says what each is."""
+
+    defence: str | None
+    rate: float | None
+    unseen: int
+    device: str
+    data_root: str | Path | None
+    cache: str | Path | None
 
 
 def calibrate_recipe(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from mithridate.bench import store
 from mithridate.bench.failure import Failure
@@ -46,6 +46,16 @@ class Grid:
     def failures(self) -> dict[Path, Failure]:
         """Why cells were not finished, by directory."""
         return {path: self.failed[path.name] for path in self.directories if path.name in self.failed}
+
+
+class RunOptions(TypedDict, total=False):
+    """What callers of `run_recipe` hand on to it; it says what each is."""
+
+    device: str
+    data_root: str | Path | None
+    cache: str | Path | None
+    jobs: int | None
+    engine: Engine
 
 
 def run_recipe(

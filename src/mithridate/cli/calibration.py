@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from rich.table import Table
 
-from mithridate.bench.calibration import calibrate_recipe
+from mithridate.bench.calibration import CalibrationOptions, calibrate_recipe
 from mithridate.bench.recipe import read_recipe
 from mithridate.cli.progress import Bars
 from mithridate.cli.terminal import out
@@ -22,7 +22,7 @@ def print_thresholds(
     plugins: Sequence[str],
     changes: Sequence[str],
     seeds: Sequence[int] | None,
-    **options: Any,  # noqa: ANN401  (those of `calibrate_recipe`)
+    **options: Unpack[CalibrationOptions],
 ) -> None:
     """Calibrate DSC for every seed of a recipe, and print a line for each.
 

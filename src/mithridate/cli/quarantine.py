@@ -107,8 +107,6 @@ def _check(action: str, wishes: Wishes) -> None:
         raise ConfigError("give ids or --all, not both.")
     if action == "list" and (wishes.all or wishes.ids):
         raise ConfigError("`quarantine list` shows all batches; for one of them: `quarantine show DIR ID`.")
-    if action == "release" and wishes.to is None:
-        raise ConfigError("say with --to where released batches go, such as --to released.")
     if wishes.pictures is not None and (wishes.all or len(set(wishes.ids)) != 1):
         raise ConfigError("--pictures draws the images of one batch; give one id.")
     if wishes.pictures is not None and wishes.pictures.suffix.lower() != ".png":
@@ -166,7 +164,8 @@ def _draw(quarantine: Quarantine, entry: Quarantined, path: Path) -> None:
 
 
 def _release(quarantine: Quarantine, entries: Sequence[Quarantined], to: Path | None) -> None:
-    assert to is not None  # noqa: S101  (`_check` has asked for it)
+    if to is None:
+        raise ConfigError("say with --to where released batches go, such as --to released.")
     for entry in entries:
         if entry.problem:
             raise DataError(f"nothing was released: {entry.problem}")
@@ -181,7 +180,7 @@ def _decoder(name: str) -> Callable[[list[int]], object]:
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise ConfigError(f"--decoder {shown(name)}: write package.module:function.")
     try:
-        value: Any = importlib.import_module(module_name)
+        value: object = importlib.import_module(module_name)
     except Exception as error:  # whatever somebody else's code can raise
         raise ConfigError(
             f"--decoder {name}: the module {module_name} cannot be imported ({reason(error)}); mend it, or run where "
@@ -191,7 +190,7 @@ def _decoder(name: str) -> Callable[[list[int]], object]:
         value = getattr(value, part, None)
     if not callable(value):
         raise ConfigError(f"--decoder {name}: there is no such function; it takes a list of token ids and gives text.")
-    return value  # type: ignore[no-any-return]  # it is called with what it is documented to take
+    return value
 
 
 def _texts(

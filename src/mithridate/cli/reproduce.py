@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +13,7 @@ from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from mithridate.bench.engine import RunOptions
     from mithridate.bench.failure import Failure
     from mithridate.reproduce.item import Item, Scale
     from mithridate.reproduce.run import Reproduction
@@ -79,7 +80,7 @@ def reproduce_items(
     only: Sequence[str] = (),
     form: str,
     record: Path | None,
-    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
+    **options: "Unpack[RunOptions]",
 ) -> tuple[dict[Path, "Failure"], int]:
     """Run items and print each one's table and verdicts.
 
@@ -105,14 +106,16 @@ def reproduce_items(
     from mithridate.reproduce.selection import Selection
 
     chosen = Selection.asked(only) if only else None
-    options |= {"seeds": seeds, "changes": changes, "only": chosen}
     failures: dict[Path, Failure] = {}
     of = 0
     for item in items:
         if form == "table":
             out.print(f"{item.source}: {item.title}", style="bold", markup=False, highlight=False)
         with Bars() as bars:
-            done = reproduce(item, scale, directory, watcher=bars if form == "table" else None, **options)
+            watcher = bars if form == "table" else None
+            done = reproduce(
+                item, scale, directory, seeds=seeds, changes=changes, only=chosen, watcher=watcher, **options
+            )
         failures |= done.failures
         of += len(done.runs) + len(done.failures)
         if record is not None:
@@ -145,7 +148,7 @@ def add_defences(
     plugins: Sequence[str],
     changes: Sequence[str],
     seeds: Sequence[int] | None,
-    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
+    **options: "Unpack[RunOptions]",
 ) -> tuple[dict[Path, "Failure"], int]:
     """Run every attack of a recipe against some defences, and keep a record of each run.
 

@@ -4,7 +4,7 @@ import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import typer
 
@@ -13,6 +13,9 @@ from mithridate.cli.progress import Bars
 from mithridate.cli.results import end_with, report_on
 from mithridate.cli.terminal import out
 from mithridate.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mithridate.bench.engine import RunOptions
 
 
 def run_and_report(
@@ -23,7 +26,8 @@ def run_and_report(
     plugins: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     yes: bool = False,
-    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
+    resume: bool = False,
+    **options: "Unpack[RunOptions]",
 ) -> None:
     """Run a recipe, print how it goes and what came of it, and end the command if runs failed.
 
@@ -34,7 +38,8 @@ def run_and_report(
         plugins: To be loaded before.
         seeds: In place of the recipe's.
         yes: Whether a grid of any size is run without asking.
-        options: Of `bench.engine.run_recipe`, but for its watcher.
+        resume: Whether finished runs are skipped, and killed ones continued.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, jobs, engine.
 
     Raises:
         UserError: Anything in the recipe, the data, the device or the store that cannot work.
@@ -55,7 +60,7 @@ def run_and_report(
     if recipe.title:
         out.print(recipe.title, style="bold", markup=False, highlight=False)
     with blamed(out_dir), Bars() as bars:
-        grid = run_recipe(recipe, out_dir, watcher=bars, **options)
+        grid = run_recipe(recipe, out_dir, resume=resume, watcher=bars, **options)
     if grid.skipped:
         out.print(
             f"{grid.skipped} of {len(grid.directories)} runs were finished already; delete {out_dir} to run them "

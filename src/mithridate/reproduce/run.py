@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-from mithridate.bench.engine import run_recipe
+from mithridate.bench.engine import RunOptions, run_recipe
 from mithridate.bench.failure import Failure
 from mithridate.bench.recipe import Recipe
 from mithridate.bench.store import Run, finished, read_runs
+from mithridate.bench.watcher import Watcher
 from mithridate.core.errors import ConfigError, StoreError
 from mithridate.core.files import path_of, write_whole
 from mithridate.report import ReportPaths, build_report
@@ -69,7 +70,8 @@ def reproduce(
     seeds: Sequence[int] | None = None,
     changes: Sequence[str] = (),
     only: Selection | None = None,
-    **options: Any,  # noqa: ANN401  (those of `run_recipe`)
+    watcher: Watcher | None = None,
+    **options: Unpack[RunOptions],
 ) -> Reproduction:
     """Run what an item needs, as far as it has not been run, and write its page.
 
@@ -82,7 +84,8 @@ def reproduce(
         seeds: In place of the recipe's.
         changes: Settings in which the runs differ from the recipe's, as `--set` takes them; the page names them.
         only: Which runs are made, and shown; None: all.
-        options: Of `bench.engine.run_recipe`: device, data_root, cache, watcher, jobs, engine.
+        watcher: Follows progress.
+        options: Of `bench.engine.run_recipe`: device, data_root, cache, jobs, engine.
 
     Raises:
         UserError: Anything in the item, the data, the device or the store that cannot work; no run is chosen, or none
@@ -92,7 +95,7 @@ def reproduce(
     failures: dict[Path, Failure] = {}
     for part, recipe in _chosen(item, scale, seeds, changes, only):
         chosen = only.picks_cell if only else None
-        grid = run_recipe(recipe, directory_of(out, part, scale), resume=True, only=chosen, **options)
+        grid = run_recipe(recipe, directory_of(out, part, scale), resume=True, only=chosen, watcher=watcher, **options)
         runs += grid.directories
         failures |= grid.failures
     if len(failures) == len(runs):

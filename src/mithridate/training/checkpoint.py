@@ -105,7 +105,7 @@ def _plain(value: object, at: str, tensors: dict[str, Tensor]) -> object:
     return value
 
 
-def _whole(value: Any, tensors: Mapping[str, Tensor]) -> Any:  # noqa: ANN401  (an optimiser keeps anything)
+def _whole(value: object, tensors: Mapping[str, Tensor]) -> object:
     """What `_plain` was given."""
     if isinstance(value, list):
         return [_whole(item, tensors) for item in value]
@@ -135,7 +135,10 @@ def load_snapshot(path: str | Path) -> tuple[Snapshot, dict[str, Tensor], Any]:
                 f"{path} has the format {header['format']!r}, this version reads {FORMAT!r}; make it anew."
             )
         _verify(metadata, tensors)
-        state = {int(i): _whole(values, tensors) for i, values in header["optimiser_plain"].items()}
+        state = {
+            int(i): {key: _whole(value, tensors) for key, value in values.items()}
+            for i, values in header["optimiser_plain"].items()
+        }
         groups = _whole(header["param_groups"], tensors)
         parts: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}, "extra": {}}
         for name, tensor in tensors.items():

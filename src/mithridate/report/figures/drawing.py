@@ -296,9 +296,11 @@ def rendered(figure: Figure, *, stem: str, heading: str, caption: str, alt: str,
     figure.set_layout_engine("none")
     # `savefig` would draw each of these once more, for a layout that is there already.
     undated = dict.fromkeys(("Creator", "Producer", "CreationDate"))
-    FigureCanvasPdf(figure).print_pdf(printed, metadata=undated)  # type: ignore[no-untyped-call]  # matplotlib says no types
+    canvas: Any = FigureCanvasPdf(figure)  # of whose methods matplotlib says no types
+    canvas.print_pdf(printed, metadata=undated)
     figure.set_dpi(160)
-    FigureCanvasAgg(figure).print_png(raster, metadata={"Software": None})  # type: ignore[no-untyped-call]  # nor here
+    canvas = FigureCanvasAgg(figure)
+    canvas.print_png(raster, metadata={"Software": None})
     return Drawing(
         stem, subject, heading, caption, alt, vector.getvalue().decode(), raster.getvalue(), printed.getvalue()
     )
