@@ -38,6 +38,8 @@ def test_of_several_answers_to_a_sample_the_mean_counts_and_l2_takes_them_as_one
     each = torch.stack([divergence(old[:, k], now[:, k], kind) for k in range(3)])
     expected = each.square().sum(0).sqrt() if kind == "l2" else each.mean(0)
     torch.testing.assert_close(divergence(old, now, kind), expected)
+    for shape in ((0, 5), (0, 3, 5)):  # of no sample there is none
+        assert divergence(torch.zeros(shape), torch.zeros(shape), kind).shape == (0,)
 
 
 @pytest.mark.parametrize("kind", KINDS)

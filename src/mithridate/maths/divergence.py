@@ -28,8 +28,8 @@ def divergence(old: Tensor, now: Tensor, kind: Divergence = "kl") -> Tensor:
         Zhu et al., ICML 2023, Definition 3.3 (KL; the released code takes KL(old || now)) and Fig. 7 (JS).
     """
     if kind == "l2":
-        moved = torch.where(old == now, 0.0, old - now).reshape(len(now), -1)  # inf - inf is NaN
-        lengths: Tensor = torch.linalg.vector_norm(moved, dim=1)
+        moved = torch.where(old == now, 0.0, old - now)  # inf - inf is NaN
+        lengths: Tensor = torch.linalg.vector_norm(moved.unsqueeze(1).flatten(1), dim=1)
         return lengths
     each = _of_distributions(F.log_softmax(old, -1), F.log_softmax(now, -1), kind)
     return each.flatten(1).mean(1) if each.ndim > 1 else each
